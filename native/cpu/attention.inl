@@ -1,0 +1,165 @@
+// Attention over the paged KV cache, block by block with a running softmax (https://arxiv.org/abs/2205.14135), so that
+// memory does not grow with the context. Keys lie transposed within a block: lanes are neighbouring tokens.
+
+namespace ISA {
+
+constexpr int BLOCK_TOKENS = 32;  // as in src/engine/blocks.ts; a multiple of W
+constexpr int QUERIES = W == 16 ? 8 : 4;  // query vectors that share a pass over a block
+constexpr int MAX_DIM = 512;
+
+static inline void put(float* p, float x) { *p = x; }
+static inline void put(f16* p, float x) { *p = to_f16(x); }
+
+// Where the token at `position` of a sequence lies: its block, or -1 beyond the sequence's pages.
+static inline int64_t page_of(const Tensor& pages, int64_t sequence, int64_t position, int64_t blocks) {
+  const int64_t page = position / BLOCK_TOKENS;
+  const int32_t block = page < pages.dims[1] ? pages.as<int32_t>()[sequence * pages.dims[1] + page] : -1;
+  return block < blocks ? block : -1;
+}
+
+template <class T>
+static void write_cache(const Operands& o, const Worker& worker) {
+  const Tensor &k = o.in(0), &v = o.in(1), &keys = o.in(2), &values = o.in(3), &segments = o.in(4), &pages = o.in(5);
+  const int64_t heads = keys.dims[1], dim = keys.dims[2], n = heads * dim;
+  for (int64_t s = 0; s < segments.rows(); s++) {
+    const int32_t* segment = segments.as<int32_t>() + s * 3;  // first row, rows, position of the first row
+    int64_t begin, end;
+    worker.share(segment[1], 1, begin, end);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t position = segment[2] + i, block = page_of(pages, s, position, keys.dims[0]);
+      if (block < 0) { worker.fail("internal: cacheWrite: position %lld of sequence %lld has no page", position, s); continue; }
+      const int64_t t = position % BLOCK_TOKENS;
+      const float *k_row = k.as<float>() + (segment[0] + i) * n, *v_row = v.as<float>() + (segment[0] + i) * n;
+      T *k_block = keys.as<T>() + block * n * BLOCK_TOKENS, *v_block = values.as<T>() + block * n * BLOCK_TOKENS;
+      for (int64_t c = 0; c < n; c++) put(k_block + c * BLOCK_TOKENS + t, k_row[c]);
+      for (int64_t h = 0; h < heads; h++)
+        for (int64_t d = 0; d < dim; d++) put(v_block + (h * BLOCK_TOKENS + t) * dim + d, v_row[h * dim + d]);
+    }
+  }
+}
+
+static void cache_write(const Operands& o, const Worker& worker) {
+  if (o.in(2).dtype == F16) write_cache<f16>(o, worker);
+  else write_cache<float>(o, worker);
+}
+
+// One pass of up to QUERIES query vectors over the context of their sequence.
+template <class T>
+struct Pass {
+  const float* query[QUERIES];
+  float* out[QUERIES];
+  int64_t last[QUERIES];  // the last position that each may see
+  int count;
+
+  template <int Q>
+  void run(const T* keys, const T* values, const Tensor& pages, int64_t sequence, int64_t dim, int64_t block_stride, float scale) const {
+    float m[Q], l[Q], acc[Q][MAX_DIM];
+    int64_t end = 0;
+    for (int q = 0; q < Q; q++) {
+      m[q] = -INFINITY, l[q] = 0;
+      for (int64_t d = 0; d < dim; d++) acc[q][d] = 0;
+      if (last[q] + 1 > end) end = last[q] + 1;
+    }
+    constexpr int V = BLOCK_TOKENS / W;
+    for (int64_t t0 = 0; t0 < end; t0 += BLOCK_TOKENS) {
+      const int64_t at = pages.as<int32_t>()[sequence * pages.dims[1] + t0 / BLOCK_TOKENS] * block_stride;
+      float p[Q][BLOCK_TOKENS];
+      const T* k = keys + at;
+      for (int v = 0; v < V; v += 2) {
+        constexpr int U = V < 2 ? V : 2;
+        vf s[Q][U] = {};
+        for (int64_t d = 0; d < dim; d++) {
+          vf kv[U];
+          for (int u = 0; u < U; u++) kv[u] = load(k + d * BLOCK_TOKENS + (v + u) * W);
+          for (int q = 0; q < Q; q++)
+            for (int u = 0; u < U; u++) s[q][u] += query[q][d] * kv[u];
+        }
+        for (int q = 0; q < Q; q++)
+          for (int u = 0; u < U; u++) store(p[q] + (v + u) * W, s[q][u] * scale);
+      }
+      const int64_t tokens = min(BLOCK_TOKENS, end - t0);
+      for (int q = 0; q < Q; q++) {
+        for (int64_t t = last[q] + 1 - t0 < 0 ? 0 : last[q] + 1 - t0; t < BLOCK_TOKENS; t++) p[q][t] = -INFINITY;
+        vf top = load(p[q]);
+        for (int v = 1; v < V; v++) top = max(top, load(p[q] + v * W));
+        const float now = max(m[q], largest(top));
+        if (now == -INFINITY) continue;  // this query ends before this block
+        const float shrink = m[q] == -INFINITY ? 0.f : exp(m[q] - now);
+        vf total = {};
+        for (int v = 0; v < V; v++) {
+          const vf s = load(p[q] + v * W);
+          const vf e = select(s == splat(-INFINITY), vf{}, exp(s - now));
+          store(p[q] + v * W, e);
+          total += e;
+        }
+        l[q] = l[q] * shrink + sum(total);
+        m[q] = now;
+        if (shrink != 1.f)
+          for (int64_t d = 0; d < dim; d++) acc[q][d] *= shrink;
+      }
+      const T* value = values + at;
+      int64_t d = 0;
+      for (; d + W <= dim; d += W) {
+        vf sum[Q];
+        for (int q = 0; q < Q; q++) sum[q] = load(acc[q] + d);
+        for (int64_t t = 0; t < tokens; t++) {
+          const vf x = load(value + t * dim + d);
+          for (int q = 0; q < Q; q++) sum[q] += p[q][t] * x;
+        }
+        for (int q = 0; q < Q; q++) store(acc[q] + d, sum[q]);
+      }
+      for (; d < dim; d++)
+        for (int q = 0; q < Q; q++)
+          for (int64_t t = 0; t < tokens; t++) acc[q][d] += p[q][t] * scalar(value[t * dim + d]);
+    }
+    for (int q = 0; q < Q; q++)
+      for (int64_t d = 0; d < dim; d++) out[q][d] = acc[q][d] / l[q];
+  }
+
+  template <int Q = QUERIES, class... A>
+  void dispatch(A... a) const {
+    if constexpr (Q > 1) {
+      if (count != Q) return dispatch<Q - 1>(a...);
+    }
+    run<Q>(a...);
+  }
+};
+
+template <class T>
+static void attend(const Operands& o, const Worker& worker) {
+  const Tensor &q = o.in(0), &keys = o.in(1), &values = o.in(2), &segments = o.in(3), &pages = o.in(4), &y = o.out(0);
+  const int64_t kv_heads = keys.dims[1], dim = keys.dims[2], width = q.dims[1], share = width / dim / kv_heads;
+  if (dim > MAX_DIM) return worker.fail("attention: head width %lld is beyond %lld", dim, MAX_DIM);
+  const float scale = 1 / __builtin_sqrtf(static_cast<float>(dim));
+  int64_t task = 0;
+  for (int64_t s = 0; s < segments.rows(); s++) {
+    const int32_t* segment = segments.as<int32_t>() + s * 3;
+    for (int64_t position = segment[2]; position < segment[2] + segment[1]; position++)
+      if (page_of(pages, s, position, keys.dims[0]) < 0) return worker.fail("internal: attention: position %lld of sequence %lld has no page", position, s);
+    // Queries of a KV head: rows x the heads that share it, in passes. A lone token's heads are spread over the team.
+    const int64_t queries = segment[1] * share;
+    int64_t size = QUERIES;
+    if (segments.rows() * kv_heads * ((queries + size - 1) / size) < worker.count) size = min(size, (queries * kv_heads + worker.count - 1) / worker.count);
+    for (int64_t h = 0; h < kv_heads; h++)
+      for (int64_t first = 0; first < queries; first += size) {
+        if (task++ % worker.count != worker.index) continue;
+        Pass<T> pass;
+        pass.count = static_cast<int>(min(size, queries - first));
+        for (int i = 0; i < pass.count; i++) {
+          const int64_t row = (first + i) / share, at = (segment[0] + row) * width + (h * share + (first + i) % share) * dim;
+          pass.query[i] = q.as<float>() + at;
+          pass.out[i] = y.as<float>() + at;
+          pass.last[i] = segment[2] + row;
+        }
+        const int64_t head = h * dim * BLOCK_TOKENS;
+        pass.dispatch(keys.as<T>() + head, values.as<T>() + head, pages, s, dim, kv_heads * dim * BLOCK_TOKENS, scale);
+      }
+  }
+}
+
+static void attention(const Operands& o, const Worker& worker) {
+  if (o.in(1).dtype == F16) attend<f16>(o, worker);
+  else attend<float>(o, worker);
+}
+
+}  // namespace ISA

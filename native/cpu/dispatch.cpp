@@ -1,0 +1,43 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+#define DECLARE(isa) namespace isa { extern const KernelTable TABLE; }
+DECLARE(scalar)
+#if defined(__x86_64__)
+DECLARE(avx2)
+DECLARE(avx512)
+DECLARE(avx512vnni)
+DECLARE(avx512bf16)
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+DECLARE(neon)
+#endif
+
+std::vector<const KernelTable*> available_kernels() {
+  std::vector<const KernelTable*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool wide = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vnni = wide && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::TABLE);
+  if (vnni) found.push_back(&avx512vnni::TABLE);
+  if (wide) found.push_back(&avx512::TABLE);
+  if (fma) found.push_back(&avx2::TABLE);
+#elif defined(__aarch64__)
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP) & HWCAP_FPHP)) found.push_back(&neon::TABLE);
+#endif
+  found.push_back(&scalar::TABLE);
+  return found;
+}
+
+const KernelTable& choose_kernels(const std::string& isa) {
+  std::string names;
+  for (const KernelTable* table : available_kernels()) {
+    if (isa.empty() || isa == table->isa) return *table;
+    names += (names.empty() ? "" : ", ") + std::string(table->isa);
+  }
+  throw std::runtime_error("MIXTAPE_ISA: this processor has no '" + isa + "'; it has " + names);
+}

@@ -1,0 +1,38 @@
+// Primitives in plain vectors of four lanes, for processors that nothing better is known of.
+namespace ISA {
+
+static inline vf load(const f16* p) {
+  vf v;
+  for (int i = 0; i < W; i++) v[i] = scalar(p[i]);
+  return v;
+}
+static inline f16 to_f16(float x) {
+  uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return f16{static_cast<uint16_t>(sign | 0x7e00)};
+  if (rest >= 0x477ff000) return f16{static_cast<uint16_t>(sign | 0x7c00)};
+  if (rest < 0x38800000) return f16{static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000))};
+  return f16{static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13))};
+}
+static inline float sum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+static inline float largest(vf v) { return max(max(v[0], v[2]), max(v[1], v[3])); }
+
+// Products of bfloat16 pairs, summed in float.
+struct DotBf16 {
+  static constexpr int step = W;
+  static vf add(vf acc, const bf16* a, const bf16* b) { return acc + load(a) * load(b); }
+};
+
+// Four unsigned bytes of each lane's weights times four signed bytes of activations, summed in int32.
+struct Dot8 {
+  static constexpr bool offset = true;  // weights enter as 128 + w, so the caller starts from -128 x the activations' sum
+  static vi add(vi acc, const uint8_t* w, int32_t a) {
+    for (int lane = 0; lane < W; lane++) {
+      int32_t s = 0;
+      for (int j = 0; j < 4; j++) s += w[lane * 4 + j] * static_cast<int8_t>(a >> (8 * j));
+      acc[lane] += s;
+    }
+    return acc;
+  }
+};
+
+}  // namespace ISA

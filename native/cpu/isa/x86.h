@@ -1,0 +1,57 @@
+// Primitives of AVX2 (with FMA and F16C) and AVX-512, by what the compiler may use.
+#include <immintrin.h>
+
+namespace ISA {
+
+#if W == 16
+static inline vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+static inline float sum(vf v) { return _mm512_reduce_add_ps(v); }
+static inline float largest(vf v) { return _mm512_reduce_max_ps(v); }
+#else
+static inline vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline float sum(vf v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline float largest(vf v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+#endif
+static inline f16 to_f16(float x) { return f16{static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))}; }
+
+struct DotBf16 {
+#ifdef __AVX512BF16__
+  static constexpr int step = 32;
+  static vf add(vf acc, const bf16* a, const bf16* b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+  }
+#else
+  static constexpr int step = W;
+  static vf add(vf acc, const bf16* a, const bf16* b) { return acc + load(a) * load(b); }
+#endif
+};
+
+struct Dot8 {
+  static constexpr bool offset = true;
+  static vi add(vi acc, const uint8_t* w, int32_t a) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(a));
+#elif W == 16
+    // Without VNNI: even and odd bytes apart, in 16 bits, so that nothing saturates.
+    __m512i v = _mm512_loadu_si512(w), b = _mm512_set1_epi32(a);
+    __m512i even = _mm512_madd_epi16(_mm512_and_si512(v, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+    __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(v, 8), _mm512_srai_epi16(b, 8));
+    return acc + (vi)even + (vi)odd;
+#else
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)), b = _mm256_set1_epi32(a);
+    __m256i even = _mm256_madd_epi16(_mm256_and_si256(v, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(v, 8), _mm256_srai_epi16(b, 8));
+    return acc + (vi)even + (vi)odd;
+#endif
+  }
+};
+
+}  // namespace ISA

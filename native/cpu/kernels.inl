@@ -1,0 +1,37 @@
+// All kernels of one instruction set: included once by each isa/*.cpp.
+#include "vector.h"
+
+#include "matrix.inl"
+#include "experts.inl"
+#include "attention.inl"
+#include "elementwise.inl"
+#include "sampling.inl"
+
+namespace ISA {
+
+static const KernelEntry ENTRIES[] = {
+    {"embed", embed},
+    {"rmsNorm", rms_norm},
+    {"toBf16", to_bf16_rows},
+    {"toInt8", to_int8_rows},
+    {"linear", linear},
+    {"groupedLinear", grouped_linear},
+    {"add", add},
+    {"siluMul", silu_mul},
+    {"angles", angles},
+    {"rope", rope},
+    {"cacheWrite", cache_write},
+    {"attention", attention},
+    {"route", route},
+    {"group", group},
+    {"combine", combine},
+    {"gather", gather},
+    {"processLogits", process_logits},
+    {"sample", sample},
+    {nullptr, nullptr},
+};
+
+extern const KernelTable TABLE;
+const KernelTable TABLE = {ISA_NAME, ENTRIES};
+
+}  // namespace ISA

@@ -1,0 +1,212 @@
+// Products with weight matrices. Each output is one dot product summed in an order that depends on its length alone, so
+// a row's result is the same whatever rows share the step, however the threads split the work.
+
+namespace ISA {
+
+// Row-major formats: tiles of up to 4 weight rows by R activation rows, lanes running along k.
+template <class X, class WT>
+struct Dot {
+  static constexpr int step = W;
+  static vf add(vf acc, const X* x, const WT* w) { return acc + load(x) * load(w); }
+};
+template <>
+struct Dot<bf16, bf16> : DotBf16 {};
+
+template <class X_, class WT>
+struct RowMajor {
+  using X = X_;
+  static constexpr int tile = 4;
+  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 3;  // so that the accumulators fit the registers
+
+  static int64_t x_bytes(int64_t k) { return k * sizeof(X); }
+
+  template <int R, int N>
+  static void block(const X* const* x, const WT* w, int64_t k, float* const* y, const float* bias) {
+    using D = Dot<X, WT>;
+    vf acc[R][N] = {};
+    int64_t c = 0;
+    for (; c + D::step <= k; c += D::step)
+      for (int n = 0; n < N; n++)
+        for (int r = 0; r < R; r++) acc[r][n] = D::add(acc[r][n], x[r] + c, w + n * k + c);
+    for (int r = 0; r < R; r++)
+      for (int n = 0; n < N; n++) {
+        float s = sum(acc[r][n]);
+        for (int64_t t = c; t < k; t++) s += scalar(x[r][t]) * scalar(w[n * k + t]);
+        y[r][n] = bias ? s + bias[n] : s;
+      }
+  }
+
+  // y[r][0 .. rows) = x[r] . w[n0 .. n0 + rows)
+  template <int R>
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+    const WT* w = static_cast<const WT*>(weights) + n0 * k;
+    if (n == tile) return block<R, tile>(x, w, k, y, bias);
+    for (int64_t i = 0; i < n; i++) {
+      float* at[R];
+      for (int r = 0; r < R; r++) at[r] = y[r] + i;
+      block<R, 1>(x, w + i * k, k, at, bias ? bias + i : nullptr);
+    }
+  }
+};
+
+// INT8 blocks (src/tensor/int8.ts): tiles of 16 weight rows, lanes being rows, activations broadcast.
+struct Int8Blocks {
+  using X = int8_t;  // a row: groups of 64 bytes, their scales, their sums
+  static constexpr int tile = TILE_ROWS;
+  static constexpr int parts = TILE_ROWS / W;
+  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 1;
+
+  static int64_t x_bytes(int64_t k) { return int8_row_bytes(k); }
+
+  template <int R>
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+    const int64_t groups = groups_of(k);
+    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * BLOCK_BYTES;
+    vf total[R][parts] = {};
+    for (int64_t g = 0; g < groups; g++, block += BLOCK_BYTES) {
+      vi acc[R][parts];
+      float scale[R];
+      for (int r = 0; r < R; r++) {
+        const float* scales = reinterpret_cast<const float*>(x[r] + groups * GROUP);
+        const int32_t* sums = reinterpret_cast<const int32_t*>(scales + groups);
+        scale[r] = scales[g];
+        for (int p = 0; p < parts; p++) acc[r][p] = splat(Dot8::offset ? -128 * sums[g] : 0);
+      }
+      for (int q = 0; q < GROUP / 4; q++)
+        for (int r = 0; r < R; r++) {
+          int32_t four;
+          __builtin_memcpy(&four, x[r] + g * GROUP + q * 4, 4);
+          for (int p = 0; p < parts; p++) acc[r][p] = Dot8::add(acc[r][p], block + (q * TILE_ROWS + p * W) * 4, four);
+        }
+      const f16* row_scales = reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP);
+      for (int p = 0; p < parts; p++) {
+        vf s = load(row_scales + p * W);
+        for (int r = 0; r < R; r++) total[r][p] += to_float(acc[r][p]) * (s * scale[r]);
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      if (n == tile) {
+        for (int p = 0; p < parts; p++) store(y[r] + p * W, bias ? total[r][p] + load(bias + p * W) : total[r][p]);
+      } else {
+        for (int64_t i = 0; i < n; i++) y[r][i] = total[r][i / W][i % W] + (bias ? bias[i] : 0);
+      }
+    }
+  }
+};
+
+// Calls F::run with the number of rows as a constant.
+template <class F, int R = F::max_rows>
+static inline void run_rows(int rows, const typename F::X* const* x, const void* w, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+  if constexpr (R > 1) {
+    if (rows != R) return run_rows<F, R - 1>(rows, x, w, n0, n, k, y, bias);
+  }
+  F::template run<R>(x, w, n0, n, k, y, bias);
+}
+
+// Weight rows [begin, end) times `rows` activation rows. Blocks of weight rows stay in the cache while all activation
+// rows pass by. XAt, YAt: row number to pointer.
+template <class F, class XAt, class YAt>
+static inline void panel(const void* w, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at, const float* bias) {
+  constexpr int64_t weight_rows = 32;
+  for (int64_t n0 = begin; n0 < end; n0 += weight_rows)
+    for (int64_t r0 = 0; r0 < rows; r0 += F::max_rows) {
+      const int count = static_cast<int>(min(F::max_rows, rows - r0));
+      const typename F::X* x[F::max_rows];
+      float* y[F::max_rows];
+      for (int r = 0; r < count; r++) x[r] = x_at(r0 + r);
+      for (int64_t n = n0; n < min(n0 + weight_rows, end); n += F::tile) {
+        for (int r = 0; r < count; r++) y[r] = y_at(r0 + r) + n;
+        run_rows<F>(count, x, w, n, min(F::tile, end - n), k, y, bias ? bias + n : nullptr);
+      }
+    }
+}
+
+// visit(format) with the format that multiplies `weight` by activations.
+template <class Visit>
+static inline void with_format(const Tensor& weight, Visit visit) {
+  switch (weight.dtype) {
+    case F32: return visit(RowMajor<float, float>{});
+    case F16: return visit(RowMajor<float, f16>{});
+    case BF16: return visit(RowMajor<bf16, bf16>{});
+    case INT8: return visit(Int8Blocks{});
+    default: return;  // the op table lets no other format through
+  }
+}
+
+static void linear(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &w = o.in(1), &y = o.out(0);
+  const float* bias = o.has(2) ? o.in(2).as<float>() : nullptr;
+  const int64_t k = w.dims[1];
+  with_format(w, [&](auto format) {
+    using F = decltype(format);
+    int64_t begin, end;
+    worker.share(w.dims[0], F::tile, begin, end);
+    const int8_t* xs = x.as<int8_t>();
+    panel<F>(w.data, begin, end, k, x.rows(), [&](int64_t r) { return reinterpret_cast<const typename F::X*>(xs + r * F::x_bytes(k)); },
+             [&](int64_t r) { return y.as<float>() + r * y.dims[1]; }, bias);
+  });
+}
+
+static void to_bf16_rows(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &y = o.out(0);
+  int64_t begin, end;
+  worker.share(x.rows() * x.width(), 64, begin, end);
+  for (int64_t i = begin; i < end; i++) y.as<bf16>()[i] = to_bf16(x.as<float>()[i]);
+}
+
+// To the nearest of 255 steps, each group of 64 with the scale of its largest value.
+static void quantize_row(const float* x, int64_t k, int8_t* row) {
+  const int64_t groups = groups_of(k);
+  float* scales = reinterpret_cast<float*>(row + groups * GROUP);
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + groups);
+  for (int64_t g = 0; g < groups; g++) {
+    const int count = static_cast<int>(min(GROUP, k - g * GROUP));
+    float top = 0;
+    for (int i = 0; i < count; i++) top = max(top, __builtin_fabsf(x[g * GROUP + i]));
+    const float inverse = top > 0 ? 127.f / top : 0.f;
+    int32_t total = 0;
+    for (int i = 0; i < GROUP; i++) {
+      // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number, ties to even.
+      const float steps = i < count ? x[g * GROUP + i] * inverse + 12582912.f - 12582912.f : 0.f;
+      row[g * GROUP + i] = static_cast<int8_t>(steps);
+      total += static_cast<int32_t>(steps);
+    }
+    scales[g] = top / 127.f;
+    sums[g] = total;
+  }
+}
+
+static void to_int8_rows(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &y = o.out(0);
+  const int64_t k = x.dims[1];
+  for (int64_t r = worker.index; r < x.rows(); r += worker.count) quantize_row(x.as<float>() + r * k, k, y.as<int8_t>() + r * int8_row_bytes(k));
+}
+
+// A table's row, whatever its format.
+static void read_row(const Tensor& table, int64_t r, float* y) {
+  const int64_t k = table.dims[1];
+  switch (table.dtype) {
+    case F32: for (int64_t c = 0; c < k; c++) y[c] = table.as<float>()[r * k + c]; break;
+    case BF16: for (int64_t c = 0; c < k; c++) y[c] = scalar(table.as<bf16>()[r * k + c]); break;
+    case F16: for (int64_t c = 0; c < k; c++) y[c] = scalar(table.as<f16>()[r * k + c]); break;
+    default: {
+      const int lane = static_cast<int>(r % TILE_ROWS);
+      for (int64_t g = 0; g < groups_of(k); g++) {
+        const uint8_t* block = table.as<uint8_t>() + (r / TILE_ROWS * groups_of(k) + g) * BLOCK_BYTES;
+        const float scale = scalar(reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP)[lane]);
+        for (int64_t i = 0; i < min(GROUP, k - g * GROUP); i++) y[g * GROUP + i] = (block[(i / 4 * TILE_ROWS + lane) * 4 + i % 4] - 128) * scale;
+      }
+    }
+  }
+}
+
+static void embed(const Operands& o, const Worker& worker) {
+  const Tensor &ids = o.in(0), &table = o.in(1), &y = o.out(0);
+  for (int64_t r = worker.index; r < ids.rows(); r += worker.count) {
+    const int32_t id = ids.as<int32_t>()[r];
+    if (id < 0 || id >= table.dims[0]) worker.fail("token id %lld is outside the vocabulary of %lld", id, table.dims[0]);
+    else read_row(table, id, y.as<float>() + r * y.dims[1]);
+  }
+}
+
+}  // namespace ISA

@@ -1,0 +1,82 @@
+// The vocabulary that every kernel is written in, for one instruction set at a time. Included by isa/*.cpp only, which
+// define ISA (a namespace), W (float lanes) and the primitives that differ. No standard containers or inline functions
+// of the library here: the linker could keep a copy compiled for this instruction set for everyone.
+#include <cmath>
+#include <cstdint>
+
+#include "../kernels.h"
+
+namespace ISA {
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint16_t vh_unaligned __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+static inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+static inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+static inline vf splat(float x) { return x - vf{}; }
+static inline vi splat(int32_t x) { return x - vi{}; }
+static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+static inline vf max(vf a, vf b) { return select(a > b, a, b); }
+static inline float max(float a, float b) { return a > b ? a : b; }
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+static inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// bfloat16 is the upper half of a float.
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+static inline float scalar(float x) { return x; }
+static inline float scalar(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vi) << 16); }
+static inline bf16 to_bf16(float x) {
+  uint32_t bits = to_bits(x);
+  return bf16{static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+static inline float scalar(f16 h) {
+  uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  return from_bits(to_bits(from_bits(rest << 13) * 0x1p112f) | sign);
+}
+
+}  // namespace ISA
+
+// load(const f16*), to_f16, sum, largest, DotBf16, Dot8: what the instruction set does in its own way.
+#include ISA_PRIMITIVES
+
+namespace ISA {
+
+// e^x to about 2 units in the last place for x <= 88; below -87 it gives about 1e-38.
+static inline vf exp(vf x) {
+  x = max(x, splat(-87.3f));
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding and subtracting it rounds to whole numbers
+  vf n = x * 1.44269504f + magic;
+  n -= magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+}
+
+static inline float exp(float x) { return exp(splat(x))[0]; }
+
+}  // namespace ISA

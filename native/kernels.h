@@ -1,0 +1,71 @@
+// What a kernel sees: tensors, a call's operands, and its place in the thread team. Knows no kernel and no Node.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+// Codes as in src/graph/plan.ts.
+enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, INT8 = 4, INT8ROW = 5 };
+
+struct Tensor {
+  void* data;           // first (or only) part
+  void* const* parts;   // stacked weights: one pointer for each of dims[0]; null otherwise
+  Dtype dtype;
+  int32_t rank;
+  int64_t dims[4];
+
+  template <class T> T* as() const { return static_cast<T*>(data); }
+  int64_t rows() const { return dims[0]; }
+  // Elements of everything behind the first axis.
+  int64_t width() const {
+    int64_t n = 1;
+    for (int i = 1; i < rank; i++) n *= dims[i];
+    return n;
+  }
+};
+
+// All threads of a team run every kernel of a program side by side; a kernel takes the share of its `index`.
+struct Barrier;
+struct Worker {
+  int index, count;
+  Barrier* barrier;
+  void wait() const;  // until every worker of the team has come here
+  // Notes that this step failed (the first note wins); the step runs on, and its caller gets the message.
+  void fail(const char* format, long long a, long long b) const;
+
+  // This worker's share of n items: [begin, end), contiguous, in units of `unit` items.
+  void share(int64_t n, int64_t unit, int64_t& begin, int64_t& end) const {
+    int64_t units = (n + unit - 1) / unit;
+    begin = units * index / count * unit;
+    end = units * (index + 1) / count * unit;
+    if (end > n) end = n;
+    if (begin > end) begin = end;
+  }
+};
+
+struct Operands {
+  const Tensor* values;
+  const int32_t* ids;  // inputs, then outputs
+  int inputs, outputs;
+  const double* params;
+  const Tensor& in(int i) const { return values[ids[i]]; }
+  const Tensor& out(int i) const { return values[ids[inputs + i]]; }
+  bool has(int i) const { return i < inputs; }
+};
+
+using Kernel = void (*)(const Operands&, const Worker&);
+
+struct KernelEntry {
+  const char* op;
+  Kernel run;
+};
+
+// One table for each instruction set, ended by an entry with a null name.
+struct KernelTable {
+  const char* isa;
+  const KernelEntry* entries;
+};
+
+// Block formats, as in src/tensor/int8.ts.
+constexpr int TILE_ROWS = 16, GROUP = 64, BLOCK_BYTES = TILE_ROWS * GROUP + TILE_ROWS * 2;
+constexpr int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
+constexpr int64_t int8_row_bytes(int64_t k) { return groups_of(k) * (GROUP + 8); }

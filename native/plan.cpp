@@ -1,0 +1,80 @@
+#include "plan.h"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace {
+
+// Words of a value's record, as in src/graph/plan.ts.
+enum { PLACE, INDEX, DTYPE, RANK, DIMS, VALUE_WORDS = 12 };
+enum { ARENA, WEIGHT, STATE, INPUT, OUTPUT };
+constexpr int64_t ARENA_UNIT = 64;
+
+size_t tensor_bytes(const Tensor& t) {
+  if (t.dtype == INT8ROW) return static_cast<size_t>(t.dims[0] * int8_row_bytes(t.dims[1]));
+  int64_t n = 1;
+  for (int i = 0; i < t.rank; i++) n *= t.dims[i];
+  return static_cast<size_t>(n) * (t.dtype == F16 || t.dtype == BF16 ? 2 : 4);
+}
+
+}  // namespace
+
+Program::Program(const Plan& plan, const KernelTable& kernels, const Weights& weights, const std::vector<Memory*>& states)
+    : plan_(plan), arena_(plan.arena_bytes), states_(states), tensors_(plan.values.size() / VALUE_WORDS) {
+  std::vector<Kernel> table;
+  for (const std::string& op : plan_.ops) {
+    const KernelEntry* entry = kernels.entries;
+    while (entry->op && op != entry->op) entry++;
+    if (!entry->op) throw std::runtime_error("no kernel for the op '" + op + "' on " + kernels.isa);
+    table.push_back(entry->run);
+  }
+  for (size_t i = 0; i < tensors_.size(); i++) {
+    const int32_t* v = &plan_.values[i * VALUE_WORDS];
+    Tensor& t = tensors_[i];
+    t = Tensor{nullptr, nullptr, static_cast<Dtype>(v[DTYPE]), v[RANK], {}};
+    if (v[PLACE] == ARENA) t.data = arena_.data() + v[INDEX] * ARENA_UNIT;
+    if (v[PLACE] == STATE) t.data = states_.at(v[INDEX])->data();
+    if (v[PLACE] == WEIGHT) {
+      const std::string& name = plan_.weights.at(v[INDEX]);
+      const Weights::Weight* w = weights.find(name);
+      if (!w) throw std::runtime_error("internal: the weight " + name + " was not loaded");
+      bool fits = w->dtype == t.dtype && static_cast<int>(w->shape.size()) == t.rank;
+      for (int d = 0; fits && d < t.rank; d++) fits = w->shape[d] == v[DIMS + 2 * d];
+      if (!fits) throw std::runtime_error("internal: the weight " + name + " was loaded in another shape or format");
+      t.data = w->parts[0];
+      t.parts = w->parts.data();
+    }
+  }
+  for (size_t i = 0; i < plan_.calls.size();) {
+    const int32_t* c = &plan_.calls[i];
+    calls_.push_back({table.at(c[0]), c[1], c[2], plan_.params.data() + c[3], c + 4});
+    i += 4 + c[1] + c[2];
+  }
+}
+
+void Program::run(Team& team, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs) {
+  for (size_t s = 0; s < sizes.size(); s++)
+    if (sizes[s] < 0 || sizes[s] > plan_.capacity[s]) throw std::runtime_error("internal: a size of " + std::to_string(sizes[s]) + " is beyond the plan's " + std::to_string(plan_.capacity[s]));
+  for (size_t i = 0; i < tensors_.size(); i++) {
+    const int32_t* v = &plan_.values[i * VALUE_WORDS];
+    Tensor& t = tensors_[i];
+    for (int d = 0; d < t.rank; d++) {
+      const int32_t symbol = v[DIMS + 2 * d + 1];
+      t.dims[d] = v[DIMS + 2 * d] * (symbol < 0 ? 1 : sizes.at(symbol));
+    }
+    if (v[PLACE] != INPUT && v[PLACE] != OUTPUT) {
+      if (v[PLACE] == STATE && tensor_bytes(t) > states_[v[INDEX]]->bytes()) throw std::runtime_error("internal: a state is smaller than its shape");
+      continue;
+    }
+    const Span& span = (v[PLACE] == INPUT ? inputs : outputs).at(v[INDEX]);
+    if (span.bytes < tensor_bytes(t)) throw std::runtime_error("internal: an input or output of " + std::to_string(span.bytes) + " bytes should have " + std::to_string(tensor_bytes(t)));
+    t.data = span.data;
+  }
+  const char* failure = team.run([this](const Worker& worker) {
+    for (const Call& c : calls_) {
+      c.kernel(Operands{tensors_.data(), c.ids, c.inputs, c.outputs, c.params}, worker);
+      worker.wait();
+    }
+  });
+  if (*failure) throw std::runtime_error(failure);
+}

@@ -1,0 +1,44 @@
+// A team of threads that runs one job at a time side by side, the caller being one of them. Spins briefly, then sleeps.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+struct Barrier {
+  explicit Barrier(int count) : count(count) {}
+  void wait();
+  void fail(const char* format, long long a, long long b);
+
+  const int count;
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<uint32_t> generation{0};
+  std::atomic<bool> failed{false};
+  char message[200] = "";
+};
+
+class Team {
+ public:
+  explicit Team(int count);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  // Calls job(worker) on every thread of the team and returns when all are done; the first failure noted, or "".
+  // One job at a time: a second caller waits.
+  const char* run(const std::function<void(const Worker&)>& job);
+  int count() const { return barrier_.count; }
+
+ private:
+  void loop(int index);
+
+  std::mutex busy_;
+  Barrier barrier_;
+  const std::function<void(const Worker&)>* job_ = nullptr;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<bool> stop_{false};
+  std::vector<std::thread> threads_;
+};

@@ -1,0 +1,65 @@
+// Weights: files mapped read-only, copies where the format asked for differs from the file's. Knows no ops and no Node.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+struct FilePart {
+  std::string file;
+  uint64_t offset, bytes;
+};
+
+struct WeightSpec {
+  std::string name;
+  Dtype stored, dtype;
+  std::vector<int64_t> shape;  // as programs see it; stacked weights have one part for each of shape[0]
+  std::vector<FilePart> parts;
+};
+
+// Memory from the system, zero until written, given back when it goes.
+class Memory {
+ public:
+  explicit Memory(size_t bytes);  // throws std::runtime_error with the size when there is none
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t bytes_;
+};
+
+class Mapping;
+
+class Weights {
+ public:
+  // Throws std::runtime_error: a file that can't be opened or is shorter than its parts claim, no memory.
+  explicit Weights(const std::vector<WeightSpec>& specs);
+  ~Weights();
+
+  struct Weight {
+    Dtype dtype;
+    std::vector<int64_t> shape;
+    std::vector<void*> parts;
+  };
+  const Weight* find(const std::string& name) const;
+  size_t mapped_bytes() const;
+  size_t owned_bytes() const;
+
+ private:
+  std::vector<std::string> names_;
+  std::vector<Weight> weights_;
+  std::vector<std::unique_ptr<Mapping>> mappings_;
+  std::vector<std::unique_ptr<Memory>> owned_;
+};
+
+// Bytes of [n, k] in `dtype`.
+size_t matrix_bytes(Dtype dtype, int64_t n, int64_t k);
+// Converts [n, k] between formats, through float32; INT8 rounds to the nearest of 255 steps a row and group.
+void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
+// The same from a file, for tools.
+void convert_file_part(const FilePart& part, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);

@@ -1,0 +1,98 @@
+/** From a model folder to an engine that is ready to run: opens files, checks them, chooses formats, loads weights. */
+import type { Backend, WeightSource } from "../backend/backend.ts";
+import { nativeBackend } from "../backend/native.ts";
+import { referenceBackend } from "../backend/reference.ts";
+import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
+import { locate } from "../checkpoint/names.ts";
+import { Engine } from "../engine/engine.ts";
+import { type ErnieConfig, readConfig } from "../model/config.ts";
+import { parameters } from "../model/ernie.ts";
+import type { Dtype } from "../tensor/dtype.ts";
+
+/** Formats of the weight matrices; `auto` takes each as it is stored. Norms, biases and the router are float32 always. */
+export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8";
+
+/** Names that users of transformers also write. */
+const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
+  auto: "auto",
+  fp32: "f32",
+  float32: "f32",
+  f32: "f32",
+  fp16: "f16",
+  float16: "f16",
+  f16: "f16",
+  half: "f16",
+  bf16: "bf16",
+  bfloat16: "bf16",
+  int8: "int8",
+  q8: "int8",
+};
+
+export interface LoadOptions {
+  /** Default `auto`. */
+  readonly dtype?: WeightDtype | (string & {});
+  /** Threads that compute; default: as many as there are cores. */
+  readonly threads?: number;
+  /** `auto` and `cpu` are the native CPU backend; `reference` is the slow one in TypeScript that defines every op. Default `auto`. */
+  readonly device?: "auto" | "cpu" | "reference" | (string & {});
+  /** An instruction set by name (`scalar`, `avx2`, ...); default: the environment's `MIXTAPE_ISA`, else the best there is. */
+  readonly isa?: string;
+  /** Format of the KV cache: `fp32` or `fp16`. Default: fp32 for fp32 weights, else fp16. */
+  readonly kv_cache_dtype?: "fp32" | "fp16";
+  /** Tokens that the KV cache has room for. Default: 16 full sequences, or as many as fit half of the free memory. */
+  readonly kv_cache_tokens?: number;
+  /** Tokens of a prompt that one step computes at most. Default 512. */
+  readonly chunk_size?: number;
+}
+
+export interface LoadedModel {
+  readonly config: ErnieConfig;
+  readonly checkpoint: Checkpoint;
+  readonly engine: Engine;
+  readonly backend: Backend;
+}
+
+export function parseDtype(name: string): (typeof DTYPES)[string] {
+  const dtype = Object.hasOwn(DTYPES, name) ? DTYPES[name] : undefined;
+  if (!dtype) throw new RangeError(`dtype '${name}' is not known; known are auto, fp32, fp16, bf16, int8`);
+  return dtype;
+}
+
+/** Throws a one-line error for anything wrong with the folder, the config, a tensor or an option, before anything runs. */
+export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
+  const wanted = parseDtype(options.dtype ?? "auto");
+  const checkpoint = await openCheckpoint(folder);
+  const config = readConfig(checkpoint.config);
+  const all = parameters(config);
+  const { sources } = locate(all, checkpoint);
+  const weights = all.map((p): WeightSource => {
+    const found = sources.get(p.name);
+    if (!found) throw new Error(`internal: ${p.name} was not located`);
+    const vector = p.shape.length === 2 && p.name.endsWith("e_score_correction_bias");
+    const dtype = p.kind === "float32" ? "f32" : wanted === "auto" ? found.dtype : wanted;
+    return { name: p.name, stored: found.dtype, dtype, shape: vector ? p.shape.slice(1) : p.shape, parts: found.parts };
+  });
+  const backend = openBackend(options);
+  try {
+    const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
+    const engine = new Engine({
+      config,
+      backend,
+      weights: await backend.load(weights),
+      dtypeOf: (name) => dtypes.get(name) as Dtype,
+      kvDtype: options.kv_cache_dtype && (options.kv_cache_dtype === "fp32" ? "f32" : "f16"),
+      kvTokens: options.kv_cache_tokens,
+      maxRows: options.chunk_size,
+    });
+    return { config, checkpoint, engine, backend };
+  } catch (error) {
+    backend.dispose();
+    throw error;
+  }
+}
+
+function openBackend({ device = "auto", threads, isa }: LoadOptions): Backend {
+  if (device === "reference") return referenceBackend();
+  if (device === "auto" || device === "cpu") return nativeBackend({ threads, isa });
+  throw new RangeError(`device '${device}' is not known; known are auto, cpu, reference`);
+}

@@ -1,0 +1,116 @@
+/**
+ * The backend every other one is tested against: plain loops in TypeScript, one array a value, no tricks. Slow. It runs
+ * the graph itself, not the flat program, so it also checks the planner.
+ */
+import { open } from "node:fs/promises";
+import type { Call, Tensor } from "../graph/graph.ts";
+import type { Plan } from "../graph/plan.ts";
+import { fromF16, roundBf16 } from "../tensor/dtype.ts";
+import { BLOCK_BYTES, GROUP, TILE_ROWS } from "../tensor/int8.ts";
+import { elements, type SymbolValues } from "../tensor/shape.ts";
+import type { Backend, Numbers, Program, State, WeightSource, Weights } from "./backend.ts";
+import { KERNELS, type Operand } from "./kernels.ts";
+
+interface ReferenceWeights extends Weights {
+  readonly values: ReadonlyMap<string, Float32Array>;
+}
+interface ReferenceState extends State {
+  readonly values: Float32Array;
+}
+
+export function referenceBackend(): Backend {
+  return {
+    name: "reference",
+    threads: 1,
+
+    async load(sources: readonly WeightSource[]): Promise<ReferenceWeights> {
+      const values = new Map<string, Float32Array>();
+      for (const source of sources) values.set(source.name, await readWeight(source));
+      const ownedBytes = [...values.values()].reduce((n, v) => n + v.byteLength, 0);
+      return { names: [...values.keys()], mappedBytes: 0, ownedBytes, values, dispose: () => values.clear() };
+    },
+
+    state(_dtype, count): ReferenceState {
+      return { bytes: count * 4, values: new Float32Array(count), dispose() {} };
+    },
+
+    prepare(plan: Plan, weights: Weights, states: ReadonlyMap<string, State>): Program {
+      for (const op of plan.ops) if (!(op in KERNELS)) throw new Error(`internal: the reference backend has no kernel for the op '${op}'`);
+      const bound = new Map<number, Numbers>();
+      for (const t of plan.weights) bound.set(t.id, found((weights as ReferenceWeights).values.get(t.name ?? ""), t));
+      for (const t of plan.states) bound.set(t.id, found((states.get(t.name ?? "") as ReferenceState | undefined)?.values, t));
+      return {
+        async run(sizes, inputs, outputs) {
+          const values = new Map(bound);
+          plan.inputs.forEach((t, i) => {
+            values.set(t.id, inputs[i]);
+          });
+          plan.outputs.forEach((t, i) => {
+            values.set(t.id, outputs[i]);
+          });
+          for (const call of plan.graph.calls) runCall(call, values, sizes);
+        },
+        dispose() {},
+      };
+    },
+
+    dispose() {},
+  };
+}
+
+function runCall(call: Call, values: Map<number, Numbers>, sizes: SymbolValues): void {
+  const operand = (t: Tensor): Operand => {
+    const dims = t.shape.map((d) => elements([d], sizes));
+    let data = values.get(t.id);
+    if (!data) {
+      const n = elements(dims);
+      data = t.dtype === "i32" ? new Int32Array(n) : new Float32Array(n).fill(Number.NaN); // a kernel must write all of it
+      values.set(t.id, data);
+    }
+    return { dims, data, dtype: t.dtype };
+  };
+  KERNELS[call.op](call.inputs.map(operand), call.outputs.map(operand), call.params);
+}
+
+function found<T>(value: T | undefined, t: Tensor): T {
+  if (value === undefined) throw new Error(`internal: the ${t.kind} ${t.name} was not loaded`);
+  return value;
+}
+
+async function readWeight(source: WeightSource): Promise<Float32Array> {
+  const out = new Float32Array(elements(source.shape));
+  const each = out.length / source.parts.length;
+  for (const [i, part] of source.parts.entries()) {
+    const bytes = Buffer.alloc(part.bytes);
+    const file = await open(part.file);
+    try {
+      const { bytesRead } = await file.read(bytes, 0, part.bytes, part.offset);
+      if (bytesRead !== part.bytes) throw new Error(`${part.file}: ends within the tensor ${source.name}`);
+    } finally {
+      await file.close();
+    }
+    decode(bytes, source, out.subarray(i * each, (i + 1) * each));
+  }
+  if (source.dtype === "bf16") for (let i = 0; i < out.length; i++) out[i] = roundBf16(out[i]);
+  return out;
+}
+
+/** Stored numbers as float32. */
+export function decode(bytes: Buffer, { stored, shape }: Pick<WeightSource, "stored" | "shape">, out: Float32Array): void {
+  const k = shape[shape.length - 1];
+  const word = new DataView(new ArrayBuffer(4));
+  for (let i = 0; i < out.length; i++) {
+    if (stored === "f32") out[i] = bytes.readFloatLE(i * 4);
+    else if (stored === "f16") out[i] = fromF16(bytes.readUInt16LE(i * 2));
+    else if (stored === "bf16") {
+      word.setUint32(0, bytes.readUInt16LE(i * 2) << 16);
+      out[i] = word.getFloat32(0);
+    } else if (stored === "int8") {
+      const [r, c] = [Math.floor(i / k), i % k];
+      const block = (Math.floor(r / TILE_ROWS) * Math.ceil(k / GROUP) + Math.floor(c / GROUP)) * BLOCK_BYTES;
+      const [lane, q] = [r % TILE_ROWS, c % GROUP];
+      const scale = fromF16(bytes.readUInt16LE(block + TILE_ROWS * GROUP + lane * 2));
+      out[i] = (bytes[block + (Math.floor(q / 4) * TILE_ROWS + lane) * 4 + (q % 4)] - 128) * scale;
+    } else throw new Error(`internal: weights cannot be stored as ${stored}`);
+  }
+}

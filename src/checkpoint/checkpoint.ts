@@ -1,0 +1,193 @@
+/**
+ * A model folder as it lies on disk: its configs, and every tensor of one or many safetensors files.
+ * It knows what is stored, not what a model needs (that is `names.ts`). Weights are never read here, only headers.
+ */
+import { readdir, readFile, stat } from "node:fs/promises";
+import { join, resolve } from "node:path";
+import { CheckpointError, errorCode, errorText } from "./error.ts";
+import { type MatrixShape, readInt8Shapes } from "./int8.ts";
+import { readHeader, STORED_BITS, type StoredDtype, type TensorEntry } from "./safetensors.ts";
+
+export interface Checkpoint {
+  /** Absolute path. */
+  readonly folder: string;
+  /** `config.json` as it is. */
+  readonly config: Record<string, unknown>;
+  /** `generation_config.json` as it is, or null where there is none. */
+  readonly generationConfig: Record<string, unknown> | null;
+  /** Every stored tensor by name, of all files. */
+  readonly tensors: ReadonlyMap<string, TensorEntry>;
+  /** `__metadata__` of the files; where shards disagree on a key, the first in the order of names wins. */
+  readonly metadata: Readonly<Record<string, string>>;
+  /** Logical shapes of the tensors stored in our int8 block format; empty for other checkpoints. */
+  readonly int8: ReadonlyMap<string, MatrixShape>;
+}
+
+export const CONFIG = "config.json";
+const GENERATION_CONFIG = "generation_config.json";
+export const WEIGHTS = "model.safetensors";
+export const INDEX = "model.safetensors.index.json";
+
+/**
+ * Opens a model folder: reads its configs and the headers of its weights, and checks that they agree.
+ * @param folder holds config.json, and model.safetensors or model.safetensors.index.json with its shards
+ * @throws CheckpointError for whatever is missing, broken, or at odds
+ */
+export async function openCheckpoint(folder: string): Promise<Checkpoint> {
+  const root = resolve(folder);
+  await checkFolder(root);
+  const config = await readJson(join(root, CONFIG));
+  if (!config) throw new CheckpointError(root, `no ${CONFIG} in this folder; a checkpoint in the Hugging Face layout has one`);
+  const generationConfig = await readJson(join(root, GENERATION_CONFIG));
+  return { folder: root, config, generationConfig, ...(await openWeights(root)) };
+}
+
+/** What a checkpoint holds of one dtype. */
+export interface DtypeTotal {
+  readonly tensors: number;
+  /** Numbers, not bytes: of an int8 tensor, those of its logical shape. */
+  readonly elements: number;
+  readonly bytes: number;
+}
+
+/** Totals by stored dtype, the largest first; tensors in our block format count as `int8`. */
+export function totalsByDtype(checkpoint: Checkpoint): Map<StoredDtype | "int8", DtypeTotal> {
+  const totals = new Map<StoredDtype | "int8", DtypeTotal>();
+  for (const { name, dtype, bytes } of checkpoint.tensors.values()) {
+    const block = checkpoint.int8.get(name);
+    const elements = block ? block[0] * block[1] : (bytes * 8) / STORED_BITS[dtype];
+    const key = block ? "int8" : dtype;
+    const old = totals.get(key) ?? { tensors: 0, elements: 0, bytes: 0 };
+    totals.set(key, { tensors: old.tensors + 1, elements: old.elements + elements, bytes: old.bytes + bytes });
+  }
+  return new Map([...totals].sort(([, a], [, b]) => b.bytes - a.bytes));
+}
+
+/**
+ * The first file that a model folder lacks, of its config, weights and shards; `undefined` if all are there.
+ * Only looks whether they are there. `weights: false` looks for the config alone.
+ */
+export async function missingFile(folder: string, { weights = true } = {}): Promise<string | undefined> {
+  if (!(await exists(join(folder, CONFIG)))) return CONFIG;
+  if (!weights || (await exists(join(folder, WEIGHTS)))) return undefined;
+  if (!(await exists(join(folder, INDEX)))) return WEIGHTS;
+  for (const shard of await readShardNames(join(folder, INDEX))) if (!(await exists(join(folder, shard)))) return shard;
+  return undefined;
+}
+
+/** The files that an index of shards lists, sorted. */
+export async function readShardNames(indexFile: string): Promise<string[]> {
+  return shardNames(parseWeightMap((await readJson(indexFile))?.["weight_map"], indexFile));
+}
+
+async function openWeights(root: string): Promise<Pick<Checkpoint, "tensors" | "metadata" | "int8">> {
+  const whole = join(root, WEIGHTS);
+  if (await exists(whole)) return merge([whole]);
+  const indexFile = join(root, INDEX);
+  const index = await readJson(indexFile);
+  if (!index) throw new CheckpointError(root, `no weights: looked for ${WEIGHTS} and ${INDEX}${await foundInstead(root)}`);
+
+  const shardOf = parseWeightMap(index["weight_map"], indexFile);
+  const shards = shardNames(shardOf);
+  for (const shard of shards) {
+    if (!(await exists(join(root, shard)))) {
+      throw new CheckpointError(root, `the shard ${shard} is missing (${shards.length} are listed in ${INDEX}); fetch it again`);
+    }
+  }
+  const weights = await merge(shards.map((shard) => join(root, shard)));
+  for (const [name, shard] of shardOf) {
+    const entry = weights.tensors.get(name);
+    if (entry?.file !== join(root, shard)) {
+      const where = entry ? `it is in ${entry.file}` : "no shard holds it";
+      throw new CheckpointError(
+        indexFile,
+        `tensor ${name} is listed in ${shard}, but ${where}; the index and the shards don't belong together`,
+      );
+    }
+  }
+  return weights;
+}
+
+async function merge(files: readonly string[]): Promise<Pick<Checkpoint, "tensors" | "metadata" | "int8">> {
+  const tensors = new Map<string, TensorEntry>();
+  const int8 = new Map<string, MatrixShape>();
+  const metadata: Record<string, string> = Object.create(null);
+  for (const file of files) {
+    const header = await readHeader(file);
+    for (const [name, entry] of header.tensors) {
+      const other = tensors.get(name);
+      if (other) throw new CheckpointError(file, `tensor ${name} is also in ${other.file}; a tensor may be stored only once`);
+      tensors.set(name, entry);
+    }
+    for (const [name, shape] of readInt8Shapes(file, header)) int8.set(name, shape);
+    for (const [key, text] of Object.entries(header.metadata)) metadata[key] ??= text;
+  }
+  return { tensors, metadata, int8 };
+}
+
+function parseWeightMap(weightMap: unknown, file: string): Map<string, string> {
+  if (typeof weightMap !== "object" || weightMap === null || Array.isArray(weightMap)) {
+    throw new CheckpointError(file, "weight_map is missing or not an object");
+  }
+  const shardOf = new Map<string, string>();
+  for (const [name, shard] of Object.entries(weightMap)) {
+    if (typeof shard !== "string" || !/^[^/\\:]+\.safetensors$/.test(shard)) {
+      throw new CheckpointError(
+        file,
+        `the shard of ${name} is ${JSON.stringify(shard)}: not the name of a .safetensors file in this folder`,
+      );
+    }
+    shardOf.set(name, shard);
+  }
+  if (shardOf.size === 0) throw new CheckpointError(file, "weight_map lists no tensors");
+  return shardOf;
+}
+
+function shardNames(shardOf: ReadonlyMap<string, string>): string[] {
+  return [...new Set(shardOf.values())].sort();
+}
+
+async function checkFolder(root: string): Promise<void> {
+  try {
+    if (!(await stat(root)).isDirectory())
+      throw new CheckpointError(root, "not a folder; a checkpoint is a folder with config.json and weights");
+  } catch (cause) {
+    if (cause instanceof CheckpointError) throw cause;
+    throw new CheckpointError(root, errorCode(cause) === "ENOENT" ? "no such folder" : `can't be read (${errorText(cause)})`, { cause });
+  }
+}
+
+/** A JSON object from a file, or null if there is no such file. */
+async function readJson(file: string): Promise<Record<string, unknown> | null> {
+  let text: string;
+  try {
+    text = await readFile(file, "utf8");
+  } catch (cause) {
+    if (errorCode(cause) === "ENOENT") return null;
+    throw new CheckpointError(file, `can't be read (${errorText(cause)})`, { cause });
+  }
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (cause) {
+    throw new CheckpointError(file, `broken JSON (${errorText(cause)})`, { cause });
+  }
+  if (typeof value !== "object" || value === null || Array.isArray(value)) throw new CheckpointError(file, "not a JSON object");
+  return value as Record<string, unknown>;
+}
+
+async function exists(file: string): Promise<boolean> {
+  try {
+    await stat(file);
+    return true;
+  } catch (cause) {
+    if (errorCode(cause) === "ENOENT") return false;
+    throw new CheckpointError(file, `can't be read (${errorText(cause)})`, { cause });
+  }
+}
+
+/** A hint on weights of a format that is not read. */
+async function foundInstead(root: string): Promise<string> {
+  const others = (await readdir(root)).filter((name) => /\.(safetensors|bin|pt|pth|gguf|pdparams)$/.test(name)).sort();
+  return others.length === 0 ? "" : `; found ${others.slice(0, 3).join(", ")}${others.length > 3 ? ", …" : ""}, which is not read`;
+}

@@ -1,0 +1,168 @@
+/**
+ * Finds what a model asks for in what a checkpoint holds: the hub's layout (one tensor an expert), transformers 5's
+ * fused one, and our int8 matrices. Presence, shape and dtype are all checked here, before anything runs.
+ * It reads no bytes and knows no forward pass.
+ */
+import type { Dtype, ELEMENT_BYTES } from "../tensor/dtype.ts";
+import { int8Bytes } from "../tensor/int8.ts";
+import type { Checkpoint } from "./checkpoint.ts";
+import { CheckpointError } from "./error.ts";
+import type { Slice, StoredDtype } from "./safetensors.ts";
+
+export type { Slice } from "./safetensors.ts";
+
+/** A tensor that a model asks for, by the name it has in the hub's `-PT` checkpoints. */
+export interface Parameter {
+  /** Of stacked experts without the expert's number: `model.layers.3.mlp.experts.gate_proj.weight`. */
+  readonly name: string;
+  /** Of stacked experts with the count of experts first: [experts, rows, columns]. */
+  readonly shape: readonly number[];
+  /** Set for stacked experts: how many. Equals `shape[0]`. */
+  readonly experts?: number;
+  /** Left out of the result, instead of an error, where the checkpoint lacks it. Default false. */
+  readonly optional?: boolean;
+}
+
+/** Where a parameter's bytes are. */
+export interface Source {
+  readonly name: string;
+  readonly dtype: Dtype;
+  /** As asked for. */
+  readonly shape: readonly number[];
+  /** One, or of stacked experts one an expert, in their order. */
+  readonly parts: readonly Slice[];
+}
+
+export interface Located {
+  /** By parameter name, in the order asked for. */
+  readonly sources: Map<string, Source>;
+  /** Stored tensors that nobody asked for and that are not known to be superfluous. */
+  readonly unused: string[];
+}
+
+/** A part of a parameter as stored. */
+interface Part {
+  readonly dtype: Dtype;
+  readonly slice: Slice;
+}
+
+const DTYPES: Partial<Record<StoredDtype, keyof typeof ELEMENT_BYTES>> = { F32: "f32", F16: "f16", BF16: "bf16" };
+const CORRECTION_BIAS = /\.mlp\.moe_statics\.e_score_correction_bias$/;
+/** Multi-token prediction, which transformers ignores too; RoPE tables of old files; the head where it is tied. */
+const SUPERFLUOUS = /(^|\.)mtp_|\.rotary_emb\.inv_freq$|^lm_head\.weight$/;
+
+/**
+ * Finds every parameter in a checkpoint.
+ * @throws CheckpointError naming the first tensor that is missing, or of another shape or dtype than the model's
+ */
+export function locate(parameters: Iterable<Parameter>, checkpoint: Checkpoint): Located {
+  const reader = new Reader(checkpoint);
+  const sources = new Map<string, Source>();
+  const missing: string[] = [];
+  for (const parameter of parameters) {
+    const { name, shape, optional } = parameter;
+    const parts = reader.parts(parameter);
+    if (typeof parts !== "string")
+      sources.set(name, { name, dtype: sameDtype(parameter, parts, checkpoint), shape, parts: parts.map((p) => p.slice) });
+    else if (!optional) missing.push(parts);
+  }
+  if (missing.length > 0) throw new CheckpointError(checkpoint.folder, missingText(missing));
+  const unused = [...checkpoint.tensors.keys()].filter((name) => !reader.used.has(name) && !SUPERFLUOUS.test(name));
+  return { sources, unused };
+}
+
+function missingText(missing: readonly string[]): string {
+  const others = missing.length > 1 ? ` (and ${missing.length - 1} more of the model's tensors)` : "";
+  const first = missing.find((name) => !CORRECTION_BIAS.test(name));
+  if (first !== undefined) return `tensor ${first} is missing${others}; the files are incomplete or config.json is another model's`;
+  return `the correction bias ${missing[0]} is missing${others}: routing without it is wrong, so the checkpoint is refused`;
+}
+
+/** Looks tensors up in a checkpoint, and remembers which were used. */
+class Reader {
+  readonly used = new Set<string>();
+  private readonly checkpoint: Checkpoint;
+
+  constructor(checkpoint: Checkpoint) {
+    this.checkpoint = checkpoint;
+  }
+
+  /** The parts of a parameter; or, if it is not there, the name of the tensor that is missing. */
+  parts({ name, shape, experts }: Parameter): readonly Part[] | string {
+    if (experts === undefined) {
+      const part = this.tensor(name, shape) ?? this.tensor(renamed(name), shape);
+      return part ? [part] : name;
+    }
+    if (shape[0] !== experts) throw new Error(`internal: ${name} [${shape}] does not have ${experts} experts first`);
+    return this.fused(name, shape) ?? this.separate(name, shape);
+  }
+
+  private tensor(name: string, shape: readonly number[]): Part | undefined {
+    const entry = this.checkpoint.tensors.get(name);
+    if (!entry) return undefined;
+    this.used.add(name);
+    const block = this.checkpoint.int8.get(name);
+    this.checkShape(name, block ?? entry.shape, shape);
+    const dtype = block ? "int8" : DTYPES[entry.dtype];
+    if (!dtype) throw this.fail(`tensor ${name} is stored as ${entry.dtype}; F32, F16, BF16 and mixtape's int8 are read`);
+    const bytes = block ? int8Bytes(...block) : entry.bytes;
+    return { dtype, slice: { file: entry.file, offset: entry.offset, bytes } };
+  }
+
+  /** Stacked experts as one tensor each: `experts.0.gate_proj.weight`, `experts.1.…`. */
+  private separate(name: string, shape: readonly number[]): readonly Part[] | string {
+    const parts: Part[] = [];
+    for (let e = 0; e < (shape[0] ?? 0); e++) {
+      const own = name.replace(".experts.", `.experts.${e}.`);
+      const part = this.tensor(own, shape.slice(1));
+      if (!part) return own;
+      parts.push(part);
+    }
+    return parts;
+  }
+
+  /**
+   * Stacked experts in one tensor, as transformers 5 holds them: `experts.down_proj` [E, H, I], and
+   * `experts.gate_up_proj` [E, 2I, H] with an expert's gate rows before its up rows. That layout has no biases.
+   */
+  private fused(name: string, shape: readonly number[]): readonly Part[] | undefined {
+    const match = /^(.*\.experts)\.(gate|up|down)_proj\.weight$/.exec(name);
+    if (!match) return undefined;
+    const [, prefix, which] = match;
+    const halves = which === "down" ? 1 : 2;
+    const [experts = 0, rows = 0, columns = 0] = shape;
+    const stored = `${prefix}.${which === "down" ? "down_proj" : "gate_up_proj"}`;
+    const whole = this.tensor(stored, [experts, halves * rows, columns]);
+    if (!whole) return undefined;
+    const bytes = whole.slice.bytes / (experts * halves);
+    const first = whole.slice.offset + (which === "up" ? bytes : 0);
+    return Array.from({ length: experts }, (_, e) => ({
+      dtype: whole.dtype,
+      slice: { file: whole.slice.file, offset: first + e * halves * bytes, bytes },
+    }));
+  }
+
+  private checkShape(name: string, seen: readonly number[], expected: readonly number[]): void {
+    if (seen.length === expected.length && seen.every((n, i) => n === expected[i])) return;
+    throw this.fail(`tensor ${name} has the shape [${seen.join(", ")}], config.json makes it [${expected.join(", ")}]`);
+  }
+
+  private fail(what: string): CheckpointError {
+    return new CheckpointError(this.checkpoint.folder, what);
+  }
+}
+
+/** The name in transformers 5's layout of a tensor that is plain in both. */
+function renamed(name: string): string {
+  return name.replace(CORRECTION_BIAS, ".mlp.gate.moe_statics.e_score_correction_bias");
+}
+
+function sameDtype({ name }: Parameter, parts: readonly Part[], checkpoint: Checkpoint): Dtype {
+  const dtype = parts[0]?.dtype ?? "f32";
+  const other = parts.findIndex((part) => part.dtype !== dtype);
+  if (other < 0) return dtype;
+  throw new CheckpointError(
+    checkpoint.folder,
+    `${name}: expert 0 is ${dtype}, expert ${other} is ${parts[other]?.dtype}; experts of a layer share one dtype`,
+  );
+}

@@ -1,0 +1,129 @@
+/**
+ * Talks to a hub over HTTP: who we are, which answers are worth another try, and what a refusal means in one line.
+ * It knows neither the cache nor what is fetched.
+ */
+import { CheckpointError, errorText } from "./error.ts";
+
+/** One hub, for one repository. */
+export interface Remote {
+  /** For example `https://huggingface.co`; without a slash at the end. */
+  readonly endpoint: string;
+  /** The repository's id, for errors. */
+  readonly id: string;
+  readonly revision: string;
+  readonly token: string | undefined;
+  readonly signal: AbortSignal | undefined;
+  /** Before the second attempt; doubled for each after that. */
+  readonly retryDelayMs: number;
+}
+
+/** Attempts in a row that may fail before the failure is reported. */
+export const ATTEMPTS = 5;
+
+/** A failure that another attempt may cure: no connection, a connection cut, a server's own fault. */
+export class Unavailable extends Error {
+  override readonly name = "Unavailable";
+}
+
+/**
+ * `fetch` for a hub: with its token (sent to that origin alone), and with refusals as errors.
+ * @throws Unavailable, CheckpointError for a refusal, or the reason of the signal
+ */
+export function remoteFetch(remote: Remote): typeof fetch {
+  return async (input, init) => {
+    const url = input instanceof Request ? input.url : String(input);
+    const headers = new Headers(init?.headers);
+    if (remote.token && new URL(url).origin === new URL(remote.endpoint).origin) headers.set("authorization", `Bearer ${remote.token}`);
+    let response: Response;
+    try {
+      response = await fetch(input, { ...init, headers, ...(remote.signal && { signal: remote.signal }) });
+    } catch (cause) {
+      remote.signal?.throwIfAborted();
+      throw new Unavailable(`can't reach ${remote.endpoint} (${networkText(cause)})`, { cause });
+    }
+    if (response.ok) return response;
+    await response.body?.cancel();
+    throw refusal(remote, url, response);
+  };
+}
+
+/**
+ * Runs an operation until it succeeds, up to `attempts` times, with growing delays. A body cut halfway shows as a
+ * `TypeError` or broken JSON of the library's, and is tried again too.
+ * @throws the last Unavailable, whatever else the operation throws, or the reason of the signal
+ */
+export async function retrying<T>(remote: Remote, attempts: number, operation: () => Promise<T>): Promise<T> {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await operation();
+    } catch (error) {
+      remote.signal?.throwIfAborted();
+      const failure = asUnavailable(remote, error);
+      if (!failure) throw error;
+      if (attempt >= attempts)
+        throw attempt === 1 ? failure : new Unavailable(`${failure.message}, ${attempt} times in a row`, { cause: error });
+    }
+    await delay(remote, attempt);
+  }
+}
+
+/** Waits before attempt `attempt + 1`. */
+export async function delay(remote: Remote, attempt: number): Promise<void> {
+  await new Promise<void>((resolve) => {
+    const done = () => {
+      clearTimeout(timer);
+      remote.signal?.removeEventListener("abort", done);
+      resolve();
+    };
+    const timer = setTimeout(done, remote.retryDelayMs * 2 ** (attempt - 1));
+    remote.signal?.addEventListener("abort", done);
+  });
+  remote.signal?.throwIfAborted();
+}
+
+/** What a network failure says: Node wraps the reason in "fetch failed". */
+export function networkText(error: unknown): string {
+  const cause = error instanceof Error ? error.cause : undefined;
+  if (cause instanceof AggregateError && cause.errors.length > 0) return errorText(cause.errors[0]);
+  return errorText(cause ?? error);
+}
+
+function asUnavailable(remote: Remote, error: unknown): Unavailable | undefined {
+  if (error instanceof Unavailable) return error;
+  if (error instanceof TypeError || error instanceof SyntaxError) {
+    return new Unavailable(`${remote.endpoint} gave half an answer (${networkText(error)})`, { cause: error });
+  }
+  return undefined;
+}
+
+function refusal({ endpoint, id, revision, token }: Remote, url: string, { status, headers }: Response): Error {
+  if (status >= 500 || status === 408 || status === 429) {
+    return new Unavailable(status === 429 ? `${endpoint} answers 429, too many requests` : `${endpoint} answers ${status}`);
+  }
+  const said = headers.get("x-error-message");
+  const why = said ? ` ("${said.slice(0, 200)}")` : "";
+  switch (status) {
+    case 401:
+    case 403: {
+      const remedy = token
+        ? "the token that was sent may not read it: ask for access, or set another HF_TOKEN"
+        : "set HF_TOKEN to a token that may read it";
+      const what = `${endpoint} answers ${status}${why}: private, gated or not there, and no local folder has this name`;
+      return new CheckpointError(id, `${what}; ${remedy}`);
+    }
+    case 404:
+      switch (headers.get("x-error-code")) {
+        case "RevisionNotFound":
+          return new CheckpointError(id, `no revision ${revision} at ${endpoint} (404); check the branch, tag or commit`);
+        case "EntryNotFound":
+          return new CheckpointError(id, `no file ${new URL(url).pathname} at ${endpoint} (404)`);
+        default:
+          return new CheckpointError(
+            id,
+            `not found: no repository (or revision ${revision}) at ${endpoint} (404), and no local folder has this name`,
+          );
+      }
+    default:
+      return new CheckpointError(id, `${endpoint} answers ${status}${why} to ${url}`);
+  }
+}

@@ -1,0 +1,143 @@
+/**
+ * Writes a safetensors file, one tensor at a time: header first, then the bytes, to a temporary name that is renamed
+ * at the end, so a reader sees the whole file or none. It knows no model and no quantisation.
+ */
+import { randomUUID } from "node:crypto";
+import { type FileHandle, open, rename, rm } from "node:fs/promises";
+import { dirname, resolve } from "node:path";
+import { CheckpointError, errorCode, errorText } from "./error.ts";
+import { MAX_HEADER_BYTES, PREFIX_BYTES, STORED_BITS, type StoredDtype, storedBytes } from "./safetensors.ts";
+
+/** One tensor to write. `data` may be a function, called once when its turn comes, so that one tensor is held at a time. */
+export interface TensorData {
+  readonly name: string;
+  readonly dtype: StoredDtype;
+  readonly shape: readonly number[];
+  readonly data: Uint8Array | (() => Promise<Uint8Array>);
+}
+
+const ALIGNMENT_BYTES = 64;
+const CHUNK_BYTES = 64 * 2 ** 20;
+
+/**
+ * Writes a safetensors file. The tensors' bytes start at a multiple of 64, and tensors whose size is a multiple of 64
+ * come first, so each of those starts at one too; the format allows no gaps, so of the rest the less even come last.
+ * Every name, dtype and shape is needed before the first byte; data is asked for afterwards, in the order of the file.
+ * @param metadata the file's `__metadata__`; none by default
+ * @throws CheckpointError for a bad tensor, data of the wrong size, or a disk that is full; errors of a `data` function
+ * pass through. Nothing is left behind, and a file already at `path` stays as it was.
+ */
+export async function writeSafetensors(
+  path: string,
+  tensors: Iterable<TensorData> | AsyncIterable<TensorData>,
+  metadata?: Readonly<Record<string, string>>,
+): Promise<void> {
+  const file = resolve(path);
+  const sized: { tensor: TensorData; bytes: number }[] = [];
+  for await (const tensor of tensors) sized.push({ tensor, bytes: checkedBytes(file, tensor) });
+  sized.sort((a, b) => evenness(b.bytes) - evenness(a.bytes));
+  const header = makeHeader(file, sized, metadata);
+  const total = sized.reduce((sum, { bytes }) => sum + bytes, header.byteLength);
+
+  const temporary = `${file}.${randomUUID()}.tmp`;
+  let handle: FileHandle | undefined;
+  try {
+    handle = await atFile(file, total, () => open(temporary, "wx"));
+    await writeAll(handle, header, file, total);
+    for (const { tensor, bytes } of sized) {
+      const data = typeof tensor.data === "function" ? await tensor.data() : tensor.data;
+      if (data.byteLength !== bytes) {
+        throw new CheckpointError(
+          file,
+          `tensor ${tensor.name}: ${data.byteLength} bytes given, ${tensor.dtype} [${tensor.shape}] takes ${bytes}`,
+        );
+      }
+      await writeAll(handle, data, file, total);
+    }
+    const written = handle;
+    await atFile(file, total, () => written.sync());
+    handle = undefined;
+    await atFile(file, total, () => written.close());
+    await atFile(file, total, () => rename(temporary, file));
+  } catch (error) {
+    try {
+      await handle?.close();
+    } finally {
+      await rm(temporary, { force: true });
+    }
+    throw error;
+  }
+  await syncFolder(dirname(file));
+}
+
+function checkedBytes(file: string, { name, dtype, shape }: TensorData): number {
+  const bytes = Object.hasOwn(STORED_BITS, dtype) && shape.every((n) => n >= 0) ? storedBytes(dtype, shape) : undefined;
+  if (bytes === undefined) throw new CheckpointError(file, `tensor ${name}: ${dtype} [${shape}] can't be stored`);
+  return bytes;
+}
+
+/** The largest power of two, 64 at most, that divides the size: it keeps what follows as aligned as it was. */
+function evenness(bytes: number): number {
+  for (let power = ALIGNMENT_BYTES; power > 1; power /= 2) if (bytes % power === 0) return power;
+  return 1;
+}
+
+function makeHeader(
+  file: string,
+  sized: readonly { tensor: TensorData; bytes: number }[],
+  metadata: Readonly<Record<string, string>> | undefined,
+): Buffer {
+  const entries = new Map<string, unknown>();
+  if (metadata) entries.set("__metadata__", metadata);
+  let offset = 0;
+  for (const { tensor, bytes } of sized) {
+    if (tensor.name === "__metadata__") throw new CheckpointError(file, "a tensor can't be named __metadata__");
+    if (entries.has(tensor.name)) throw new CheckpointError(file, `two tensors are named ${tensor.name}`);
+    entries.set(tensor.name, { dtype: tensor.dtype, shape: tensor.shape, data_offsets: [offset, offset + bytes] });
+    offset += bytes;
+  }
+  const json = Buffer.from(JSON.stringify(Object.fromEntries(entries)));
+  const padded = Math.ceil((PREFIX_BYTES + json.byteLength) / ALIGNMENT_BYTES) * ALIGNMENT_BYTES;
+  if (padded - PREFIX_BYTES > MAX_HEADER_BYTES) throw new CheckpointError(file, `a header of ${padded} bytes is beyond the format's limit`);
+  const header = Buffer.alloc(padded, 0x20);
+  header.writeBigUInt64LE(BigInt(padded - PREFIX_BYTES));
+  json.copy(header, PREFIX_BYTES);
+  return header;
+}
+
+async function writeAll(handle: FileHandle, data: Uint8Array, file: string, total: number): Promise<void> {
+  for (let done = 0; done < data.byteLength; ) {
+    const { bytesWritten } = await atFile(file, total, () => handle.write(data, done, Math.min(data.byteLength - done, CHUNK_BYTES)));
+    done += bytesWritten;
+  }
+}
+
+/** Runs one operation on the file; a system error becomes one line that says what to do. */
+async function atFile<T>(file: string, total: number, operation: () => Promise<T>): Promise<T> {
+  try {
+    return await operation();
+  } catch (cause) {
+    switch (errorCode(cause)) {
+      case "ENOSPC":
+      case "EDQUOT":
+        throw new CheckpointError(file, `the disk is full: ${total} bytes are needed in ${dirname(file)}; free some and run again`, {
+          cause,
+        });
+      case "ENOENT":
+        throw new CheckpointError(file, `can't be written: no folder ${dirname(file)}`, { cause });
+      default:
+        throw new CheckpointError(file, `can't be written (${errorText(cause)})`, { cause });
+    }
+  }
+}
+
+/** Makes the rename itself durable. Windows can't open a folder, and needs no such step. */
+async function syncFolder(folder: string): Promise<void> {
+  if (process.platform === "win32") return;
+  const handle = await open(folder, "r");
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}

@@ -1,0 +1,111 @@
+/** The planned programs of one model: traced and planned when first needed, for a few sizes, then reused. */
+import type { Backend, Program, State, Weights } from "../backend/backend.ts";
+import { Graph, type KvCache, type Tensor } from "../graph/graph.ts";
+import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops.ts";
+import { type Plan, plan } from "../graph/plan.ts";
+import type { ErnieConfig } from "../model/config.ts";
+import { bindWeights, type Forward, forward } from "../model/ernie.ts";
+import type { Dtype } from "../tensor/dtype.ts";
+import { symbol } from "../tensor/shape.ts";
+import { BLOCK_TOKENS } from "./blocks.ts";
+
+/** What a program hands over: sampled tokens (`logits` too), or what the model computes on the way. */
+export type Purpose = "sample" | "sample+logits" | "logits" | "inspect";
+
+/** A program and what its outputs are, in order. */
+export interface Prepared {
+  readonly program: Program;
+  readonly plan: Plan;
+  /** Of the purpose "inspect": which outputs are which. */
+  readonly forward: Forward;
+}
+
+export interface KvLayout {
+  readonly dtype: "f32" | "f16";
+  readonly blocks: number;
+}
+
+const UNBOUNDED = 2 ** 31 - 1; // sizes that take no arena memory
+
+export class Programs {
+  readonly #config: ErnieConfig;
+  readonly #dtypeOf: (parameter: string) => Dtype;
+  readonly #backend: Backend;
+  readonly #weights: Weights;
+  readonly #kv: KvLayout;
+  readonly #states = new Map<string, State>();
+  readonly #prepared = new Map<string, Prepared>();
+
+  constructor(config: ErnieConfig, dtypeOf: (parameter: string) => Dtype, backend: Backend, weights: Weights, kv: KvLayout) {
+    this.#config = config;
+    this.#dtypeOf = dtypeOf;
+    this.#backend = backend;
+    this.#weights = weights;
+    this.#kv = kv;
+    for (let i = 0; i < config.layers; i++)
+      for (const name of [`keys.${i}`, `values.${i}`])
+        this.#states.set(name, backend.state(kv.dtype, kv.blocks * config.kvHeads * config.headDim * BLOCK_TOKENS));
+  }
+
+  /** A program with room for `rows` rows; made once for each power of two. */
+  for(purpose: Purpose, rows: number): Prepared {
+    const capacity = 2 ** Math.ceil(Math.log2(rows));
+    const key = `${purpose}:${capacity}`;
+    const made = this.#prepared.get(key) ?? this.#prepare(purpose, capacity);
+    this.#prepared.set(key, made);
+    return made;
+  }
+
+  #prepare(purpose: Purpose, rows: number): Prepared {
+    const config = this.#config;
+    const g = new Graph();
+    const weights = bindWeights(g, config, this.#dtypeOf);
+    const inputs = {
+      ids: g.input("ids", [symbol("rows")], "i32"),
+      positions: g.input("positions", [symbol("rows")], "i32"),
+      segments: g.input("segments", [symbol("sequences"), 3], "i32"),
+      pages: g.input("pages", [symbol("sequences"), symbol("pages")], "i32"),
+      picked: g.input("picked", [symbol("outs")], "i32"),
+    };
+    const { kvHeads, headDim } = config;
+    const caches = Array.from(
+      { length: config.layers },
+      (_, i): KvCache => ({
+        keys: g.state(`keys.${i}`, [this.#kv.blocks, kvHeads, headDim, BLOCK_TOKENS], this.#kv.dtype),
+        values: g.state(`values.${i}`, [this.#kv.blocks, kvHeads, BLOCK_TOKENS, headDim], this.#kv.dtype),
+      }),
+    );
+    const traced = forward(g, config, weights, inputs, caches);
+    const outputs = purpose.startsWith("sample")
+      ? this.#sampled(g, traced.logits, purpose === "sample+logits")
+      : outputsOf(traced, purpose);
+    const capacity = { rows, outs: rows, sequences: UNBOUNDED, pages: UNBOUNDED, history: UNBOUNDED, biases: UNBOUNDED };
+    const planned = plan(g, outputs, capacity);
+    return { program: this.#backend.prepare(planned, this.#weights, this.#states), plan: planned, forward: traced };
+  }
+
+  #sampled(g: Graph, logits: Tensor, withLogits: boolean): Tensor[] {
+    const sampling = {
+      floats: g.input("floats", [symbol("outs"), SAMPLING_FLOATS.length], "f32"),
+      ints: g.input("ints", [symbol("outs"), SAMPLING_INTS.length], "i32"),
+      history: g.input("history", [symbol("history")], "i32"),
+      biasIds: g.input("biasIds", [symbol("biases")], "i32"),
+      biasValues: g.input("biasValues", [symbol("biases")], "f32"),
+    };
+    const { ids, logprobs } = g.sample(logits, g.processLogits(logits, sampling), sampling);
+    return withLogits ? [ids, logprobs, logits] : [ids, logprobs];
+  }
+
+  dispose(): void {
+    for (const { program } of this.#prepared.values()) program.dispose();
+    this.#prepared.clear();
+    for (const state of this.#states.values()) state.dispose();
+    this.#states.clear();
+  }
+}
+
+/** Logits; of the purpose "inspect" then the hidden states, then logits, experts and weights of each mixture layer. */
+function outputsOf({ logits, hiddenStates, routing }: Forward, purpose: Purpose): Tensor[] {
+  if (purpose === "logits") return [logits];
+  return [logits, ...hiddenStates, ...routing.flatMap((r) => [r.logits, r.experts, r.weights])];
+}

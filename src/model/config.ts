@@ -1,0 +1,165 @@
+/** What `config.json` says of an ERNIE-4.5 model, checked and with transformers' defaults filled in. Knows no weights. */
+
+export interface ErnieConfig {
+  readonly architecture: "Ernie4_5_MoeForCausalLM" | "Ernie4_5ForCausalLM";
+  readonly vocabSize: number;
+  readonly hiddenSize: number;
+  /** Width of the dense layers' MLP. */
+  readonly intermediateSize: number;
+  readonly layers: number;
+  readonly heads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly maxPositions: number;
+  readonly normEps: number;
+  readonly ropeTheta: number;
+  readonly tied: boolean;
+  readonly useBias: boolean;
+  /** Null for a dense model. */
+  readonly moe: MoeConfig | null;
+  /** Ids that end a text; generation_config.json may name others. */
+  readonly eosTokenIds: readonly number[];
+  readonly bosTokenId: number | null;
+  readonly padTokenId: number | null;
+}
+
+export interface MoeConfig {
+  readonly experts: number;
+  /** Experts chosen for each token. */
+  readonly chosen: number;
+  /** Width of one expert. */
+  readonly width: number;
+  readonly sharedExperts: number;
+  readonly normMin: number;
+  readonly startLayer: number;
+  /** Inclusive. */
+  readonly endLayer: number;
+  readonly interval: number;
+}
+
+/** `config.json` describes a model that cannot be run; says which field and why. */
+export class ConfigError extends Error {
+  override name = "ConfigError";
+}
+
+const ARCHITECTURES = ["Ernie4_5_MoeForCausalLM", "Ernie4_5ForCausalLM"] as const;
+const BY_MODEL_TYPE: Record<string, ErnieConfig["architecture"]> = {
+  ernie4_5_moe: "Ernie4_5_MoeForCausalLM",
+  ernie4_5: "Ernie4_5ForCausalLM",
+};
+
+/** Throws ConfigError on an unknown architecture (listing the known ones), a missing or impossible value, or an unsupported feature. */
+export function readConfig(raw: Record<string, unknown>): ErnieConfig {
+  const architecture = readArchitecture(raw);
+  const whole = (name: string, fallback?: number, least = 1): number => {
+    const v = raw[name] ?? fallback;
+    if (typeof v !== "number" || !Number.isInteger(v) || v < least)
+      throw new ConfigError(`config.json: ${name} is ${show(raw[name])}, not a whole number of at least ${least}`);
+    return v;
+  };
+  const real = (name: string, fallback: number): number => {
+    const v = raw[name] ?? fallback;
+    if (typeof v !== "number" || !(v >= 0)) throw new ConfigError(`config.json: ${name} is ${show(raw[name])}, not a number of at least 0`);
+    return v;
+  };
+  const flag = (name: string, fallback: boolean): boolean => {
+    const v = raw[name] ?? fallback;
+    if (typeof v !== "boolean") throw new ConfigError(`config.json: ${name} is ${show(v)}, not true or false`);
+    return v;
+  };
+
+  const act = raw["hidden_act"] ?? "silu";
+  if (act !== "silu")
+    throw new ConfigError(`config.json: hidden_act is ${show(act)}; ERNIE-4.5 uses "silu", and nothing else is supported`);
+  const hiddenSize = whole("hidden_size");
+  const heads = whole("num_attention_heads");
+  const kvHeads = whole("num_key_value_heads", heads);
+  if (heads % kvHeads)
+    throw new ConfigError(`config.json: num_attention_heads (${heads}) is no multiple of num_key_value_heads (${kvHeads})`);
+  if (raw["head_dim"] == null && hiddenSize % heads)
+    throw new ConfigError(
+      `config.json: hidden_size (${hiddenSize}) is no multiple of num_attention_heads (${heads}) and head_dim is not given`,
+    );
+  const headDim = whole("head_dim", hiddenSize / heads);
+  if (headDim % 2 || headDim > 512) throw new ConfigError(`config.json: a head width of ${headDim} is not supported: even, at most 512`);
+  const layers = whole("num_hidden_layers");
+
+  return {
+    architecture,
+    vocabSize: whole("vocab_size"),
+    hiddenSize,
+    intermediateSize: whole("intermediate_size"),
+    layers,
+    heads,
+    kvHeads,
+    headDim,
+    maxPositions: whole("max_position_embeddings", 131072),
+    normEps: real("rms_norm_eps", 1e-5),
+    ropeTheta: readRope(raw),
+    tied: flag("tie_word_embeddings", true),
+    useBias: flag("use_bias", false),
+    moe: architecture === "Ernie4_5_MoeForCausalLM" ? readMoe(whole, real, layers) : null,
+    eosTokenIds: readIds(raw["eos_token_id"] ?? 2, "eos_token_id"),
+    bosTokenId: raw["bos_token_id"] == null ? null : whole("bos_token_id", undefined, 0),
+    padTokenId: raw["pad_token_id"] == null ? null : whole("pad_token_id", undefined, 0),
+  };
+}
+
+/** True if layer `i` (from 0) is a mixture of experts. */
+export function isMoeLayer(config: ErnieConfig, i: number): boolean {
+  const { moe } = config;
+  return moe !== null && (i + 1) % moe.interval === 0 && i >= moe.startLayer && i <= moe.endLayer;
+}
+
+/** A token id or a list of them, as `eos_token_id` may be. */
+export function readIds(value: unknown, name: string): number[] {
+  const ids = Array.isArray(value) ? value : [value];
+  if (!ids.every((id) => Number.isInteger(id) && id >= 0))
+    throw new ConfigError(`${name} is ${show(value)}, not a token id or a list of them`);
+  return ids;
+}
+
+function readArchitecture(raw: Record<string, unknown>): ErnieConfig["architecture"] {
+  const named = Array.isArray(raw["architectures"]) ? raw["architectures"] : [];
+  const known = ARCHITECTURES.find((a) => named.includes(a));
+  if (known) return known;
+  const byType = BY_MODEL_TYPE[String(raw["model_type"])];
+  if (byType && named.length === 0) return byType;
+  const seen = named.length ? named.map(String).join(", ") : show(raw["model_type"]);
+  throw new ConfigError(`config.json: the architecture ${seen} is not supported; supported are ${ARCHITECTURES.join(", ")}`);
+}
+
+function readRope(raw: Record<string, unknown>): number {
+  const rope = (raw["rope_parameters"] ?? raw["rope_scaling"] ?? {}) as Record<string, unknown>;
+  if (typeof rope !== "object") throw new ConfigError(`config.json: rope_parameters is ${show(rope)}, not an object`);
+  const type = rope["rope_type"] ?? rope["type"] ?? "default";
+  if (type !== "default") throw new ConfigError(`config.json: the RoPE type ${show(type)} is not supported; ERNIE-4.5 uses "default"`);
+  if ((rope["partial_rotary_factor"] ?? raw["partial_rotary_factor"] ?? 1) !== 1)
+    throw new ConfigError("config.json: a partial_rotary_factor other than 1 is not supported");
+  const theta = rope["rope_theta"] ?? raw["rope_theta"] ?? 500000;
+  if (typeof theta !== "number" || !(theta > 0)) throw new ConfigError(`config.json: rope_theta is ${show(theta)}, not a number above 0`);
+  return theta;
+}
+
+type ReadNumber = (name: string, fallback: number, least?: number) => number;
+
+function readMoe(whole: ReadNumber, real: ReadNumber, layers: number): MoeConfig {
+  const experts = whole("moe_num_experts", 64);
+  const chosen = whole("moe_k", 6);
+  if (chosen > experts) throw new ConfigError(`config.json: moe_k (${chosen}) is more than moe_num_experts (${experts})`);
+  const endLayer = whole("moe_layer_end_index", -1, -1);
+  return {
+    experts,
+    chosen,
+    width: whole("moe_intermediate_size", 1536),
+    sharedExperts: whole("moe_num_shared_experts", 2, 0),
+    normMin: real("moe_norm_min", 1e-12),
+    startLayer: whole("moe_layer_start_index", 1, 0),
+    endLayer: endLayer === -1 ? layers - 1 : endLayer,
+    interval: whole("moe_layer_interval", 1),
+  };
+}
+
+function show(value: unknown): string {
+  return value === undefined ? "missing" : JSON.stringify(value);
+}

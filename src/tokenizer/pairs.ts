@@ -1,0 +1,48 @@
+// A hash table from a pair of symbols to their merge. Knows nothing of text; symbols are 32-bit integers of either sign.
+
+/** Merges by pair. Open addressing over typed arrays: a `Map` keyed by strings or doubles is several times slower here. */
+export class Pairs {
+  private readonly mask: number;
+  private readonly lefts: Int32Array;
+  private readonly rights: Int32Array;
+  private readonly ranks: Int32Array;
+  private readonly results: Int32Array;
+
+  /** Room for up to `count` pairs. */
+  constructor(count: number) {
+    let capacity = 16;
+    while (capacity < 2 * count) capacity *= 2;
+    this.mask = capacity - 1;
+    this.lefts = new Int32Array(capacity);
+    this.rights = new Int32Array(capacity);
+    this.ranks = new Int32Array(capacity).fill(-1);
+    this.results = new Int32Array(capacity);
+  }
+
+  /** Sets the merge of a pair; a later one replaces an earlier one. */
+  set(left: number, right: number, rank: number, result: number): void {
+    const slot = this.slot(left, right);
+    this.lefts[slot] = left;
+    this.rights[slot] = right;
+    this.ranks[slot] = rank;
+    this.results[slot] = result;
+  }
+
+  /** The slot of a pair, for `rank` and `result`. */
+  slot(left: number, right: number): number {
+    let hash = Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b);
+    hash = Math.imul(hash ^ (hash >>> 15), 0x2c1b3c6d);
+    let slot = (hash ^ (hash >>> 13)) & this.mask;
+    while (this.ranks[slot] !== -1 && (this.lefts[slot] !== left || this.rights[slot] !== right)) slot = (slot + 1) & this.mask;
+    return slot;
+  }
+
+  /** Lower merges earlier; -1 where the pair does not merge. */
+  rank(slot: number): number {
+    return this.ranks[slot] ?? -1;
+  }
+
+  result(slot: number): number {
+    return this.results[slot] ?? 0;
+  }
+}

@@ -1,0 +1,229 @@
+// Reads `tokenizer.model` (SentencePiece, BPE) into a definition whose ids equal those of the sentencepiece library.
+// Merges follow the scores of the merged pieces, as there, and not a list of ranked pairs: overlaps of equal score would differ.
+// Knows nothing of tokenizer_config.json.
+import protobuf from "protobufjs/light.js";
+import type { AddedToken } from "./added.ts";
+import { Bpe } from "./bpe.ts";
+import { CharsMap } from "./charsmap.ts";
+import { type Definition, identity } from "./definition.ts";
+import { TokenizerError } from "./error.ts";
+import { addedToken, byteTokens } from "./json.ts";
+import { Matcher } from "./matcher.ts";
+import { Pairs } from "./pairs.ts";
+
+/** Field numbers of sentencepiece_model.proto; what is not listed is skipped. */
+const schema = {
+  nested: {
+    SentencePiece: {
+      fields: { piece: { id: 1, type: "string" }, score: { id: 2, type: "float" }, type: { id: 3, type: "int32", options: { default: 1 } } },
+    },
+    TrainerSpec: {
+      fields: {
+        modelType: { id: 3, type: "int32", options: { default: 1 } },
+        treatWhitespaceAsSuffix: { id: 24, type: "bool" },
+        byteFallback: { id: 35, type: "bool" },
+        bosId: { id: 41, type: "int32", options: { default: 1 } },
+        eosId: { id: 42, type: "int32", options: { default: 2 } },
+        padId: { id: 43, type: "int32", options: { default: -1 } },
+      },
+    },
+    NormalizerSpec: {
+      fields: {
+        precompiledCharsmap: { id: 2, type: "bytes" },
+        addDummyPrefix: { id: 3, type: "bool", options: { default: true } },
+        removeExtraWhitespaces: { id: 4, type: "bool", options: { default: true } },
+        escapeWhitespaces: { id: 5, type: "bool", options: { default: true } },
+      },
+    },
+    ModelProto: {
+      fields: {
+        pieces: { id: 1, rule: "repeated", type: "SentencePiece" },
+        trainerSpec: { id: 2, type: "TrainerSpec" },
+        normalizerSpec: { id: 3, type: "NormalizerSpec" },
+      },
+    },
+  },
+};
+
+interface Piece {
+  readonly piece: string;
+  readonly score: number;
+  readonly type: number;
+}
+
+interface NormalizerSpec {
+  readonly precompiledCharsmap: Uint8Array;
+  readonly addDummyPrefix: boolean;
+  readonly removeExtraWhitespaces: boolean;
+  readonly escapeWhitespaces: boolean;
+}
+
+interface ModelProto {
+  readonly pieces: readonly Piece[];
+  readonly trainerSpec: {
+    readonly modelType: number;
+    readonly treatWhitespaceAsSuffix: boolean;
+    readonly byteFallback: boolean;
+    readonly bosId: number;
+    readonly eosId: number;
+    readonly padId: number;
+  };
+  readonly normalizerSpec: NormalizerSpec;
+}
+
+const pieceType = { normal: 1, unknown: 2, control: 3, userDefined: 4, unused: 5, byte: 6 } as const;
+const modelTypes = ["", "unigram", "BPE", "word", "char"];
+const bpeType = 2;
+
+/**
+ * Reads the bytes of a `tokenizer.model`. Control and unknown pieces become special added tokens, and so do user-defined ones
+ * that are in `special`. The stretches between added tokens are each encoded as the sentencepiece library encodes a whole text.
+ * Throws `TokenizerError` when the bytes are no SentencePiece model, or one of a type other than BPE.
+ */
+export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string> = new Set()): Definition {
+  const { pieces, trainerSpec, normalizerSpec } = parse(bytes);
+  if (trainerSpec.modelType !== bpeType)
+    throw new TokenizerError(
+      `tokenizer.model: a SentencePiece model of type ${modelTypes[trainerSpec.modelType] ?? trainerSpec.modelType}; only BPE is supported`,
+    );
+  if (trainerSpec.treatWhitespaceAsSuffix) throw new TokenizerError("tokenizer.model: treat_whitespace_as_suffix is not supported");
+  const vocab = new Map(pieces.map(({ piece }, id) => [piece, id]));
+  const unknown = pieces.findIndex(({ type }) => type === pieceType.unknown);
+  if (unknown < 0 || vocab.size !== pieces.length)
+    throw new TokenizerError(`tokenizer.model: broken: ${unknown < 0 ? "no unknown piece" : "a piece is there twice"}`);
+  const frozen = new Matcher(pieces.filter(({ piece, type }) => type === pieceType.userDefined && !special.has(piece)).map(({ piece }) => piece));
+  const bpe = new Bpe({
+    ...merges(pieces),
+    bytes: trainerSpec.byteFallback ? byteTokens(vocab) : null,
+    unknown,
+    fuseUnknown: true,
+    ignoreMerges: false,
+    unused: new Set(pieces.flatMap(({ type }, id) => (type === pieceType.unused ? [id] : []))),
+  });
+  const stripped = normalizerSpec.addDummyPrefix || normalizerSpec.removeExtraWhitespaces;
+  const roles = { bos_token: trainerSpec.bosId, eos_token: trainerSpec.eosId, pad_token: trainerSpec.padId, unk_token: unknown };
+  return {
+    vocab,
+    added: specials(pieces, special),
+    normalize: identity, // the rules need to know user-defined pieces, so they run in `cut`
+    cut: (text, _first, out) => cut(normalize(text, normalizerSpec, frozen), frozen, vocab, bpe, out),
+    prefix: [],
+    suffix: [],
+    decoder: {
+      type: "Sequence",
+      decoders: [
+        { type: "Replace", pattern: { String: mark }, content: " " },
+        { type: "ByteFallback" },
+        { type: "Fuse" },
+        { type: "Strip", content: " ", start: stripped ? 1 : 0, stop: 0 },
+      ],
+    },
+    roles: Object.fromEntries(Object.entries(roles).flatMap(([role, id]) => (pieces[id] === undefined ? [] : [[role, pieces[id].piece]]))),
+  };
+}
+
+const mark = "▁";
+
+function parse(bytes: Uint8Array): ModelProto {
+  const proto = protobuf.Root.fromJSON(schema).lookupType("ModelProto");
+  let model: ModelProto;
+  try {
+    // absent specs get their defaults through an empty message of theirs
+    const read = proto.decode(bytes) as unknown as { trainerSpec: unknown; normalizerSpec: unknown };
+    read.trainerSpec ??= proto.root.lookupType("TrainerSpec").create();
+    read.normalizerSpec ??= proto.root.lookupType("NormalizerSpec").create();
+    model = read as unknown as ModelProto;
+  } catch (cause) {
+    throw new TokenizerError(`tokenizer.model: not a SentencePiece model: ${cause instanceof Error ? cause.message : String(cause)}`, { cause });
+  }
+  if (model.pieces.length === 0) throw new TokenizerError(`tokenizer.model: not a SentencePiece model: no pieces in its ${bytes.length} bytes`);
+  return model;
+}
+
+function specials(pieces: readonly Piece[], named: ReadonlySet<string>): AddedToken[] {
+  return pieces.flatMap(({ piece, type }, id) => {
+    const special = type === pieceType.control || type === pieceType.unknown || (type === pieceType.userDefined && named.has(piece));
+    return special ? [addedToken({ id, content: piece, special })] : [];
+  });
+}
+
+/** Every way to make a piece of two symbols, ranked by the piece's score. A symbol is a piece, or a character that is none. */
+function merges(pieces: readonly Piece[]): { vocab: Map<string, number>; pairs: Pairs } {
+  const vocab = new Map<string, number>();
+  for (const [id, { piece, type }] of pieces.entries())
+    if (type === pieceType.normal || type === pieceType.unused || type === pieceType.userDefined) vocab.set(piece, id);
+  const scores = [...new Set(pieces.map(({ score }) => score))].sort((a, b) => b - a);
+  const ranks = new Map(scores.map((score, rank) => [score, rank]));
+  const found: number[] = []; // left, right, rank, result
+  for (const [id, { piece, score, type }] of pieces.entries()) {
+    if (type !== pieceType.normal && type !== pieceType.unused) continue; // user-defined pieces are cut out before merging
+    for (let i = 1; i < piece.length; i++) {
+      const left = symbol(piece.slice(0, i), vocab);
+      const right = left === undefined ? undefined : symbol(piece.slice(i), vocab);
+      if (left !== undefined && right !== undefined) found.push(left, right, ranks.get(score) ?? 0, id);
+    }
+  }
+  const pairs = new Pairs(found.length / 4);
+  for (let i = 0; i < found.length; i += 4) pairs.set(found[i] ?? 0, found[i + 1] ?? 0, found[i + 2] ?? 0, found[i + 3] ?? 0);
+  return { vocab, pairs };
+}
+
+function symbol(text: string, vocab: ReadonlyMap<string, number>): number | undefined {
+  const id = vocab.get(text);
+  if (id !== undefined) return id;
+  const code = text.codePointAt(0) ?? 0;
+  const surrogate = code >= 0xd800 && code <= 0xdfff;
+  return text.length === (code > 0xffff ? 2 : 1) && !surrogate ? -1 - code : undefined;
+}
+
+/** The sentencepiece library's Normalizer::Normalize, step by step. */
+function normalize(text: string, spec: NormalizerSpec, frozen: Matcher): string {
+  const map = spec.precompiledCharsmap.length > 0 ? charsMap(spec) : null;
+  const space = spec.escapeWhitespaces ? mark : " ";
+  const one = (at: number): { end: number; text: string } => {
+    const end = frozen.empty ? -1 : frozen.longest(text, at);
+    if (end >= 0) return { end, text: text.slice(at, end) };
+    const rule = map?.match(text, at);
+    if (rule) return rule;
+    const next = at + ((text.codePointAt(at) ?? 0) > 0xffff ? 2 : 1);
+    return { end: next, text: text.slice(at, next) };
+  };
+  let at = 0;
+  if (spec.removeExtraWhitespaces)
+    for (let p = { end: 0, text: " " }; p.text === " "; ) {
+      at = p.end;
+      if (at >= text.length) return "";
+      p = one(at);
+    }
+  let out = spec.addDummyPrefix ? space : "";
+  let afterSpace = spec.removeExtraWhitespaces;
+  while (at < text.length) {
+    const p = one(at);
+    at = p.end;
+    const piece = afterSpace ? p.text.replace(/^ +/, "") : p.text;
+    if (piece !== "") {
+      out += spec.escapeWhitespaces ? piece.replaceAll(" ", mark) : piece;
+      afterSpace = spec.removeExtraWhitespaces && piece.endsWith(" ");
+    }
+  }
+  if (spec.removeExtraWhitespaces) while (out.endsWith(space)) out = out.slice(0, -space.length);
+  return out;
+}
+
+/** Cuts normalised text at user-defined pieces, which never merge with what surrounds them, and encodes what lies between. */
+function cut(text: string, frozen: Matcher, vocab: ReadonlyMap<string, number>, bpe: Bpe, out: number[]): void {
+  let done = 0;
+  for (let at = 0; !frozen.empty && at < text.length; ) {
+    const end = frozen.longest(text, at);
+    if (end < 0) {
+      at++;
+      continue;
+    }
+    if (done < at) bpe.encode(text.slice(done, at), out);
+    const id = vocab.get(text.slice(at, end));
+    if (id === undefined) throw new Error("internal: matched text is no piece");
+    out.push(id);
+    done = at = end;
+  }
+  if (done < text.length) bpe.encode(text.slice(done), out);
+}

@@ -206,7 +206,8 @@ function characterLength(bytes: readonly number[]): number {
   const length = a < 0x80 ? 1 : a >= 0xc2 && a <= 0xdf ? 2 : (a & 0xf0) === 0xe0 ? 3 : a >= 0xf0 && a <= 0xf4 ? 4 : -1;
   if (length < 0) return -1;
   // no overlong forms, surrogates or code points above U+10FFFF
-  if (b !== undefined && ((a === 0xe0 && b < 0xa0) || (a === 0xed && b > 0x9f) || (a === 0xf0 && b < 0x90) || (a === 0xf4 && b > 0x8f))) return -1;
+  if (b !== undefined && ((a === 0xe0 && b < 0xa0) || (a === 0xed && b > 0x9f) || (a === 0xf0 && b < 0x90) || (a === 0xf4 && b > 0x8f)))
+    return -1;
   if (bytes.slice(1).some((byte) => (byte & 0xc0) !== 0x80)) return -1;
   return bytes.length === length ? length : 0;
 }

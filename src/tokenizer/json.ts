@@ -55,7 +55,7 @@ export function readJson(json: unknown): Definition {
   const library = build({ ...json, normalizer: null, decoder: null, model: own ? emptyModel : model });
   const vocab = new Map(Array.isArray(model.vocab) ? model.vocab.map(([token], id) => [token, id] as const) : Object.entries(model.vocab));
   for (const [token, id] of vocab)
-    if (!Number.isSafeInteger(id) || id < 0) throw new TokenizerError(`tokenizer.json: token ${JSON.stringify(token)} has the id ${id}`);
+    if (!isId(id)) throw new TokenizerError(`tokenizer.json: token ${JSON.stringify(token)} has the id ${id}`);
   const split = preTokenizer(json.pre_tokenizer ?? null, library);
   const cut: Cut = own ? bpe(model, vocab) : libraryModel(library);
   return {
@@ -73,8 +73,7 @@ export function readJson(json: unknown): Definition {
 
 export function addedToken(token: AddedJson): AddedToken {
   const { id, content, special = false } = token;
-  if (!Number.isSafeInteger(id) || id < 0 || typeof content !== "string")
-    throw new TokenizerError(`added token ${JSON.stringify(token)} has no whole id and text`);
+  if (!isId(id) || typeof content !== "string") throw new TokenizerError(`added token ${JSON.stringify(token)} has no whole id and text`);
   return {
     id,
     content,
@@ -84,6 +83,11 @@ export function addedToken(token: AddedJson): AddedToken {
     lstrip: token.lstrip ?? false,
     rstrip: token.rstrip ?? false,
   };
+}
+
+/** Ids are indices of the embedding, and symbols of the encoder are 32-bit. */
+function isId(id: number): boolean {
+  return Number.isInteger(id) && id >= 0 && id < 2 ** 31;
 }
 
 const emptyModel = { type: "BPE", vocab: {}, merges: [] };

@@ -4,20 +4,26 @@
 import protobuf from "protobufjs/light.js";
 import type { AddedToken } from "./added.ts";
 import { Bpe } from "./bpe.ts";
-import { CharsMap } from "./charsmap.ts";
 import { type Definition, identity } from "./definition.ts";
 import { TokenizerError } from "./error.ts";
 import { addedToken, byteTokens } from "./json.ts";
 import { Matcher } from "./matcher.ts";
+import { mark, Normalizer, type NormalizerSpec } from "./normalizer.ts";
 import { Pairs } from "./pairs.ts";
 
-/** Field numbers of sentencepiece_model.proto; what is not listed is skipped. */
+/** Field numbers of sentencepiece_model.proto; what is not listed is skipped. (As proto2, or a `false` that is written would read as the default.) */
 const schema = {
   nested: {
     SentencePiece: {
-      fields: { piece: { id: 1, type: "string" }, score: { id: 2, type: "float" }, type: { id: 3, type: "int32", options: { default: 1 } } },
+      edition: "proto2",
+      fields: {
+        piece: { id: 1, type: "string" },
+        score: { id: 2, type: "float" },
+        type: { id: 3, type: "int32", options: { default: 1 } },
+      },
     },
     TrainerSpec: {
+      edition: "proto2",
       fields: {
         modelType: { id: 3, type: "int32", options: { default: 1 } },
         treatWhitespaceAsSuffix: { id: 24, type: "bool" },
@@ -28,6 +34,7 @@ const schema = {
       },
     },
     NormalizerSpec: {
+      edition: "proto2",
       fields: {
         precompiledCharsmap: { id: 2, type: "bytes" },
         addDummyPrefix: { id: 3, type: "bool", options: { default: true } },
@@ -36,6 +43,7 @@ const schema = {
       },
     },
     ModelProto: {
+      edition: "proto2",
       fields: {
         pieces: { id: 1, rule: "repeated", type: "SentencePiece" },
         trainerSpec: { id: 2, type: "TrainerSpec" },
@@ -49,13 +57,6 @@ interface Piece {
   readonly piece: string;
   readonly score: number;
   readonly type: number;
-}
-
-interface NormalizerSpec {
-  readonly precompiledCharsmap: Uint8Array;
-  readonly addDummyPrefix: boolean;
-  readonly removeExtraWhitespaces: boolean;
-  readonly escapeWhitespaces: boolean;
 }
 
 interface ModelProto {
@@ -91,7 +92,10 @@ export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string
   const unknown = pieces.findIndex(({ type }) => type === pieceType.unknown);
   if (unknown < 0 || vocab.size !== pieces.length)
     throw new TokenizerError(`tokenizer.model: broken: ${unknown < 0 ? "no unknown piece" : "a piece is there twice"}`);
-  const frozen = new Matcher(pieces.filter(({ piece, type }) => type === pieceType.userDefined && !special.has(piece)).map(({ piece }) => piece));
+  const frozen = new Matcher(
+    pieces.filter(({ piece, type }) => type === pieceType.userDefined && !special.has(piece)).map(({ piece }) => piece),
+  );
+  const normalizer = new Normalizer(normalizerSpec, frozen);
   const bpe = new Bpe({
     ...merges(pieces),
     bytes: trainerSpec.byteFallback ? byteTokens(vocab) : null,
@@ -106,7 +110,7 @@ export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string
     vocab,
     added: specials(pieces, special),
     normalize: identity, // the rules need to know user-defined pieces, so they run in `cut`
-    cut: (text, _first, out) => cut(normalize(text, normalizerSpec, frozen), frozen, vocab, bpe, out),
+    cut: (text, _first, out) => cut(normalizer.normalize(text), frozen, vocab, bpe, out),
     prefix: [],
     suffix: [],
     decoder: {
@@ -122,8 +126,6 @@ export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string
   };
 }
 
-const mark = "▁";
-
 function parse(bytes: Uint8Array): ModelProto {
   const proto = protobuf.Root.fromJSON(schema).lookupType("ModelProto");
   let model: ModelProto;
@@ -134,9 +136,12 @@ function parse(bytes: Uint8Array): ModelProto {
     read.normalizerSpec ??= proto.root.lookupType("NormalizerSpec").create();
     model = read as unknown as ModelProto;
   } catch (cause) {
-    throw new TokenizerError(`tokenizer.model: not a SentencePiece model: ${cause instanceof Error ? cause.message : String(cause)}`, { cause });
+    throw new TokenizerError(`tokenizer.model: not a SentencePiece model: ${cause instanceof Error ? cause.message : String(cause)}`, {
+      cause,
+    });
   }
-  if (model.pieces.length === 0) throw new TokenizerError(`tokenizer.model: not a SentencePiece model: no pieces in its ${bytes.length} bytes`);
+  if (model.pieces.length === 0)
+    throw new TokenizerError(`tokenizer.model: not a SentencePiece model: no pieces in its ${bytes.length} bytes`);
   return model;
 }
 
@@ -174,40 +179,6 @@ function symbol(text: string, vocab: ReadonlyMap<string, number>): number | unde
   const code = text.codePointAt(0) ?? 0;
   const surrogate = code >= 0xd800 && code <= 0xdfff;
   return text.length === (code > 0xffff ? 2 : 1) && !surrogate ? -1 - code : undefined;
-}
-
-/** The sentencepiece library's Normalizer::Normalize, step by step. */
-function normalize(text: string, spec: NormalizerSpec, frozen: Matcher): string {
-  const map = spec.precompiledCharsmap.length > 0 ? charsMap(spec) : null;
-  const space = spec.escapeWhitespaces ? mark : " ";
-  const one = (at: number): { end: number; text: string } => {
-    const end = frozen.empty ? -1 : frozen.longest(text, at);
-    if (end >= 0) return { end, text: text.slice(at, end) };
-    const rule = map?.match(text, at);
-    if (rule) return rule;
-    const next = at + ((text.codePointAt(at) ?? 0) > 0xffff ? 2 : 1);
-    return { end: next, text: text.slice(at, next) };
-  };
-  let at = 0;
-  if (spec.removeExtraWhitespaces)
-    for (let p = { end: 0, text: " " }; p.text === " "; ) {
-      at = p.end;
-      if (at >= text.length) return "";
-      p = one(at);
-    }
-  let out = spec.addDummyPrefix ? space : "";
-  let afterSpace = spec.removeExtraWhitespaces;
-  while (at < text.length) {
-    const p = one(at);
-    at = p.end;
-    const piece = afterSpace ? p.text.replace(/^ +/, "") : p.text;
-    if (piece !== "") {
-      out += spec.escapeWhitespaces ? piece.replaceAll(" ", mark) : piece;
-      afterSpace = spec.removeExtraWhitespaces && piece.endsWith(" ");
-    }
-  }
-  if (spec.removeExtraWhitespaces) while (out.endsWith(space)) out = out.slice(0, -space.length);
-  return out;
 }
 
 /** Cuts normalised text at user-defined pieces, which never merge with what surrounds them, and encodes what lies between. */

@@ -1,0 +1,67 @@
+// Ids to text while they arrive. Emits whole characters that no later id can change; all of it together equals `decode` of all ids.
+// Knows nothing of models or streams.
+import { chain, cleanUp, type Flow } from "./decoder.ts";
+import type { Vocabulary } from "./vocabulary.ts";
+
+export interface DetokenizerOptions {
+  /** Leave special tokens out. Default true. */
+  readonly skip_special_tokens?: boolean;
+  /** Remove the space before punctuation. Default: as the tokenizer's configuration says, false without it. */
+  readonly clean_up_tokenization_spaces?: boolean;
+}
+
+/** What a detokenizer needs of a tokenizer. */
+export interface DetokenizerSource {
+  readonly vocabulary: Vocabulary;
+  readonly clean_up_tokenization_spaces: boolean;
+}
+
+/**
+ * Streaming decoder of one sequence. The cost of an id does not depend on how many came before.
+ *
+ * ```ts
+ * const detokenizer = new Detokenizer(tokenizer);
+ * for await (const id of ids) process.stdout.write(detokenizer.push(id));
+ * process.stdout.write(detokenizer.finish());
+ * ```
+ */
+export class Detokenizer {
+  private readonly vocabulary: Vocabulary;
+  private readonly skip: boolean;
+  private readonly flow: Flow;
+  private ready: string[] = [];
+  private finished = false;
+
+  constructor(tokenizer: DetokenizerSource, options: DetokenizerOptions = {}) {
+    const { skip_special_tokens = true, clean_up_tokenization_spaces = tokenizer.clean_up_tokenization_spaces } = options;
+    this.vocabulary = tokenizer.vocabulary;
+    this.skip = skip_special_tokens;
+    const { decoder } = this.vocabulary;
+    const step = clean_up_tokenization_spaces ? chain([decoder, cleanUp]) : decoder;
+    this.flow = step({ push: (text) => void this.ready.push(text), finish: () => {} });
+  }
+
+  /** Takes the next id or ids; returns the text that is now certain, often "". Throws `TokenizerError` for an id without a token. */
+  push(ids: number | ArrayLike<number>): string {
+    if (this.finished) throw new Error("detokenizer: push after finish");
+    for (const id of typeof ids === "number" ? [ids] : Array.from(ids)) {
+      const token = this.vocabulary.token(id);
+      if (!(this.skip && this.vocabulary.isSpecial(id))) this.flow.push(token);
+    }
+    return this.take();
+  }
+
+  /** Returns the text still held back: half a character becomes U+FFFD. Nothing may be pushed afterwards; a second call returns "". */
+  finish(): string {
+    if (this.finished) return "";
+    this.finished = true;
+    this.flow.finish();
+    return this.take();
+  }
+
+  private take(): string {
+    const text = this.ready.join("");
+    this.ready = [];
+    return text;
+  }
+}

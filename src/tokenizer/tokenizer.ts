@@ -1,0 +1,384 @@
+// The public tokenizer, with the names of transformers: text to ids, ids to text, conversations to prompts.
+// Knows nothing of models; reads only a local folder.
+import { configuredTokens, namedSpecials, readConfig, roles, type Side, type TokenizerConfig } from "./config.ts";
+import type { Definition } from "./definition.ts";
+import { Detokenizer, type DetokenizerOptions } from "./detokenizer.ts";
+import { TokenizerError } from "./error.ts";
+import { readFolder } from "./folder.ts";
+import { readJson } from "./json.ts";
+import { ChatTemplate, type Message, openEnd } from "./template.ts";
+import { type Role, Vocabulary } from "./vocabulary.ts";
+
+export interface EncodeOptions {
+  /** Put the tokens around the text that the tokenizer declares (ERNIE declares none). Default true. */
+  readonly add_special_tokens?: boolean;
+  /** Treat special tokens written in the text as plain text, so that a user can't inject them. Default false, as in transformers. */
+  readonly split_special_tokens?: boolean;
+}
+
+export interface CallOptions extends EncodeOptions {
+  /** `true` or "longest": to the longest text; "max_length": to `max_length`. Default false: rows keep their lengths. */
+  readonly padding?: boolean | "longest" | "max_length" | "do_not_pad";
+  /** Default: `padding_side` of the tokenizer. */
+  readonly padding_side?: Side;
+  /** Cut texts to `max_length`. Default false, but true when `max_length` is given without padding, as in transformers. */
+  readonly truncation?: boolean;
+  /** Default `model_max_length`. */
+  readonly max_length?: number;
+}
+
+/** One row a text. */
+export interface BatchEncoding {
+  readonly input_ids: number[][];
+  /** 1 for a token of the text, 0 for padding. */
+  readonly attention_mask: number[][];
+}
+
+export interface DecodeOptions {
+  /** Leave special tokens out. Default false. */
+  readonly skip_special_tokens?: boolean;
+  /** Remove the space before punctuation. Default: as tokenizer_config.json says, false without it. */
+  readonly clean_up_tokenization_spaces?: boolean;
+}
+
+export interface ChatTemplateOptions extends CallOptions {
+  /** End with the beginning of an assistant's turn. Default false. */
+  readonly add_generation_prompt?: boolean;
+  /** Leave the last message open, so that the model goes on with it. Default false. */
+  readonly continue_final_message?: boolean;
+  /** Ids instead of text. Default true. */
+  readonly tokenize?: boolean;
+  /** `{ input_ids, attention_mask }` with one row instead of plain ids. Default false. */
+  readonly return_dict?: boolean;
+  /** A template, or the name of one of the tokenizer's. Default: `tool_use` where there are tools and such a template, else `default`. */
+  readonly chat_template?: string;
+  readonly tools?: readonly unknown[];
+  readonly documents?: readonly unknown[];
+  /** Anything else is a variable for the template. */
+  readonly [variable: string]: unknown;
+}
+
+/** The methods of a tokenizer. Made by `Tokenizer.open`. */
+export class PreTrainedTokenizer {
+  /** Sides and settings from tokenizer_config.json; `padding_side` and `truncation_side` may be changed. */
+  padding_side: Side;
+  truncation_side: Side;
+  /** Longest input that the model takes; Infinity where the files don't say. */
+  readonly model_max_length: number;
+  readonly clean_up_tokenization_spaces: boolean;
+  /** For the detokenizer. */
+  readonly vocabulary: Vocabulary;
+  private readonly config: TokenizerConfig;
+  private readonly templates = new Map<string, ChatTemplate>();
+
+  constructor(vocabulary: Vocabulary, config: TokenizerConfig) {
+    this.vocabulary = vocabulary;
+    this.config = config;
+    this.padding_side = config.paddingSide;
+    this.truncation_side = config.truncationSide;
+    this.model_max_length = config.modelMaxLength;
+    this.clean_up_tokenization_spaces = config.cleanUp;
+  }
+
+  /** Ids of one text. Lone surrogates become U+FFFD. */
+  encode(text: string, options: EncodeOptions = {}): number[] {
+    const { add_special_tokens = true, split_special_tokens = this.config.splitSpecial } = options;
+    if (typeof text !== "string") throw new TokenizerError(`a text must be a string, and this is ${describe(text)}`);
+    const ids = this.vocabulary.encode(text, split_special_tokens);
+    return add_special_tokens ? this.surround(ids) : ids;
+  }
+
+  /** Tokens of one text, without special tokens around it. */
+  tokenize(text: string, options: EncodeOptions = {}): string[] {
+    return this.convert_ids_to_tokens(this.encode(text, { add_special_tokens: false, ...options }));
+  }
+
+  /** Ids of one text or many: `tokenizer(text, options)` calls this. Throws `TokenizerError` for padding without a padding token. */
+  call(text: string | readonly string[], options: CallOptions = {}): BatchEncoding {
+    const texts = typeof text === "string" ? [text] : text;
+    if (!Array.isArray(texts)) throw new TokenizerError(`a tokenizer takes a string or a list of strings, and this is ${describe(text)}`);
+    const rows = texts.map((each) => this.encode(each, { ...options, add_special_tokens: false }));
+    return this.batch(rows, options, options.add_special_tokens ?? true);
+  }
+
+  /** The text of one sequence. Throws `TokenizerError` for an id that is not in the vocabulary. */
+  decode(ids: ArrayLike<number>, options: DecodeOptions = {}): string {
+    const detokenizer = this.detokenizer({ skip_special_tokens: false, ...options });
+    return detokenizer.push(ids) + detokenizer.finish();
+  }
+
+  /** The texts of many sequences. */
+  batch_decode(batch: readonly ArrayLike<number>[], options: DecodeOptions = {}): string[] {
+    return batch.map((ids) => this.decode(ids, options));
+  }
+
+  /** A streaming decoder for one sequence; leaves special tokens out by default. */
+  detokenizer(options: DetokenizerOptions = {}): Detokenizer {
+    return new Detokenizer(this, options);
+  }
+
+  /** Throws `TokenizerError` for an id that is not in the vocabulary. */
+  convert_ids_to_tokens(id: number): string;
+  convert_ids_to_tokens(ids: ArrayLike<number>): string[];
+  convert_ids_to_tokens(ids: number | ArrayLike<number>): string | string[] {
+    return typeof ids === "number" ? this.vocabulary.token(ids) : Array.from(ids, (id) => this.vocabulary.token(id));
+  }
+
+  /** Ids of tokens; one that is not in the vocabulary becomes the unknown token, or null without one. */
+  convert_tokens_to_ids(token: string): number | null;
+  convert_tokens_to_ids(tokens: readonly string[]): (number | null)[];
+  convert_tokens_to_ids(tokens: string | readonly string[]): number | null | (number | null)[] {
+    const id = (token: string) => this.vocabulary.id(token) ?? this.unk_token_id;
+    return typeof tokens === "string" ? id(tokens) : tokens.map(id);
+  }
+
+  /**
+   * Renders a conversation and encodes it without special tokens around it (the template writes its own).
+   * Throws `TokenizerError` when there is no chat template, when it fails, or when it would leave out what a message says.
+   * `split_special_tokens` keeps special tokens in the messages plain text; those of the template stay special.
+   */
+  apply_chat_template(messages: readonly Message[], options: ChatTemplateOptions & { readonly tokenize: false }): string;
+  apply_chat_template(messages: readonly Message[], options: ChatTemplateOptions & { readonly return_dict: true }): BatchEncoding;
+  apply_chat_template(messages: readonly Message[], options?: ChatTemplateOptions): number[];
+  apply_chat_template(messages: readonly Message[], options: ChatTemplateOptions = {}): string | number[] | BatchEncoding {
+    const { add_generation_prompt = false, continue_final_message = false, tokenize = true, return_dict = false, ...rest } = options;
+    const { padding, padding_side, truncation, max_length, add_special_tokens = false, ...more } = rest;
+    const { split_special_tokens = this.config.splitSpecial, chat_template, tools = null, documents = null, ...variables } = more;
+    if (!Array.isArray(messages)) throw new TokenizerError(`a conversation must be a list of messages, and this is ${describe(messages)}`);
+    if (continue_final_message && add_generation_prompt)
+      throw new TokenizerError("continue_final_message and add_generation_prompt exclude each other");
+    const template = this.template(chat_template, tools !== null);
+    const shield = tokenize && split_special_tokens ? unusedNoncharacter(messages) : null;
+    const sent = shield === null ? messages : this.shielded(messages, shield);
+    const rendered = template.render(sent, { ...this.special_tokens_map, ...variables, tools, documents, add_generation_prompt });
+    const text = continue_final_message ? openEnd(rendered, sent) : rendered;
+    if (!tokenize) return text;
+    const ids = this.vocabulary.encode(text, false, shield);
+    if (return_dict) return this.batch([ids], { padding, padding_side, truncation, max_length }, add_special_tokens);
+    return add_special_tokens ? this.surround(ids) : ids;
+  }
+
+  /** Tokens of the model, without added ones outside it. */
+  get vocab_size(): number {
+    return this.vocabulary.size;
+  }
+
+  /** Tokens in all. `tokenizer.length` is the same. */
+  get size(): number {
+    return this.vocabulary.fullSize;
+  }
+
+  get all_special_ids(): number[] {
+    return this.vocabulary.specialIds;
+  }
+
+  get all_special_tokens(): string[] {
+    return this.vocabulary.specialTokens;
+  }
+
+  get special_tokens_map(): Partial<Record<Role, string>> {
+    return { ...this.vocabulary.roles };
+  }
+
+  /** The default chat template, or null. */
+  get chat_template(): string | null {
+    return this.config.chatTemplates["default"] ?? null;
+  }
+
+  get bos_token(): string | null {
+    return this.role("bos_token");
+  }
+
+  get bos_token_id(): number | null {
+    return this.roleId("bos_token");
+  }
+
+  get eos_token(): string | null {
+    return this.role("eos_token");
+  }
+
+  get eos_token_id(): number | null {
+    return this.roleId("eos_token");
+  }
+
+  get unk_token(): string | null {
+    return this.role("unk_token");
+  }
+
+  get unk_token_id(): number | null {
+    return this.roleId("unk_token");
+  }
+
+  get pad_token(): string | null {
+    return this.role("pad_token");
+  }
+
+  get pad_token_id(): number | null {
+    return this.roleId("pad_token");
+  }
+
+  get cls_token(): string | null {
+    return this.role("cls_token");
+  }
+
+  get cls_token_id(): number | null {
+    return this.roleId("cls_token");
+  }
+
+  get sep_token(): string | null {
+    return this.role("sep_token");
+  }
+
+  get sep_token_id(): number | null {
+    return this.roleId("sep_token");
+  }
+
+  get mask_token(): string | null {
+    return this.role("mask_token");
+  }
+
+  get mask_token_id(): number | null {
+    return this.roleId("mask_token");
+  }
+
+  private role(role: Role): string | null {
+    return this.vocabulary.roles[role] ?? null;
+  }
+
+  private roleId(role: Role): number | null {
+    return this.vocabulary.id(this.role(role) ?? "") ?? null;
+  }
+
+  private surround(ids: readonly number[]): number[] {
+    return [...this.vocabulary.prefix, ...ids, ...this.vocabulary.suffix];
+  }
+
+  private batch(rows: readonly number[][], options: CallOptions, surround: boolean): BatchEncoding {
+    const { padding = false, padding_side = this.padding_side, max_length } = options;
+    if (max_length !== undefined && (!Number.isSafeInteger(max_length) || max_length < 0))
+      throw new TokenizerError(`max_length must be a whole number from 0, and this is ${describe(max_length)}`);
+    const padded = padding !== false && padding !== "do_not_pad";
+    const limit = max_length ?? this.model_max_length;
+    const around = surround ? this.vocabulary.prefix.length + this.vocabulary.suffix.length : 0;
+    const cut = options.truncation ?? (max_length !== undefined && !padded);
+    const room = cut ? Math.max(0, limit - around) : Number.POSITIVE_INFINITY;
+    const input = rows.map((row) => {
+      const from = this.truncation_side === "left" ? Math.max(0, row.length - room) : 0;
+      const ids = row.length > room ? row.slice(from, from + room) : row;
+      return surround ? this.surround(ids) : ids;
+    });
+    const width = !padded ? 0 : padding === "max_length" ? limit : input.reduce((longest, ids) => Math.max(longest, ids.length), 0);
+    if (width === Number.POSITIVE_INFINITY)
+      throw new TokenizerError('padding "max_length" needs max_length: the tokenizer names no longest input');
+    const pad = this.pad_token_id;
+    if (pad === null && input.some((ids) => ids.length < width))
+      throw new TokenizerError("padding needs a padding token, and the tokenizer has none");
+    const filled = (ids: readonly number[], value: number, own: readonly number[]): number[] => {
+      const fill = new Array<number>(Math.max(0, width - ids.length)).fill(value);
+      return padding_side === "left" ? [...fill, ...own] : [...own, ...fill];
+    };
+    return {
+      input_ids: input.map((ids) => filled(ids, pad ?? 0, ids)),
+      attention_mask: input.map((ids) => filled(ids, 0, new Array<number>(ids.length).fill(1))),
+    };
+  }
+
+  private template(wanted: string | undefined, tools: boolean): ChatTemplate {
+    const { chatTemplates } = this.config;
+    const names = Object.keys(chatTemplates);
+    const source =
+      wanted === undefined
+        ? ((tools ? chatTemplates["tool_use"] : undefined) ?? chatTemplates["default"])
+        : (chatTemplates[wanted] ?? wanted);
+    if (source === undefined)
+      throw new TokenizerError(
+        names.length === 0
+          ? "the tokenizer has no chat template: pass chat_template, or give plain text"
+          : `the tokenizer has no default chat template: pass chat_template as one of ${names.join(", ")}`,
+      );
+    const known = this.templates.get(source);
+    if (known !== undefined) return known;
+    const template = new ChatTemplate(source);
+    if (Object.values(chatTemplates).includes(source)) this.templates.set(source, template); // not every template that is passed in
+    return template;
+  }
+
+  /** The messages with every special token in them broken by `shield`, a character that the encoder drops after looking for tokens. */
+  private shielded(messages: readonly Message[], shield: string): Message[] {
+    const breakable = this.all_special_tokens.map((token) => [token, String.fromCodePoint(token.codePointAt(0) ?? 0)] as const);
+    const change = (value: unknown): unknown => {
+      if (Array.isArray(value)) return value.map(change);
+      if (typeof value === "object" && value !== null)
+        return Object.fromEntries(
+          Object.entries(value).map(([key, each]) => [key, key === "role" || key === "type" ? each : change(each)]),
+        );
+      if (typeof value !== "string") return value;
+      let text = value;
+      for (const [token, head] of breakable)
+        if (token.length > head.length)
+          while (text.includes(token)) text = text.replaceAll(token, () => head + shield + token.slice(head.length)); // again for overlaps
+      return text;
+    };
+    return messages.map(change) as Message[];
+  }
+}
+
+/** A tokenizer: call it, or use its methods. */
+export interface Tokenizer extends PreTrainedTokenizer {
+  /** `tokenizer(text)`: ids and attention mask, one row a text, also for a single one. */
+  (text: string | readonly string[], options?: CallOptions): BatchEncoding;
+  /** Tokens in all. */
+  readonly length: number;
+}
+
+export const Tokenizer = {
+  /**
+   * Reads a tokenizer from a local folder: tokenizer.json, else tokenizer.model, with tokenizer_config.json, special_tokens_map.json,
+   * added_tokens.json, chat_template.jinja and chat_template.json where present. Throws `TokenizerError` naming what is missing or broken.
+   */
+  async open(folder: string): Promise<Tokenizer> {
+    const files = await readFolder(folder);
+    try {
+      const definition = files.model === null ? readJson(files.json) : await readModel(files.model, namedSpecials(files));
+      const config = readConfig(files);
+      const vocabulary = new Vocabulary(definition, {
+        added: configuredTokens(files, definition),
+        roles: roles(files, definition),
+        addBos: config.addBos && definition.prefix.length === 0,
+        addEos: config.addEos && definition.suffix.length === 0,
+      });
+      return callable(new PreTrainedTokenizer(vocabulary, config));
+    } catch (cause) {
+      if (cause instanceof TokenizerError) throw new TokenizerError(`${folder}: ${cause.message}`, { cause });
+      throw cause;
+    }
+  },
+};
+
+/** Protobuf is loaded for those who need it: it takes longer to start than a small tokenizer.json takes to read. */
+async function readModel(bytes: Uint8Array, special: ReadonlySet<string>): Promise<Definition> {
+  const { readSentencePiece } = await import("./sentencepiece.ts");
+  return readSentencePiece(bytes, special);
+}
+
+/** A function with the tokenizer as its prototype, so that `tokenizer(text)` and `tokenizer.decode(ids)` are one object. */
+function callable(tokenizer: PreTrainedTokenizer): Tokenizer {
+  const call = (text: string | readonly string[], options?: CallOptions): BatchEncoding => self.call(text, options);
+  Object.defineProperty(call, "length", { value: tokenizer.size });
+  const self: Tokenizer = Object.setPrototypeOf(call, tokenizer);
+  return self;
+}
+
+/** One of the 32 code points that Unicode keeps for uses like this. */
+function unusedNoncharacter(messages: readonly Message[]): string {
+  const text = JSON.stringify(messages) ?? "";
+  for (let code = 0xfdd0; code <= 0xfdef; code++) {
+    const character = String.fromCharCode(code);
+    if (!text.includes(character)) return character;
+  }
+  throw new TokenizerError("the messages hold every noncharacter from U+FDD0 to U+FDEF, so special tokens in them can't be kept apart");
+}
+
+function describe(value: unknown): string {
+  return Array.isArray(value) ? "a list" : value === null ? "null" : typeof value === "number" ? String(value) : typeof value;
+}

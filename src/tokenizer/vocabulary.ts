@@ -1,0 +1,125 @@
+// Tokens and ids of a tokenizer, its special tokens by role, and text to ids. Knows no batches, no chat, no files.
+import { type AddedToken, AddedTokens } from "./added.ts";
+import { type DecoderConfig, decoderStep, type Step } from "./decoder.ts";
+import type { Definition } from "./definition.ts";
+import { TokenizerError } from "./error.ts";
+
+/** The named special tokens of transformers. */
+export const roleNames = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] as const;
+export type Role = (typeof roleNames)[number];
+
+export interface VocabularyOptions {
+  /** Tokens to add to the definition's; one with an id that is taken by the same text only changes how it matches. */
+  readonly added: readonly AddedToken[];
+  readonly roles: Readonly<Partial<Record<Role, string>>>;
+  /** Ids to put around a sequence, where they differ from the definition's. */
+  readonly addBos: boolean;
+  readonly addEos: boolean;
+}
+
+export class Vocabulary {
+  readonly roles: Readonly<Partial<Record<Role, string>>>;
+  /** Tokens of the model itself. */
+  readonly size: number;
+  /** Tokens with the added ones. */
+  readonly fullSize: number;
+  readonly prefix: readonly number[];
+  readonly suffix: readonly number[];
+  readonly decoder: Step;
+  private readonly definition: Definition;
+  private readonly tokens: string[] = [];
+  private readonly ids: Map<string, number>;
+  private readonly specials: ReadonlyMap<number, string>;
+  private readonly raw: AddedTokens;
+  private readonly normalized: AddedTokens;
+
+  constructor(definition: Definition, options: VocabularyOptions, decoder: DecoderConfig | null = definition.decoder) {
+    this.definition = definition;
+    this.roles = options.roles;
+    this.size = definition.vocab.size;
+    this.ids = new Map(definition.vocab);
+    for (const [token, id] of this.ids) this.tokens[id] = token;
+    const added = new Map<string, AddedToken>();
+    for (const token of [...definition.added, ...options.added]) {
+      if (token.content === "") continue;
+      const other = this.tokens[token.id];
+      const known = this.ids.get(token.content);
+      if ((other !== undefined && other !== token.content) || (known !== undefined && known !== token.id))
+        throw new TokenizerError(
+          `added token ${JSON.stringify(token.content)} has the id ${token.id}, but the vocabulary has ` +
+            (known !== undefined && known !== token.id ? `it as ${known}` : `${JSON.stringify(other)} there`),
+        );
+      added.set(token.content, token);
+      this.ids.set(token.content, token.id);
+      this.tokens[token.id] = token.content;
+    }
+    this.fullSize = this.ids.size;
+    const all = [...added.values()];
+    this.specials = new Map(all.flatMap(({ id, content, special }) => (special ? [[id, content] as const] : [])));
+    this.raw = new AddedTokens(all.filter((token) => !token.normalized));
+    this.normalized = new AddedTokens(
+      all.filter((token) => token.normalized),
+      definition.normalize,
+    );
+    const bos = options.addBos ? [options.roles.bos_token ?? ""] : definition.prefix;
+    const eos = options.addEos ? [options.roles.eos_token ?? ""] : definition.suffix;
+    this.prefix = bos.map((token) => this.known(token));
+    this.suffix = eos.map((token) => this.known(token));
+    this.decoder = decoderStep(decoder);
+  }
+
+  /** The id of a token, or undefined. */
+  id(token: string): number | undefined {
+    return this.ids.get(token);
+  }
+
+  /** The token of an id. Throws `TokenizerError` when there is none. */
+  token(id: number): string {
+    const token = Number.isInteger(id) ? this.tokens[id] : undefined;
+    if (token === undefined)
+      throw new TokenizerError(
+        Number.isInteger(id)
+          ? `token id ${id} is not in the vocabulary of ${this.fullSize} tokens`
+          : `a token id must be a whole number, and this is ${JSON.stringify(id)} (the vocabulary has ${this.fullSize} tokens)`,
+      );
+    return token;
+  }
+
+  isSpecial(id: number): boolean {
+    return this.specials.has(id);
+  }
+
+  get specialIds(): number[] {
+    return [...this.specials.keys()];
+  }
+
+  get specialTokens(): string[] {
+    return [...this.specials.values()];
+  }
+
+  /** Ids of a text, without tokens around it. `hidden` characters keep special tokens apart and vanish afterwards. */
+  encode(text: string, splitSpecial: boolean, hidden: string | null = null): number[] {
+    const { normalize, cut } = this.definition;
+    const out: number[] = [];
+    // a lone surrogate is no character: it can't be written in UTF-8
+    const sections = this.raw.split(text.replace(/\p{Surrogate}/gu, "\ufffd"), splitSpecial);
+    for (const [i, section] of sections.entries()) {
+      if ("id" in section) {
+        out.push(section.id);
+        continue;
+      }
+      const plain = hidden === null ? section.text : section.text.replaceAll(hidden, "");
+      for (const [k, part] of this.normalized.split(normalize(plain), splitSpecial).entries()) {
+        if ("id" in part) out.push(part.id);
+        else cut(part.text, i === 0 && k === 0, out);
+      }
+    }
+    return out;
+  }
+
+  private known(token: string): number {
+    const id = this.ids.get(token);
+    if (id === undefined) throw new TokenizerError(`token ${JSON.stringify(token)}, to be put around every text, is not in the vocabulary`);
+    return id;
+  }
+}

@@ -292,6 +292,16 @@ napi_value run(napi_env env, const Arguments& a) {
   return in_background(env, keep, [=] { bound->program->run(*threads, sizes, inputs, outputs); }, nullptr);
 }
 
+// seconds(program): what each call took in all runs so far.
+napi_value seconds(napi_env env, const Arguments& a) {
+  auto bound = alive<Bound>(env, a.at(0), "model");
+  napi_value out;
+  check(env, napi_create_array(env, &out));
+  uint32_t i = 0;
+  for (double s : bound->program->seconds()) check(env, napi_set_element(env, out, i++, to_js(env, s)));
+  return out;
+}
+
 // dispose...(handle): lets go; memory is freed once no run uses it.
 template <class T>
 napi_value dispose(napi_env env, const Arguments& a) {
@@ -305,7 +315,7 @@ napi_value init(napi_env env, napi_value exports) {
     napi_callback call;
   } functions[] = {
       {"isas", entry<isas>}, {"ops", entry<ops>}, {"team", entry<team>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>},
-      {"convert", entry<convert>}, {"memory", entry<memory>}, {"prepare", entry<prepare>}, {"run", entry<run>},
+      {"convert", entry<convert>}, {"memory", entry<memory>}, {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},
       {"disposeTeam", entry<dispose<Team>>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Bound>>},
   };
   for (const auto& f : functions) {

@@ -1,6 +1,6 @@
 #include "plan.h"
 
-#include <cstring>
+#include <chrono>
 #include <stdexcept>
 
 namespace {
@@ -50,6 +50,7 @@ Program::Program(const Plan& plan, const KernelTable& kernels, const Weights& we
     calls_.push_back({table.at(c[0]), c[1], c[2], plan_.params.data() + c[3], c + 4});
     i += 4 + c[1] + c[2];
   }
+  seconds_.resize(calls_.size());
 }
 
 void Program::run(Team& team, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs) {
@@ -71,9 +72,16 @@ void Program::run(Team& team, const std::vector<int64_t>& sizes, const std::vect
     t.data = span.data;
   }
   const char* failure = team.run([this](const Worker& worker) {
-    for (const Call& c : calls_) {
+    using Clock = std::chrono::steady_clock;
+    auto last = Clock::now();
+    for (size_t i = 0; i < calls_.size(); i++) {
+      const Call& c = calls_[i];
       c.kernel(Operands{tensors_.data(), c.ids, c.inputs, c.outputs, c.params}, worker);
       worker.wait();
+      if (worker.index) continue;
+      const auto now = Clock::now();
+      seconds_[i] += std::chrono::duration<double>(now - last).count();
+      last = now;
     }
   });
   if (*failure) throw std::runtime_error(failure);

@@ -31,6 +31,9 @@ class Program {
   // Throws std::runtime_error before anything runs (sizes over capacity, spans too short), or after, with what a kernel noted.
   void run(Team& team, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs);
 
+  // Seconds that each call took in all runs so far, its wait for the slowest thread included; in the order of the calls.
+  const std::vector<double>& seconds() const { return seconds_; }
+
  private:
   struct Call {
     Kernel kernel;
@@ -43,4 +46,5 @@ class Program {
   std::vector<Memory*> states_;
   std::vector<Tensor> tensors_;
   std::vector<Call> calls_;
+  std::vector<double> seconds_;
 };

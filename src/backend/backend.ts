@@ -44,6 +44,8 @@ export interface Program {
    * Rejects when a size exceeds the plan's capacity or an id is out of range.
    */
   run(sizes: SymbolValues, inputs: readonly Numbers[], outputs: readonly Numbers[]): Promise<void>;
+  /** Seconds that each call of the plan took, all runs together. */
+  seconds(): readonly number[];
   dispose(): void;
 }
 

@@ -20,6 +20,7 @@ interface Addon {
   memory(bytes: number): Handle;
   prepare(plan: object, isa: string, weights: Handle, states: readonly Handle[]): Handle;
   run(program: Handle, team: Handle, sizes: readonly number[], inputs: readonly Numbers[], outputs: readonly Numbers[]): Promise<void>;
+  seconds(program: Handle): number[];
   disposeTeam(team: Handle): void;
   disposeWeights(weights: Handle): void;
   disposeMemory(memory: Handle): void;
@@ -104,6 +105,7 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
             outputs,
           );
         },
+        seconds: () => addon.seconds(handle),
         dispose: () => addon.disposeProgram(handle),
       };
     },

@@ -39,6 +39,7 @@ export function referenceBackend(): Backend {
       const bound = new Map<number, Numbers>();
       for (const t of plan.weights) bound.set(t.id, found((weights as ReferenceWeights).values.get(t.name ?? ""), t));
       for (const t of plan.states) bound.set(t.id, found((states.get(t.name ?? "") as ReferenceState | undefined)?.values, t));
+      const seconds = plan.graph.calls.map(() => 0);
       return {
         async run(sizes, inputs, outputs) {
           const values = new Map(bound);
@@ -48,8 +49,13 @@ export function referenceBackend(): Backend {
           plan.outputs.forEach((t, i) => {
             values.set(t.id, outputs[i]);
           });
-          for (const call of plan.graph.calls) runCall(call, values, sizes);
+          plan.graph.calls.forEach((call, i) => {
+            const start = performance.now();
+            runCall(call, values, sizes);
+            seconds[i] += (performance.now() - start) / 1000;
+          });
         },
+        seconds: () => seconds,
         dispose() {},
       };
     },

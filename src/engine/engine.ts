@@ -139,6 +139,11 @@ export class Engine {
     return { logits, hiddenStates: want.hiddenStates ? hiddenStates : [], routing: want.routing ? routing : [] };
   }
 
+  /** Seconds by op of all steps so far, and how many calls of it the traced programs have. */
+  profile(): ReadonlyMap<string, { readonly seconds: number; readonly calls: number }> {
+    return this.#programs.profile();
+  }
+
   /** Ends all requests with an error and frees weights, cache and threads. */
   async dispose(): Promise<void> {
     if (this.#disposed) return;

@@ -96,6 +96,19 @@ export class Programs {
     return withLogits ? [ids, logprobs, logits] : [ids, logprobs];
   }
 
+  /** Seconds by op, of everything that ran. */
+  profile(): Map<string, { readonly seconds: number; readonly calls: number }> {
+    const byOp = new Map<string, { seconds: number; calls: number }>();
+    for (const { program, plan } of this.#prepared.values()) {
+      const seconds = program.seconds();
+      plan.graph.calls.forEach(({ op }, i) => {
+        const sum = byOp.get(op) ?? { seconds: 0, calls: 0 };
+        byOp.set(op, { seconds: sum.seconds + seconds[i], calls: sum.calls + 1 });
+      });
+    }
+    return byOp;
+  }
+
   dispose(): void {
     for (const { program } of this.#prepared.values()) program.dispose();
     this.#prepared.clear();

@@ -7,7 +7,7 @@ import type { Graph, KvCache, Tensor } from "../graph/graph.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { type AttentionWeights, attention, type Step } from "./attention.ts";
 import { type ErnieConfig, isMoeLayer } from "./config.ts";
-import type { Linear } from "./linear.ts";
+import { type Linear, linear } from "./linear.ts";
 import { type MlpWeights, type MoeWeights, mlp, moe, type Routing } from "./moe.ts";
 
 /** A parameter, and whether it may be in half precision or int8, or must stay float32. */
@@ -93,7 +93,7 @@ export function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, inputs: 
   });
   const last = g.rmsNorm(x, w.norm, config.normEps);
   hiddenStates.push(last);
-  return { logits: g.linear(g.gather(last, inputs.picked), w.head.weight), hiddenStates, routing };
+  return { logits: linear(g, g.gather(last, inputs.picked), w.head), hiddenStates, routing };
 }
 
 /** Calls `visit` for each parameter and puts what it returns in the parameter's place. The one list of names and shapes. */
@@ -142,7 +142,11 @@ function visitParameters<T>(config: ErnieConfig, visit: (p: ErnieParameter) => T
     };
   });
   const norm = float32("model.norm.weight", hidden);
-  const head = { weight: config.tied ? embed : visit({ name: "lm_head.weight", shape: [config.vocabSize, hidden], kind: "matrix" }) };
+  const head = {
+    weight: config.tied ? embed : visit({ name: "lm_head.weight", shape: [config.vocabSize, hidden], kind: "matrix" }),
+    // As in transformers: only the mixture's head has a bias, even where it shares the embedding's weights.
+    ...(config.useBias && m ? { bias: float32("lm_head.bias", config.vocabSize) } : {}),
+  };
   return { embed, layers, norm, head };
 }
 

@@ -1,0 +1,196 @@
+/** What `generate` takes: the options that users of transformers know, their defaults, and how they become requests. */
+import { randomInt } from "node:crypto";
+import { GREEDY, type Sampling } from "../engine/sampling.ts";
+import { type ErnieConfig, readIds } from "../model/config.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import type { Streamer } from "./streamers.ts";
+
+/** Every default may be set in the model's generation_config.json; those named here apply where it is silent. */
+export interface GenerationOptions {
+  /** Tokens of prompt and answer at most. Ignored where `max_new_tokens` is given. */
+  readonly max_length?: number;
+  /** Tokens of the answer at most. Default 256 where `max_length` is not given either. */
+  readonly max_new_tokens?: number;
+  /** Choose at random by probability. Default false: the most likely token. */
+  readonly do_sample?: boolean;
+  /** Divides the logits; below 1 sharpens, 0 is greedy. Default 1. Ignored unless sampling, like the next three. */
+  readonly temperature?: number;
+  /** Only the k most likely tokens; 0 is no limit. Default 0. */
+  readonly top_k?: number;
+  /** Only the likeliest tokens that reach this probability together. Default 1 (https://arxiv.org/abs/1904.09751). */
+  readonly top_p?: number;
+  /** Only tokens at least this share as likely as the likeliest. Default 0 (https://arxiv.org/abs/2407.01082). */
+  readonly min_p?: number;
+  /** Divides the logits of tokens that occurred, prompt included. Default 1: none. */
+  readonly repetition_penalty?: number;
+  /** Subtracted once from the logits of tokens of the answer. Default 0. */
+  readonly presence_penalty?: number;
+  /** Subtracted from the logits of tokens of the answer for each occurrence. Default 0. */
+  readonly frequency_penalty?: number;
+  /** No n-gram of this size occurs twice; 0: off. Default 0. */
+  readonly no_repeat_ngram_size?: number;
+  /** Added to logits, by token id; -Infinity forbids a token. */
+  readonly logit_bias?: Readonly<Record<number, number>> | ReadonlyMap<number, number>;
+  /** Makes sampling repeatable. Default: another one each time. */
+  readonly seed?: number;
+  /** Ids that end an answer: one, a list, or null for none. Default: those of the model. */
+  readonly eos_token_id?: number | readonly number[] | null;
+  /** Texts that end an answer once they occur in it; needs `tokenizer`. */
+  readonly stop_strings?: string | readonly string[];
+  readonly tokenizer?: Tokenizer;
+  /** Answers to each prompt. More than one needs sampling. Default 1. */
+  readonly num_return_sequences?: number;
+  /** Gets the prompt, then each new token. For one prompt and one answer only. */
+  readonly streamer?: Streamer;
+  /** Aborting it stops between two tokens; `generate` then rejects with its reason. */
+  readonly signal?: AbortSignal;
+  /** Return an object with log-probabilities and finish reasons instead of plain sequences. Default false. */
+  readonly return_dict_in_generate?: boolean;
+  /** With `return_dict_in_generate`: the likeliest n alternatives at each step, with their log-probabilities. Default 0. */
+  readonly top_logprobs?: number;
+  /** Accepted for completeness: the cache is always used, and there is one beam. */
+  readonly use_cache?: true;
+  readonly num_beams?: 1;
+}
+
+/** Options resolved against a model's defaults. */
+export interface ResolvedGeneration {
+  readonly sampling: Sampling;
+  readonly stopIds: readonly number[];
+  readonly stopStrings: readonly string[];
+  readonly answers: number;
+  /** Tokens of the answer at most, for a prompt of this many. */
+  maxNewTokens(promptLength: number): number;
+}
+
+/** Keys of `generate` that are not `GenerationOptions`. */
+const INPUTS = ["input_ids", "inputs", "attention_mask"];
+const KNOWN = new Set<string>([
+  ...INPUTS,
+  ...([
+    "max_length",
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "logit_bias",
+    "seed",
+    "eos_token_id",
+    "stop_strings",
+    "tokenizer",
+    "num_return_sequences",
+    "streamer",
+    "signal",
+    "return_dict_in_generate",
+    "top_logprobs",
+    "use_cache",
+    "num_beams",
+  ] satisfies (keyof GenerationOptions)[]),
+]);
+
+/**
+ * Fills in defaults. Throws RangeError for options that are unknown or do not fit together; ranges of the sampling
+ * controls are checked when a request is submitted.
+ */
+export function resolveGeneration(options: GenerationOptions, defaults: Record<string, unknown>, config: ErnieConfig): ResolvedGeneration {
+  const unknown = Object.keys(options).find((key) => !KNOWN.has(key));
+  if (unknown) throw new RangeError(`generate has no option '${unknown}'; it has ${[...KNOWN].join(", ")}`);
+  const pick = <K extends keyof GenerationOptions>(key: K): GenerationOptions[K] =>
+    options[key] ?? (defaults[key] as GenerationOptions[K]) ?? undefined;
+  const whole = (key: keyof GenerationOptions, value: number | undefined, least: number) => {
+    if (value !== undefined && (!Number.isInteger(value) || value < least))
+      throw new RangeError(`${key} is ${value}; it must be a whole number of at least ${least}`);
+    return value;
+  };
+  if ((pick("num_beams") ?? 1) !== 1) throw new RangeError(`num_beams is ${pick("num_beams")}; beam search is not supported, only 1`);
+
+  const temperature = pick("temperature") ?? 1;
+  const samples = (pick("do_sample") ?? false) && temperature !== 0;
+  const answers = whole("num_return_sequences", pick("num_return_sequences") ?? 1, 1) as number;
+  if (answers > 1 && !samples)
+    throw new RangeError(`num_return_sequences is ${answers}, but without do_sample all answers would be the same`);
+  const stopStrings = [options.stop_strings ?? []].flat();
+  if (stopStrings.some((s) => typeof s !== "string" || s === "")) throw new RangeError("stop_strings must be texts that are not empty");
+  if (stopStrings.length && !options.tokenizer)
+    throw new RangeError("stop_strings needs the option 'tokenizer' as well, to read the answer");
+
+  const bias = options.logit_bias ?? {};
+  const entries = bias instanceof Map ? [...bias] : Object.entries(bias);
+  const sampling: Sampling = {
+    ...GREEDY,
+    ...(samples ? { temperature, topK: pick("top_k") ?? 0, topP: pick("top_p") ?? 1, minP: pick("min_p") ?? 0 } : {}),
+    repetitionPenalty: pick("repetition_penalty") ?? 1,
+    presencePenalty: pick("presence_penalty") ?? 0,
+    frequencyPenalty: pick("frequency_penalty") ?? 0,
+    noRepeatNgram: pick("no_repeat_ngram_size") ?? 0,
+    logitBias: new Map(entries.map(([id, value]) => [Number(id), value as number])),
+    seed: pick("seed") ?? randomInt(2 ** 47),
+  };
+  const eos =
+    options.eos_token_id === null ? [] : options.eos_token_id !== undefined ? readIds(options.eos_token_id, "eos_token_id") : undefined;
+  const maxNew = whole(
+    "max_new_tokens",
+    options.max_new_tokens ?? (options.max_length === undefined ? pick("max_new_tokens") : undefined),
+    1,
+  );
+  const maxLength = whole("max_length", pick("max_length"), 1);
+  return {
+    sampling,
+    stopIds:
+      eos ??
+      (defaults["eos_token_id"] != null ? readIds(defaults["eos_token_id"], "generation_config.json: eos_token_id") : config.eosTokenIds),
+    stopStrings,
+    answers,
+    maxNewTokens(promptLength) {
+      if (maxNew !== undefined) return maxNew;
+      if (maxLength === undefined) return 256;
+      if (promptLength >= maxLength)
+        throw new RangeError(`the prompt has ${promptLength} tokens, and max_length is ${maxLength}; raise it, or give max_new_tokens`);
+      return maxLength - promptLength;
+    },
+  };
+}
+
+/** Prompts as `generate` and `forward` take them: rows of ids, and which of them count. */
+export interface ModelInputs {
+  readonly input_ids: readonly (readonly number[])[] | readonly number[];
+  /** 1 for a token, 0 for padding, in the shape of `input_ids`. Default: all count. */
+  readonly attention_mask?: readonly (readonly number[])[] | readonly number[];
+}
+
+/** A prompt and where its tokens stand in the row as given. */
+export interface Row {
+  /** The row as given, padding included. */
+  readonly given: readonly number[];
+  readonly tokens: readonly number[];
+  /** Index in `given` of the first token that counts. */
+  readonly start: number;
+}
+
+/** Takes padding off. Throws RangeError for rows without tokens, masks of another shape, or padding between tokens. */
+export function readRows({ input_ids, attention_mask }: ModelInputs): Row[] {
+  const rows = (x: ModelInputs["input_ids"]) => (typeof x[0] === "number" ? [x as number[]] : (x as number[][]));
+  if (!Array.isArray(input_ids)) throw new RangeError("input_ids must be rows of token ids: number[][]");
+  const ids = rows(input_ids);
+  const masks = attention_mask && rows(attention_mask);
+  if (ids.length === 0) throw new RangeError("the prompt is empty: input_ids has no rows");
+  if (masks && (masks.length !== ids.length || masks.some((m, i) => m.length !== ids[i].length)))
+    throw new RangeError("attention_mask has another shape than input_ids");
+  return ids.map((given, i) => {
+    const mask = masks?.[i] ?? given.map(() => 1);
+    const start = Math.max(
+      0,
+      mask.findIndex((m) => m !== 0),
+    );
+    const count = mask.filter((m) => m !== 0).length;
+    if (mask.slice(start, start + count).some((m) => m === 0))
+      throw new RangeError(`attention_mask, row ${i}: padding must stand before or after the tokens, not between them`);
+    return { given, tokens: given.slice(start, start + count), start };
+  });
+}

@@ -1,0 +1,243 @@
+/** The model as users of transformers know it: `from_pretrained`, `generate`, `forward`. */
+import { fileURLToPath } from "node:url";
+import { type DownloadProgress, type ResolveOptions, resolveModel } from "../checkpoint/hub.ts";
+import type { Inspection } from "../engine/engine.ts";
+import type { GeneratedToken } from "../engine/sequence.ts";
+import type { ErnieConfig } from "../model/config.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { type GenerationOptions, type ModelInputs, type ResolvedGeneration, type Row, readRows, resolveGeneration } from "./generation.ts";
+import { type LoadedModel, type LoadOptions, loadModel } from "./load.ts";
+
+/** Where a model comes from: a folder, a hub id, or `default` for the small one that comes with mixtape. */
+export interface PretrainedOptions extends LoadOptions {
+  /** Where to compute, as `device`; `auto` is the CPU. */
+  readonly device_map?: string;
+  /** Branch, tag or commit on the hub. Default `main`. */
+  readonly revision?: string;
+  readonly cache_dir?: string;
+  /** For gated and private models. Default: `HF_TOKEN`. */
+  readonly token?: string;
+  /** Never ask the hub. Default: whether `HF_HUB_OFFLINE` is set. */
+  readonly local_files_only?: boolean;
+  readonly progress_callback?: (progress: DownloadProgress) => void;
+  readonly signal?: AbortSignal;
+}
+
+/** Numbers with their sizes, row-major. */
+export interface NamedTensor<T = Float32Array> {
+  readonly dims: readonly number[];
+  readonly data: T;
+}
+
+export interface ForwardOptions extends ModelInputs {
+  readonly output_hidden_states?: boolean;
+  readonly output_router_logits?: boolean;
+}
+
+/** Rows of padding hold zeros. `length` is that of the longest row. */
+export interface CausalLMOutput {
+  /** [batch, length, vocab] */
+  readonly logits: NamedTensor;
+  /** [batch, length, hidden] before each layer, the last after the final norm. */
+  readonly hidden_states?: readonly NamedTensor[];
+  /** Of each mixture layer; tokens of all rows, [batch * length, ...]. */
+  readonly router_logits?: readonly RouterOutput[];
+}
+
+export interface RouterOutput {
+  /** Index of the decoder layer, from 0. */
+  readonly layer: number;
+  /** [tokens, experts] */
+  readonly logits: NamedTensor;
+  /** [tokens, chosen], best first. */
+  readonly experts: NamedTensor<Int32Array>;
+  /** [tokens, chosen], summing to one. */
+  readonly weights: NamedTensor;
+}
+
+/** Of `generate` with `return_dict_in_generate`. One entry an answer, answers to the same prompt together. */
+export interface GenerateOutput {
+  /** Prompt and answer. */
+  readonly sequences: number[][];
+  /** Natural logarithm of each new token's probability by the model alone. */
+  readonly logprobs: number[][];
+  /** With `top_logprobs`: the alternatives of each new token, likeliest first. */
+  readonly top_logprobs?: { id: number; logprob: number }[][][];
+  /** `stop`: an end token or stop string; `length`: no more room. */
+  readonly finish_reasons: ("stop" | "length")[];
+}
+
+const DEFAULT_MODEL = fileURLToPath(new URL("../../models/small-moe", import.meta.url));
+
+/** The local folder of a model; fetches it from the hub where needed. */
+export function resolvePretrained(idOrFolder: string, options: PretrainedOptions & Pick<ResolveOptions, "weights"> = {}): Promise<string> {
+  if (idOrFolder === "default") return Promise.resolve(DEFAULT_MODEL);
+  return resolveModel(idOrFolder, { ...options, onProgress: options.progress_callback });
+}
+
+/** Loads causal language models. */
+export const AutoModelForCausalLM = {
+  /**
+   * Loads a model from a folder, a hub id, or `default`. Throws a one-line error that says what is wrong with files,
+   * config or options; nothing has run then.
+   */
+  async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<CausalLM> {
+    const folder = await resolvePretrained(idOrFolder, options);
+    return new CausalLM(await loadModel(folder, { ...options, device: options.device ?? options.device_map }));
+  },
+};
+
+export class CausalLM {
+  /** The model's folder. */
+  readonly folder: string;
+  readonly config: ErnieConfig;
+  /** generation_config.json: defaults of `generate`. */
+  readonly generation_config: Readonly<Record<string, unknown>>;
+  /** For people: instruction set and threads. */
+  readonly device: string;
+  /** The engine beneath: `submit` streams tokens of many requests at once. */
+  readonly engine: LoadedModel["engine"];
+
+  constructor({ config, checkpoint, engine, backend }: LoadedModel) {
+    this.folder = checkpoint.folder;
+    this.config = config;
+    this.generation_config = checkpoint.generationConfig ?? {};
+    this.engine = engine;
+    this.device = `${backend.name}, ${backend.threads} thread${backend.threads === 1 ? "" : "s"}`;
+  }
+
+  /**
+   * Continues prompts. Returns one sequence an answer, prompt included as given; sequences are not padded to one length.
+   * Rejects on an empty prompt, ids outside the vocabulary, a prompt that is too long, or options that make no sense.
+   */
+  generate(options: ModelInputs & GenerationOptions & { readonly return_dict_in_generate: true }): Promise<GenerateOutput>;
+  generate(options: ModelInputs & GenerationOptions): Promise<number[][]>;
+  async generate(options: ModelInputs & GenerationOptions): Promise<number[][] | GenerateOutput> {
+    const settings = resolveGeneration(options, this.generation_config, this.config);
+    const rows = readRows(options);
+    if (options.streamer && rows.length * settings.answers > 1)
+      throw new RangeError(`a streamer takes one answer, and ${rows.length * settings.answers} were asked for`);
+    options.signal?.throwIfAborted();
+    const leave = new AbortController(); // one answer's failure ends the others
+    const signal = options.signal ? AbortSignal.any([options.signal, leave.signal]) : leave.signal;
+    const answers = rows.flatMap((row) =>
+      Array.from({ length: settings.answers }, (_, i) => this.#answer(row, i, settings, options, signal)),
+    );
+    try {
+      const done = await Promise.all(answers);
+      const sequences = done.map((a) => [...a.row.given, ...a.tokens.map((t) => t.id)]);
+      if (!options.return_dict_in_generate) return sequences;
+      return {
+        sequences,
+        logprobs: done.map((a) => a.tokens.map((t) => t.logprob)),
+        ...(options.top_logprobs ? { top_logprobs: done.map((a) => a.top) } : {}),
+        finish_reasons: done.map((a) => a.finish),
+      };
+    } catch (error) {
+      leave.abort(error);
+      await Promise.allSettled(answers);
+      throw error;
+    }
+  }
+
+  async #answer(row: Row, index: number, settings: ResolvedGeneration, options: GenerationOptions, signal: AbortSignal) {
+    const { streamer, top_logprobs = 0, tokenizer } = options;
+    if (!Number.isInteger(top_logprobs) || top_logprobs < 0 || top_logprobs > this.config.vocabSize)
+      throw new RangeError(`top_logprobs is ${top_logprobs}; it must be a whole number from 0 to the vocabulary's size`);
+    const stops = tokenizer && settings.stopStrings.length ? new StopStrings(tokenizer, settings.stopStrings) : null;
+    const tokens: GeneratedToken[] = [];
+    const top: { id: number; logprob: number }[][] = [];
+    let finish: "stop" | "length" = "length";
+    const stream = this.engine.submit({
+      tokens: row.tokens,
+      sampling: { ...settings.sampling, seed: (settings.sampling.seed + index) % 2 ** 53 },
+      maxNewTokens: settings.maxNewTokens(row.given.length),
+      stopIds: settings.stopIds,
+      wantLogits: top_logprobs > 0,
+      signal,
+    });
+    streamer?.put(row.given);
+    try {
+      for await (const token of stream) {
+        const { logits, ...rest } = token;
+        tokens.push(rest);
+        if (logits) top.push(likeliest(logits, top_logprobs));
+        streamer?.put([token.id]);
+        finish = token.finish ?? finish;
+        if (stops?.reached(token.id)) {
+          finish = "stop";
+          break;
+        }
+      }
+    } finally {
+      streamer?.end();
+    }
+    return { row, tokens, top, finish };
+  }
+
+  /** Logits of every position, and on request hidden states and routing. Without side effects on other requests. */
+  async forward(options: ForwardOptions): Promise<CausalLMOutput> {
+    const rows = readRows(options);
+    const want = { hiddenStates: options.output_hidden_states, routing: options.output_router_logits };
+    const length = Math.max(...rows.map((r) => r.given.length));
+    const each: Inspection[] = [];
+    for (const row of rows) each.push(await this.engine.inspect(row.tokens, want));
+    const place = <T extends Float32Array | Int32Array>(parts: readonly T[], dims: (width: number) => number[]): NamedTensor<T> => {
+      const width = parts[0].length / rows[0].tokens.length;
+      const size = rows.length * length * width;
+      const data = (parts[0] instanceof Int32Array ? new Int32Array(size) : new Float32Array(size)) as T;
+      parts.forEach((p, i) => {
+        data.set(p, (i * length + rows[i].start) * width);
+      });
+      return { dims: dims(width), data };
+    };
+    const batched = (parts: readonly Float32Array[]) => place(parts, (width) => [rows.length, length, width]);
+    const flat = <T extends Float32Array | Int32Array>(parts: readonly T[]) => place(parts, (width) => [rows.length * length, width]);
+    return {
+      logits: batched(each.map((e) => e.logits)),
+      ...(want.hiddenStates ? { hidden_states: each[0].hiddenStates.map((_, i) => batched(each.map((e) => e.hiddenStates[i]))) } : {}),
+      ...(want.routing
+        ? {
+            router_logits: each[0].routing.map(({ layer }, i) => ({
+              layer,
+              logits: flat(each.map((e) => e.routing[i].logits)),
+              experts: flat(each.map((e) => e.routing[i].experts)),
+              weights: flat(each.map((e) => e.routing[i].weights)),
+            })),
+          }
+        : {}),
+    };
+  }
+
+  /** Frees weights, cache and threads. Running requests fail; using the model afterwards throws. */
+  dispose(): Promise<void> {
+    return this.engine.dispose();
+  }
+}
+
+/** The n largest logits with their log-probabilities. */
+function likeliest(logits: Float32Array, n: number): { id: number; logprob: number }[] {
+  const ids = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, n);
+  const top = logits[ids[0]];
+  const total = Math.log(logits.reduce((sum, x) => sum + Math.exp(x - top), 0)) + top;
+  return ids.map((id) => ({ id, logprob: logits[id] - total }));
+}
+
+/** Watches an answer's text for the strings that end it. */
+class StopStrings {
+  readonly #stops: readonly string[];
+  readonly #detokenizer: ReturnType<Tokenizer["detokenizer"]>;
+  #tail = "";
+
+  constructor(tokenizer: Tokenizer, stops: readonly string[]) {
+    this.#stops = stops;
+    this.#detokenizer = tokenizer.detokenizer({ skip_special_tokens: false });
+  }
+
+  reached(id: number): boolean {
+    this.#tail += this.#detokenizer.push([id]);
+    if (this.#stops.some((s) => this.#tail.includes(s))) return true;
+    this.#tail = this.#tail.slice(-Math.max(...this.#stops.map((s) => s.length))); // enough to see one that is under way
+    return false;
+  }
+}

@@ -1,0 +1,22 @@
+/** The public names of mixtape. */
+export type { GenerationOptions, ModelInputs } from "./api/generation.ts";
+export type { LoadOptions, WeightDtype } from "./api/load.ts";
+export type {
+  CausalLM,
+  CausalLMOutput,
+  ForwardOptions,
+  GenerateOutput,
+  NamedTensor,
+  PretrainedOptions,
+  RouterOutput,
+} from "./api/model.ts";
+export { AutoModelForCausalLM } from "./api/model.ts";
+export { pipeline, type TextGenerationOptions, type TextGenerationOutput, type TextGenerationPipeline } from "./api/pipeline.ts";
+export { type Streamer, TextStreamer, type TextStreamerOptions } from "./api/streamers.ts";
+export { AutoTokenizer } from "./api/tokenizer.ts";
+export { instructionSets } from "./backend/native.ts";
+export { CheckpointError } from "./checkpoint/error.ts";
+export type { DownloadProgress } from "./checkpoint/hub.ts";
+export { ConfigError } from "./model/config.ts";
+export type { Message } from "./tokenizer/template.ts";
+export type { Tokenizer } from "./tokenizer/tokenizer.ts";

@@ -1,0 +1,280 @@
+/** What every kernel is tested with: each op in each format, at sizes that fit no vector width. */
+
+import type { Numbers } from "../../src/backend/backend.ts";
+import { GREEDY, layOut, type Sampling } from "../../src/engine/sampling.ts";
+import { Graph, type Tensor } from "../../src/graph/graph.ts";
+import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops.ts";
+import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
+
+export type MatrixDtype = "f32" | "f16" | "bf16" | "int8";
+
+export interface Case {
+  readonly name: string;
+  readonly graph: Graph;
+  readonly outputs: readonly Tensor[];
+  readonly sizes: SymbolValues;
+  readonly inputs: ReadonlyMap<string, Numbers>;
+  readonly weights: ReadonlyMap<string, { readonly dtype: MatrixDtype; readonly shape: readonly number[]; readonly values: Float32Array }>;
+  readonly states: ReadonlyMap<string, { readonly dtype: "f32" | "f16"; readonly elements: number }>;
+  /** Largest difference allowed, as a share of the largest value. */
+  readonly tolerance: number;
+}
+
+export const RAGGED = [1, 7, 31, 33, 257];
+export const MATRIX_DTYPES: readonly MatrixDtype[] = ["f32", "f16", "bf16", "int8"];
+
+/** Repeatable numbers between -1 and 1. */
+export function noise(n: number, seed: number): Float32Array {
+  let state = seed * 2654435761 + 1;
+  return Float32Array.from({ length: n }, () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state / 2 ** 31 - 1;
+  });
+}
+
+class Builder {
+  readonly g = new Graph();
+  readonly inputs = new Map<string, Numbers>();
+  readonly weights = new Map<string, { dtype: MatrixDtype; shape: readonly number[]; values: Float32Array }>();
+  readonly states = new Map<string, { dtype: "f32" | "f16"; elements: number }>();
+  #seed = 1;
+
+  /** Activations [rows, n], or whatever `values` holds. */
+  input(name: string, shape: (number | ReturnType<typeof symbol>)[], values: Numbers): Tensor {
+    this.inputs.set(name, values);
+    return this.g.input(name, shape, values instanceof Int32Array ? "i32" : "f32");
+  }
+
+  rows(name: string, rows: number, n: number): Tensor {
+    return this.input(name, [symbol("rows"), n], noise(rows * n, this.#seed++));
+  }
+
+  weight(name: string, shape: number[], dtype: MatrixDtype = "f32"): Tensor {
+    this.weights.set(name, {
+      dtype,
+      shape,
+      values: noise(
+        shape.reduce((a, b) => a * b),
+        this.#seed++,
+      ),
+    });
+    return this.g.weight(name, shape, dtype);
+  }
+
+  state(name: string, shape: number[], dtype: "f32" | "f16"): Tensor {
+    this.states.set(name, { dtype, elements: shape.reduce((a, b) => a * b) });
+    return this.g.state(name, shape, dtype);
+  }
+
+  done(name: string, outputs: readonly Tensor[], sizes: SymbolValues, tolerance = 2e-6): Case {
+    return { name, graph: this.g, outputs, sizes, inputs: this.inputs, weights: this.weights, states: this.states, tolerance };
+  }
+}
+
+export function allCases(): Case[] {
+  return [...linears(), ...groupedLinears(), ...rowOps(), ...routers(), ...attentions(), ...samplers()];
+}
+
+/** Sums of many products in float32 differ by their order. */
+const LINEAR_TOLERANCE: Record<MatrixDtype, number> = { f32: 1e-6, f16: 1e-6, bf16: 1e-5, int8: 2e-6 };
+
+function linears(): Case[] {
+  return MATRIX_DTYPES.flatMap((dtype) =>
+    RAGGED.flatMap((rows) =>
+      [
+        [1, 1],
+        [7, 33],
+        [16, 64],
+        [31, 257],
+        [33, 31],
+        [257, 129],
+        [48, 320],
+      ].flatMap(([n, k], i) => {
+        const b = new Builder();
+        const bias = i % 2 ? b.weight("bias", [n]) : undefined;
+        const y = b.g.linear(b.rows("x", rows, k), b.weight("w", [n, k], dtype), bias);
+        return b.done(`linear ${dtype} rows ${rows} [${n},${k}]${bias ? " bias" : ""}`, [y], { rows }, LINEAR_TOLERANCE[dtype]);
+      }),
+    ),
+  );
+}
+
+function groupedLinears(): Case[] {
+  return MATRIX_DTYPES.flatMap((dtype) =>
+    RAGGED.flatMap((rows) =>
+      [
+        [5, 2, 19, 44],
+        [8, 3, 33, 65],
+        [3, 3, 16, 128],
+      ].map(([experts, slots, n, k]) => {
+        const b = new Builder();
+        const chosen = Int32Array.from(
+          { length: rows * slots },
+          (_, i) => (Math.floor(i / slots) * 5 + (i % slots) * 2 + (i % 3)) % experts,
+        );
+        const { order, offsets } = b.g.group(b.input("experts", [symbol("rows"), slots], chosen), experts);
+        const h = b.g.groupedLinear(b.rows("x", rows, k), b.weight("up", [experts, n, k], dtype), order, offsets, slots);
+        const y = b.g.groupedLinear(h, b.weight("down", [experts, k, n], dtype), order, offsets, 1, b.weight("bias", [experts, k]));
+        const weights = b.input("weights", [symbol("rows"), slots], noise(rows * slots, 99));
+        return b.done(
+          `groupedLinear ${dtype} rows ${rows} experts ${experts}`,
+          [h, b.g.combine(y, weights)],
+          { rows },
+          dtype === "bf16" || dtype === "int8" ? 4e-3 : 2e-6,
+        );
+      }),
+    ),
+  );
+}
+
+function rowOps(): Case[] {
+  return RAGGED.flatMap((rows) => {
+    const embeds = MATRIX_DTYPES.map((dtype) => {
+      const b = new Builder();
+      const ids = b.input(
+        "ids",
+        [symbol("rows")],
+        Int32Array.from({ length: rows }, (_, i) => (i * 37) % 53),
+      );
+      return b.done(`embed ${dtype} rows ${rows}`, [b.g.embed(ids, b.weight("table", [53, 71], dtype))], { rows }, 1e-7);
+    });
+    const others = RAGGED.map((n) => {
+      const b = new Builder();
+      const [x, z] = [b.rows("x", rows, n), b.rows("z", rows, n)];
+      const norm = b.g.rmsNorm(x, b.weight("norm", [n]), 1e-5);
+      const index = b.input("index", [symbol("outs")], Int32Array.from([rows - 1, 0, rows >> 1]));
+      return b.done(
+        `rmsNorm add siluMul gather rows ${rows} width ${n}`,
+        [norm, b.g.add(x, z), b.g.siluMul(x, z), b.g.gather(x, index)],
+        { rows, outs: 3 },
+        1e-6,
+      );
+    });
+    const turned = [2, 10, 64, 128].map((dim) => {
+      const b = new Builder();
+      const positions = b.input(
+        "positions",
+        [symbol("rows")],
+        Int32Array.from({ length: rows }, (_, i) => i * 3),
+      );
+      return b.done(
+        `angles rope rows ${rows} dim ${dim}`,
+        [b.g.rope(b.rows("x", rows, dim * 3), b.g.angles(positions, dim, 500000))],
+        { rows },
+        1e-5,
+      );
+    });
+    return [...embeds, ...others, ...turned];
+  });
+}
+
+function routers(): Case[] {
+  return RAGGED.flatMap((rows) =>
+    [
+      [7, 2, 44, 0.45],
+      [64, 6, 130, 1e-12],
+      [3, 3, 9, 0],
+    ].map(([experts, k, hidden, normMin]) => {
+      const b = new Builder();
+      const r = b.g.route(b.rows("x", rows, hidden), b.weight("gate", [experts, hidden]), b.weight("bias", [experts]), k, normMin);
+      return b.done(`route rows ${rows} experts ${experts} of ${k}`, [r.logits, r.experts, r.weights], { rows }, 2e-6);
+    }),
+  );
+}
+
+/** Several sequences at once, the first tokens of each written in an earlier step's place, pages in no order. */
+function attentions(): Case[] {
+  const kinds = [
+    ["f32", 2e-6],
+    ["f16", 2e-3],
+  ] as const;
+  return kinds.flatMap(([dtype, tolerance]) =>
+    [
+      [4, 2, 16],
+      [3, 1, 10],
+      [5, 5, 33],
+      [10, 2, 128],
+    ].flatMap(([heads, kvHeads, dim]) =>
+      [[1], [7, 1], [31, 33, 2], [100]].map((counts) => {
+        const b = new Builder();
+        const rows = counts.reduce((a, c) => a + c);
+        const pagesEach = Math.ceil(Math.max(...counts) / 32);
+        const segments = b.input(
+          "segments",
+          [symbol("sequences"), 3],
+          Int32Array.from(counts.flatMap((c, s) => [counts.slice(0, s).reduce((a, d) => a + d, 0), c, 0])),
+        );
+        const blocks = counts.length * pagesEach + 1;
+        const pages = b.input(
+          "pages",
+          [symbol("sequences"), symbol("pages")],
+          Int32Array.from({ length: counts.length * pagesEach }, (_, i) => blocks - 1 - i),
+        );
+        const cache = {
+          keys: b.state("keys", [blocks, kvHeads, dim, 32], dtype),
+          values: b.state("values", [blocks, kvHeads, 32, dim], dtype),
+        };
+        b.g.cacheWrite(b.rows("k", rows, kvHeads * dim), b.rows("v", rows, kvHeads * dim), cache, segments, pages);
+        const y = b.g.attention(b.rows("q", rows, heads * dim), cache, segments, pages);
+        return b.done(
+          `attention ${dtype} heads ${heads}/${kvHeads} dim ${dim} rows ${counts}`,
+          [y],
+          { rows, sequences: counts.length, pages: pagesEach },
+          tolerance,
+        );
+      }),
+    ),
+  );
+}
+
+function samplers(): Case[] {
+  const controls: Partial<Sampling>[] = [
+    {},
+    { temperature: 0.7 },
+    { temperature: 1, topK: 5 },
+    { temperature: 1, topP: 0.5 },
+    { temperature: 1, minP: 0.2 },
+    { repetitionPenalty: 1.3 },
+    { presencePenalty: 0.5, frequencyPenalty: 0.25 },
+    { noRepeatNgram: 2 },
+    {
+      temperature: 0.9,
+      topK: 20,
+      topP: 0.8,
+      minP: 0.05,
+      repetitionPenalty: 1.1,
+      logitBias: new Map([
+        [3, 2],
+        [4, Number.NEGATIVE_INFINITY],
+      ]),
+      seed: 7,
+    },
+    { temperature: 2, topK: 1000, seed: 2 ** 45 + 3 },
+  ];
+  return [33, 257].map((vocab) => {
+    const b = new Builder();
+    const outs = controls.length;
+    const tokens = Array.from({ length: 40 }, (_, i) => (i * i) % vocab);
+    const laid = layOut(controls.map((c) => ({ sampling: { ...GREEDY, ...c }, tokens, promptCount: 20 })));
+    const logits = b.input(
+      "logits",
+      [symbol("outs"), vocab],
+      noise(outs * vocab, 5).map((x) => x * 4),
+    );
+    const sampling = {
+      floats: b.input("floats", [symbol("outs"), SAMPLING_FLOATS.length], laid.floats),
+      ints: b.input("ints", [symbol("outs"), SAMPLING_INTS.length], laid.ints),
+      history: b.input("history", [symbol("history")], laid.history),
+      biasIds: b.input("biasIds", [symbol("biases")], laid.biasIds),
+      biasValues: b.input("biasValues", [symbol("biases")], laid.biasValues),
+    };
+    const processed = b.g.processLogits(logits, sampling);
+    const { ids, logprobs } = b.g.sample(logits, processed, sampling);
+    return b.done(
+      `processLogits sample vocabulary ${vocab}`,
+      [processed, ids, logprobs],
+      { outs, history: laid.history.length, biases: laid.biasIds.length },
+      1e-6,
+    );
+  });
+}

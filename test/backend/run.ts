@@ -1,0 +1,65 @@
+/** Runs a case on a backend, its weights coming from a file as they always do. */
+import { writeFileSync } from "node:fs";
+import type { Backend, Numbers, WeightSource } from "../../src/backend/backend.ts";
+import { convertStored } from "../../src/backend/native.ts";
+import { type Plan, plan } from "../../src/graph/plan.ts";
+import { ELEMENT_BYTES } from "../../src/tensor/dtype.ts";
+import { int8Bytes } from "../../src/tensor/int8.ts";
+import { elements } from "../../src/tensor/shape.ts";
+import type { Case } from "./cases.ts";
+
+/** Writes a case's weights in their formats; stacked matrices one after another. */
+export async function writeWeights(c: Case, path: string): Promise<WeightSource[]> {
+  const pieces: Uint8Array[] = [];
+  const sources: WeightSource[] = [];
+  let offset = 0;
+  for (const [name, { dtype, shape, values }] of c.weights) {
+    const count = shape.length === 3 ? shape[0] : 1;
+    const k = shape[shape.length - 1];
+    const n = values.length / count / k;
+    const bytes = dtype === "int8" ? int8Bytes(n, k) : n * k * ELEMENT_BYTES[dtype];
+    const parts = [];
+    for (let i = 0; i < count; i++) {
+      const raw = `${path}.raw`;
+      writeFileSync(raw, values.subarray(i * n * k, (i + 1) * n * k));
+      const to = new Uint8Array(bytes);
+      await convertStored({ file: raw, offset: 0, bytes: n * k * 4 }, "f32", dtype, n, k, to);
+      pieces.push(to);
+      parts.push({ file: path, offset, bytes });
+      offset += bytes;
+      const padding = new Uint8Array((64 - (offset % 64)) % 64);
+      pieces.push(padding);
+      offset += padding.length;
+    }
+    sources.push({ name, stored: dtype, dtype, shape, parts });
+  }
+  writeFileSync(path, Buffer.concat(pieces));
+  return sources;
+}
+
+export function planOf(c: Case): Plan {
+  return plan(c.graph, c.outputs, c.sizes);
+}
+
+export function outputsOf(c: Case): Numbers[] {
+  return c.outputs.map((t) =>
+    t.dtype === "i32" ? new Int32Array(elements(t.shape, c.sizes)).fill(-7) : new Float32Array(elements(t.shape, c.sizes)).fill(Number.NaN),
+  );
+}
+
+export async function runCase(c: Case, backend: Backend, sources: readonly WeightSource[]): Promise<Numbers[]> {
+  const planned = planOf(c);
+  const weights = await backend.load(sources);
+  const states = new Map([...c.states].map(([name, s]) => [name, backend.state(s.dtype, s.elements)]));
+  const program = backend.prepare(planned, weights, states);
+  const outputs = outputsOf(c);
+  await program.run(
+    c.sizes,
+    planned.inputs.map((t) => c.inputs.get(t.name ?? "") as Numbers),
+    outputs,
+  );
+  program.dispose();
+  for (const s of states.values()) s.dispose();
+  weights.dispose();
+  return outputs;
+}

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 // Codes as in src/graph/plan.ts.
-enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, INT8 = 4, INT8ROW = 5 };
+enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, INT8 = 4, INT8ROW = 5, INT4 = 6 };
 
 struct Tensor {
   void* data;           // first (or only) part
@@ -65,7 +65,9 @@ struct KernelTable {
   const KernelEntry* entries;
 };
 
-// Block formats, as in src/tensor/int8.ts.
-constexpr int TILE_ROWS = 16, GROUP = 64, BLOCK_BYTES = TILE_ROWS * GROUP + TILE_ROWS * 2;
+// Block formats, as in src/tensor/quantized.ts.
+constexpr int TILE_ROWS = 16, GROUP = 64, HALF = 32;
+constexpr int INT8_BLOCK_BYTES = TILE_ROWS * GROUP + TILE_ROWS * 2, INT4_BLOCK_BYTES = TILE_ROWS * GROUP / 2 + TILE_ROWS * 4;
+constexpr int block_bytes(Dtype dtype) { return dtype == INT8 ? INT8_BLOCK_BYTES : INT4_BLOCK_BYTES; }
 constexpr int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
-constexpr int64_t int8_row_bytes(int64_t k) { return groups_of(k) * (GROUP + 8); }
+constexpr int64_t int8_row_bytes(int64_t k) { return groups_of(k) * (GROUP + 12); }

@@ -5,13 +5,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <unordered_map>
 
 #include "halves.h"
+#include "quantize.h"
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
   if (!bytes) return;
@@ -57,7 +58,7 @@ class Mapping {
 static size_t element_bytes(Dtype dtype) { return dtype == F32 || dtype == I32 ? 4 : dtype == F16 || dtype == BF16 ? 2 : 1; }
 
 size_t matrix_bytes(Dtype dtype, int64_t n, int64_t k) {
-  if (dtype == INT8) return static_cast<size_t>((n + TILE_ROWS - 1) / TILE_ROWS * groups_of(k) * BLOCK_BYTES);
+  if (dtype == INT8 || dtype == INT4) return static_cast<size_t>((n + TILE_ROWS - 1) / TILE_ROWS * groups_of(k) * block_bytes(dtype));
   return static_cast<size_t>(n * k) * element_bytes(dtype);
 }
 
@@ -69,24 +70,13 @@ static uint16_t load16(const uint8_t* p) {
 
 static void store16(uint8_t* p, uint16_t v) { std::memcpy(p, &v, 2); }
 
-// Where column c of row r of an INT8 matrix with `groups` groups lies: its byte, and its scale.
-static const uint8_t* int8_block(const uint8_t* m, int64_t groups, int64_t r, int64_t g) {
-  return m + (r / TILE_ROWS * groups + g) * BLOCK_BYTES;
-}
-
 static void read_row(const uint8_t* m, Dtype dtype, int64_t r, int64_t k, float* row) {
   switch (dtype) {
     case F32: std::memcpy(row, m + r * k * 4, k * 4); break;
     case F16: for (int64_t c = 0; c < k; c++) row[c] = f16_to_f32(load16(m + (r * k + c) * 2)); break;
     case BF16: for (int64_t c = 0; c < k; c++) row[c] = bf16_to_f32(load16(m + (r * k + c) * 2)); break;
     case INT8:
-      for (int64_t c = 0; c < k; c++) {
-        const uint8_t* block = int8_block(m, groups_of(k), r, c / GROUP);
-        int lane = static_cast<int>(r % TILE_ROWS), q = static_cast<int>(c % GROUP);
-        float scale = f16_to_f32(load16(block + TILE_ROWS * GROUP + lane * 2));
-        row[c] = (block[(q / 4 * TILE_ROWS + lane) * 4 + q % 4] - 128) * scale;
-      }
-      break;
+    case INT4: expand_row(m, dtype, r, k, row); break;
     default: throw std::runtime_error("internal: weights of this format cannot be read");
   }
 }
@@ -97,33 +87,27 @@ static void write_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float
     case F16: for (int64_t c = 0; c < k; c++) store16(m + (r * k + c) * 2, f32_to_f16(row[c])); break;
     case BF16: for (int64_t c = 0; c < k; c++) store16(m + (r * k + c) * 2, f32_to_bf16(row[c])); break;
     case INT8:
-      for (int64_t g = 0; g < groups_of(k); g++) {
-        uint8_t* block = const_cast<uint8_t*>(int8_block(m, groups_of(k), r, g));
-        int lane = static_cast<int>(r % TILE_ROWS), count = static_cast<int>(k - g * GROUP < GROUP ? k - g * GROUP : GROUP);
-        float largest = 0;
-        for (int q = 0; q < count; q++) largest = std::fmax(largest, std::fabs(row[g * GROUP + q]));
-        uint16_t half = f32_to_f16(largest / 127);
-        if (f16_to_f32(half) * 127.5f < largest) half++;  // rounded down too far: the largest would not fit
-        float scale = f16_to_f32(half);
-        store16(block + TILE_ROWS * GROUP + lane * 2, half);
-        for (int q = 0; q < GROUP; q++) {
-          float steps = q < count && scale > 0 ? std::nearbyint(row[g * GROUP + q] / scale) : 0;
-          block[(q / 4 * TILE_ROWS + lane) * 4 + q % 4] = static_cast<uint8_t>(128 + std::fmin(127.f, std::fmax(-127.f, steps)));
-        }
-      }
-      break;
+    case INT4: quantize_row(m, dtype, r, k, row); break;
     default: throw std::runtime_error("internal: weights of this format cannot be written");
   }
 }
 
 void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k) {
-  if (dtype == INT8) std::memset(to, 128, matrix_bytes(INT8, n, k));  // padding rows
-  if (dtype == INT8)
-    for (int64_t tile = n / TILE_ROWS; tile * TILE_ROWS < n; tile++)
-      for (int64_t g = 0; g < groups_of(k); g++) std::memset(to + (tile * groups_of(k) + g) * BLOCK_BYTES + TILE_ROWS * GROUP, 0, TILE_ROWS * 2);
   std::vector<float> row(static_cast<size_t>(k));
   for (int64_t r = 0; r < n; r++) {
     read_row(from, stored, r, k, row.data());
+    write_row(to, dtype, r, k, row.data());
+  }
+  if (dtype == INT8 || dtype == INT4) {
+    std::fill(row.begin(), row.end(), 0.f);
+    for (int64_t r = n; r % TILE_ROWS; r++) write_row(to, dtype, r, k, row.data());
+  }
+}
+
+void random_matrix(uint64_t seed, float deviation, uint8_t* to, Dtype dtype, int64_t n, int64_t k) {
+  std::vector<float> row(static_cast<size_t>(k));
+  for (int64_t r = 0; r < (dtype == INT8 || dtype == INT4 ? (n + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : n); r++) {
+    random_row(seed, static_cast<uint64_t>(r), r < n ? deviation : 0, row.data(), k);
     write_row(to, dtype, r, k, row.data());
   }
 }
@@ -150,7 +134,7 @@ Weights::Weights(const std::vector<WeightSpec>& specs) {
     for (const FilePart& part : spec.parts) {
       if (part.bytes != bytes) throw std::runtime_error("internal: " + spec.name + " has a part of " + std::to_string(part.bytes) + " bytes, not " + std::to_string(bytes));
       const uint8_t* at = mapping(part.file)->at(part);
-      const bool aligned = reinterpret_cast<uintptr_t>(at) % (spec.stored == INT8 ? 2 : element_bytes(spec.stored)) == 0;
+      const bool aligned = reinterpret_cast<uintptr_t>(at) % (spec.stored == INT8 || spec.stored == INT4 ? 2 : element_bytes(spec.stored)) == 0;
       if (spec.stored == spec.dtype && aligned) {
         weight.parts.push_back(const_cast<uint8_t*>(at));
         continue;

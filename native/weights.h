@@ -59,7 +59,9 @@ class Weights {
 
 // Bytes of [n, k] in `dtype`.
 size_t matrix_bytes(Dtype dtype, int64_t n, int64_t k);
-// Converts [n, k] between formats, through float32; INT8 rounds to the nearest of 255 steps a row and group.
+// Converts [n, k] between formats, through float32.
 void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
-// The same from a file, for tools.
+// Fills [n, k] with repeatable noise of the given standard deviation, for measuring without a download.
+void random_matrix(uint64_t seed, float deviation, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
+// The same as convert_matrix, from a file, for tools.
 void convert_file_part(const FilePart& part, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);

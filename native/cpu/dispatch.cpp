@@ -5,7 +5,9 @@
 #define DECLARE(isa) namespace isa { extern const KernelTable TABLE; }
 DECLARE(scalar)
 #if defined(__x86_64__)
+#include <cpuid.h>
 DECLARE(avx2)
+DECLARE(avxvnni)
 DECLARE(avx512)
 DECLARE(avx512vnni)
 DECLARE(avx512bf16)
@@ -25,6 +27,9 @@ std::vector<const KernelTable*> available_kernels() {
   if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::TABLE);
   if (vnni) found.push_back(&avx512vnni::TABLE);
   if (wide) found.push_back(&avx512::TABLE);
+  unsigned a = 0, b, c, d;
+  __cpuid_count(7, 1, a, b, c, d);
+  if (fma && (a >> 4 & 1)) found.push_back(&avxvnni::TABLE);  // GCC 12 has no name for it
   if (fma) found.push_back(&avx2::TABLE);
 #elif defined(__aarch64__)
   if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP) & HWCAP_FPHP)) found.push_back(&neon::TABLE);

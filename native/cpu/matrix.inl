@@ -49,41 +49,23 @@ struct RowMajor {
   }
 };
 
-// INT8 blocks (src/tensor/int8.ts): tiles of 16 weight rows, lanes being rows, activations broadcast.
-struct Int8Blocks {
-  using X = int8_t;  // a row: groups of 64 bytes, their scales, their sums
+// Block formats (src/tensor/quantized.ts): tiles of 16 weight rows, lanes being rows, activations broadcast.
+struct Blocks {
+  using X = int8_t;  // a row: groups of 64 bytes, their scales, the sums of each 32
   static constexpr int tile = TILE_ROWS;
   static constexpr int parts = TILE_ROWS / W;
-  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 1;
-
   static int64_t x_bytes(int64_t k) { return int8_row_bytes(k); }
+  static const float* scales(const X* x, int64_t groups) { return reinterpret_cast<const float*>(x + groups * GROUP); }
+  static const int32_t* sums(const X* x, int64_t groups) { return reinterpret_cast<const int32_t*>(x + groups * (GROUP + 4)); }
+
+  static int32_t four(const X* x) {
+    int32_t v;
+    __builtin_memcpy(&v, x, 4);
+    return v;
+  }
 
   template <int R>
-  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
-    const int64_t groups = groups_of(k);
-    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * BLOCK_BYTES;
-    vf total[R][parts] = {};
-    for (int64_t g = 0; g < groups; g++, block += BLOCK_BYTES) {
-      vi acc[R][parts];
-      float scale[R];
-      for (int r = 0; r < R; r++) {
-        const float* scales = reinterpret_cast<const float*>(x[r] + groups * GROUP);
-        const int32_t* sums = reinterpret_cast<const int32_t*>(scales + groups);
-        scale[r] = scales[g];
-        for (int p = 0; p < parts; p++) acc[r][p] = splat(Dot8::offset ? -128 * sums[g] : 0);
-      }
-      for (int q = 0; q < GROUP / 4; q++)
-        for (int r = 0; r < R; r++) {
-          int32_t four;
-          __builtin_memcpy(&four, x[r] + g * GROUP + q * 4, 4);
-          for (int p = 0; p < parts; p++) acc[r][p] = Dot8::add(acc[r][p], block + (q * TILE_ROWS + p * W) * 4, four);
-        }
-      const f16* row_scales = reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP);
-      for (int p = 0; p < parts; p++) {
-        vf s = load(row_scales + p * W);
-        for (int r = 0; r < R; r++) total[r][p] += to_float(acc[r][p]) * (s * scale[r]);
-      }
-    }
+  static void finish(const vf (&total)[R][parts], int64_t n, float* const* y, const float* bias) {
     for (int r = 0; r < R; r++) {
       if (n == tile) {
         for (int p = 0; p < parts; p++) store(y[r] + p * W, bias ? total[r][p] + load(bias + p * W) : total[r][p]);
@@ -91,6 +73,67 @@ struct Int8Blocks {
         for (int64_t i = 0; i < n; i++) y[r][i] = total[r][i / W][i % W] + (bias ? bias[i] : 0);
       }
     }
+  }
+};
+
+struct Int8Blocks : Blocks {
+  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 1;
+
+  template <int R>
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+    const int64_t groups = groups_of(k);
+    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT8_BLOCK_BYTES;
+    vf total[R][parts] = {};
+    for (int64_t g = 0; g < groups; g++, block += INT8_BLOCK_BYTES) {
+      vi acc[R][parts];
+      for (int r = 0; r < R; r++) {
+        const int32_t* s = sums(x[r], groups) + 2 * g;
+        for (int p = 0; p < parts; p++) acc[r][p] = splat(Dot8::offset ? -128 * (s[0] + s[1]) : 0);
+      }
+      for (int q = 0; q < GROUP / 4; q++)
+        for (int p = 0; p < parts; p++) {
+          const typename Dot8::Weights w = Dot8::load(block + (q * TILE_ROWS + p * W) * 4);
+          for (int r = 0; r < R; r++) acc[r][p] = Dot8::add(acc[r][p], w, four(x[r] + g * GROUP + q * 4));
+        }
+      const f16* row_scales = reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP);
+      for (int p = 0; p < parts; p++) {
+        const vf s = load(row_scales + p * W);
+        for (int r = 0; r < R; r++) total[r][p] += to_float(acc[r][p]) * (s * scales(x[r], groups)[g]);
+      }
+    }
+    finish<R>(total, n, y, bias);
+  }
+};
+
+struct Int4Blocks : Blocks {
+  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 1;
+
+  template <int R>
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+    const int64_t groups = groups_of(k);
+    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT4_BLOCK_BYTES;
+    vf total[R][parts] = {};
+    for (int64_t g = 0; g < groups; g++, block += INT4_BLOCK_BYTES)
+      for (int p = 0; p < parts; p++) {
+        vi low[R], high[R];  // columns 0 to 31 of the block, and 32 to 63
+        for (int r = 0; r < R; r++) {
+          const int32_t* s = sums(x[r], groups) + 2 * g;
+          low[r] = splat(-8 * s[0]), high[r] = splat(-8 * s[1]);
+        }
+        for (int q = 0; q < HALF / 4; q++) {
+          typename Dot8::Weights a, b;
+          Dot8::load_nibbles(block + (q * TILE_ROWS + p * W) * 4, a, b);
+          for (int r = 0; r < R; r++) {
+            const X* at = x[r] + g * GROUP + q * 4;
+            low[r] = Dot8::add_small(low[r], a, four(at));
+            high[r] = Dot8::add_small(high[r], b, four(at + HALF));
+          }
+        }
+        const f16* row_scales = reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP / 2);
+        const vf s_low = load(row_scales + p * W), s_high = load(row_scales + TILE_ROWS + p * W);
+        for (int r = 0; r < R; r++) total[r][p] += (to_float(low[r]) * s_low + to_float(high[r]) * s_high) * scales(x[r], groups)[g];
+      }
+    finish<R>(total, n, y, bias);
   }
 };
 
@@ -129,6 +172,7 @@ static inline void with_format(const Tensor& weight, Visit visit) {
     case F16: return visit(RowMajor<float, f16>{});
     case BF16: return visit(RowMajor<bf16, bf16>{});
     case INT8: return visit(Int8Blocks{});
+    case INT4: return visit(Int4Blocks{});
     default: return;  // the op table lets no other format through
   }
 }
@@ -161,18 +205,26 @@ static void quantize_row(const float* x, int64_t k, int8_t* row) {
   int32_t* sums = reinterpret_cast<int32_t*>(scales + groups);
   for (int64_t g = 0; g < groups; g++) {
     const int count = static_cast<int>(min(GROUP, k - g * GROUP));
-    float top = 0;
-    for (int i = 0; i < count; i++) top = max(top, __builtin_fabsf(x[g * GROUP + i]));
-    const float inverse = top > 0 ? 127.f / top : 0.f;
-    int32_t total = 0;
-    for (int i = 0; i < GROUP; i++) {
-      // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number, ties to even.
-      const float steps = i < count ? x[g * GROUP + i] * inverse + 12582912.f - 12582912.f : 0.f;
-      row[g * GROUP + i] = static_cast<int8_t>(steps);
-      total += static_cast<int32_t>(steps);
+    float padded[GROUP];
+    const float* in = x + g * GROUP;
+    if (count < GROUP) {
+      for (int i = 0; i < GROUP; i++) padded[i] = i < count ? in[i] : 0.f;
+      in = padded;
+    }
+    vf tops = {};
+    for (int i = 0; i < GROUP; i += W) tops = max(tops, max(load(in + i), -load(in + i)));
+    const float top = largest(tops), inverse = top > 0 ? 127.f / top : 0.f;
+    for (int half = 0; half < 2; half++) {
+      int32_t total = 0;
+      for (int i = half * HALF; i < (half + 1) * HALF; i++) {
+        // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number, ties to even.
+        const int32_t steps = static_cast<int32_t>(in[i] * inverse + 12582912.f - 12582912.f);
+        row[g * GROUP + i] = static_cast<int8_t>(steps);
+        total += steps;
+      }
+      sums[2 * g + half] = total;
     }
     scales[g] = top / 127.f;
-    sums[g] = total;
   }
 }
 
@@ -190,11 +242,17 @@ static void read_row(const Tensor& table, int64_t r, float* y) {
     case BF16: for (int64_t c = 0; c < k; c++) y[c] = scalar(table.as<bf16>()[r * k + c]); break;
     case F16: for (int64_t c = 0; c < k; c++) y[c] = scalar(table.as<f16>()[r * k + c]); break;
     default: {
+      const bool whole = table.dtype == INT8;
       const int lane = static_cast<int>(r % TILE_ROWS);
       for (int64_t g = 0; g < groups_of(k); g++) {
-        const uint8_t* block = table.as<uint8_t>() + (r / TILE_ROWS * groups_of(k) + g) * BLOCK_BYTES;
-        const float scale = scalar(reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP)[lane]);
-        for (int64_t i = 0; i < min(GROUP, k - g * GROUP); i++) y[g * GROUP + i] = (block[(i / 4 * TILE_ROWS + lane) * 4 + i % 4] - 128) * scale;
+        const uint8_t* block = table.as<uint8_t>() + (r / TILE_ROWS * groups_of(k) + g) * block_bytes(table.dtype);
+        const f16* scales = reinterpret_cast<const f16*>(block + (whole ? TILE_ROWS * GROUP : TILE_ROWS * GROUP / 2));
+        for (int64_t i = 0; i < min(GROUP, k - g * GROUP); i++) {
+          const int64_t half = whole ? 0 : i / HALF, c = i - half * HALF;
+          const int byte = block[(c / 4 * TILE_ROWS + lane) * 4 + c % 4];
+          const int q = whole ? byte - 128 : (half ? byte >> 4 : byte & 15) - 8;
+          y[g * GROUP + i] = static_cast<float>(q) * scalar(scales[half * TILE_ROWS + lane]);
+        }
       }
     }
   }

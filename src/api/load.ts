@@ -10,7 +10,7 @@ import { parameters } from "../model/ernie.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 
 /** Formats of the weight matrices; `auto` takes each as it is stored. Norms, biases and the router are float32 always. */
-export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8";
+export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8" | "int4";
 
 /** Names that users of transformers also write. */
 const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
@@ -26,6 +26,8 @@ const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
   bfloat16: "bf16",
   int8: "int8",
   q8: "int8",
+  int4: "int4",
+  q4: "int4",
 };
 
 export interface LoadOptions {
@@ -54,7 +56,7 @@ export interface LoadedModel {
 
 export function parseDtype(name: string): (typeof DTYPES)[string] {
   const dtype = Object.hasOwn(DTYPES, name) ? DTYPES[name] : undefined;
-  if (!dtype) throw new RangeError(`dtype '${name}' is not known; known are auto, fp32, fp16, bf16, int8`);
+  if (!dtype) throw new RangeError(`dtype '${name}' is not known; known are auto, fp32, fp16, bf16, int8, int4`);
   return dtype;
 }
 

@@ -3,16 +3,16 @@ import { copyFile, mkdir, readdir, rename, rm, writeFile } from "node:fs/promise
 import { join, resolve } from "node:path";
 import { convertStored } from "../backend/native.ts";
 import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
-import { int8Metadata } from "../checkpoint/int8.ts";
+import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
 import { locate } from "../checkpoint/names.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";
 import { readConfig } from "../model/config.ts";
 import { parameters } from "../model/ernie.ts";
 import { type Dtype, ELEMENT_BYTES } from "../tensor/dtype.ts";
-import { int8Bytes } from "../tensor/int8.ts";
+import { blockBytes, isBlockDtype } from "../tensor/quantized.ts";
 
 export interface QuantizeOptions {
-  readonly dtype: "int8" | "bf16" | "fp16" | "fp32";
+  readonly dtype: "int8" | "int4" | "bf16" | "fp16" | "fp32";
   /** Called before each tensor. Bytes are of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
   readonly signal?: AbortSignal;
@@ -20,6 +20,7 @@ export interface QuantizeOptions {
 
 const FORMATS = {
   int8: { dtype: "int8", stored: "U8", config: "int8" },
+  int4: { dtype: "int4", stored: "U8", config: "int4" },
   bf16: { dtype: "bf16", stored: "BF16", config: "bfloat16" },
   fp16: { dtype: "f16", stored: "F16", config: "float16" },
   fp32: { dtype: "f32", stored: "F32", config: "float32" },
@@ -45,7 +46,7 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
 
   const all = parameters(config);
   const { sources } = locate(all, checkpoint);
-  const shapes = new Map<string, readonly [number, number]>();
+  const blocks = new Map<string, BlockMatrix>();
   const tensors: TensorData[] = [];
   let doneBytes = 0;
   for (const p of all) {
@@ -54,14 +55,14 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
     const dtype: Exclude<Dtype, "i32" | "int8row"> = p.kind === "matrix" ? format.dtype : "f32";
     const shape = p.experts ? p.shape.slice(1) : p.shape;
     const [n, k] = shape.length === 1 ? [1, shape[0]] : shape;
-    const bytes = dtype === "int8" ? int8Bytes(n, k) : n * k * ELEMENT_BYTES[dtype];
+    const bytes = isBlockDtype(dtype) ? blockBytes(dtype, n, k) : n * k * ELEMENT_BYTES[dtype];
     found.parts.forEach((part, e) => {
       const name = p.experts ? p.name.replace(".experts.", `.experts.${e}.`) : p.name;
-      if (dtype === "int8") shapes.set(name, [n, k]);
+      if (isBlockDtype(dtype)) blocks.set(name, { dtype, shape: [n, k] });
       tensors.push({
         name,
         dtype: p.kind === "matrix" ? format.stored : "F32",
-        shape: dtype === "int8" ? [bytes] : shape,
+        shape: isBlockDtype(dtype) ? [bytes] : shape,
         data: async () => {
           options.signal?.throwIfAborted();
           options.onProgress?.({ tensor: name, doneBytes, totalBytes });
@@ -78,7 +79,7 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
 
   for (const name of await readdir(source)) if (COPIED.test(name)) await copyFile(join(source, name), join(out, name));
   await writeAtomically(join(out, CONFIG), `${JSON.stringify({ ...checkpoint.config, dtype: format.config }, null, 1)}\n`);
-  await writeSafetensors(join(out, "model.safetensors"), tensors, options.dtype === "int8" ? int8Metadata(shapes) : { format: "pt" });
+  await writeSafetensors(join(out, "model.safetensors"), tensors, blocks.size > 0 ? blockMetadata(blocks) : { format: "pt" });
   return { bytes: totalBytes, tensors: tensors.length };
 }
 

@@ -1,7 +1,7 @@
 /** The reference backend's kernels: one function an op, the definition of what it computes. */
 import { type OpName, type Params, SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops.ts";
 import { type Dtype, roundBf16 } from "../tensor/dtype.ts";
-import { GROUP } from "../tensor/int8.ts";
+import { GROUP } from "../tensor/quantized.ts";
 import type { Numbers } from "./backend.ts";
 
 export interface Operand {

@@ -28,7 +28,7 @@ interface Addon {
 }
 
 /** Codes as in `graph/plan.ts` and `native/kernels.h`. */
-const DTYPE_CODES: Record<Dtype, number> = { f32: 0, f16: 1, bf16: 2, i32: 3, int8: 4, int8row: 5 };
+const DTYPE_CODES: Record<Dtype, number> = { f32: 0, f16: 1, bf16: 2, i32: 3, int8: 4, int8row: 5, int4: 6 };
 
 function openAddon(): Addon {
   const path = new URL("../../native/build/mixtape.node", import.meta.url);

@@ -6,7 +6,7 @@ import { open } from "node:fs/promises";
 import type { Call, Tensor } from "../graph/graph.ts";
 import type { Plan } from "../graph/plan.ts";
 import { fromF16, roundBf16 } from "../tensor/dtype.ts";
-import { BLOCK_BYTES, GROUP, TILE_ROWS } from "../tensor/int8.ts";
+import { isBlockDtype, locateElement } from "../tensor/quantized.ts";
 import { elements, type SymbolValues } from "../tensor/shape.ts";
 import type { Backend, Numbers, Program, State, WeightSource, Weights } from "./backend.ts";
 import { KERNELS, type Operand } from "./kernels.ts";
@@ -111,12 +111,10 @@ export function decode(bytes: Buffer, { stored, shape }: Pick<WeightSource, "sto
     else if (stored === "bf16") {
       word.setUint32(0, bytes.readUInt16LE(i * 2) << 16);
       out[i] = word.getFloat32(0);
-    } else if (stored === "int8") {
-      const [r, c] = [Math.floor(i / k), i % k];
-      const block = (Math.floor(r / TILE_ROWS) * Math.ceil(k / GROUP) + Math.floor(c / GROUP)) * BLOCK_BYTES;
-      const [lane, q] = [r % TILE_ROWS, c % GROUP];
-      const scale = fromF16(bytes.readUInt16LE(block + TILE_ROWS * GROUP + lane * 2));
-      out[i] = (bytes[block + (Math.floor(q / 4) * TILE_ROWS + lane) * 4 + (q % 4)] - 128) * scale;
+    } else if (isBlockDtype(stored)) {
+      const { byte, highNibble, scale } = locateElement(stored, k, Math.floor(i / k), i % k);
+      const number = stored === "int8" ? bytes[byte] - 128 : ((highNibble ? bytes[byte] >> 4 : bytes[byte]) & 15) - 8;
+      out[i] = number * fromF16(bytes.readUInt16LE(scale));
     } else throw new Error(`internal: weights cannot be stored as ${stored}`);
   }
 }

@@ -4,8 +4,9 @@
  */
 import { readdir, readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
+import type { BlockDtype } from "../tensor/quantized.ts";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
-import { type MatrixShape, readInt8Shapes } from "./int8.ts";
+import { type BlockMatrix, readBlockMatrices } from "./blocks.ts";
 import { readHeader, STORED_BITS, type StoredDtype, type TensorEntry } from "./safetensors.ts";
 
 export interface Checkpoint {
@@ -19,8 +20,8 @@ export interface Checkpoint {
   readonly tensors: ReadonlyMap<string, TensorEntry>;
   /** `__metadata__` of the files; where shards disagree on a key, the first in the order of names wins. */
   readonly metadata: Readonly<Record<string, string>>;
-  /** Logical shapes of the tensors stored in our int8 block format; empty for other checkpoints. */
-  readonly int8: ReadonlyMap<string, MatrixShape>;
+  /** The tensors stored in one of our block formats; empty for other checkpoints. */
+  readonly blocks: ReadonlyMap<string, BlockMatrix>;
 }
 
 export const CONFIG = "config.json";
@@ -45,18 +46,18 @@ export async function openCheckpoint(folder: string): Promise<Checkpoint> {
 /** What a checkpoint holds of one dtype. */
 export interface DtypeTotal {
   readonly tensors: number;
-  /** Numbers, not bytes: of an int8 tensor, those of its logical shape. */
+  /** Numbers, not bytes: of a block matrix, those of its logical shape. */
   readonly elements: number;
   readonly bytes: number;
 }
 
-/** Totals by stored dtype, the largest first; tensors in our block format count as `int8`. */
-export function totalsByDtype(checkpoint: Checkpoint): Map<StoredDtype | "int8", DtypeTotal> {
-  const totals = new Map<StoredDtype | "int8", DtypeTotal>();
+/** Totals by stored dtype, the largest first; tensors in our block formats count as `int8` and `int4`. */
+export function totalsByDtype(checkpoint: Checkpoint): Map<StoredDtype | BlockDtype, DtypeTotal> {
+  const totals = new Map<StoredDtype | BlockDtype, DtypeTotal>();
   for (const { name, dtype, bytes } of checkpoint.tensors.values()) {
-    const block = checkpoint.int8.get(name);
-    const elements = block ? block[0] * block[1] : (bytes * 8) / STORED_BITS[dtype];
-    const key = block ? "int8" : dtype;
+    const block = checkpoint.blocks.get(name);
+    const elements = block ? block.shape[0] * block.shape[1] : (bytes * 8) / STORED_BITS[dtype];
+    const key = block?.dtype ?? dtype;
     const old = totals.get(key) ?? { tensors: 0, elements: 0, bytes: 0 };
     totals.set(key, { tensors: old.tensors + 1, elements: old.elements + elements, bytes: old.bytes + bytes });
   }
@@ -80,7 +81,7 @@ export async function readShardNames(indexFile: string): Promise<string[]> {
   return shardNames(parseWeightMap((await readJson(indexFile))?.["weight_map"], indexFile));
 }
 
-async function openWeights(root: string): Promise<Pick<Checkpoint, "tensors" | "metadata" | "int8">> {
+async function openWeights(root: string): Promise<Pick<Checkpoint, "tensors" | "metadata" | "blocks">> {
   const whole = join(root, WEIGHTS);
   if (await exists(whole)) return merge([whole]);
   const indexFile = join(root, INDEX);
@@ -108,9 +109,9 @@ async function openWeights(root: string): Promise<Pick<Checkpoint, "tensors" | "
   return weights;
 }
 
-async function merge(files: readonly string[]): Promise<Pick<Checkpoint, "tensors" | "metadata" | "int8">> {
+async function merge(files: readonly string[]): Promise<Pick<Checkpoint, "tensors" | "metadata" | "blocks">> {
   const tensors = new Map<string, TensorEntry>();
-  const int8 = new Map<string, MatrixShape>();
+  const blocks = new Map<string, BlockMatrix>();
   const metadata: Record<string, string> = Object.create(null);
   for (const file of files) {
     const header = await readHeader(file);
@@ -119,10 +120,10 @@ async function merge(files: readonly string[]): Promise<Pick<Checkpoint, "tensor
       if (other) throw new CheckpointError(file, `tensor ${name} is also in ${other.file}; a tensor may be stored only once`);
       tensors.set(name, entry);
     }
-    for (const [name, shape] of readInt8Shapes(file, header)) int8.set(name, shape);
+    for (const [name, matrix] of readBlockMatrices(file, header)) blocks.set(name, matrix);
     for (const [key, text] of Object.entries(header.metadata)) metadata[key] ??= text;
   }
-  return { tensors, metadata, int8 };
+  return { tensors, metadata, blocks };
 }
 
 function parseWeightMap(weightMap: unknown, file: string): Map<string, string> {

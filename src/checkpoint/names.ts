@@ -1,10 +1,9 @@
 /**
  * Finds what a model asks for in what a checkpoint holds: the hub's layout (one tensor an expert), transformers 5's
- * fused one, and our int8 matrices. Presence, shape and dtype are all checked here, before anything runs.
+ * fused one, and our block matrices. Presence, shape and dtype are all checked here, before anything runs.
  * It reads no bytes and knows no forward pass.
  */
 import type { Dtype, ELEMENT_BYTES } from "../tensor/dtype.ts";
-import { int8Bytes } from "../tensor/int8.ts";
 import type { Checkpoint } from "./checkpoint.ts";
 import { CheckpointError } from "./error.ts";
 import type { Slice, StoredDtype } from "./safetensors.ts";
@@ -101,12 +100,11 @@ class Reader {
     const entry = this.checkpoint.tensors.get(name);
     if (!entry) return undefined;
     this.used.add(name);
-    const block = this.checkpoint.int8.get(name);
-    this.checkShape(name, block ?? entry.shape, shape);
-    const dtype = block ? "int8" : DTYPES[entry.dtype];
-    if (!dtype) throw this.fail(`tensor ${name} is stored as ${entry.dtype}; F32, F16, BF16 and mixtape's int8 are read`);
-    const bytes = block ? int8Bytes(...block) : entry.bytes;
-    return { dtype, slice: { file: entry.file, offset: entry.offset, bytes } };
+    const block = this.checkpoint.blocks.get(name);
+    this.checkShape(name, block?.shape ?? entry.shape, shape);
+    const dtype = block?.dtype ?? DTYPES[entry.dtype];
+    if (!dtype) throw this.fail(`tensor ${name} is stored as ${entry.dtype}; F32, F16, BF16 and mixtape's int8 and int4 are read`);
+    return { dtype, slice: { file: entry.file, offset: entry.offset, bytes: entry.bytes } };
   }
 
   /** Stacked experts as one tensor each: `experts.0.gate_proj.weight`, `experts.1.…`. */

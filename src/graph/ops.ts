@@ -39,7 +39,7 @@ export const SAMPLING_INTS = [
   "biasCount",
 ] as const;
 
-const MATRIX_INPUTS: Partial<Record<Dtype, Dtype>> = { f32: "f32", f16: "f32", bf16: "bf16", int8: "int8row" };
+const MATRIX_INPUTS: Partial<Record<Dtype, Dtype>> = { f32: "f32", f16: "f32", bf16: "bf16", int8: "int8row", int4: "int8row" };
 
 const f32 = (...shape: Dim[]): Result => ({ shape, dtype: "f32" });
 const i32 = (...shape: Dim[]): Result => ({ shape, dtype: "i32" });

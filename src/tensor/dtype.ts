@@ -2,10 +2,10 @@
 
 /**
  * Formats that the engine computes with.
- * - `int8`: a weight matrix in blocks of 16 rows x 64 columns (see `int8.ts`).
- * - `int8row`: activations quantised row by row, in groups of 64 (see `int8.ts`); lives inside a step only.
+ * - `int8`, `int4`: a weight matrix in blocks of 16 rows x 64 columns (see `quantized.ts`).
+ * - `int8row`: activations quantised row by row, in groups of 64 (see `quantized.ts`); lives inside a step only.
  */
-export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int8row";
+export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "int8row";
 
 /** Bytes of one element; block formats have no single element. */
 export const ELEMENT_BYTES = { f32: 4, f16: 2, bf16: 2, i32: 4 } as const satisfies Partial<Record<Dtype, number>>;

@@ -6,7 +6,7 @@ import { Graph, type Tensor } from "../../src/graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops.ts";
 import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
 
-export type MatrixDtype = "f32" | "f16" | "bf16" | "int8";
+export type MatrixDtype = "f32" | "f16" | "bf16" | "int8" | "int4";
 
 export interface Case {
   readonly name: string;
@@ -21,7 +21,7 @@ export interface Case {
 }
 
 export const RAGGED = [1, 7, 31, 33, 257];
-export const MATRIX_DTYPES: readonly MatrixDtype[] = ["f32", "f16", "bf16", "int8"];
+export const MATRIX_DTYPES: readonly MatrixDtype[] = ["f32", "f16", "bf16", "int8", "int4"];
 
 /** Repeatable numbers between -1 and 1. */
 export function noise(n: number, seed: number): Float32Array {
@@ -76,7 +76,7 @@ export function allCases(): Case[] {
 }
 
 /** Sums of many products in float32 differ by their order. */
-const LINEAR_TOLERANCE: Record<MatrixDtype, number> = { f32: 1e-6, f16: 1e-6, bf16: 1e-5, int8: 2e-6 };
+const LINEAR_TOLERANCE: Record<MatrixDtype, number> = { f32: 1e-6, f16: 1e-6, bf16: 1e-5, int8: 2e-6, int4: 2e-6 };
 
 function linears(): Case[] {
   return MATRIX_DTYPES.flatMap((dtype) =>
@@ -120,7 +120,7 @@ function groupedLinears(): Case[] {
           `groupedLinear ${dtype} rows ${rows} experts ${experts}`,
           [h, b.g.combine(y, weights)],
           { rows },
-          dtype === "bf16" || dtype === "int8" ? 4e-3 : 2e-6,
+          dtype === "f32" || dtype === "f16" ? 2e-6 : 4e-3,
         );
       }),
     ),

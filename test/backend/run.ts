@@ -4,7 +4,7 @@ import type { Backend, Numbers, WeightSource } from "../../src/backend/backend.t
 import { convertStored } from "../../src/backend/native.ts";
 import { type Plan, plan } from "../../src/graph/plan.ts";
 import { ELEMENT_BYTES } from "../../src/tensor/dtype.ts";
-import { int8Bytes } from "../../src/tensor/int8.ts";
+import { blockBytes, isBlockDtype } from "../../src/tensor/quantized.ts";
 import { elements } from "../../src/tensor/shape.ts";
 import type { Case } from "./cases.ts";
 
@@ -17,7 +17,7 @@ export async function writeWeights(c: Case, path: string): Promise<WeightSource[
     const count = shape.length === 3 ? shape[0] : 1;
     const k = shape[shape.length - 1];
     const n = values.length / count / k;
-    const bytes = dtype === "int8" ? int8Bytes(n, k) : n * k * ELEMENT_BYTES[dtype];
+    const bytes = isBlockDtype(dtype) ? blockBytes(dtype, n, k) : n * k * ELEMENT_BYTES[dtype];
     const parts = [];
     for (let i = 0; i < count; i++) {
       const raw = `${path}.raw`;

@@ -3,9 +3,9 @@ import { join } from "node:path";
 import { beforeEach, describe, expect, test } from "vitest";
 import { openCheckpoint, totalsByDtype } from "../../src/checkpoint/checkpoint.ts";
 import { CheckpointError } from "../../src/checkpoint/error.ts";
-import { int8Metadata } from "../../src/checkpoint/int8.ts";
+import { blockMetadata } from "../../src/checkpoint/blocks.ts";
 import { writeSafetensors } from "../../src/checkpoint/writer.ts";
-import { int8Bytes } from "../../src/tensor/int8.ts";
+import { blockBytes } from "../../src/tensor/quantized.ts";
 import { GOLDENS, get, scratch, writeTensors } from "./craft.ts";
 
 const root = scratch();
@@ -60,17 +60,17 @@ describe("openCheckpoint", () => {
   });
 
   test("reads the shapes of int8 matrices", async () => {
-    const bytes = int8Bytes(20, 70);
+    const bytes = blockBytes("int8", 20, 70);
     await writeSafetensors(
       join(folder, "model.safetensors"),
       [
         { name: "q", dtype: "U8", shape: [bytes], data: new Uint8Array(bytes) },
         { name: "n", dtype: "F32", shape: [4], data: new Uint8Array(16) },
       ],
-      int8Metadata(new Map([["q", [20, 70]]])),
+      blockMetadata(new Map([["q", { dtype: "int8" as const, shape: [20, 70] as const }]])),
     );
     const checkpoint = await openCheckpoint(folder);
-    expect([...checkpoint.int8]).toEqual([["q", [20, 70]]]);
+    expect([...checkpoint.blocks]).toEqual([["q", { dtype: "int8", shape: [20, 70] }]]);
     expect(get(totalsByDtype(checkpoint), "int8")).toEqual({ tensors: 1, elements: 1400, bytes });
   });
 

@@ -3,10 +3,10 @@ import { join } from "node:path";
 import { beforeEach, describe, expect, test } from "vitest";
 import { type Checkpoint, openCheckpoint } from "../../src/checkpoint/checkpoint.ts";
 import { CheckpointError } from "../../src/checkpoint/error.ts";
-import { int8Metadata, type MatrixShape } from "../../src/checkpoint/int8.ts";
+import { type BlockMatrix, blockMetadata } from "../../src/checkpoint/blocks.ts";
 import { locate, type Parameter } from "../../src/checkpoint/names.ts";
 import { readTensor } from "../../src/checkpoint/safetensors.ts";
-import { int8Bytes } from "../../src/tensor/int8.ts";
+import { blockBytes } from "../../src/tensor/quantized.ts";
 import { GOLDENS, get, type Stored, scratch, writeTensors } from "./craft.ts";
 
 const [E, I, H] = [3, 4, 2];
@@ -46,10 +46,10 @@ beforeEach(() => {
 async function checkpointOf(
   shapes: Record<string, readonly number[]>,
   dtypes: Record<string, string> = {},
-  int8?: Map<string, MatrixShape>,
+  int8?: Map<string, BlockMatrix>,
 ): Promise<Checkpoint> {
   const stored = Object.entries(shapes).map(([name, shape]): [string, Stored] => [name, { dtype: dtypes[name] ?? "BF16", shape }]);
-  writeTensors(join(folder, "model.safetensors"), Object.fromEntries(stored), int8 && int8Metadata(int8));
+  writeTensors(join(folder, "model.safetensors"), Object.fromEntries(stored), int8 && blockMetadata(int8));
   return openCheckpoint(folder);
 }
 
@@ -121,11 +121,11 @@ describe("locate", () => {
   });
 
   test("finds int8 matrices, plain and of experts", async () => {
-    const block = int8Bytes(I, H);
+    const block = blockBytes("int8", I, H);
     const names = Object.keys(HUB).filter((name) => /experts\.\d\.(gate|up)/.test(name));
     const shapes = { ...HUB, ...Object.fromEntries(names.map((name) => [name, [block]])) };
     const dtypes = Object.fromEntries(names.map((name) => [name, "U8"]));
-    const checkpoint = await checkpointOf(shapes, dtypes, new Map(names.map((name) => [name, [I, H]])));
+    const checkpoint = await checkpointOf(shapes, dtypes, new Map(names.map((name) => [name, { dtype: "int8" as const, shape: [I, H] as const }])));
     const { sources } = locate(ASKED, checkpoint);
     const gate = get(sources, `${MLP}.experts.gate_proj.weight`);
     expect(gate).toMatchObject({ dtype: "int8", shape: [E, I, H] });
@@ -187,9 +187,9 @@ describe("one clear error for", () => {
 
   test("a dtype that is not read", async () => {
     expect(faultOf(await checkpointOf(HUB, { "model.norm.weight": "I64" }))).toBe(
-      "F: tensor model.norm.weight is stored as I64; F32, F16, BF16 and mixtape's int8 are read",
+      "F: tensor model.norm.weight is stored as I64; F32, F16, BF16 and mixtape's int8 and int4 are read",
     );
-    const bytes = int8Bytes(I, H); // right in size, but nothing says that it is int8
+    const bytes = blockBytes("int8", I, H); // right in size, but nothing says that it is int8
     expect(faultOf(await checkpointOf({ ...HUB, "model.norm.weight": [H] }, { "model.norm.weight": "U8" }))).toMatch(/stored as U8/);
     expect(faultOf(await checkpointOf({ q: [bytes] }, { q: "U8" }), [{ name: "q", shape: [I, H] }])).toMatch(/shape \[1056\]/);
   });

@@ -15,10 +15,15 @@ struct DotBf16 {
 
 struct Dot8 {
   static constexpr bool offset = false;  // sdot takes signed bytes on both sides
-  static vi add(vi acc, const uint8_t* w, int32_t a) {
-    int8x16_t signed_w = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w), vdupq_n_u8(128)));
-    return (vi)vdotq_s32((int32x4_t)acc, signed_w, vreinterpretq_s8_s32(vdupq_n_s32(a)));
+  using Weights = int8x16_t;
+  static Weights load(const uint8_t* p) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128))); }
+  static void load_nibbles(const uint8_t* p, Weights& low, Weights& high) {
+    const uint8x16_t v = vld1q_u8(p);
+    low = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
+    high = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
   }
+  static vi add(vi acc, Weights w, int32_t a) { return (vi)vdotq_s32((int32x4_t)acc, w, vreinterpretq_s8_s32(vdupq_n_s32(a))); }
+  static vi add_small(vi acc, Weights w, int32_t a) { return add(acc, w, a); }
 };
 
 }  // namespace ISA

@@ -25,14 +25,26 @@ struct DotBf16 {
 // Four unsigned bytes of each lane's weights times four signed bytes of activations, summed in int32.
 struct Dot8 {
   static constexpr bool offset = true;  // weights enter as 128 + w, so the caller starts from -128 x the activations' sum
-  static vi add(vi acc, const uint8_t* w, int32_t a) {
+  struct Weights { uint8_t bytes[W * 4]; };
+  static Weights load(const uint8_t* p) {
+    Weights w;
+    __builtin_memcpy(w.bytes, p, sizeof w.bytes);
+    return w;
+  }
+  // The low and the high nibbles of each byte.
+  static void load_nibbles(const uint8_t* p, Weights& low, Weights& high) {
+    for (int i = 0; i < W * 4; i++) low.bytes[i] = p[i] & 15, high.bytes[i] = p[i] >> 4;
+  }
+  static vi add(vi acc, const Weights& w, int32_t a) {
     for (int lane = 0; lane < W; lane++) {
       int32_t s = 0;
-      for (int j = 0; j < 4; j++) s += w[lane * 4 + j] * static_cast<int8_t>(a >> (8 * j));
+      for (int j = 0; j < 4; j++) s += w.bytes[lane * 4 + j] * static_cast<int8_t>(a >> (8 * j));
       acc[lane] += s;
     }
     return acc;
   }
+  // The same for weights below 16.
+  static vi add_small(vi acc, const Weights& w, int32_t a) { return add(acc, w, a); }
 };
 
 }  // namespace ISA

@@ -36,22 +36,52 @@ struct DotBf16 {
 
 struct Dot8 {
   static constexpr bool offset = true;
-  static vi add(vi acc, const uint8_t* w, int32_t a) {
-#if defined(__AVX512VNNI__)
-    return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(a));
-#elif W == 16
-    // Without VNNI: even and odd bytes apart, in 16 bits, so that nothing saturates.
-    __m512i v = _mm512_loadu_si512(w), b = _mm512_set1_epi32(a);
-    __m512i even = _mm512_madd_epi16(_mm512_and_si512(v, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
-    __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(v, 8), _mm512_srai_epi16(b, 8));
-    return acc + (vi)even + (vi)odd;
-#else
-    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)), b = _mm256_set1_epi32(a);
-    __m256i even = _mm256_madd_epi16(_mm256_and_si256(v, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
-    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(v, 8), _mm256_srai_epi16(b, 8));
-    return acc + (vi)even + (vi)odd;
-#endif
+#if W == 16
+  using Weights = __m512i;
+  static Weights load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void load_nibbles(const uint8_t* p, Weights& low, Weights& high) {
+    const __m512i v = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+    low = _mm512_and_si512(v, mask);
+    high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
   }
+#ifdef __AVX512VNNI__
+  static vi add(vi acc, Weights w, int32_t a) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, w, _mm512_set1_epi32(a)); }
+  static vi add_small(vi acc, Weights w, int32_t a) { return add(acc, w, a); }
+#else
+  // Without VNNI: even and odd bytes apart, in 16 bits, so that nothing saturates.
+  static vi add(vi acc, Weights w, int32_t a) {
+    const __m512i b = _mm512_set1_epi32(a);
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(b, 8));
+    return acc + (vi)even + (vi)odd;
+  }
+  static vi add_small(vi acc, Weights w, int32_t a) {  // 2 x 15 x 127 fits 16 bits
+    return acc + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16(w, _mm512_set1_epi32(a)), _mm512_set1_epi16(1));
+  }
+#endif
+#else
+  using Weights = __m256i;
+  static Weights load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void load_nibbles(const uint8_t* p, Weights& low, Weights& high) {
+    const __m256i v = load(p), mask = _mm256_set1_epi8(15);
+    low = _mm256_and_si256(v, mask);
+    high = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+  }
+#ifdef __AVXVNNI__
+  static vi add(vi acc, Weights w, int32_t a) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, w, _mm256_set1_epi32(a)); }
+  static vi add_small(vi acc, Weights w, int32_t a) { return add(acc, w, a); }
+#else
+  static vi add(vi acc, Weights w, int32_t a) {
+    const __m256i b = _mm256_set1_epi32(a);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(b, 8));
+    return acc + (vi)even + (vi)odd;
+  }
+  static vi add_small(vi acc, Weights w, int32_t a) {
+    return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(w, _mm256_set1_epi32(a)), _mm256_set1_epi16(1));
+  }
+#endif
+#endif
 };
 
 }  // namespace ISA

@@ -1,0 +1,128 @@
+#include "quantize.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "halves.h"
+
+// The loops below are plain; the compiler makes a version for each of these processors and the loader picks one.
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
+#define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FAST
+#endif
+
+namespace {
+
+// Columns that share a scale.
+constexpr int span_of(Dtype dtype) { return dtype == INT8 ? GROUP : HALF; }
+
+uint8_t* block_of(uint8_t* m, Dtype dtype, int64_t r, int64_t k, int64_t column) {
+  return m + (r / TILE_ROWS * groups_of(k) + column / GROUP) * block_bytes(dtype);
+}
+
+// Where the scale of a row and column lies in its block.
+uint8_t* scale_at(uint8_t* block, Dtype dtype, int64_t r, int64_t column) {
+  const int64_t half = dtype == INT4 ? column % GROUP / HALF : 0;
+  return block + (dtype == INT4 ? TILE_ROWS * GROUP / 2 : TILE_ROWS * GROUP) + (half * TILE_ROWS + r % TILE_ROWS) * 2;
+}
+
+float round_to_half(float x) { return f16_to_f32(f32_to_f16(x)); }
+
+// Sum of squared errors of x rounded to whole multiples of `scale` between low and high.
+FAST float error_of(const float* x, int n, float scale, float low, float high) {
+  const float inverse = scale != 0 ? 1 / scale : 0;
+  float sum = 0;
+  for (int i = 0; i < n; i++) {
+    float q = x[i] * inverse + 12582912.f - 12582912.f;  // to the nearest whole number
+    q = q < low ? low : q > high ? high : q;
+    const float e = x[i] - q * scale;
+    sum += e * e;
+  }
+  return sum;
+}
+
+FAST void round_all(const float* x, int n, float scale, float low, float high, int32_t* q) {
+  const float inverse = scale != 0 ? 1 / scale : 0;
+  for (int i = 0; i < n; i++) {
+    float v = x[i] * inverse + 12582912.f - 12582912.f;
+    v = v < low ? low : v > high ? high : v;
+    q[i] = static_cast<int32_t>(v);
+  }
+}
+
+FAST float largest_of(const float* x, int n) {
+  float top = 0;
+  for (int i = 0; i < n; i++) top = std::fabs(x[i]) > top ? std::fabs(x[i]) : top;
+  return top;
+}
+
+// INT8: the largest value is 127 steps. With so many steps, searching for a better scale gains nothing measurable.
+float int8_scale(const float* x, int n) {
+  const float top = largest_of(x, n);
+  uint16_t half = f32_to_f16(top / 127);
+  if (f16_to_f32(half) * 127.5f < top) half++;  // rounded down too far: the largest would not fit
+  return f16_to_f32(half);
+}
+
+// INT4: the scale with the smallest squared error among some that let the value of largest magnitude be -8 steps, or cut
+// it off a little, or use a little less than the range.
+float int4_scale(const float* x, int n) {
+  int at = 0;
+  for (int i = 1; i < n; i++)
+    if (std::fabs(x[i]) > std::fabs(x[at])) at = i;
+  float best = 0, best_error = INFINITY;
+  for (int step = 0; step <= 10; step++) {
+    const float scale = round_to_half(x[at] / (-8.8f + 0.2f * static_cast<float>(step)));  // 6.8 to 8.8 steps
+    const float error = error_of(x, n, scale, -8, 7);
+    if (error < best_error) best = scale, best_error = error;
+  }
+  return best;
+}
+
+}  // namespace
+
+void quantize_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float* row) {
+  const int span = span_of(dtype), lane = static_cast<int>(r % TILE_ROWS);
+  for (int64_t from = 0; from < groups_of(k) * GROUP; from += span) {
+    float x[GROUP] = {};
+    int32_t q[GROUP];
+    if (from < k) std::memcpy(x, row + from, static_cast<size_t>(k - from < span ? k - from : span) * 4);
+    const float scale = dtype == INT8 ? int8_scale(x, span) : int4_scale(x, span);
+    round_all(x, span, scale, dtype == INT8 ? -127 : -8, dtype == INT8 ? 127 : 7, q);
+    uint8_t* block = block_of(m, dtype, r, k, from);
+    const uint16_t half = f32_to_f16(scale);
+    std::memcpy(scale_at(block, dtype, r, from), &half, 2);
+    const bool high = from % GROUP != 0;
+    for (int i = 0; i < span; i++) {
+      uint8_t& byte = block[(i / 4 * TILE_ROWS + lane) * 4 + i % 4];
+      if (dtype == INT8) byte = static_cast<uint8_t>(q[i] + 128);
+      else byte = static_cast<uint8_t>(high ? (byte & 15) | (q[i] + 8) << 4 : q[i] + 8);  // the low nibbles come first
+    }
+  }
+}
+
+void expand_row(const uint8_t* matrix, Dtype dtype, int64_t r, int64_t k, float* row) {
+  uint8_t* m = const_cast<uint8_t*>(matrix);  // read only
+  const int lane = static_cast<int>(r % TILE_ROWS), span = span_of(dtype);
+  for (int64_t c = 0; c < k; c++) {
+    uint8_t* block = block_of(m, dtype, r, k, c);
+    uint16_t half;
+    std::memcpy(&half, scale_at(block, dtype, r, c), 2);
+    const int64_t i = c % span;
+    const uint8_t byte = block[(i / 4 * TILE_ROWS + lane) * 4 + i % 4];
+    const int q = dtype == INT8 ? byte - 128 : (c % GROUP >= HALF ? byte >> 4 : byte & 15) - 8;
+    row[c] = static_cast<float>(q) * f16_to_f32(half);
+  }
+}
+
+FAST void random_row(uint64_t seed, uint64_t r, float deviation, float* row, int64_t k) {
+  // Each number is the sum of two uniform ones (splitmix64), so near enough to a bell for measuring.
+  const float unit = deviation * 2.4494897f / 65536.f;
+  for (int64_t i = 0; i < k; i++) {
+    uint64_t z = seed + (r * static_cast<uint64_t>(k) + static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    row[i] = (static_cast<float>(static_cast<int32_t>(z & 0xffff)) - static_cast<float>(static_cast<int32_t>((z >> 32) & 0xffff))) * unit;
+  }
+}

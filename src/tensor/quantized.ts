@@ -1,0 +1,55 @@
+/**
+ * Block formats: how quantised weights and activations lie in memory. Kernels of every backend read this layout, and
+ * files hold it as it is, so that they are memory-mapped and used without repacking.
+ *
+ * A weight matrix [n, k] is tiles of 16 rows, each tile a run of blocks of 64 columns, rows and columns padded with
+ * zeros. A kernel walks a tile from front to back, each lane of its registers being a row. Numbers are scale x (stored -
+ * middle); scales are IEEE halves.
+ *
+ * `int8`, 1056 bytes a block: 16 vectors of 16 rows x 4 columns (4 columns of row 0, of row 1, ... of row 15; then the
+ * next 4 columns), each byte 128 + a whole number from -127 to 127; then 16 scales, one a row. 8.25 bits a weight.
+ *
+ * `int4`, 576 bytes a block: 8 vectors in the same order, whose low nibbles are columns 0 to 31 of the block and whose
+ * high nibbles are columns 32 to 63, each 8 + a whole number from -8 to 7; then 16 scales, one a row, of the first 32
+ * columns, and 16 of the others. 4.5 bits a weight.
+ *
+ * Activations (`int8row`), a matrix [rows, k]: per row, groups of 64 signed bytes, then a float32 scale a group, then the
+ * int32 sums of each 32 bytes (they cancel the middle of the weights).
+ */
+export const TILE_ROWS = 16;
+export const GROUP = 64;
+
+/** Weight formats in blocks. */
+export type BlockDtype = "int8" | "int4";
+
+export const BLOCK_BYTES: Readonly<Record<BlockDtype, number>> = {
+  int8: TILE_ROWS * GROUP + TILE_ROWS * 2,
+  int4: (TILE_ROWS * GROUP) / 2 + TILE_ROWS * 4,
+};
+
+export function isBlockDtype(dtype: string): dtype is BlockDtype {
+  return Object.hasOwn(BLOCK_BYTES, dtype);
+}
+
+/** Bytes of a matrix [n, k]. */
+export function blockBytes(dtype: BlockDtype, n: number, k: number): number {
+  return Math.ceil(n / TILE_ROWS) * Math.ceil(k / GROUP) * BLOCK_BYTES[dtype];
+}
+
+/** Bytes of one row of `k` activations in `int8row`. */
+export function int8RowBytes(k: number): number {
+  return Math.ceil(k / GROUP) * (GROUP + 12);
+}
+
+/** Where column `c` of row `r` of a matrix with `k` columns lies: its byte (of int4, and which nibble), and its scale's byte. */
+export function locateElement(dtype: BlockDtype, k: number, r: number, c: number): { byte: number; highNibble: boolean; scale: number } {
+  const block = (Math.floor(r / TILE_ROWS) * Math.ceil(k / GROUP) + Math.floor(c / GROUP)) * BLOCK_BYTES[dtype];
+  const [lane, q] = [r % TILE_ROWS, c % GROUP];
+  const half = dtype === "int4" ? Math.floor(q / 32) : 0;
+  const column = q - half * 32;
+  return {
+    byte: block + (Math.floor(column / 4) * TILE_ROWS + lane) * 4 + (column % 4),
+    highNibble: half === 1,
+    scale: block + (dtype === "int4" ? (TILE_ROWS * GROUP) / 2 : TILE_ROWS * GROUP) + (half * TILE_ROWS + lane) * 2,
+  };
+}

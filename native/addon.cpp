@@ -254,6 +254,17 @@ napi_value convert(napi_env env, const Arguments& a) {
   return in_background(env, a.at(5), [part = file_part(env, a.at(0)), stored, dtype, n, k, to] { convert_file_part(part, stored, static_cast<uint8_t*>(to.data), dtype, n, k); }, nullptr);
 }
 
+// random(seed, deviation, dtype, n, k, Uint8Array): a promise; fills the matrix with noise.
+napi_value random(napi_env env, const Arguments& a) {
+  Span to = span(env, a.at(5));
+  const auto dtype = static_cast<Dtype>(number(env, a.at(2)));
+  const auto seed = static_cast<uint64_t>(number(env, a.at(0)));
+  const auto deviation = static_cast<float>(number(env, a.at(1)));
+  const auto n = static_cast<int64_t>(number(env, a.at(3))), k = static_cast<int64_t>(number(env, a.at(4)));
+  if (to.bytes != matrix_bytes(dtype, n, k)) throw std::runtime_error("internal: random: the buffer's size does not match the matrix");
+  return in_background(env, a.at(5), [=] { random_matrix(seed, deviation, static_cast<uint8_t*>(to.data), dtype, n, k); }, nullptr);
+}
+
 // memory(bytes)
 napi_value memory(napi_env env, const Arguments& a) { return wrap(env, std::make_shared<Memory>(static_cast<size_t>(number(env, a.at(0))))); }
 
@@ -315,7 +326,7 @@ napi_value init(napi_env env, napi_value exports) {
     napi_callback call;
   } functions[] = {
       {"isas", entry<isas>}, {"ops", entry<ops>}, {"team", entry<team>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>},
-      {"convert", entry<convert>}, {"memory", entry<memory>}, {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},
+      {"convert", entry<convert>}, {"random", entry<random>}, {"memory", entry<memory>}, {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},
       {"disposeTeam", entry<dispose<Team>>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Bound>>},
   };
   for (const auto& f : functions) {

@@ -1,86 +1,184 @@
 /** Writes a model folder anew with its matrices in another format. Norms, biases and the router become float32. */
-import { copyFile, mkdir, readdir, rename, rm, writeFile } from "node:fs/promises";
+import { createHash } from "node:crypto";
+import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { availableParallelism } from "node:os";
 import { join, resolve } from "node:path";
-import { convertStored } from "../backend/native.ts";
+import { convertStored, randomMatrix } from "../backend/native.ts";
 import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
+import { CheckpointError } from "../checkpoint/error.ts";
 import { locate } from "../checkpoint/names.ts";
+import { readTensor } from "../checkpoint/safetensors.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";
 import { readConfig } from "../model/config.ts";
-import { parameters } from "../model/ernie.ts";
-import { type Dtype, ELEMENT_BYTES } from "../tensor/dtype.ts";
-import { blockBytes, isBlockDtype } from "../tensor/quantized.ts";
+import { type ErnieParameter, parameters } from "../model/ernie.ts";
+import { PRESETS } from "../model/presets.ts";
+import { ELEMENT_BYTES } from "../tensor/dtype.ts";
+import { type BlockDtype, blockBytes, isBlockDtype } from "../tensor/quantized.ts";
 
 export interface QuantizeOptions {
   readonly dtype: "int8" | "int4" | "bf16" | "fp16" | "fp32";
-  /** Called before each tensor. Bytes are of the result. */
+  /** Called after each tensor. Bytes are of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
   readonly signal?: AbortSignal;
+  /** Of `random:` sources: another number of layers or experts than the shape has, and the seed (default 0). */
+  readonly layers?: number;
+  readonly experts?: number;
+  readonly seed?: number;
 }
 
 const FORMATS = {
-  int8: { dtype: "int8", stored: "U8", config: "int8" },
-  int4: { dtype: "int4", stored: "U8", config: "int4" },
-  bf16: { dtype: "bf16", stored: "BF16", config: "bfloat16" },
-  fp16: { dtype: "f16", stored: "F16", config: "float16" },
-  fp32: { dtype: "f32", stored: "F32", config: "float32" },
+  int8: { dtype: "int8", config: "int8" },
+  int4: { dtype: "int4", config: "int4" },
+  bf16: { dtype: "bf16", config: "bfloat16" },
+  fp16: { dtype: "f16", config: "float16" },
+  fp32: { dtype: "f32", config: "float32" },
 } as const;
+const STORED = { int8: "U8", int4: "U8", bf16: "BF16", f16: "F16", f32: "F32" } as const;
+
+/**
+ * The embedding and the head stay int8 in an int4 model: they are 1 % of the 21B, and rounding them to 4 bits costs as
+ * much perplexity as all experts together (docs/LOG.md).
+ */
+function formatOf({ name, kind }: ErnieParameter, wanted: keyof typeof STORED): keyof typeof STORED {
+  if (kind === "float32") return "f32";
+  return wanted === "int4" && /^(model\.embed_tokens|lm_head)\./.test(name) ? "int8" : wanted;
+}
+
+/** Beside the weights: a digest of each tensor. */
+const CHECKSUMS = "checksums.json";
 const COPIED =
   /^(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json$|^tokenizer\.model$|^chat_template[\w.-]*$|^(LICENSE|README)/;
 
+/** Where the numbers come from: a checkpoint, or a seeded generator. */
+interface Origin {
+  readonly config: Record<string, unknown>;
+  /** Writes part `index` of a parameter, a matrix [n, k], into `to`. */
+  fill(p: ErnieParameter, index: number, dtype: BlockDtype | "f32" | "bf16" | "f16", n: number, k: number, to: Uint8Array): Promise<void>;
+  /** Files to copy beside the weights. */
+  readonly folder: string | null;
+}
+
 /**
- * Reads the model folder `source` and writes `out`, in the hub's layout. Matrices are converted one at a time, so memory
- * stays small; the weights come last and under their own name only when whole, so a folder cut off halfway does not load.
+ * Reads the model folder `source` and writes `out`, in the hub's layout. Matrices are converted a few at a time, so memory
+ * stays small whatever the size. The weights come last, and get their name only when whole: a folder cut off halfway does
+ * not load, and running again goes on where it stopped. `checksums.json` holds a SHA-256 of each tensor for `verify`.
+ *
+ * `random:21b-a3b`, `random:0.3b` and `random:CONFIG.json` are models of that shape with seeded random weights.
  * @throws CheckpointError for whatever is wrong with the source, Error when `out` holds a model already
  */
 export async function quantize(source: string, out: string, options: QuantizeOptions): Promise<{ bytes: number; tensors: number }> {
   if (!Object.hasOwn(FORMATS, options.dtype))
     throw new RangeError(`dtype '${options.dtype}' is not known; known are ${Object.keys(FORMATS).join(", ")}`);
   const format = FORMATS[options.dtype];
-  const checkpoint = await openCheckpoint(source);
-  const config = readConfig(checkpoint.config);
+  const origin = source.startsWith("random:") ? await randomOrigin(source.slice(7), options) : await checkpointOrigin(source);
+  const config = readConfig(origin.config);
   if (resolve(source) === resolve(out)) throw new Error(`${out}: source and result are the same folder; name another for the result`);
   await mkdir(out, { recursive: true });
-  const there = await readdir(out);
-  if (there.includes("model.safetensors")) throw new Error(`${out}: holds a model already; name another folder or delete it first`);
+  if ((await readdir(out)).includes("model.safetensors")) throw new Error(`${out}: holds a model already; name another folder or delete it first`);
 
-  const all = parameters(config);
-  const { sources } = locate(all, checkpoint);
   const blocks = new Map<string, BlockMatrix>();
   const tensors: TensorData[] = [];
-  let doneBytes = 0;
-  for (const p of all) {
-    const found = sources.get(p.name);
-    if (!found) throw new Error(`internal: ${p.name} was not located`);
-    const dtype: Exclude<Dtype, "i32" | "int8row"> = p.kind === "matrix" ? format.dtype : "f32";
+  let [doneBytes, totalBytes] = [0, 0];
+  for (const p of parameters(config)) {
+    const dtype = formatOf(p, format.dtype);
     const shape = p.experts ? p.shape.slice(1) : p.shape;
     const [n, k] = shape.length === 1 ? [1, shape[0]] : shape;
     const bytes = isBlockDtype(dtype) ? blockBytes(dtype, n, k) : n * k * ELEMENT_BYTES[dtype];
-    found.parts.forEach((part, e) => {
+    for (let e = 0; e < (p.experts ?? 1); e++) {
       const name = p.experts ? p.name.replace(".experts.", `.experts.${e}.`) : p.name;
       if (isBlockDtype(dtype)) blocks.set(name, { dtype, shape: [n, k] });
+      totalBytes += bytes;
       tensors.push({
         name,
-        dtype: p.kind === "matrix" ? format.stored : "F32",
+        dtype: STORED[dtype],
         shape: isBlockDtype(dtype) ? [bytes] : shape,
         data: async () => {
           options.signal?.throwIfAborted();
-          options.onProgress?.({ tensor: name, doneBytes, totalBytes });
-          doneBytes += bytes;
           const to = new Uint8Array(bytes);
-          await convertStored(part, found.dtype, dtype, n, k, to);
+          await origin.fill(p, e, dtype, n, k, to);
           return to;
         },
       });
-    });
+    }
   }
-  const sizes = tensors.map((t) => (t.dtype === "U8" ? t.shape[0] : t.shape.reduce((a, b) => a * b, t.dtype === "F32" ? 4 : 2)));
-  const totalBytes = sizes.reduce((a, b) => a + b, 0);
 
-  for (const name of await readdir(source)) if (COPIED.test(name)) await copyFile(join(source, name), join(out, name));
-  await writeAtomically(join(out, CONFIG), `${JSON.stringify({ ...checkpoint.config, dtype: format.config }, null, 1)}\n`);
-  await writeSafetensors(join(out, "model.safetensors"), tensors, blocks.size > 0 ? blockMetadata(blocks) : { format: "pt" });
+  const { folder } = origin;
+  if (folder !== null) for (const name of await readdir(folder)) if (COPIED.test(name)) await copyFile(join(folder, name), join(out, name));
+  await writeAtomically(join(out, CONFIG), `${JSON.stringify({ ...origin.config, dtype: format.config }, null, 1)}\n`);
+  const checksums: Record<string, string> = {};
+  await writeSafetensors(join(out, "model.safetensors"), tensors, {
+    metadata: blocks.size > 0 ? blockMetadata(blocks) : { format: "pt" },
+    concurrency: availableParallelism(),
+    resumable: true,
+    onWritten: (tensor, data) => {
+      checksums[tensor] = createHash("sha256").update(data).digest("hex");
+      doneBytes += data.byteLength;
+      options.onProgress?.({ tensor, doneBytes, totalBytes });
+    },
+  });
+  await writeAtomically(join(out, CHECKSUMS), `${JSON.stringify({ algorithm: "sha256", tensors: checksums })}\n`);
   return { bytes: totalBytes, tensors: tensors.length };
+}
+
+/**
+ * Compares every tensor of a model folder with `checksums.json`, which `quantize` wrote beside it.
+ * @returns the names of tensors whose bytes have changed; none if all is well
+ * @throws CheckpointError when there are no checksums or the file itself does not open
+ */
+export async function verify(folder: string, onProgress?: (progress: { doneBytes: number; totalBytes: number }) => void): Promise<string[]> {
+  const { tensors } = await openCheckpoint(folder);
+  const path = join(folder, CHECKSUMS);
+  const known = await readFile(path, "utf8").then((text) => JSON.parse(text)?.tensors as unknown, () => null);
+  if (typeof known !== "object" || known === null) throw new CheckpointError(path, "there are no checksums here; 'mixtape quantize' writes them");
+  const expected = new Map(Object.entries(known));
+  const totalBytes = [...tensors.values()].reduce((sum, t) => sum + t.bytes, 0);
+  const changed: string[] = [];
+  let doneBytes = 0;
+  for (const [name, entry] of tensors) {
+    const digest = createHash("sha256").update(await readTensor(entry)).digest("hex");
+    if (digest !== expected.get(name)) changed.push(name);
+    expected.delete(name);
+    doneBytes += entry.bytes;
+    onProgress?.({ doneBytes, totalBytes });
+  }
+  return [...changed, ...expected.keys()];
+}
+
+async function checkpointOrigin(source: string): Promise<Origin> {
+  const checkpoint = await openCheckpoint(source);
+  const { sources } = locate(parameters(readConfig(checkpoint.config)), checkpoint);
+  return {
+    config: checkpoint.config,
+    folder: checkpoint.folder,
+    async fill(p, index, dtype, n, k, to) {
+      const found = sources.get(p.name);
+      if (!found) throw new Error(`internal: ${p.name} was not located`);
+      await convertStored(found.parts[index], found.dtype, dtype, n, k, to);
+    },
+  };
+}
+
+async function randomOrigin(name: string, { layers, experts, seed = 0 }: QuantizeOptions): Promise<Origin> {
+  const preset = Object.hasOwn(PRESETS, name) ? PRESETS[name] : null;
+  if (!preset && !name.endsWith(".json")) throw new RangeError(`random:${name} is not known; known are ${Object.keys(PRESETS).map((p) => `random:${p}`).join(", ")} and random:CONFIG.json`);
+  const base = preset ?? (JSON.parse(await readFile(name, "utf8")) as Record<string, unknown>);
+  const last = base["moe_layer_end_index"];
+  const config = {
+    ...base,
+    ...(layers ? { num_hidden_layers: layers, ...(typeof last === "number" ? { moe_layer_end_index: Math.min(last, layers - 1) } : {}) } : {}),
+    ...(experts ? { moe_num_experts: experts } : {}),
+  };
+  const numbers = new Map(parameters(readConfig(config)).map((p, i) => [p.name, i]));
+  return {
+    config,
+    folder: null,
+    async fill(p, index, dtype, n, k, to) {
+      if (/norm\.weight$/.test(p.name)) return void new Float32Array(to.buffer).fill(1);
+      const deviation = p.name.endsWith("bias") ? 0.001 : 1 / Math.sqrt(k);
+      await randomMatrix(seed * 2 ** 32 + (numbers.get(p.name) ?? 0) * 4096 + index, deviation, dtype, n, k, to);
+    },
+  };
 }
 
 async function writeAtomically(path: string, text: string): Promise<void> {

@@ -17,6 +17,7 @@ interface Addon {
   load(specs: readonly object[]): Promise<Handle>;
   weightBytes(weights: Handle): { mapped: number; owned: number };
   convert(part: Slice, stored: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
+  random(seed: number, deviation: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
   memory(bytes: number): Handle;
   prepare(plan: object, isa: string, weights: Handle, states: readonly Handle[]): Handle;
   run(program: Handle, team: Handle, sizes: readonly number[], inputs: readonly Numbers[], outputs: readonly Numbers[]): Promise<void>;
@@ -117,6 +118,11 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
 /** Converts a stored matrix [n, k] (or vector, n = 1) to another format, off the event loop. `to` must have the exact size. */
 export function convertStored(part: Slice, stored: Dtype, dtype: Dtype, n: number, k: number, to: Uint8Array): Promise<void> {
   return openAddon().convert(part, DTYPE_CODES[stored], DTYPE_CODES[dtype], n, k, to);
+}
+
+/** Fills a matrix [n, k] with repeatable noise of the given standard deviation, off the event loop. `to` must have the exact size. */
+export function randomMatrix(seed: number, deviation: number, dtype: Dtype, n: number, k: number, to: Uint8Array): Promise<void> {
+  return openAddon().random(seed, deviation, DTYPE_CODES[dtype], n, k, to);
 }
 
 function checkSpans(plan: Plan, sizes: SymbolValues, inputs: readonly Numbers[], outputs: readonly Numbers[]): void {

@@ -19,55 +19,117 @@ export interface TensorData {
 const ALIGNMENT_BYTES = 64;
 const CHUNK_BYTES = 64 * 2 ** 20;
 
+export interface WriteOptions {
+  /** The file's `__metadata__`; none by default. */
+  readonly metadata?: Readonly<Record<string, string>>;
+  /** How many `data` functions run at once, in the order of the file; as many tensors are in memory. Default 1. */
+  readonly concurrency?: number;
+  /**
+   * Write to `<path>.partial`, keep it when something goes wrong, and go on where such a file ends. The tensors must be
+   * the same ones then: a partial file with another header is thrown away. Default false.
+   */
+  readonly resumable?: boolean;
+  /** Called with each tensor's bytes once they are in the file, kept ones of a resumed file included. */
+  readonly onWritten?: (name: string, data: Uint8Array) => void;
+}
+
 /**
  * Writes a safetensors file. The tensors' bytes start at a multiple of 64, and tensors whose size is a multiple of 64
  * come first, so each of those starts at one too; the format allows no gaps, so of the rest the less even come last.
  * Every name, dtype and shape is needed before the first byte; data is asked for afterwards, in the order of the file.
- * @param metadata the file's `__metadata__`; none by default
  * @throws CheckpointError for a bad tensor, data of the wrong size, or a disk that is full; errors of a `data` function
- * pass through. Nothing is left behind, and a file already at `path` stays as it was.
+ * pass through. Nothing but a resumable part is left behind, and a file already at `path` stays as it was.
  */
 export async function writeSafetensors(
   path: string,
   tensors: Iterable<TensorData> | AsyncIterable<TensorData>,
-  metadata?: Readonly<Record<string, string>>,
+  { metadata, concurrency = 1, resumable = false, onWritten }: WriteOptions = {},
 ): Promise<void> {
   const file = resolve(path);
-  const sized: { tensor: TensorData; bytes: number }[] = [];
+  const sized: Sized[] = [];
   for await (const tensor of tensors) sized.push({ tensor, bytes: checkedBytes(file, tensor) });
   sized.sort((a, b) => evenness(b.bytes) - evenness(a.bytes));
   const header = makeHeader(file, sized, metadata);
   const total = sized.reduce((sum, { bytes }) => sum + bytes, header.byteLength);
 
-  const temporary = `${file}.${randomUUID()}.tmp`;
+  const temporary = resumable ? `${file}.partial` : `${file}.${randomUUID()}.tmp`;
   let handle: FileHandle | undefined;
   try {
-    handle = await atFile(file, total, () => open(temporary, "wx"));
-    await writeAll(handle, header, file, total);
-    for (const { tensor, bytes } of sized) {
-      const data = typeof tensor.data === "function" ? await tensor.data() : tensor.data;
+    const target = await atFile(file, total, () => open(temporary, resumable ? "a+" : "wx+"));
+    handle = target;
+    const kept = resumable ? await keptTensors(target, header, sized, onWritten) : 0;
+    if (kept === 0) {
+      await target.truncate(0);
+      await writeAll(target, header, file, total);
+    }
+    for await (const { tensor, data } of produced(sized.slice(kept), concurrency)) {
+      const bytes = storedBytes(tensor.dtype, tensor.shape);
       if (data.byteLength !== bytes) {
         throw new CheckpointError(
           file,
           `tensor ${tensor.name}: ${data.byteLength} bytes given, ${tensor.dtype} [${tensor.shape}] takes ${bytes}`,
         );
       }
-      await writeAll(handle, data, file, total);
+      await writeAll(target, data, file, total);
+      onWritten?.(tensor.name, data);
     }
-    const written = handle;
-    await atFile(file, total, () => written.sync());
+    await atFile(file, total, () => target.sync());
     handle = undefined;
-    await atFile(file, total, () => written.close());
+    await atFile(file, total, () => target.close());
     await atFile(file, total, () => rename(temporary, file));
   } catch (error) {
     try {
       await handle?.close();
     } finally {
-      await rm(temporary, { force: true });
+      if (!resumable) await rm(temporary, { force: true });
     }
     throw error;
   }
   await syncFolder(dirname(file));
+}
+
+interface Sized {
+  readonly tensor: TensorData;
+  readonly bytes: number;
+}
+
+/** The tensors' data in order, up to `concurrency` of them in the making. */
+async function* produced(sized: readonly Sized[], concurrency: number): AsyncGenerator<{ tensor: TensorData; data: Uint8Array }> {
+  const making: Promise<Uint8Array>[] = [];
+  try {
+    for (let next = 0, at = 0; at < sized.length; at++) {
+      for (; next < sized.length && next < at + concurrency; next++) {
+        const { data } = sized[next].tensor;
+        const made = typeof data === "function" ? data() : Promise.resolve(data);
+        made.catch(() => {}); // thrown below, when its turn comes
+        making.push(made);
+      }
+      yield { tensor: sized[at].tensor, data: await making[at] };
+      delete making[at];
+    }
+  } finally {
+    await Promise.allSettled(making);
+  }
+}
+
+/** How many tensors a partial file holds whole; cuts off what follows them. 0 if it is of other tensors. */
+async function keptTensors(handle: FileHandle, header: Buffer, sized: readonly Sized[], onWritten: WriteOptions["onWritten"]): Promise<number> {
+  const { size } = await handle.stat();
+  const seen = Buffer.alloc(header.byteLength);
+  if (size < header.byteLength || (await handle.read(seen, 0, seen.byteLength, 0)).bytesRead < seen.byteLength || !seen.equals(header)) return 0;
+  let kept = 0;
+  let end = header.byteLength;
+  for (; kept < sized.length && end + sized[kept].bytes <= size; kept++) {
+    const { tensor, bytes } = sized[kept];
+    if (onWritten) {
+      const data = new Uint8Array(bytes);
+      for (let done = 0; done < bytes; ) done += (await handle.read(data, done, Math.min(bytes - done, CHUNK_BYTES), end + done)).bytesRead;
+      onWritten(tensor.name, data);
+    }
+    end += bytes;
+  }
+  await handle.truncate(end);
+  return kept;
 }
 
 function checkedBytes(file: string, { name, dtype, shape }: TensorData): number {
@@ -84,7 +146,7 @@ function evenness(bytes: number): number {
 
 function makeHeader(
   file: string,
-  sized: readonly { tensor: TensorData; bytes: number }[],
+  sized: readonly Sized[],
   metadata: Readonly<Record<string, string>> | undefined,
 ): Buffer {
   const entries = new Map<string, unknown>();

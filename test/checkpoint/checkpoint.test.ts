@@ -67,7 +67,7 @@ describe("openCheckpoint", () => {
         { name: "q", dtype: "U8", shape: [bytes], data: new Uint8Array(bytes) },
         { name: "n", dtype: "F32", shape: [4], data: new Uint8Array(16) },
       ],
-      blockMetadata(new Map([["q", { dtype: "int8" as const, shape: [20, 70] as const }]])),
+      { metadata: blockMetadata(new Map([["q", { dtype: "int8" as const, shape: [20, 70] as const }]])) },
     );
     const checkpoint = await openCheckpoint(folder);
     expect([...checkpoint.blocks]).toEqual([["q", { dtype: "int8", shape: [20, 70] }]]);

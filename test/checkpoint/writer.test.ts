@@ -1,4 +1,4 @@
-import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { appendFileSync, existsSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import * as fs from "node:fs/promises";
 import { join } from "node:path";
 import fc from "fast-check";
@@ -30,7 +30,7 @@ test("what is written reads back, names and metadata included", async () => {
       { name: "none", dtype: "F64", shape: [0, 4], data: new Uint8Array() },
       { name: "__proto__", dtype: "U8", shape: [1], data: Uint8Array.of(9) },
     ],
-    { "mixtape.format": "1" },
+    { metadata: { "mixtape.format": "1" } },
   );
   const { metadata, tensors } = await readHeader(path);
   expect({ ...metadata }).toEqual({ "mixtape.format": "1" });
@@ -106,6 +106,37 @@ test("bad tensors are refused before anything is written", async () => {
   await expect(writeSafetensors(path, [{ ...u8("a", 1), dtype: "INT4" as never }])).rejects.toThrow(/INT4 \[1\] can't be stored/);
   await expect(writeSafetensors(join(folder, "absent/x"), [])).rejects.toThrow(/no folder .*absent/);
   expect(existsSync(path)).toBe(false);
+});
+
+test("a resumable file goes on where it stopped, and forgets what is not its own", async () => {
+  const sizes = [64, 128, 192, 256];
+  const made: string[] = [];
+  const tensors = (stop: number): TensorData[] =>
+    sizes.map((n, i) => ({
+      ...u8(`t${i}`, n),
+      data: async () => {
+        if (i === stop) throw new Error("killed");
+        made.push(`t${i}`);
+        return new Uint8Array(n).fill(i + 1);
+      },
+    }));
+  await expect(writeSafetensors(path, tensors(2), { resumable: true })).rejects.toThrow("killed");
+  expect(existsSync(`${path}.partial`)).toBe(true);
+  appendFileSync(`${path}.partial`, "half a tensor");
+  made.length = 0;
+  const seen: string[] = [];
+  await writeSafetensors(path, tensors(-1), { resumable: true, concurrency: 2, onWritten: (name, data) => seen.push(`${name} ${data[0]}`) });
+  expect(made).toEqual(["t2", "t3"]);
+  expect(seen).toEqual(["t0 1", "t1 2", "t2 3", "t3 4"]);
+  const entries = (await readHeader(path)).tensors;
+  for (const [i, n] of sizes.entries()) expect([...(await readTensor(get(entries, `t${i}`)))]).toEqual(new Array(n).fill(i + 1));
+  expect(existsSync(`${path}.partial`)).toBe(false);
+
+  rmSync(path);
+  await expect(writeSafetensors(path, tensors(2), { resumable: true })).rejects.toThrow("killed");
+  made.length = 0;
+  await writeSafetensors(path, tensors(-1), { resumable: true, metadata: { another: "file" } });
+  expect(made).toHaveLength(4);
 });
 
 test("a full disk is said so, and leaves nothing", async () => {

@@ -116,6 +116,87 @@ void expand_row(const uint8_t* matrix, Dtype dtype, int64_t r, int64_t k, float*
   }
 }
 
+void pack_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float* row) {
+  uint8_t* block = m + r * (k / HALF) * gguf_block_bytes(dtype);
+  for (int64_t from = 0; from < k; from += HALF, block += gguf_block_bytes(dtype)) {
+    const float* x = row + from;
+    int32_t q[HALF];
+    const float scale = dtype == Q8_0 ? int8_scale(x, HALF) : int4_scale(x, HALF);
+    round_all(x, HALF, scale, dtype == Q8_0 ? -127 : -8, dtype == Q8_0 ? 127 : 7, q);
+    const uint16_t half = f32_to_f16(scale);
+    std::memcpy(block, &half, 2);
+    if (dtype == Q8_0)
+      for (int i = 0; i < HALF; i++) block[2 + i] = static_cast<uint8_t>(q[i]);
+    else
+      for (int i = 0; i < HALF / 2; i++) block[2 + i] = static_cast<uint8_t>((q[i] + 8) | (q[i + HALF / 2] + 8) << 4);
+  }
+}
+
+void unpack_row(const uint8_t* m, Dtype dtype, int64_t r, int64_t k, float* row) {
+  const uint8_t* block = m + r * (k / HALF) * gguf_block_bytes(dtype);
+  for (int64_t from = 0; from < k; from += HALF, block += gguf_block_bytes(dtype)) {
+    uint16_t half;
+    std::memcpy(&half, block, 2);
+    const float scale = f16_to_f32(half);
+    for (int i = 0; i < HALF; i++) {
+      const uint8_t byte = block[2 + (dtype == Q8_0 ? i : i % (HALF / 2))];
+      const int q = dtype == Q8_0 ? static_cast<int8_t>(byte) : (i < HALF / 2 ? byte & 15 : byte >> 4) - 8;
+      row[from + i] = static_cast<float>(q) * scale;
+    }
+  }
+}
+
+bool take_row(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t r, int64_t k) {
+  const bool out = (stored == INT8 && dtype == Q8_0) || (stored == INT4 && dtype == Q4_0), in = (stored == Q8_0 && dtype == INT8) || (stored == Q4_0 && dtype == INT4);
+  if (!(in || out) || k % HALF) return false;
+  const Dtype blocked = in ? dtype : stored;  // the one of ours
+  const int64_t size = gguf_block_bytes(in ? stored : dtype), lane = r % TILE_ROWS, count = k / HALF;
+  uint8_t* packed = const_cast<uint8_t*>(in ? from : to) + r * count * size;
+  uint8_t* matrix = const_cast<uint8_t*>(in ? to : from);  // only `to` is written
+  if (in && blocked == INT8)
+    for (int64_t b = 0; b < count; b++) {
+      const uint8_t* block = packed + b * size;
+      if (b % 2 && std::memcmp(block, block - size, 2) != 0) return false;
+      if (std::memchr(block + 2, 0x80, HALF)) return false;
+    }
+  for (int64_t b = 0; b < groups_of(k) * 2; b++) {
+    const int64_t column = b * HALF;
+    uint8_t* block = block_of(matrix, blocked, r, k, column);
+    uint8_t* scale = scale_at(block, blocked, r, column);
+    uint8_t* other = packed + b * size;
+    if (b < count) {
+      if (out) std::memcpy(other, scale, 2);
+      else std::memcpy(scale, other, 2);
+    } else if (in && blocked == INT4) {
+      std::memset(scale, 0, 2);
+    }
+    const int64_t first = blocked == INT8 ? column % GROUP : 0;
+    const bool high = column % GROUP != 0;
+    for (int i = 0; i < HALF; i += 4) {
+      uint8_t* own = block + ((first + i) / 4 * TILE_ROWS + lane) * 4;
+      if (blocked == INT8) {
+        for (int j = 0; j < 4; j++) {
+          if (in) own[j] = b < count ? other[2 + i + j] ^ 0x80 : 0x80;
+          else if (b < count) other[2 + i + j] = own[j] ^ 0x80;
+        }
+      } else if (in) {
+        for (int j = 0; j < 4; j++) {
+          const int at = i + j;
+          const int q = b >= count ? 8 : at < HALF / 2 ? other[2 + at] & 15 : other[2 + at - HALF / 2] >> 4;
+          own[j] = static_cast<uint8_t>(high ? (own[j] & 15) | q << 4 : q);  // the low nibbles come first
+        }
+      } else if (b < count) {
+        for (int j = 0; j < 4; j++) {
+          const int at = i + j, q = high ? own[j] >> 4 : own[j] & 15;
+          uint8_t& byte = other[2 + at % (HALF / 2)];
+          byte = static_cast<uint8_t>(at < HALF / 2 ? q : byte | q << 4);
+        }
+      }
+    }
+  }
+  return true;
+}
+
 FAST void random_row(uint64_t seed, uint64_t r, float deviation, float* row, int64_t k) {
   // Each number is the sum of two uniform ones (splitmix64), so near enough to a bell for measuring.
   const float unit = deviation * 2.4494897f / 65536.f;

@@ -9,14 +9,19 @@ static inline void pause_cpu() { _mm_pause(); }
 static inline void pause_cpu() { asm volatile("yield"); }
 #endif
 
-// Long enough to bridge the gap between two steps of one generation, short enough that an idle engine sleeps.
-static constexpr int SPINS = 4000;
+// First a short spin, for a thread that is about to come; then yields, so that one that was put off its core gets it back,
+// long enough to bridge the gap between two steps of one generation; then sleep: an idle engine uses no processor.
+static constexpr int SPINS = 300, YIELDS = 200;
 
 // Waits until `value` is no longer `old`.
 static void await_change(const std::atomic<uint32_t>& value, uint32_t old) {
   for (int i = 0; i < SPINS; i++) {
     if (value.load(std::memory_order_acquire) != old) return;
     pause_cpu();
+  }
+  for (int i = 0; i < YIELDS; i++) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    std::this_thread::yield();
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }

@@ -59,6 +59,10 @@ static size_t element_bytes(Dtype dtype) { return dtype == F32 || dtype == I32 ?
 
 size_t matrix_bytes(Dtype dtype, int64_t n, int64_t k) {
   if (dtype == INT8 || dtype == INT4) return static_cast<size_t>((n + TILE_ROWS - 1) / TILE_ROWS * groups_of(k) * block_bytes(dtype));
+  if (dtype == Q8_0 || dtype == Q4_0) {
+    if (k % HALF) throw std::runtime_error("internal: rows of " + std::to_string(k) + " numbers do not fill GGUF's blocks of 32");
+    return static_cast<size_t>(n * (k / HALF) * gguf_block_bytes(dtype));
+  }
   return static_cast<size_t>(n * k) * element_bytes(dtype);
 }
 
@@ -77,6 +81,8 @@ static void read_row(const uint8_t* m, Dtype dtype, int64_t r, int64_t k, float*
     case BF16: for (int64_t c = 0; c < k; c++) row[c] = bf16_to_f32(load16(m + (r * k + c) * 2)); break;
     case INT8:
     case INT4: expand_row(m, dtype, r, k, row); break;
+    case Q8_0:
+    case Q4_0: unpack_row(m, dtype, r, k, row); break;
     default: throw std::runtime_error("internal: weights of this format cannot be read");
   }
 }
@@ -88,6 +94,8 @@ static void write_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float
     case BF16: for (int64_t c = 0; c < k; c++) store16(m + (r * k + c) * 2, f32_to_bf16(row[c])); break;
     case INT8:
     case INT4: quantize_row(m, dtype, r, k, row); break;
+    case Q8_0:
+    case Q4_0: pack_row(m, dtype, r, k, row); break;
     default: throw std::runtime_error("internal: weights of this format cannot be written");
   }
 }
@@ -95,6 +103,7 @@ static void write_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float
 void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k) {
   std::vector<float> row(static_cast<size_t>(k));
   for (int64_t r = 0; r < n; r++) {
+    if (take_row(from, stored, to, dtype, r, k)) continue;
     read_row(from, stored, r, k, row.data());
     write_row(to, dtype, r, k, row.data());
   }

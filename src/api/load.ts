@@ -61,6 +61,7 @@ export function parseDtype(name: string): (typeof DTYPES)[string] {
 /** Throws a one-line error for anything wrong with the folder, the config, a tensor or an option, before anything runs. */
 export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
   const wanted = parseDtype(options.dtype ?? "auto");
+  checkCache(options);
   const checkpoint = await openCheckpoint(folder);
   const config = readConfig(checkpoint.config);
   const all = parameters(config);
@@ -89,6 +90,12 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     backend.dispose();
     throw error;
   }
+}
+
+function checkCache({ kv_cache_dtype: dtype = "fp32", kv_cache_tokens = 1, chunk_size = 1 }: LoadOptions): void {
+  if (dtype !== "fp32" && dtype !== "fp16") throw new RangeError(`kv_cache_dtype '${dtype}' is not known; known are fp32, fp16`);
+  for (const [name, value] of Object.entries({ kv_cache_tokens, chunk_size }))
+    if (!Number.isSafeInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
 }
 
 function openBackend({ device = "auto", threads, isa }: LoadOptions): Backend {

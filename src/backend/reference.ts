@@ -5,8 +5,8 @@
 import { open } from "node:fs/promises";
 import type { Call, Tensor } from "../graph/graph.ts";
 import type { Plan } from "../graph/plan.ts";
-import { fromF16, roundBf16 } from "../tensor/dtype.ts";
-import { BLOCK_BYTES, GROUP, TILE_ROWS } from "../tensor/int8.ts";
+import { fromF16, roundBf16, toF16 } from "../tensor/dtype.ts";
+import { BLOCK_BYTES, GROUP, roundInt8, TILE_ROWS } from "../tensor/int8.ts";
 import { elements, type SymbolValues } from "../tensor/shape.ts";
 import type { Backend, Numbers, Program, State, WeightSource, Weights } from "./backend.ts";
 import { KERNELS, type Operand } from "./kernels.ts";
@@ -97,8 +97,16 @@ async function readWeight(source: WeightSource): Promise<Float32Array> {
     }
     decode(bytes, source, out.subarray(i * each, (i + 1) * each));
   }
-  if (source.dtype === "bf16") for (let i = 0; i < out.length; i++) out[i] = roundBf16(out[i]);
+  if (source.dtype !== source.stored) round(out, source);
   return out;
+}
+
+/** Rounds in place to what the format that was asked for holds. */
+function round(values: Float32Array, { dtype, shape }: WeightSource): void {
+  const width = shape[shape.length - 1];
+  if (dtype === "bf16") for (let i = 0; i < values.length; i++) values[i] = roundBf16(values[i]);
+  if (dtype === "f16") for (let i = 0; i < values.length; i++) values[i] = fromF16(toF16(values[i]));
+  if (dtype === "int8") for (let i = 0; i < values.length; i += width) roundInt8(values.subarray(i, i + width));
 }
 
 /** Stored numbers as float32. */

@@ -41,7 +41,8 @@ export function toF16(x: number): number {
   return sign | (((exponent + 15) << 10) + roundEven((magnitude / 2 ** exponent - 1) * 1024));
 }
 
-function roundEven(x: number): number {
+/** The whole number nearest to `x`, ties to even. */
+export function roundEven(x: number): number {
   const low = Math.floor(x);
   const rest = x - low;
   return rest > 0.5 || (rest === 0.5 && low % 2 === 1) ? low + 1 : low;

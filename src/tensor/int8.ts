@@ -9,6 +9,8 @@
  * Activations (`int8row`), a matrix [rows, k]: per row, groups of 64 signed bytes, then a float32 scale a group, then the
  * int32 sum of the bytes of each group (it cancels the 128 of the weights).
  */
+import { fromF16, roundEven, toF16 } from "./dtype.ts";
+
 export const TILE_ROWS = 16;
 export const GROUP = 64;
 export const BLOCK_BYTES = TILE_ROWS * GROUP + TILE_ROWS * 2;
@@ -21,4 +23,18 @@ export function int8Bytes(n: number, k: number): number {
 /** Bytes of one row of `k` activations in `int8row`. */
 export function int8RowBytes(k: number): number {
   return Math.ceil(k / GROUP) * (GROUP + 8);
+}
+
+/** Rounds a row of weights in place to the numbers that `int8` would hold for it. */
+export function roundInt8(row: Float32Array): void {
+  for (let g = 0; g < row.length; g += GROUP) {
+    const group = row.subarray(g, g + GROUP);
+    const largest = group.reduce((top, w) => Math.max(top, Math.abs(w)), 0);
+    let bits = toF16(Math.fround(largest / 127));
+    if (fromF16(bits) * 127.5 < largest) bits++; // rounded down too far: the largest would not fit
+    const scale = fromF16(bits);
+    group.forEach((w, i) => {
+      group[i] = scale > 0 ? Math.min(127, Math.max(-127, roundEven(Math.fround(w / scale)))) * scale : 0;
+    });
+  }
 }

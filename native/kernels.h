@@ -4,7 +4,7 @@
 #include <cstdint>
 
 // Codes as in src/graph/plan.ts. Of GGUF's formats (32 numbers a block, row by row), which files hold and no kernel reads.
-enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, INT8 = 4, INT8ROW = 5, INT4 = 6, Q8_0 = 100, Q4_0 = 101 };
+enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, INT8 = 4, INT8ROW = 5, INT4 = 6, BF16PAIR = 7, Q8_0 = 100, Q4_0 = 101 };
 
 struct Tensor {
   void* data;           // first (or only) part

@@ -3,21 +3,20 @@
 #include <chrono>
 #include <stdexcept>
 
-namespace {
+static constexpr int64_t ARENA_UNIT = 64;
 
-// Words of a value's record, as in src/graph/plan.ts.
-enum { PLACE, INDEX, DTYPE, RANK, DIMS, VALUE_WORDS = 12 };
-enum { ARENA, WEIGHT, STATE, INPUT, OUTPUT };
-constexpr int64_t ARENA_UNIT = 64;
-
-size_t tensor_bytes(const Tensor& t) {
-  if (t.dtype == INT8ROW) return static_cast<size_t>(t.dims[0] * int8_row_bytes(t.dims[1]));
+size_t resize(Tensor& t, const int32_t* record, const std::vector<int64_t>& sizes) {
+  t.dtype = static_cast<Dtype>(record[DTYPE]);
+  t.rank = record[RANK];
   int64_t n = 1;
-  for (int i = 0; i < t.rank; i++) n *= t.dims[i];
+  for (int d = 0; d < t.rank; d++) {
+    const int32_t symbol = record[DIMS + 2 * d + 1];
+    t.dims[d] = record[DIMS + 2 * d] * (symbol < 0 ? 1 : sizes.at(symbol));
+    n *= t.dims[d];
+  }
+  if (t.dtype == INT8ROW) return static_cast<size_t>(t.dims[0] * int8_row_bytes(t.dims[1]));
   return static_cast<size_t>(n) * (t.dtype == F16 || t.dtype == BF16 ? 2 : 4);
 }
-
-}  // namespace
 
 Program::Program(const Plan& plan, const KernelTable& kernels, const Weights& weights, const std::vector<Memory*>& states)
     : plan_(plan), arena_(plan.arena_bytes), states_(states), tensors_(plan.values.size() / VALUE_WORDS) {
@@ -59,19 +58,16 @@ void Program::run(Team& team, const std::vector<int64_t>& sizes, const std::vect
   for (size_t i = 0; i < tensors_.size(); i++) {
     const int32_t* v = &plan_.values[i * VALUE_WORDS];
     Tensor& t = tensors_[i];
-    for (int d = 0; d < t.rank; d++) {
-      const int32_t symbol = v[DIMS + 2 * d + 1];
-      t.dims[d] = v[DIMS + 2 * d] * (symbol < 0 ? 1 : sizes.at(symbol));
-    }
+    const size_t bytes = resize(t, v, sizes);
     if (v[PLACE] != INPUT && v[PLACE] != OUTPUT) {
-      if (v[PLACE] == STATE && tensor_bytes(t) > states_[v[INDEX]]->bytes()) throw std::runtime_error("internal: a state is smaller than its shape");
+      if (v[PLACE] == STATE && bytes > states_[v[INDEX]]->bytes()) throw std::runtime_error("internal: a state is smaller than its shape");
       continue;
     }
     const Span& span = (v[PLACE] == INPUT ? inputs : outputs).at(v[INDEX]);
-    if (span.bytes < tensor_bytes(t)) throw std::runtime_error("internal: an input or output of " + std::to_string(span.bytes) + " bytes should have " + std::to_string(tensor_bytes(t)));
+    if (span.bytes < bytes) throw std::runtime_error("internal: an input or output of " + std::to_string(span.bytes) + " bytes should have " + std::to_string(bytes));
     t.data = span.data;
   }
-  const char* failure = team.run([this](const Worker& worker) {
+  const std::string failure = team.run([this](const Worker& worker) {
     using Clock = std::chrono::steady_clock;
     auto last = Clock::now();
     for (size_t i = 0; i < calls_.size(); i++) {
@@ -84,5 +80,5 @@ void Program::run(Team& team, const std::vector<int64_t>& sizes, const std::vect
       last = now;
     }
   });
-  if (*failure) throw std::runtime_error(failure);
+  if (!failure.empty()) throw std::runtime_error(failure);
 }

@@ -6,6 +6,10 @@
 #include "threads.h"
 #include "weights.h"
 
+// Words of a value's record, and what its place may be, as in src/graph/plan.ts.
+enum { PLACE, INDEX, DTYPE, RANK, DIMS, VALUE_WORDS = 12 };
+enum { ARENA, WEIGHT, STATE, INPUT, OUTPUT };
+
 struct Plan {
   std::vector<std::string> ops;
   std::vector<std::string> weights;  // names
@@ -15,6 +19,9 @@ struct Plan {
   size_t arena_bytes = 0;
   int inputs = 0, outputs = 0;
 };
+
+// Gives a tensor the shape that its record has with these sizes; returns its bytes (not those of INT8 weights).
+size_t resize(Tensor& t, const int32_t* record, const std::vector<int64_t>& sizes);
 
 // Memory that a run hands over.
 struct Span {

@@ -64,7 +64,7 @@ Team::~Team() {
   for (auto& t : threads_) t.join();
 }
 
-const char* Team::run(const std::function<void(const Worker&)>& job) {
+std::string Team::run(const std::function<void(const Worker&)>& job) {
   std::lock_guard lock(busy_);
   barrier_.failed = false;
   barrier_.message[0] = 0;

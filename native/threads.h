@@ -3,6 +3,7 @@
 #include <atomic>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -29,7 +30,7 @@ class Team {
 
   // Calls job(worker) on every thread of the team and returns when all are done; the first failure noted, or "".
   // One job at a time: a second caller waits.
-  const char* run(const std::function<void(const Worker&)>& job);
+  std::string run(const std::function<void(const Worker&)>& job);
   int count() const { return barrier_.count; }
 
  private:

@@ -12,7 +12,7 @@ namespace ISA {
 static const KernelEntry ENTRIES[] = {
     {"embed", embed},
     {"rmsNorm", rms_norm},
-    {"toBf16", to_bf16_rows},
+    {"toBf16Pair", to_bf16_pairs},
     {"toInt8", to_int8_rows},
     {"linear", linear},
     {"groupedLinear", grouped_linear},

@@ -6,11 +6,17 @@ namespace ISA {
 // Row-major formats: tiles of up to 4 weight rows by R activation rows, lanes running along k.
 template <class X, class WT>
 struct Dot {
-  static constexpr int step = W;
-  static vf add(vf acc, const X* x, const WT* w) { return acc + load(x) * load(w); }
+  static constexpr int step = W, numbers = 1;  // X's that an activation takes
+  static vf add(vf acc, const X* x, const WT* w, int64_t) { return acc + load(x) * load(w); }
+  static float value(const X* x, int64_t) { return scalar(*x); }
 };
+// Activations are the sums of two bfloat16 numbers, k apart.
 template <>
-struct Dot<bf16, bf16> : DotBf16 {};
+struct Dot<bf16, bf16> {
+  static constexpr int step = DotBf16::step, numbers = 2;
+  static vf add(vf acc, const bf16* x, const bf16* w, int64_t k) { return DotBf16::add(DotBf16::add(acc, x, w), x + k, w); }
+  static float value(const bf16* x, int64_t k) { return scalar(x[0]) + scalar(x[k]); }
+};
 
 template <class X_, class WT>
 struct RowMajor {
@@ -18,7 +24,7 @@ struct RowMajor {
   static constexpr int tile = 4;
   static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 3;  // so that the accumulators fit the registers
 
-  static int64_t x_bytes(int64_t k) { return k * sizeof(X); }
+  static int64_t x_bytes(int64_t k) { return k * sizeof(X) * Dot<X, WT>::numbers; }
 
   template <int R, int N>
   static void block(const X* const* x, const WT* w, int64_t k, float* const* y, const float* bias) {
@@ -27,11 +33,11 @@ struct RowMajor {
     int64_t c = 0;
     for (; c + D::step <= k; c += D::step)
       for (int n = 0; n < N; n++)
-        for (int r = 0; r < R; r++) acc[r][n] = D::add(acc[r][n], x[r] + c, w + n * k + c);
+        for (int r = 0; r < R; r++) acc[r][n] = D::add(acc[r][n], x[r] + c, w + n * k + c, k);
     for (int r = 0; r < R; r++)
       for (int n = 0; n < N; n++) {
         float s = sum(acc[r][n]);
-        for (int64_t t = c; t < k; t++) s += scalar(x[r][t]) * scalar(w[n * k + t]);
+        for (int64_t t = c; t < k; t++) s += D::value(x[r] + t, k) * scalar(w[n * k + t]);
         y[r][n] = bias ? s + bias[n] : s;
       }
   }
@@ -191,11 +197,17 @@ static void linear(const Operands& o, const Worker& worker) {
   });
 }
 
-static void to_bf16_rows(const Operands& o, const Worker& worker) {
+static void to_bf16_pairs(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &y = o.out(0);
+  const int64_t k = x.dims[1];
   int64_t begin, end;
-  worker.share(x.rows() * x.width(), 64, begin, end);
-  for (int64_t i = begin; i < end; i++) y.as<bf16>()[i] = to_bf16(x.as<float>()[i]);
+  worker.share(x.rows() * k, 64, begin, end);
+  for (int64_t i = begin; i < end; i++) {
+    const float v = x.as<float>()[i];
+    bf16* at = y.as<bf16>() + i / k * 2 * k + i % k;
+    at[0] = to_bf16(v);
+    at[k] = to_bf16(v - scalar(at[0]));
+  }
 }
 
 // To the nearest of 255 steps, each group of 64 with the scale of its largest value.

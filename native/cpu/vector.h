@@ -59,9 +59,10 @@ static inline float scalar(f16 h) {
 
 namespace ISA {
 
-// e^x to about 2 units in the last place for x <= 88; below -87 it gives about 1e-38.
+// e^x to about 2 units in the last place from -87 to 88; beyond, what it gives there (about 1e-38 and 1e38).
 static inline vf exp(vf x) {
   x = max(x, splat(-87.3f));
+  x = select(x < splat(88.f), x, splat(88.f));
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding and subtracting it rounds to whole numbers
   vf n = x * 1.44269504f + magic;
   n -= magic;

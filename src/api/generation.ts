@@ -64,7 +64,7 @@ export interface ResolvedGeneration {
 }
 
 /** Keys of `generate` that are not `GenerationOptions`. */
-const INPUTS = ["input_ids", "inputs", "attention_mask"];
+const INPUTS = ["input_ids", "attention_mask"];
 const KNOWN = new Set<string>([
   ...INPUTS,
   ...([
@@ -176,8 +176,9 @@ export interface Row {
 /** Takes padding off. Throws RangeError for rows without tokens, masks of another shape, or padding between tokens. */
 export function readRows({ input_ids, attention_mask }: ModelInputs): Row[] {
   const rows = (x: ModelInputs["input_ids"]) => (typeof x[0] === "number" ? [x as number[]] : (x as number[][]));
-  if (!Array.isArray(input_ids)) throw new RangeError("input_ids must be rows of token ids: number[][]");
-  const ids = rows(input_ids);
+  const ids = Array.isArray(input_ids) ? rows(input_ids) : [];
+  if (!Array.isArray(input_ids) || ids.some((row) => typeof row?.length !== "number" || typeof row === "string"))
+    throw new RangeError("input_ids must be rows of token ids: number[][]");
   const masks = attention_mask && rows(attention_mask);
   if (ids.length === 0) throw new RangeError("the prompt is empty: input_ids has no rows");
   if (masks && (masks.length !== ids.length || masks.some((m, i) => m.length !== ids[i].length)))

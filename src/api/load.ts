@@ -6,8 +6,9 @@ import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { locate } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
 import { type ErnieConfig, readConfig } from "../model/config.ts";
-import { parameters } from "../model/ernie.ts";
+import { parameterDtype, parameters } from "../model/ernie.ts";
 import type { Dtype } from "../tensor/dtype.ts";
+import { computedAs } from "../tensor/stored.ts";
 
 /** Formats of the weight matrices; `auto` takes each as it is stored. Norms, biases and the router are float32 always. */
 export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8" | "int4";
@@ -63,6 +64,7 @@ export function parseDtype(name: string): (typeof DTYPES)[string] {
 /** Throws a one-line error for anything wrong with the folder, the config, a tensor or an option, before anything runs. */
 export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
   const wanted = parseDtype(options.dtype ?? "auto");
+  checkCache(options);
   const checkpoint = await openCheckpoint(folder);
   const config = readConfig(checkpoint.config);
   const all = parameters(config);
@@ -71,7 +73,8 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     const found = sources.get(p.name);
     if (!found) throw new Error(`internal: ${p.name} was not located`);
     const vector = p.shape.length === 2 && p.name.endsWith("e_score_correction_bias");
-    const dtype = p.kind === "float32" ? "f32" : wanted === "auto" ? found.dtype : wanted;
+    const dtype =
+      wanted === "auto" && p.kind === "matrix" ? computedAs(found.dtype) : parameterDtype(p, wanted === "auto" ? "f32" : wanted);
     return { name: p.name, stored: found.dtype, dtype, shape: vector ? p.shape.slice(1) : p.shape, parts: found.parts };
   });
   const backend = openBackend(options);
@@ -91,6 +94,12 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     backend.dispose();
     throw error;
   }
+}
+
+function checkCache({ kv_cache_dtype: dtype = "fp32", kv_cache_tokens = 1, chunk_size = 1 }: LoadOptions): void {
+  if (dtype !== "fp32" && dtype !== "fp16") throw new RangeError(`kv_cache_dtype '${dtype}' is not known; known are fp32, fp16`);
+  for (const [name, value] of Object.entries({ kv_cache_tokens, chunk_size }))
+    if (!Number.isSafeInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
 }
 
 function openBackend({ device = "auto", threads, isa }: LoadOptions): Backend {

@@ -2,7 +2,7 @@
 import { fileURLToPath } from "node:url";
 import { type DownloadProgress, type ResolveOptions, resolveModel } from "../checkpoint/hub.ts";
 import type { Inspection } from "../engine/engine.ts";
-import type { GeneratedToken } from "../engine/sequence.ts";
+import type { GeneratedToken, Request } from "../engine/sequence.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { type GenerationOptions, type ModelInputs, type ResolvedGeneration, type Row, readRows, resolveGeneration } from "./generation.ts";
@@ -119,9 +119,18 @@ export class CausalLM {
       throw new RangeError(`a streamer takes one answer, and ${rows.length * settings.answers} were asked for`);
     options.signal?.throwIfAborted();
     const leave = new AbortController(); // one answer's failure ends the others
-    const signal = options.signal ? AbortSignal.any([options.signal, leave.signal]) : leave.signal;
-    const answers = rows.flatMap((row) =>
-      Array.from({ length: settings.answers }, (_, i) => this.#answer(row, i, settings, options, signal)),
+    const signals = options.signal ? [options.signal, leave.signal] : [leave.signal];
+    const signal: Request["signal"] = {
+      // Asked between steps. AbortSignal.any, or a listener, would stay with a signal that many calls share.
+      get aborted() {
+        return signals.some((s) => s.aborted);
+      },
+      get reason() {
+        return signals.find((s) => s.aborted)?.reason;
+      },
+    };
+    const answers = rows.flatMap((row, r) =>
+      Array.from({ length: settings.answers }, (_, i) => this.#answer(row, r * settings.answers + i, settings, options, signal)),
     );
     try {
       const done = await Promise.all(answers);
@@ -140,7 +149,7 @@ export class CausalLM {
     }
   }
 
-  async #answer(row: Row, index: number, settings: ResolvedGeneration, options: GenerationOptions, signal: AbortSignal) {
+  async #answer(row: Row, index: number, settings: ResolvedGeneration, options: GenerationOptions, signal: Request["signal"]) {
     const { streamer, top_logprobs = 0, tokenizer } = options;
     if (!Number.isInteger(top_logprobs) || top_logprobs < 0 || top_logprobs > this.config.vocabSize)
       throw new RangeError(`top_logprobs is ${top_logprobs}; it must be a whole number from 0 to the vocabulary's size`);
@@ -150,14 +159,14 @@ export class CausalLM {
     let finish: "stop" | "length" = "length";
     const stream = this.engine.submit({
       tokens: row.tokens,
-      sampling: { ...settings.sampling, seed: (settings.sampling.seed + index) % 2 ** 53 },
+      sampling: { ...settings.sampling, seed: index === 0 ? settings.sampling.seed : (settings.sampling.seed + index) % 2 ** 53 },
       maxNewTokens: settings.maxNewTokens(row.given.length),
       stopIds: settings.stopIds,
       wantLogits: top_logprobs > 0,
       signal,
     });
-    streamer?.put(row.given);
     try {
+      streamer?.put(row.given);
       for await (const token of stream) {
         const { logits, ...rest } = token;
         tokens.push(rest);
@@ -217,7 +226,16 @@ export class CausalLM {
 
 /** The n largest logits with their log-probabilities. */
 function likeliest(logits: Float32Array, n: number): { id: number; logprob: number }[] {
-  const ids = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, n);
+  let ids: number[] = []; // best first; for a few one pass is enough, while sorting a large vocabulary holds the event loop
+  if (n > 100) ids = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, n);
+  else
+    logits.forEach((x, id) => {
+      if (ids.length === n && x <= logits[ids[n - 1]]) return;
+      let at = ids.length;
+      while (at > 0 && x > logits[ids[at - 1]]) at--;
+      ids.splice(at, 0, id);
+      if (ids.length > n) ids.pop();
+    });
   const top = logits[ids[0]];
   const total = Math.log(logits.reduce((sum, x) => sum + Math.exp(x - top), 0)) + top;
   return ids.map((id) => ({ id, logprob: logits[id] - total }));

@@ -4,14 +4,14 @@ import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:
 import { availableParallelism } from "node:os";
 import { join, resolve } from "node:path";
 import { convertStored, randomMatrix } from "../backend/native.ts";
-import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
+import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import { locate } from "../checkpoint/names.ts";
 import { readTensor } from "../checkpoint/safetensors.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";
 import { readConfig } from "../model/config.ts";
-import { type ErnieParameter, parameters } from "../model/ernie.ts";
+import { type ErnieParameter, parameterDtype, parameters } from "../model/ernie.ts";
 import { PRESETS } from "../model/presets.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import { type BlockDtype, blockBytes, isBlockDtype } from "../tensor/quantized.ts";
@@ -35,15 +35,6 @@ const FORMATS = {
   fp32: { dtype: "f32", config: "float32" },
 } as const;
 const STORED = { int8: "U8", int4: "U8", bf16: "BF16", f16: "F16", f32: "F32" } as const;
-
-/**
- * The embedding and the head stay int8 in an int4 model: they are 1 % of the 21B, and rounding them to 4 bits costs as
- * much perplexity as all experts together (docs/LOG.md).
- */
-function formatOf({ name, kind }: ErnieParameter, wanted: keyof typeof STORED): keyof typeof STORED {
-  if (kind === "float32") return "f32";
-  return wanted === "int4" && /^(model\.embed_tokens|lm_head)\./.test(name) ? "int8" : wanted;
-}
 
 /** Beside the weights: a digest of each tensor. */
 const CHECKSUMS = "checksums.json";
@@ -75,13 +66,14 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   const config = readConfig(origin.config);
   if (resolve(source) === resolve(out)) throw new Error(`${out}: source and result are the same folder; name another for the result`);
   await mkdir(out, { recursive: true });
-  if ((await readdir(out)).includes("model.safetensors")) throw new Error(`${out}: holds a model already; name another folder or delete it first`);
+  if ((await readdir(out)).includes("model.safetensors"))
+    throw new Error(`${out}: holds a model already; name another folder or delete it first`);
 
   const blocks = new Map<string, BlockMatrix>();
   const tensors: TensorData[] = [];
   let [doneBytes, totalBytes] = [0, 0];
   for (const p of parameters(config)) {
-    const dtype = formatOf(p, format.dtype);
+    const dtype = parameterDtype(p, format.dtype);
     const shape = p.experts ? p.shape.slice(1) : p.shape;
     const [n, k] = shape.length === 1 ? [1, shape[0]] : shape;
     const bytes = isBlockDtype(dtype) ? blockBytes(dtype, n, k) : n * k * ELEMENT_BYTES[dtype];
@@ -126,17 +118,26 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
  * @returns the names of tensors whose bytes have changed; none if all is well
  * @throws CheckpointError when there are no checksums or the file itself does not open
  */
-export async function verify(folder: string, onProgress?: (progress: { doneBytes: number; totalBytes: number }) => void): Promise<string[]> {
+export async function verify(
+  folder: string,
+  onProgress?: (progress: { doneBytes: number; totalBytes: number }) => void,
+): Promise<string[]> {
   const { tensors } = await openCheckpoint(folder);
   const path = join(folder, CHECKSUMS);
-  const known = await readFile(path, "utf8").then((text) => JSON.parse(text)?.tensors as unknown, () => null);
-  if (typeof known !== "object" || known === null) throw new CheckpointError(path, "there are no checksums here; 'mixtape quantize' writes them");
+  const known = await readFile(path, "utf8").then(
+    (text) => JSON.parse(text)?.tensors as unknown,
+    () => null,
+  );
+  if (typeof known !== "object" || known === null)
+    throw new CheckpointError(path, "there are no checksums here; 'mixtape quantize' writes them");
   const expected = new Map(Object.entries(known));
   const totalBytes = [...tensors.values()].reduce((sum, t) => sum + t.bytes, 0);
   const changed: string[] = [];
   let doneBytes = 0;
   for (const [name, entry] of tensors) {
-    const digest = createHash("sha256").update(await readTensor(entry)).digest("hex");
+    const digest = createHash("sha256")
+      .update(await readTensor(entry))
+      .digest("hex");
     if (digest !== expected.get(name)) changed.push(name);
     expected.delete(name);
     doneBytes += entry.bytes;
@@ -161,12 +162,19 @@ async function checkpointOrigin(source: string): Promise<Origin> {
 
 async function randomOrigin(name: string, { layers, experts, seed = 0 }: QuantizeOptions): Promise<Origin> {
   const preset = Object.hasOwn(PRESETS, name) ? PRESETS[name] : null;
-  if (!preset && !name.endsWith(".json")) throw new RangeError(`random:${name} is not known; known are ${Object.keys(PRESETS).map((p) => `random:${p}`).join(", ")} and random:CONFIG.json`);
+  if (!preset && !name.endsWith(".json"))
+    throw new RangeError(
+      `random:${name} is not known; known are ${Object.keys(PRESETS)
+        .map((p) => `random:${p}`)
+        .join(", ")} and random:CONFIG.json`,
+    );
   const base = preset ?? (JSON.parse(await readFile(name, "utf8")) as Record<string, unknown>);
   const last = base["moe_layer_end_index"];
   const config = {
     ...base,
-    ...(layers ? { num_hidden_layers: layers, ...(typeof last === "number" ? { moe_layer_end_index: Math.min(last, layers - 1) } : {}) } : {}),
+    ...(layers
+      ? { num_hidden_layers: layers, ...(typeof last === "number" ? { moe_layer_end_index: Math.min(last, layers - 1) } : {}) }
+      : {}),
     ...(experts ? { moe_num_experts: experts } : {}),
   };
   const numbers = new Map(parameters(readConfig(config)).map((p, i) => [p.name, i]));

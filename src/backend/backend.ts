@@ -2,6 +2,7 @@
 import type { Plan } from "../graph/plan.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
+import type { StoredFormat } from "../tensor/stored.ts";
 
 /** A piece of a file. */
 export interface Slice {
@@ -14,7 +15,7 @@ export interface Slice {
 /** Where a weight's numbers are, and the format in which programs read them; the backend converts while loading where the two differ. */
 export interface WeightSource {
   readonly name: string;
-  readonly stored: Dtype;
+  readonly stored: StoredFormat;
   readonly dtype: Dtype;
   readonly shape: readonly number[];
   /** One slice, or for stacked matrices [n, ...] one for each of the n. */

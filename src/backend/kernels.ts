@@ -33,9 +33,10 @@ export const KERNELS: Record<OpName, Kernel> = {
     }
   },
 
-  toBf16([x], [y]) {
+  toBf16Pair([x], [y]) {
     x.data.forEach((v, i) => {
-      y.data[i] = roundBf16(v);
+      const first = roundBf16(v);
+      y.data[i] = first + roundBf16(v - first);
     });
   },
 

@@ -1,10 +1,11 @@
 /** The CPU backend in C++: loads the addon and hands it plans. Knows how the addon is called, not what it computes. */
 import { createRequire } from "node:module";
 import { availableParallelism } from "node:os";
-import { bytesOf, type Plan } from "../graph/plan.ts";
+import { bytesOf, DTYPE_CODES, type Plan } from "../graph/plan.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
+import type { StoredFormat } from "../tensor/stored.ts";
 import type { Backend, Numbers, Program, Slice, State, WeightSource, Weights } from "./backend.ts";
 
 /** What the addon holds for us; freed by its dispose call or with the last reference. */
@@ -28,8 +29,8 @@ interface Addon {
   disposeProgram(program: Handle): void;
 }
 
-/** Codes as in `graph/plan.ts` and `native/kernels.h`. */
-const DTYPE_CODES: Record<Dtype, number> = { f32: 0, f16: 1, bf16: 2, i32: 3, int8: 4, int8row: 5, int4: 6 };
+/** Those, and those of formats that only files have; `native/kernels.h` has the same. */
+export const STORED_CODES: Readonly<Record<StoredFormat, number>> = { ...DTYPE_CODES, q8_0: 100, q4_0: 101 };
 
 function openAddon(): Addon {
   const path = new URL("../../native/build/mixtape.node", import.meta.url);
@@ -67,7 +68,7 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
     threads,
 
     async load(sources: readonly WeightSource[]): Promise<Weights> {
-      const handle = await addon.load(sources.map((s) => ({ ...s, stored: DTYPE_CODES[s.stored], dtype: DTYPE_CODES[s.dtype] })));
+      const handle = await addon.load(sources.map((s) => ({ ...s, stored: STORED_CODES[s.stored], dtype: DTYPE_CODES[s.dtype] })));
       const { mapped, owned } = addon.weightBytes(handle);
       const weights = {
         names: sources.map((s) => s.name),
@@ -116,8 +117,8 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
 }
 
 /** Converts a stored matrix [n, k] (or vector, n = 1) to another format, off the event loop. `to` must have the exact size. */
-export function convertStored(part: Slice, stored: Dtype, dtype: Dtype, n: number, k: number, to: Uint8Array): Promise<void> {
-  return openAddon().convert(part, DTYPE_CODES[stored], DTYPE_CODES[dtype], n, k, to);
+export function convertStored(part: Slice, stored: StoredFormat, dtype: StoredFormat, n: number, k: number, to: Uint8Array): Promise<void> {
+  return openAddon().convert(part, STORED_CODES[stored], STORED_CODES[dtype], n, k, to);
 }
 
 /** Fills a matrix [n, k] with repeatable noise of the given standard deviation, off the event loop. `to` must have the exact size. */

@@ -5,9 +5,10 @@
 import { open } from "node:fs/promises";
 import type { Call, Tensor } from "../graph/graph.ts";
 import type { Plan } from "../graph/plan.ts";
-import { fromF16, roundBf16 } from "../tensor/dtype.ts";
-import { isBlockDtype, locateElement } from "../tensor/quantized.ts";
+import { fromF16, roundBf16, toF16 } from "../tensor/dtype.ts";
+import { isBlockDtype, locateElement, roundToBlocks } from "../tensor/quantized.ts";
 import { elements, type SymbolValues } from "../tensor/shape.ts";
+import { isPacked, PACK, PACK_BYTES } from "../tensor/stored.ts";
 import type { Backend, Numbers, Program, State, WeightSource, Weights } from "./backend.ts";
 import { KERNELS, type Operand } from "./kernels.ts";
 
@@ -97,8 +98,16 @@ async function readWeight(source: WeightSource): Promise<Float32Array> {
     }
     decode(bytes, source, out.subarray(i * each, (i + 1) * each));
   }
-  if (source.dtype === "bf16") for (let i = 0; i < out.length; i++) out[i] = roundBf16(out[i]);
+  if (source.dtype !== source.stored) round(out, source);
   return out;
+}
+
+/** Rounds in place to what the format that was asked for holds. */
+function round(values: Float32Array, { dtype, shape }: WeightSource): void {
+  const width = shape[shape.length - 1];
+  if (dtype === "bf16") for (let i = 0; i < values.length; i++) values[i] = roundBf16(values[i]);
+  if (dtype === "f16") for (let i = 0; i < values.length; i++) values[i] = fromF16(toF16(values[i]));
+  if (isBlockDtype(dtype)) for (let i = 0; i < values.length; i += width) roundToBlocks(dtype, values.subarray(i, i + width));
 }
 
 /** Stored numbers as float32. */
@@ -115,6 +124,11 @@ export function decode(bytes: Buffer, { stored, shape }: Pick<WeightSource, "sto
       const { byte, highNibble, scale } = locateElement(stored, k, Math.floor(i / k), i % k);
       const number = stored === "int8" ? bytes[byte] - 128 : ((highNibble ? bytes[byte] >> 4 : bytes[byte]) & 15) - 8;
       out[i] = number * fromF16(bytes.readUInt16LE(scale));
+    } else if (isPacked(stored)) {
+      const [block, at] = [Math.floor(i / PACK) * PACK_BYTES[stored], i % PACK];
+      const nibbles = bytes[block + 2 + (at % (PACK / 2))];
+      const number = stored === "q8_0" ? bytes.readInt8(block + 2 + at) : (at < PACK / 2 ? nibbles & 15 : nibbles >> 4) - 8;
+      out[i] = number * fromF16(bytes.readUInt16LE(block));
     } else throw new Error(`internal: weights cannot be stored as ${stored}`);
   }
 }

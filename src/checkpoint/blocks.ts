@@ -4,6 +4,7 @@
  * The layout of the bytes is `tensor/quantized.ts`'s.
  */
 import { BLOCK_BYTES, type BlockDtype, blockBytes } from "../tensor/quantized.ts";
+import type { PackedFormat } from "../tensor/stored.ts";
 import { CheckpointError, errorText } from "./error.ts";
 import type { SafetensorsHeader } from "./safetensors.ts";
 
@@ -12,7 +13,7 @@ export type MatrixShape = readonly [n: number, k: number];
 
 /** A tensor that is stored in blocks. */
 export interface BlockMatrix {
-  readonly dtype: BlockDtype;
+  readonly dtype: BlockDtype | PackedFormat;
   readonly shape: MatrixShape;
 }
 

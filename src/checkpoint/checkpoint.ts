@@ -4,9 +4,8 @@
  */
 import { readdir, readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
-import type { BlockDtype } from "../tensor/quantized.ts";
-import { CheckpointError, errorCode, errorText } from "./error.ts";
 import { type BlockMatrix, readBlockMatrices } from "./blocks.ts";
+import { CheckpointError, errorCode, errorText } from "./error.ts";
 import { readHeader, STORED_BITS, type StoredDtype, type TensorEntry } from "./safetensors.ts";
 
 export interface Checkpoint {
@@ -52,8 +51,8 @@ export interface DtypeTotal {
 }
 
 /** Totals by stored dtype, the largest first; tensors in our block formats count as `int8` and `int4`. */
-export function totalsByDtype(checkpoint: Checkpoint): Map<StoredDtype | BlockDtype, DtypeTotal> {
-  const totals = new Map<StoredDtype | BlockDtype, DtypeTotal>();
+export function totalsByDtype(checkpoint: Checkpoint): Map<StoredDtype | BlockMatrix["dtype"], DtypeTotal> {
+  const totals = new Map<StoredDtype | BlockMatrix["dtype"], DtypeTotal>();
   for (const { name, dtype, bytes } of checkpoint.tensors.values()) {
     const block = checkpoint.blocks.get(name);
     const elements = block ? block.shape[0] * block.shape[1] : (bytes * 8) / STORED_BITS[dtype];

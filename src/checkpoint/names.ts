@@ -3,7 +3,8 @@
  * fused one, and our block matrices. Presence, shape and dtype are all checked here, before anything runs.
  * It reads no bytes and knows no forward pass.
  */
-import type { Dtype, ELEMENT_BYTES } from "../tensor/dtype.ts";
+import type { ELEMENT_BYTES } from "../tensor/dtype.ts";
+import type { StoredFormat } from "../tensor/stored.ts";
 import type { Checkpoint } from "./checkpoint.ts";
 import { CheckpointError } from "./error.ts";
 import type { Slice, StoredDtype } from "./safetensors.ts";
@@ -25,7 +26,7 @@ export interface Parameter {
 /** Where a parameter's bytes are. */
 export interface Source {
   readonly name: string;
-  readonly dtype: Dtype;
+  readonly dtype: StoredFormat;
   /** As asked for. */
   readonly shape: readonly number[];
   /** One, or of stacked experts one an expert, in their order. */
@@ -41,7 +42,7 @@ export interface Located {
 
 /** A part of a parameter as stored. */
 interface Part {
-  readonly dtype: Dtype;
+  readonly dtype: StoredFormat;
   readonly slice: Slice;
 }
 
@@ -155,7 +156,7 @@ function renamed(name: string): string {
   return name.replace(CORRECTION_BIAS, ".mlp.gate.moe_statics.e_score_correction_bias");
 }
 
-function sameDtype({ name }: Parameter, parts: readonly Part[], checkpoint: Checkpoint): Dtype {
+function sameDtype({ name }: Parameter, parts: readonly Part[], checkpoint: Checkpoint): StoredFormat {
   const dtype = parts[0]?.dtype ?? "f32";
   const other = parts.findIndex((part) => part.dtype !== dtype);
   if (other < 0) return dtype;

@@ -113,10 +113,16 @@ async function* produced(sized: readonly Sized[], concurrency: number): AsyncGen
 }
 
 /** How many tensors a partial file holds whole; cuts off what follows them. 0 if it is of other tensors. */
-async function keptTensors(handle: FileHandle, header: Buffer, sized: readonly Sized[], onWritten: WriteOptions["onWritten"]): Promise<number> {
+async function keptTensors(
+  handle: FileHandle,
+  header: Buffer,
+  sized: readonly Sized[],
+  onWritten: WriteOptions["onWritten"],
+): Promise<number> {
   const { size } = await handle.stat();
   const seen = Buffer.alloc(header.byteLength);
-  if (size < header.byteLength || (await handle.read(seen, 0, seen.byteLength, 0)).bytesRead < seen.byteLength || !seen.equals(header)) return 0;
+  if (size < header.byteLength || (await handle.read(seen, 0, seen.byteLength, 0)).bytesRead < seen.byteLength || !seen.equals(header))
+    return 0;
   let kept = 0;
   let end = header.byteLength;
   for (; kept < sized.length && end + sized[kept].bytes <= size; kept++) {
@@ -144,11 +150,7 @@ function evenness(bytes: number): number {
   return 1;
 }
 
-function makeHeader(
-  file: string,
-  sized: readonly Sized[],
-  metadata: Readonly<Record<string, string>> | undefined,
-): Buffer {
+function makeHeader(file: string, sized: readonly Sized[], metadata: Readonly<Record<string, string>> | undefined): Buffer {
   const entries = new Map<string, unknown>();
   if (metadata) entries.set("__metadata__", metadata);
   let offset = 0;

@@ -3,6 +3,7 @@
  * what came of it. Knows no text.
  */
 import { freemem } from "node:os";
+import { setImmediate } from "node:timers/promises";
 import type { Backend, Numbers, Weights } from "../backend/backend.ts";
 import { type ErnieConfig, isMoeLayer } from "../model/config.ts";
 import type { Dtype } from "../tensor/dtype.ts";
@@ -159,7 +160,12 @@ export class Engine {
     this.#running = true;
     while (this.#scheduler.busy) {
       const batch = this.#scheduler.next();
-      if (batch.length === 0) continue;
+      if (batch.length === 0) {
+        // Nobody is left, or `inspect` holds the blocks that the others wait for, and needs the event loop to give them back.
+        await this.#last.catch(() => {});
+        await setImmediate();
+        continue;
+      }
       try {
         this.#settle(batch, await this.#generate(batch));
       } catch (error) {

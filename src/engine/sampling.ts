@@ -113,7 +113,7 @@ export function layOut(rows: readonly SampledRow[]): Controls {
       r * SAMPLING_INTS.length,
     );
     for (const id of seen) history.push(id);
-    biases.push(...s.logitBias);
+    for (const bias of s.logitBias) biases.push(bias);
   });
   return {
     floats,

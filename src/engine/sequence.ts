@@ -12,7 +12,7 @@ export interface Request {
   /** Hand over the unprocessed logits [vocab] with each token. Default false. */
   readonly wantLogits?: boolean;
   /** Aborting it ends the request between two steps. */
-  readonly signal?: AbortSignal;
+  readonly signal?: Pick<AbortSignal, "aborted" | "reason">;
 }
 
 export interface GeneratedToken {
@@ -33,6 +33,7 @@ export class Sequence {
   /** How many of `tokens` have their keys and values in the cache. */
   cached = 0;
   readonly request: Request;
+  /** Tokens that the reader has not taken yet. */
   readonly #events: GeneratedToken[] = [];
   #done = false;
   #failure: unknown = null;
@@ -70,8 +71,8 @@ export class Sequence {
   /** The answer as it is made. Leaving the loop early cancels the request. */
   async *read(): AsyncGenerator<GeneratedToken, void, undefined> {
     try {
-      for (let next = 0; ; ) {
-        for (; next < this.#events.length; next++) yield this.#events[next];
+      for (;;) {
+        for (let token = this.#events.shift(); token; token = this.#events.shift()) yield token;
         if (this.#failure !== null) throw this.#failure;
         if (this.#done) return;
         await new Promise<void>((resolve) => {

@@ -131,7 +131,7 @@ export class Graph {
 
   /** x in the format that products with `weight` are made in: each conversion is made once, however many weights use it. */
   #activations(x: Tensor, weight: Tensor): Tensor {
-    const op = weight.dtype === "bf16" ? "toBf16" : weight.dtype === "int8" || weight.dtype === "int4" ? "toInt8" : null;
+    const op = weight.dtype === "bf16" ? "toBf16Pair" : weight.dtype === "int8" || weight.dtype === "int4" ? "toInt8" : null;
     if (!op || x.dtype !== "f32") return x;
     const key = `${op}:${x.id}`;
     const made = this.#casts.get(key) ?? this.#one(op, [x]);

@@ -39,7 +39,7 @@ export const SAMPLING_INTS = [
   "biasCount",
 ] as const;
 
-const MATRIX_INPUTS: Partial<Record<Dtype, Dtype>> = { f32: "f32", f16: "f32", bf16: "bf16", int8: "int8row", int4: "int8row" };
+const MATRIX_INPUTS: Partial<Record<Dtype, Dtype>> = { f32: "f32", f16: "f32", bf16: "bf16pair", int8: "int8row", int4: "int8row" };
 
 const f32 = (...shape: Dim[]): Result => ({ shape, dtype: "f32" });
 const i32 = (...shape: Dim[]): Result => ({ shape, dtype: "i32" });
@@ -84,7 +84,7 @@ export const OPS = {
     outputs: ([x, w]) => (matches(x, "f32", 2) && matches(w, "f32", 1) && sameDim(x.shape[1], w.shape[0]) ? [f32(...x.shape)] : null),
     gradient: null,
   },
-  toBf16: converted("bf16"),
+  toBf16Pair: converted("bf16pair"),
   toInt8: converted("int8row"),
   linear: {
     params: [],

@@ -15,7 +15,8 @@ export const VALUE_WORDS = 12;
 export const ARENA_UNIT = 64;
 
 const PLACES = { arena: 0, weight: 1, state: 2, input: 3, output: 4 } as const;
-const DTYPE_CODES: Record<Dtype, number> = { f32: 0, f16: 1, bf16: 2, i32: 3, int8: 4, int8row: 5, int4: 6 };
+/** Numbers that stand for dtypes in programs; `native/kernels.h` has the same. */
+export const DTYPE_CODES: Readonly<Record<Dtype, number>> = { f32: 0, f16: 1, bf16: 2, i32: 3, int8: 4, int8row: 5, int4: 6, bf16pair: 7 };
 
 export interface Plan {
   readonly graph: Graph;
@@ -100,6 +101,7 @@ export function plan(graph: Graph, outputs: readonly Tensor[], capacity: SymbolV
 /** Bytes that `t` takes when its symbols have `sizes`. */
 export function bytesOf(t: Tensor, sizes: SymbolValues): number {
   if (t.dtype === "int8row") return sizeOf(t.shape[0], sizes) * int8RowBytes(sizeOf(t.shape[1], sizes));
+  if (t.dtype === "bf16pair") return elements(t.shape, sizes) * 2 * ELEMENT_BYTES.bf16;
   if (t.dtype === "int8" || t.dtype === "int4") throw new Error("internal: only weights are in blocks, and they bring their own memory");
   return elements(t.shape, sizes) * ELEMENT_BYTES[t.dtype];
 }

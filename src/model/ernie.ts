@@ -15,6 +15,15 @@ export interface ErnieParameter extends Parameter {
   readonly kind: "matrix" | "float32";
 }
 
+/**
+ * The format of a parameter in a model whose matrices are `wanted`. The embedding and the head stay int8 in an int4 model:
+ * they are 1 % of the 21B, and rounding them to 4 bits costs almost as much perplexity as all experts (docs/LOG.md).
+ */
+export function parameterDtype<D extends Dtype>({ name, kind }: ErnieParameter, wanted: D): D | "f32" | "int8" {
+  if (kind === "float32") return "f32";
+  return wanted === "int4" && /^(model\.embed_tokens|lm_head)\./.test(name) ? "int8" : wanted;
+}
+
 /** Every parameter of the model, by the names of the hub's checkpoints. */
 export function parameters(config: ErnieConfig): ErnieParameter[] {
   const all: ErnieParameter[] = [];

@@ -3,9 +3,11 @@
 /**
  * Formats that the engine computes with.
  * - `int8`, `int4`: a weight matrix in blocks of 16 rows x 64 columns (see `quantized.ts`).
+ * - `bf16pair`: activations as the sum of two bfloat16 numbers, a row's first ones before its second ones; exact to 2^-17.
+ *   Products with bfloat16 weights take it: rounding activations to one would change which experts are chosen.
  * - `int8row`: activations quantised row by row, in groups of 64 (see `quantized.ts`); lives inside a step only.
  */
-export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "int8row";
+export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "int8row" | "bf16pair";
 
 /** Bytes of one element; block formats have no single element. */
 export const ELEMENT_BYTES = { f32: 4, f16: 2, bf16: 2, i32: 4 } as const satisfies Partial<Record<Dtype, number>>;
@@ -41,7 +43,8 @@ export function toF16(x: number): number {
   return sign | (((exponent + 15) << 10) + roundEven((magnitude / 2 ** exponent - 1) * 1024));
 }
 
-function roundEven(x: number): number {
+/** The whole number nearest to `x`, ties to even. */
+export function roundEven(x: number): number {
   const low = Math.floor(x);
   const rest = x - low;
   return rest > 0.5 || (rest === 0.5 && low % 2 === 1) ? low + 1 : low;

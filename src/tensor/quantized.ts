@@ -16,6 +16,8 @@
  * Activations (`int8row`), a matrix [rows, k]: per row, groups of 64 signed bytes, then a float32 scale a group, then the
  * int32 sums of each 32 bytes (they cancel the middle of the weights).
  */
+import { fromF16, roundEven, toF16 } from "./dtype.ts";
+
 export const TILE_ROWS = 16;
 export const GROUP = 64;
 
@@ -52,4 +54,41 @@ export function locateElement(dtype: BlockDtype, k: number, r: number, c: number
     highNibble: half === 1,
     scale: block + (dtype === "int4" ? (TILE_ROWS * GROUP) / 2 : TILE_ROWS * GROUP) + (half * TILE_ROWS + lane) * 2,
   };
+}
+
+/** Rounds a row of weights in place to the numbers that a block format would hold for it; the same rule as `native/quantize.cpp`. */
+export function roundToBlocks(dtype: BlockDtype, row: Float32Array): void {
+  const span = dtype === "int8" ? GROUP : GROUP / 2;
+  const [low, high] = dtype === "int8" ? [-127, 127] : [-8, 7];
+  for (let g = 0; g < row.length; g += span) {
+    const group = row.subarray(g, g + span);
+    const scale = dtype === "int8" ? int8Scale(group) : int4Scale(group);
+    for (let i = 0; i < group.length; i++) group[i] = steps(group[i], scale, low, high) * scale;
+  }
+}
+
+function steps(x: number, scale: number, low: number, high: number): number {
+  if (scale === 0) return 0;
+  return Math.min(high, Math.max(low, roundEven(Math.fround(x * Math.fround(1 / scale)))));
+}
+
+/** The largest magnitude is 127 steps. */
+function int8Scale(group: Float32Array): number {
+  const largest = group.reduce((top, w) => Math.max(top, Math.abs(w)), 0);
+  let bits = toF16(Math.fround(largest / 127));
+  if (fromF16(bits) * 127.5 < largest) bits++; // rounded down too far: the largest would not fit
+  return fromF16(bits);
+}
+
+/** The scale with the smallest squared error among some that make the number of largest magnitude -6.8 to -8.8 steps. */
+function int4Scale(group: Float32Array): number {
+  const extreme = group.reduce((top, w) => (Math.abs(w) > Math.abs(top) ? w : top), group[0]);
+  let [best, bestError] = [0, Number.POSITIVE_INFINITY];
+  for (let step = 0; step <= 10; step++) {
+    const scale = fromF16(toF16(Math.fround(extreme / Math.fround(-8.8 + 0.2 * step))));
+    let error = 0;
+    for (const w of group) error += (w - steps(w, scale, -8, 7) * scale) ** 2;
+    if (error < bestError) [best, bestError] = [scale, error];
+  }
+  return best;
 }

@@ -165,7 +165,29 @@ function rowOps(): Case[] {
       );
     });
     return [...embeds, ...others, ...turned];
-  });
+  }).concat(farGates());
+}
+
+/** Gates whose exponential is beyond float32. */
+function farGates(): Case {
+  const b = new Builder();
+  const steps = Float32Array.from({ length: 45 }, (_, i) => (i - 22) * 10);
+  const gate = b.input("gate", [symbol("rows"), 45], steps);
+  return b.done(
+    "siluMul far gates",
+    [
+      b.g.siluMul(
+        gate,
+        b.input(
+          "up",
+          [symbol("rows"), 45],
+          steps.map(() => 1),
+        ),
+      ),
+    ],
+    { rows: 1 },
+    1e-6,
+  );
 }
 
 function routers(): Case[] {

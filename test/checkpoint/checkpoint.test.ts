@@ -1,9 +1,9 @@
 import { copyFileSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { beforeEach, describe, expect, test } from "vitest";
+import { blockMetadata } from "../../src/checkpoint/blocks.ts";
 import { openCheckpoint, totalsByDtype } from "../../src/checkpoint/checkpoint.ts";
 import { CheckpointError } from "../../src/checkpoint/error.ts";
-import { blockMetadata } from "../../src/checkpoint/blocks.ts";
 import { writeSafetensors } from "../../src/checkpoint/writer.ts";
 import { blockBytes } from "../../src/tensor/quantized.ts";
 import { GOLDENS, get, scratch, writeTensors } from "./craft.ts";

@@ -1,9 +1,9 @@
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { beforeEach, describe, expect, test } from "vitest";
+import { type BlockMatrix, blockMetadata } from "../../src/checkpoint/blocks.ts";
 import { type Checkpoint, openCheckpoint } from "../../src/checkpoint/checkpoint.ts";
 import { CheckpointError } from "../../src/checkpoint/error.ts";
-import { type BlockMatrix, blockMetadata } from "../../src/checkpoint/blocks.ts";
 import { locate, type Parameter } from "../../src/checkpoint/names.ts";
 import { readTensor } from "../../src/checkpoint/safetensors.ts";
 import { blockBytes } from "../../src/tensor/quantized.ts";
@@ -125,7 +125,11 @@ describe("locate", () => {
     const names = Object.keys(HUB).filter((name) => /experts\.\d\.(gate|up)/.test(name));
     const shapes = { ...HUB, ...Object.fromEntries(names.map((name) => [name, [block]])) };
     const dtypes = Object.fromEntries(names.map((name) => [name, "U8"]));
-    const checkpoint = await checkpointOf(shapes, dtypes, new Map(names.map((name) => [name, { dtype: "int8" as const, shape: [I, H] as const }])));
+    const checkpoint = await checkpointOf(
+      shapes,
+      dtypes,
+      new Map(names.map((name) => [name, { dtype: "int8" as const, shape: [I, H] as const }])),
+    );
     const { sources } = locate(ASKED, checkpoint);
     const gate = get(sources, `${MLP}.experts.gate_proj.weight`);
     expect(gate).toMatchObject({ dtype: "int8", shape: [E, I, H] });

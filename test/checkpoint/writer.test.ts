@@ -1,4 +1,4 @@
-import { appendFileSync, existsSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { appendFileSync, existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import * as fs from "node:fs/promises";
 import { join } from "node:path";
 import fc from "fast-check";
@@ -125,7 +125,11 @@ test("a resumable file goes on where it stopped, and forgets what is not its own
   appendFileSync(`${path}.partial`, "half a tensor");
   made.length = 0;
   const seen: string[] = [];
-  await writeSafetensors(path, tensors(-1), { resumable: true, concurrency: 2, onWritten: (name, data) => seen.push(`${name} ${data[0]}`) });
+  await writeSafetensors(path, tensors(-1), {
+    resumable: true,
+    concurrency: 2,
+    onWritten: (name, data) => seen.push(`${name} ${data[0]}`),
+  });
   expect(made).toEqual(["t2", "t3"]);
   expect(seen).toEqual(["t0 1", "t1 2", "t2 3", "t3 4"]);
   const entries = (await readHeader(path)).tensors;

@@ -1,0 +1,241 @@
+// Runs recorded programs and compares what they compute, without Node: for processors that are only emulated and for
+// sanitizers. Knows no ops; test/backend/replay.ts writes the files.
+//
+//   replay ISA THREADS FILE...    ISA is a name, or "all" for every one that this processor has
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+#include "plan.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace {
+
+struct Case {
+  std::string name;
+  double tolerance;  // largest difference allowed, as a share of the largest value
+  Plan plan;
+  std::vector<WeightSpec> weights;
+  std::vector<int64_t> state_bytes, sizes;
+  std::vector<std::vector<int32_t>> inputs, expected;  // bits
+};
+
+// Little-endian, as every processor that we run on. A list is its length (int32), then its items.
+class Reader {
+  const char* take(size_t n) {
+    if (n > bytes_.size() - at_) throw std::runtime_error(path_ + ": ends in the middle of a case");
+    at_ += n;
+    return bytes_.data() + at_ - n;
+  }
+  template <class T>
+  T one() {
+    T x;
+    std::memcpy(&x, take(sizeof x), sizeof x);
+    return x;
+  }
+  template <class T>
+  std::vector<T> list() {
+    const size_t n = one<uint32_t>();
+    const char* from = take(n * sizeof(T));
+    std::vector<T> items(n);
+    if (n) std::memcpy(items.data(), from, n * sizeof(T));
+    return items;
+  }
+  template <class F>
+  auto each(F read) {
+    std::vector<decltype(read())> items(one<uint32_t>());
+    for (auto& item : items) item = read();
+    return items;
+  }
+  std::vector<int64_t> sizes() {
+    std::vector<double> numbers = list<double>();
+    return {numbers.begin(), numbers.end()};
+  }
+  std::string text() {
+    std::vector<char> chars = list<char>();
+    return {chars.begin(), chars.end()};
+  }
+
+  std::string path_;
+  std::vector<char> bytes_;
+  size_t at_ = 0;
+
+ public:
+  explicit Reader(const std::string& path) : path_(path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw std::runtime_error(path + ": cannot be opened");
+    bytes_.assign(std::istreambuf_iterator<char>(file), {});
+  }
+  bool done() const { return at_ == bytes_.size(); }
+
+  Case next() {
+    Case c;
+    c.name = text();
+    c.tolerance = one<double>();
+    c.plan.ops = each([&] { return text(); });
+    c.plan.weights = each([&] { return text(); });
+    c.plan.values = list<int32_t>();
+    c.plan.calls = list<int32_t>();
+    c.plan.params = list<double>();
+    c.plan.capacity = sizes();
+    c.plan.arena_bytes = static_cast<size_t>(one<double>());
+    c.weights = each([&] {
+      WeightSpec w;
+      w.name = text();
+      w.stored = static_cast<Dtype>(one<int32_t>());
+      w.dtype = static_cast<Dtype>(one<int32_t>());
+      w.shape = sizes();
+      w.parts = each([&] {
+        FilePart p;
+        p.file = text();
+        p.offset = static_cast<uint64_t>(one<double>());
+        p.bytes = static_cast<uint64_t>(one<double>());
+        return p;
+      });
+      return w;
+    });
+    c.state_bytes = sizes();
+    c.sizes = sizes();
+    c.inputs = each([&] { return list<int32_t>(); });
+    c.expected = each([&] { return list<int32_t>(); });
+    return c;
+  }
+};
+
+// Makes memory behind `end`, up to the next multiple of `unit`, an error to touch: the address sanitizer knows the heap
+// only, not what is mapped.
+void fence([[maybe_unused]] const void* end, [[maybe_unused]] size_t unit) {
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_POISON_MEMORY_REGION(end, (unit - reinterpret_cast<uintptr_t>(end) % unit) % unit);
+#endif
+}
+
+void unfence([[maybe_unused]] const void* begin, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(begin, bytes);
+#endif
+}
+
+// "" where they agree.
+std::string compare(const std::vector<int32_t>& actual, const std::vector<int32_t>& expected, Dtype dtype, double tolerance) {
+  double worst = 0, top = 0;
+  for (size_t i = 0; i < expected.size(); i++) {
+    const std::string where = " at " + std::to_string(i);
+    if (dtype == I32) {
+      if (actual[i] != expected[i]) return std::to_string(actual[i]) + where + ", not " + std::to_string(expected[i]);
+      continue;
+    }
+    float a, e;
+    std::memcpy(&a, &actual[i], 4);
+    std::memcpy(&e, &expected[i], 4);
+    if (a == e) top = std::fmax(top, std::isinf(e) ? 0 : std::fabs(e));
+    else if (!std::isfinite(a) || !std::isfinite(e)) return std::to_string(a) + where + ", not " + std::to_string(e);
+    else worst = std::fmax(worst, std::fabs(double(a) - e)), top = std::fmax(top, std::fabs(e));
+  }
+  if (worst <= tolerance * top) return "";
+  char text[100];
+  std::snprintf(text, sizeof text, "differs by %.2g of the largest, %.2g allowed", worst / top, tolerance);
+  return text;
+}
+
+// "" where all outputs agree. With `apart` no computed values share memory: each is an output of its own, whose bounds
+// the address sanitizer knows.
+std::string replay(const Case& c, const KernelTable& kernels, Team& team, bool apart) {
+  Weights weights(c.weights);
+  std::vector<std::unique_ptr<Memory>> owned;
+  std::vector<Memory*> states;
+  for (int64_t bytes : c.state_bytes) states.push_back(owned.emplace_back(std::make_unique<Memory>(bytes)).get());
+
+  Plan plan = c.plan;
+  std::vector<Dtype> dtypes(c.expected.size());
+  std::vector<std::vector<int32_t>> memory;
+  for (const auto& e : c.expected) memory.emplace_back(e.size(), 0x7fc00000);  // NaN
+  for (size_t i = 0; i < plan.values.size(); i += VALUE_WORDS) {
+    int32_t* v = &plan.values[i];
+    if (v[PLACE] == OUTPUT) dtypes.at(v[INDEX]) = static_cast<Dtype>(v[DTYPE]);
+    if (v[PLACE] != ARENA || !apart) continue;
+    v[PLACE] = OUTPUT;
+    v[INDEX] = static_cast<int32_t>(memory.size());
+    Tensor t;
+    memory.emplace_back((resize(t, v, c.sizes) + 3) / 4, 0x7fc00000);
+  }
+
+  std::vector<Span> inputs, outputs;
+  std::vector<std::vector<int32_t>> given = c.inputs;
+  for (auto& bits : given) inputs.push_back({bits.data(), bits.size() * 4});
+  for (auto& bits : memory) outputs.push_back({bits.data(), bits.size() * 4});
+  Program program(plan, kernels, weights, states);
+
+  auto each_mapped = [&](auto visit) {
+    for (const WeightSpec& spec : c.weights)
+      for (size_t p = 0; p < spec.parts.size(); p++) visit(static_cast<uint8_t*>(weights.find(spec.name)->parts[p]), spec.parts[p].bytes, 64);
+    for (Memory* state : states) visit(state->data(), state->bytes(), 4096);
+  };
+  if (apart) {
+    each_mapped([](uint8_t* p, size_t bytes, size_t unit) { fence(p + bytes, unit); });
+    each_mapped([](uint8_t* p, size_t bytes, size_t) { unfence(p, bytes); });  // in a checkpoint the next tensor follows at once
+  }
+  std::string problem;
+  try {
+    program.run(team, c.sizes, inputs, outputs);
+  } catch (const std::exception& e) {
+    problem = e.what();
+  }
+  each_mapped([](uint8_t* p, size_t bytes, size_t unit) { unfence(p, bytes + unit); });
+  for (size_t i = 0; i < c.expected.size() && problem.empty(); i++) {
+    problem = compare(memory[i], c.expected[i], dtypes[i], c.tolerance);
+    if (!problem.empty()) problem = "output " + std::to_string(i) + ": " + problem;
+  }
+  return problem;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 4) {
+    std::fprintf(stderr, "usage: replay ISA|all THREADS FILE...\n");
+    return 2;
+  }
+  try {
+    const std::string isa = argv[1];
+    const int threads = std::atoi(argv[2]);
+    if (threads < 1) throw std::runtime_error(std::string("threads: ") + argv[2] + " is not a whole number from 1");
+    std::vector<const KernelTable*> tables = available_kernels();
+    if (isa != "all") tables = {&choose_kernels(isa)};
+    Team team(threads);
+    std::vector<int> passed(tables.size());
+    int cases = 0;
+    for (int f = 3; f < argc; f++) {
+      Reader reader(argv[f]);
+      for (; !reader.done(); cases++) {
+        const Case c = reader.next();
+        for (size_t t = 0; t < tables.size(); t++) {
+          std::string problem;
+          for (bool apart : {false, true})
+            if (problem.empty()) problem = replay(c, *tables[t], team, apart);
+          if (problem.empty()) passed[t]++;
+          else std::printf("%s, %d threads: %s: %s\n", tables[t]->isa, threads, c.name.c_str(), problem.c_str());
+        }
+      }
+    }
+    bool good = cases > 0;
+    for (size_t t = 0; t < tables.size(); t++) {
+      std::printf("%s, %d threads: %d of %d cases pass\n", tables[t]->isa, threads, passed[t], cases);
+      good = good && passed[t] == cases;
+    }
+    return good ? 0 : 1;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "%s\n", e.what());
+    return 1;
+  }
+}

@@ -1,0 +1,124 @@
+/** One streamed answer with its times. Knows neither conversations nor where the text goes. */
+import type { GenerationOptions } from "../api/generation.ts";
+import type { CausalLM } from "../api/model.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+
+export interface Answer {
+  /** Without the stop string that ended it. Empty without a tokenizer. */
+  readonly text: string;
+  readonly ids: readonly number[];
+  /** Of each token; empty when interrupted. */
+  readonly logprobs: readonly number[];
+  readonly finish: "stop" | "length" | "interrupted";
+  readonly promptTokens: number;
+  /** From the call to the first token; NaN when none came. */
+  readonly firstMs: number;
+  /** From the call to the last token. */
+  readonly seconds: number;
+}
+
+export interface AnswerTarget {
+  /** Gets the text, whole characters only. */
+  readonly onText?: (text: string) => void;
+  readonly onId?: (id: number) => void;
+  /** Ends the answer; what has come is returned. */
+  readonly signal?: AbortSignal;
+}
+
+/** Generates from `prompt` and streams what comes. */
+export async function answer(
+  model: CausalLM,
+  tokenizer: Tokenizer | null,
+  prompt: readonly number[],
+  options: GenerationOptions,
+  { onText, onId, signal }: AnswerTarget = {},
+): Promise<Answer> {
+  const start = performance.now();
+  const detokenizer = tokenizer?.detokenizer({ skip_special_tokens: true });
+  const held = new HeldText([options.stop_strings ?? []].flat());
+  const ids: number[] = [];
+  let [text, firstMs, lastMs, atPrompt] = ["", Number.NaN, 0, true];
+  const emit = (piece: string) => {
+    text += piece;
+    if (piece) onText?.(piece);
+  };
+  const streamer = {
+    put(next: readonly number[]) {
+      if (atPrompt) {
+        atPrompt = false;
+        return;
+      }
+      lastMs = performance.now() - start;
+      if (ids.length === 0) firstMs = lastMs;
+      for (const id of next) {
+        ids.push(id);
+        onId?.(id);
+      }
+      if (detokenizer) emit(held.push(detokenizer.push(next)));
+    },
+    end() {
+      if (detokenizer) emit(held.push(detokenizer.finish()) + held.finish());
+    },
+  };
+  const result = (finish: Answer["finish"], logprobs: readonly number[]): Answer => {
+    return { text, ids, logprobs, finish, promptTokens: prompt.length, firstMs, seconds: lastMs / 1000 };
+  };
+  try {
+    const { logprobs, finish_reasons } = await model.generate({
+      ...options,
+      ...(tokenizer ? { tokenizer } : {}),
+      input_ids: [[...prompt]],
+      num_return_sequences: 1,
+      return_dict_in_generate: true,
+      streamer,
+      ...(signal ? { signal } : {}),
+    });
+    return result(finish_reasons[0], logprobs[0]);
+  } catch (error) {
+    if (!signal?.aborted) throw error;
+    return result("interrupted", []);
+  }
+}
+
+/** `12 tokens, 310 tokens/s, first after 24 ms`. */
+export function describeSpeed({ ids, seconds, firstMs }: Answer): string {
+  const speed = tokensPerSecond({ ids, seconds, firstMs });
+  const first = Number.isNaN(firstMs) ? "" : `, first after ${firstMs.toFixed(0)} ms`;
+  return `${ids.length} token${ids.length === 1 ? "" : "s"}${speed === null ? "" : `, ${speed.toFixed(0)} tokens/s`}${first}`;
+}
+
+/** Of the tokens after the first, whose time is the prompt's; null for an answer of fewer than two. */
+export function tokensPerSecond({ ids, seconds, firstMs }: Pick<Answer, "ids" | "seconds" | "firstMs">): number | null {
+  const rest = seconds - firstMs / 1000;
+  return ids.length > 1 && rest > 0 ? (ids.length - 1) / rest : null;
+}
+
+/** Lets text through but for a stop string and what follows it; keeps back what may yet become one. */
+export class HeldText {
+  readonly #stops: readonly string[];
+  #held = "";
+  #ended = false;
+
+  constructor(stops: readonly string[]) {
+    this.#stops = stops;
+  }
+
+  push(text: string): string {
+    if (this.#ended) return "";
+    this.#held += text;
+    const found = this.#stops.map((stop) => this.#held.indexOf(stop)).filter((at) => at >= 0);
+    if (found.length) {
+      this.#ended = true;
+      return this.#held.slice(0, Math.min(...found));
+    }
+    let keep = Math.min(this.#held.length, Math.max(0, ...this.#stops.map((stop) => stop.length - 1)));
+    while (keep > 0 && !this.#stops.some((stop) => stop.startsWith(this.#held.slice(-keep)))) keep--;
+    const out = this.#held.slice(0, this.#held.length - keep);
+    this.#held = this.#held.slice(this.#held.length - keep);
+    return out;
+  }
+
+  finish(): string {
+    return this.#ended ? "" : this.#held;
+  }
+}

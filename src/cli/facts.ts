@@ -1,0 +1,56 @@
+/** Gathers what `mixtape info` shows of a model. A folder without weights or without a tokenizer is described as far as it goes. */
+import { existsSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { CONFIG, missingFile, openCheckpoint, totalsByDtype } from "../checkpoint/checkpoint.ts";
+import { readConfig } from "../model/config.ts";
+import { UsageError } from "./failure.ts";
+import { findFolder, openTokenizer } from "./models.ts";
+import type { HubFlags } from "./options.ts";
+import { measure, moeLayers } from "./size.ts";
+
+export type Facts = Awaited<ReturnType<typeof gather>>;
+
+/** Throws when the folder, its config, the headers of its weights or its tokenizer are broken. */
+export async function gather(name: string, flags: HubFlags) {
+  const folder = await findFolder(name, flags, { weights: false });
+  const missing = existsSync(join(folder, CONFIG)) ? await missingFile(folder) : undefined;
+  const checkpoint = missing === undefined ? await openCheckpoint(folder) : null;
+  const config = readConfig(checkpoint?.config ?? (await readObject(join(folder, CONFIG))));
+  const generation = join(folder, "generation_config.json");
+  return {
+    model: name,
+    folder,
+    config: { ...config, moe_layers: moeLayers(config) },
+    ...measure(config),
+    stored: checkpoint && Object.fromEntries(totalsByDtype(checkpoint)),
+    /** The first file that is not here, where that keeps the model from running. */
+    missing: missing ?? null,
+    tokenizer: await describeTokenizer(folder),
+    generation: checkpoint ? (checkpoint.generationConfig ?? {}) : existsSync(generation) ? await readObject(generation) : {},
+  };
+}
+
+async function describeTokenizer(folder: string) {
+  const file = ["tokenizer.json", "tokenizer.model"].find((each) => existsSync(join(folder, each)));
+  if (!file) return null;
+  const tokenizer = await openTokenizer(folder);
+  return {
+    file,
+    vocabulary: tokenizer.vocab_size,
+    with_added: tokenizer.size,
+    special_tokens: tokenizer.special_tokens_map,
+    special_ids: tokenizer.all_special_ids.length,
+    longest_input: Number.isFinite(tokenizer.model_max_length) ? tokenizer.model_max_length : null,
+    chat_template: tokenizer.chat_template !== null,
+  };
+}
+
+async function readObject(file: string): Promise<Record<string, unknown>> {
+  const text = await readFile(file, "utf8");
+  try {
+    return JSON.parse(text) as Record<string, unknown>;
+  } catch (cause) {
+    throw new UsageError(`${file}: broken JSON (${String(cause instanceof Error ? cause.message : cause)})`, { cause });
+  }
+}

@@ -1,0 +1,52 @@
+/** How a command ends badly: one line on standard error and an exit code. The stack is shown with MIXTAPE_DEBUG=1 only. */
+import { CommanderError } from "commander";
+
+/** Something that the user gave does not work; the message is one line and says what was seen. */
+export class UsageError extends Error {
+  override readonly name = "UsageError";
+}
+
+/** The user pressed Ctrl-C. Nothing needs to be said about it. */
+export class Interrupted extends Error {
+  override readonly name = "Interrupted";
+
+  constructor() {
+    super("interrupted");
+  }
+}
+
+/** Tells the user of an error. Returns the exit code: 0 for help that was asked for, 130 for Ctrl-C, else 1. */
+export function fail(error: unknown): number {
+  if (error instanceof CommanderError && error.exitCode === 0) return 0;
+  if (error instanceof Interrupted) return 130;
+  process.stderr.write(`mixtape: ${oneLine(error)}\n`);
+  if (process.env["MIXTAPE_DEBUG"] === "1" && error instanceof Error) process.stderr.write(`${error.stack}\n`);
+  return 1;
+}
+
+/** The message of whatever was thrown, without line breaks and without commander's own prefix. */
+export function oneLine(error: unknown): string {
+  const message = error instanceof Error ? error.message || error.name : String(error);
+  return message
+    .replace(/^error: /, "")
+    .replace(/\s*[\r\n]+\s*/g, " ")
+    .trim();
+}
+
+/** A reader that has seen enough (`mixtape … | head`) ends the program without a word. */
+export function quietOnClosedPipe(): void {
+  for (const stream of [process.stdout, process.stderr]) {
+    stream.on("error", (error: NodeJS.ErrnoException) => {
+      if (error.code === "EPIPE") process.exit(0);
+      throw error;
+    });
+  }
+}
+
+/** A signal that Ctrl-C aborts with `Interrupted`, until `release` is called. */
+export function onInterrupt(): { readonly signal: AbortSignal; release(): void } {
+  const controller = new AbortController();
+  const abort = () => controller.abort(new Interrupted());
+  process.once("SIGINT", abort);
+  return { signal: controller.signal, release: () => void process.off("SIGINT", abort) };
+}

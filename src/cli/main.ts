@@ -1,0 +1,48 @@
+/**
+ * The command `mixtape`: the list of commands, and what happens when one fails. Commands load what they need when they run,
+ * so that `--help` and the first token come fast.
+ */
+import { readFileSync } from "node:fs";
+import { Command } from "commander";
+import { addChat } from "./chat.ts";
+import { fail, quietOnClosedPipe } from "./failure.ts";
+import { addGenerate } from "./generate.ts";
+import { addInfo } from "./info.ts";
+import { examples } from "./options.ts";
+import { addPull } from "./pull.ts";
+import { addQuantize } from "./quantize.ts";
+import { addRouting } from "./routing.ts";
+import { addVerify } from "./verify.ts";
+
+const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
+
+const program = new Command("mixtape")
+  .description("Run ERNIE-4.5 mixture-of-experts language models in the terminal.")
+  .version(version, "-V, --version", "print the version")
+  .helpOption("-h, --help", "print help")
+  .helpCommand("help [command]", "print the help of a command")
+  .exitOverride()
+  // Errors are thrown, and told in one place; asked-for help still goes to standard output.
+  .configureOutput({ writeErr: () => {} })
+  .addHelpText(
+    "after",
+    examples(
+      ["mixtape chat", "talk with the model that comes along"],
+      ['mixtape generate "你好" --greedy', "continue a text"],
+      ['mixtape routing "你好" --svg routing.svg', "see which experts a prompt uses"],
+      ["mixtape generate --help", "the options of a command"],
+    ) +
+      "\nEnvironment:\n" +
+      "  MIXTAPE_MODEL  the model when -m is not given    MIXTAPE_DEBUG=1  show the stack of errors\n" +
+      "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
+  );
+
+for (const add of [addChat, addGenerate, addRouting, addInfo, addPull, addQuantize, addVerify]) add(program);
+
+quietOnClosedPipe();
+try {
+  if (process.argv.length <= 2) program.outputHelp();
+  else await program.parseAsync();
+} catch (error) {
+  process.exitCode = fail(error);
+}

@@ -1,0 +1,51 @@
+/** From the options of a command to a folder, a tokenizer and a model. Loads the library only when called. */
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import type { CausalLM } from "../api/model.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import type { HubFlags, ModelFlags } from "./options.ts";
+import { downloadProgress } from "./progress.ts";
+import { notice } from "./terminal.ts";
+
+/** The folder of a model, fetched with progress bars if it is on the hub. `weights: false` leaves out the weights. */
+export async function findFolder(
+  name: string,
+  flags: HubFlags,
+  { weights = true, signal }: { weights?: boolean; signal?: AbortSignal } = {},
+): Promise<string> {
+  const { resolvePretrained } = await import("../api/model.ts");
+  if (name === "default") return resolvePretrained(name);
+  const { resolveModel } = await import("../checkpoint/hub.ts");
+  const bars = existsSync(name) ? null : await downloadProgress();
+  try {
+    return await resolveModel(name, {
+      revision: flags.revision,
+      cache_dir: flags.cacheDir,
+      local_files_only: flags.offline,
+      weights,
+      signal,
+      onProgress: (progress) => bars?.update(progress),
+      onWarning: (message) => notice(`mixtape: ${message}`),
+    });
+  } finally {
+    bars?.stop();
+  }
+}
+
+/** True if a folder has a tokenizer, sound or not. */
+export function hasTokenizer(folder: string): boolean {
+  return ["tokenizer.json", "tokenizer.model"].some((name) => existsSync(join(folder, name)));
+}
+
+/** Reads the tokenizer of a folder. */
+export async function openTokenizer(folder: string): Promise<Tokenizer> {
+  const { Tokenizer } = await import("../tokenizer/tokenizer.ts");
+  return Tokenizer.open(folder);
+}
+
+/** Loads the weights of a folder. The caller disposes of the model. */
+export async function openModel(folder: string, flags: ModelFlags): Promise<CausalLM> {
+  const { AutoModelForCausalLM } = await import("../api/model.ts");
+  const { dtype, threads, device } = flags;
+  return AutoModelForCausalLM.from_pretrained(folder, { dtype, threads, device });
+}

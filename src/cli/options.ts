@@ -1,0 +1,161 @@
+/** Options that several commands share, parsed strictly, and their translation to the names of the library. */
+import { randomInt } from "node:crypto";
+import { type Command, InvalidArgumentError, Option } from "commander";
+import type { GenerationOptions } from "../api/generation.ts";
+import { displayWidth, padEnd } from "./terminal.ts";
+
+/** Which model, and how to run it. */
+export interface ModelFlags extends HubFlags {
+  readonly model: string;
+  readonly dtype?: string;
+  readonly threads?: number;
+  readonly device?: string;
+}
+
+/** Where files come from. */
+export interface HubFlags {
+  readonly revision?: string;
+  readonly cacheDir?: string;
+  readonly offline?: boolean;
+}
+
+/** How the next token is chosen, and when to stop. */
+export interface SamplingFlags {
+  readonly maxNewTokens?: number;
+  readonly temperature?: number;
+  readonly topK?: number;
+  readonly topP?: number;
+  readonly minP?: number;
+  readonly repetitionPenalty?: number;
+  readonly presencePenalty?: number;
+  readonly frequencyPenalty?: number;
+  readonly noRepeatNgramSize?: number;
+  readonly seed?: number;
+  readonly greedy?: boolean;
+  readonly stop?: readonly string[];
+  readonly logitBias?: ReadonlyMap<number, number>;
+}
+
+export const DTYPES = ["auto", "fp32", "fp16", "bf16", "int8", "int4"] as const;
+const SAMPLERS = ["temperature", "topK", "topP", "minP", "seed"] as const;
+
+/** Adds where files come from. */
+export function addHubOptions(command: Command): Command {
+  return command
+    .optionsGroup("Hub options:")
+    .option("--revision <name>", "branch, tag or commit on the hub (default: main)")
+    .option("--cache-dir <folder>", "where downloads are kept (default: the Hugging Face cache)")
+    .option("--offline", "use only what is on this machine");
+}
+
+/** Adds `-m`, which model. */
+export function addModelOption(command: Command): Command {
+  return command
+    .optionsGroup("Model options:")
+    .addOption(
+      new Option("-m, --model <folder|id>", "a folder, a hub id, or the model that comes along").env("MIXTAPE_MODEL").default("default"),
+    );
+}
+
+/** Adds which model, and how to run it. */
+export function addModelOptions(command: Command): Command {
+  addModelOption(command)
+    .addOption(new Option("--dtype <format>", "format of the weights in memory").choices(DTYPES).default("auto"))
+    .option("--threads <n>", "threads that compute (default: one a core)", whole(1))
+    .addOption(new Option("--device <name>", "where to compute").choices(["auto", "cpu", "reference"]).default("auto"));
+  return addHubOptions(command);
+}
+
+/** Adds how tokens are chosen. Defaults are the model's own, of its generation_config.json. */
+export function addSamplingOptions(command: Command): Command {
+  const noRepeat = new Option("--no-repeat-ngram-size <n>", "no sequence of n tokens occurs twice; 0: off").argParser(whole(0));
+  noRepeat.negate = false; // or else `--no-` would mean that --repeat-ngram-size is off
+  return command
+    .optionsGroup("Sampling options (defaults: the model's generation_config.json):")
+    .option("--max-new-tokens <n>", "length of the answer at most", whole(1))
+    .option("--temperature <x>", "below 1 sharpens, above 1 flattens, 0 is greedy", real(0))
+    .option("--top-k <n>", "only the n likeliest tokens; 0: all", whole(0))
+    .option("--top-p <x>", "only the likeliest tokens that reach this probability together", real(0, 1))
+    .option("--min-p <x>", "only tokens at least this share as likely as the likeliest", real(0, 1))
+    .option("--repetition-penalty <x>", "above 1: avoid tokens that occurred, prompt included", real(0))
+    .option("--presence-penalty <x>", "above 0: avoid tokens of the answer", real())
+    .option("--frequency-penalty <x>", "above 0: avoid frequent tokens of the answer", real())
+    .addOption(noRepeat)
+    .option("--seed <n>", "makes sampling repeatable", whole(0))
+    .addOption(new Option("--greedy", "always the likeliest token").conflicts([...SAMPLERS]))
+    .option("--stop <text>", "end the answer before this text (repeatable)", collectText)
+    .option("--logit-bias <id=value>", "add to a token's logit, -inf forbids it (repeatable)", collectBias);
+}
+
+/** The library's options. A seed is always set, so that an answer can be told how to be had again. */
+export function generationOptions(flags: SamplingFlags): GenerationOptions & { readonly seed: number } {
+  const samples = SAMPLERS.some((key) => flags[key] !== undefined);
+  const chosen: GenerationOptions = {
+    max_new_tokens: flags.maxNewTokens,
+    do_sample: flags.greedy ? false : samples ? true : undefined,
+    temperature: flags.temperature,
+    top_k: flags.topK,
+    top_p: flags.topP,
+    min_p: flags.minP,
+    repetition_penalty: flags.repetitionPenalty,
+    presence_penalty: flags.presencePenalty,
+    frequency_penalty: flags.frequencyPenalty,
+    no_repeat_ngram_size: flags.noRepeatNgramSize,
+    stop_strings: flags.stop,
+    logit_bias: flags.logitBias,
+  };
+  const given = Object.fromEntries(Object.entries(chosen).filter(([, value]) => value !== undefined)) as GenerationOptions;
+  return { ...given, seed: flags.seed ?? randomInt(2 ** 47) };
+}
+
+/** Parses a whole number, strictly. */
+export function whole(least: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\+?\d+$/.test(text) || !Number.isSafeInteger(value) || value < least)
+      throw new InvalidArgumentError(`It must be a whole number of at least ${least}.`);
+    return value;
+  };
+}
+
+/** Parses a number, strictly: neither trailing text nor infinity. */
+export function real(least = Number.NEGATIVE_INFINITY, most = Number.POSITIVE_INFINITY): (text: string) => number {
+  const range = Number.isFinite(most) ? ` from ${least} to ${most}` : Number.isFinite(least) ? ` of at least ${least}` : "";
+  return (text) => {
+    const value = parseReal(text);
+    if (!Number.isFinite(value) || value < least || value > most) throw new InvalidArgumentError(`It must be a number${range}.`);
+    return value;
+  };
+}
+
+/** Parses token ids: `1,2,3` or `1 2 3`. */
+export function tokenIds(text: string): number[] {
+  const parts = text.split(/[\s,]+/).filter((part) => part !== "");
+  const wrong = parts.find((part) => !/^\d+$/.test(part));
+  if (wrong !== undefined) throw new InvalidArgumentError(`'${wrong}' is not a token id; it must be like 1,2,3.`);
+  if (parts.length === 0) throw new InvalidArgumentError("The prompt is empty; it must be like 1,2,3.");
+  return parts.map(Number);
+}
+
+/** The examples at the end of a command's help: what to type, and what it does. */
+export function examples(...rows: readonly (readonly [command: string, meaning: string])[]): string {
+  const width = Math.max(...rows.map(([command]) => displayWidth(command)));
+  return `\nExamples:\n${rows.map(([command, meaning]) => `  ${padEnd(command, width)}  ${meaning}`).join("\n")}\n`;
+}
+
+/** NaN for what is not written as a plain decimal number. */
+function parseReal(text: string): number {
+  return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(text) ? Number(text) : Number.NaN;
+}
+
+function collectText(text: string, before: readonly string[] = []): readonly string[] {
+  if (text === "") throw new InvalidArgumentError("It must not be empty.");
+  return [...before, text];
+}
+
+function collectBias(text: string, before: ReadonlyMap<number, number> = new Map()): ReadonlyMap<number, number> {
+  const [, id, amount] = /^(\d+)=(.+)$/.exec(text) ?? [];
+  const value = /^-inf(inity)?$/i.test(amount ?? "") ? Number.NEGATIVE_INFINITY : parseReal(amount ?? "");
+  if (id === undefined || Number.isNaN(value)) throw new InvalidArgumentError("It must be like 42=-1.5, or 42=-inf to forbid token 42.");
+  return new Map([...before, [Number(id), value]]);
+}

@@ -1,0 +1,72 @@
+/** Progress bars on standard error, for downloads and conversions. Knows when none are wanted. */
+import type { DownloadProgress } from "../checkpoint/hub.ts";
+import { formatBytes } from "./terminal.ts";
+
+/** HF_HUB_DISABLE_PROGRESS_BARS, as other tools for the hub read it. */
+function disabled(): boolean {
+  return /^(1|true|yes|on)$/i.test(process.env["HF_HUB_DISABLE_PROGRESS_BARS"] ?? "");
+}
+
+const NONE = { update: () => {}, stop: () => {} };
+const STYLE = { barCompleteChar: "━", barIncompleteChar: "╌", hideCursor: true, clearOnComplete: false, stream: process.stderr };
+
+/** Something that is under way. `stop` must be called at the end, also after an error: it gives the cursor back. */
+export interface Progress<T> {
+  update(state: T): void;
+  stop(): void;
+}
+
+/** One bar a file. Without a terminal: one line for each file that has come. */
+export async function downloadProgress(): Promise<Progress<DownloadProgress>> {
+  if (disabled()) return NONE;
+  if (!process.stderr.isTTY) {
+    return {
+      update: ({ file, loadedBytes, totalBytes, files }) => {
+        if (loadedBytes === totalBytes)
+          process.stderr.write(`fetched ${file} (${formatBytes(totalBytes)}, ${files.done} of ${files.total} files)\n`);
+      },
+      stop: () => {},
+    };
+  }
+  const { default: cliProgress } = await import("cli-progress");
+  const format = "{name} {bar} {percentage}%  {loaded} of {size}  {eta_formatted} left";
+  const bars = new cliProgress.MultiBar({ ...STYLE, format, barsize: 28, etaBuffer: 50, forceRedraw: true });
+  const byFile = new Map<string, ReturnType<typeof bars.create>>();
+  return {
+    update: ({ file, loadedBytes, totalBytes }) => {
+      const state = {
+        name: file.length > 34 ? `${file.slice(0, 33)}…` : file.padEnd(34),
+        loaded: formatBytes(loadedBytes),
+        size: formatBytes(totalBytes),
+      };
+      let bar = byFile.get(file);
+      if (!bar) byFile.set(file, (bar = bars.create(totalBytes, loadedBytes, state)));
+      bar.update(loadedBytes, state);
+    },
+    stop: () => bars.stop(),
+  };
+}
+
+/** One bar over bytes, with the time left. Nothing without a terminal. */
+export async function byteProgress(verb: string): Promise<Progress<{ doneBytes: number; totalBytes: number }>> {
+  if (disabled() || !process.stderr.isTTY) return NONE;
+  const { default: cliProgress } = await import("cli-progress");
+  const bar = new cliProgress.SingleBar({
+    ...STYLE,
+    format: `${verb} {bar} {percentage}%  {done} of {size}  {eta_formatted} left`,
+    barsize: 34,
+    etaBuffer: 50,
+  });
+  let started = false;
+  return {
+    update: ({ doneBytes, totalBytes }) => {
+      const state = { done: formatBytes(doneBytes), size: formatBytes(totalBytes) };
+      if (!started) bar.start(totalBytes, doneBytes, state);
+      else bar.update(doneBytes, state);
+      started = true;
+    },
+    stop: () => {
+      if (started) bar.stop();
+    },
+  };
+}

@@ -1,0 +1,67 @@
+/** `mixtape quantize`: writes a model folder anew, its matrices in another format. */
+import { type Command, Option } from "commander";
+import { onInterrupt } from "./failure.ts";
+import { addHubOptions, examples, type HubFlags, whole } from "./options.ts";
+import { formatBytes } from "./terminal.ts";
+
+const FORMATS = ["int8", "int4", "bf16", "fp16", "fp32"] as const;
+
+interface QuantizeFlags extends HubFlags {
+  readonly dtype: (typeof FORMATS)[number];
+  readonly layers?: number;
+  readonly experts?: number;
+  readonly seed?: number;
+}
+
+export function addQuantize(program: Command): void {
+  const command = program
+    .command("quantize")
+    .description("Write a model anew with its matrices in another format. The router, norms and biases stay float32.")
+    .argument("<source>", "a folder, a hub id, default, or random:21b-a3b, random:0.3b, random:CONFIG.json")
+    .argument("<out>", "the folder to write; it must not hold a model yet")
+    .optionsGroup("Options:")
+    .addOption(new Option("--dtype <format>", "format of the matrices").choices(FORMATS).makeOptionMandatory())
+    .option("--layers <n>", "of random: sources: the number of layers", whole(1))
+    .option("--experts <n>", "of random: sources: the number of experts", whole(1))
+    .option("--seed <n>", "of random: sources: another seed gives other weights (default: 0)", whole(0));
+  addHubOptions(command)
+    .addHelpText(
+      "after",
+      examples(
+        ["mixtape quantize ./my-model ./my-model-int8 --dtype int8", "about half of bf16"],
+        ["mixtape quantize random:21b-a3b ./shape --dtype int4", "random weights of the true shape, to measure"],
+        ["mixtape quantize baidu/ERNIE-4.5-0.3B-PT ./ernie-int8 --dtype int8", "a model of the hub"],
+      ),
+    )
+    .action(convert);
+}
+
+async function convert(source: string, out: string, flags: QuantizeFlags): Promise<void> {
+  const [{ findFolder }, { quantize }, { openCheckpoint, totalsByDtype }, { byteProgress }] = await Promise.all([
+    import("./models.ts"),
+    import("../api/quantize.ts"),
+    import("../checkpoint/checkpoint.ts"),
+    import("./progress.ts"),
+  ]);
+  const interrupt = onInterrupt();
+  try {
+    const random = source.startsWith("random:");
+    const from = random ? source : await findFolder(source, flags, { signal: interrupt.signal });
+    const totals = random ? [] : [...totalsByDtype(await openCheckpoint(from))];
+    const before = totals.reduce((sum, [, { bytes }]) => sum + bytes, 0);
+    const bar = await byteProgress("writing");
+    const { dtype, layers, experts, seed } = flags;
+    const options = { dtype, layers, experts, seed, onProgress: bar.update, signal: interrupt.signal };
+    const written = await quantize(from, out, options)
+      .then((done) => {
+        bar.update({ doneBytes: done.bytes, totalBytes: done.bytes });
+        return done;
+      })
+      .finally(bar.stop);
+    if (!random) process.stdout.write(`before  ${formatBytes(before)} (${totals.map(([name]) => name.toLowerCase()).join(", ")})\n`);
+    const share = random ? "" : `, ${((100 * written.bytes) / before).toFixed(0)} % of it`;
+    process.stdout.write(`after   ${formatBytes(written.bytes)} (${dtype})${share}, ${written.tensors} tensors in ${out}\n`);
+  } finally {
+    interrupt.release();
+  }
+}

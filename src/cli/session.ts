@@ -1,0 +1,172 @@
+/** A chat under way: asks the model, streams its answer, and does what lines with a slash say. Knows no keyboard. */
+import type { GenerationOptions } from "../api/generation.ts";
+import type { CausalLM } from "../api/model.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { type Answer, answer, describeSpeed } from "./answer.ts";
+import type { Conversation } from "./conversation.ts";
+import { UsageError } from "./failure.ts";
+
+/** Where a session writes. */
+export interface Outlet {
+  /** The answer's text. */
+  text(piece: string): void;
+  /** Everything else, a line at a time. */
+  notice(line: string): void;
+  /** Speed after each answer is wanted. */
+  readonly speed: boolean;
+}
+
+const COMMANDS: Readonly<Record<string, string>> = {
+  "/system": "TEXT   what the model is told before the conversation; alone: shows it",
+  "/reset": "        forget the conversation; the system text stays",
+  "/regenerate": "   answer the last question again",
+  "/save": "FILE     write the messages as JSON",
+  "/load": "FILE     go on with saved messages",
+  "/stats": "        tokens and speed so far",
+  "/help": "         this list",
+  "/exit": "         leave; Ctrl-D does too",
+};
+
+export const COMMAND_WORDS = Object.keys(COMMANDS);
+
+export class Session {
+  readonly #model: CausalLM;
+  readonly #tokenizer: Tokenizer;
+  readonly #conversation: Conversation;
+  readonly #options: GenerationOptions & { readonly seed: number };
+  readonly #out: Outlet;
+  #answers = 0;
+  #newTokens = 0;
+  #last: Answer | null = null;
+  #running: AbortController | null = null;
+
+  constructor(
+    parts: { readonly model: CausalLM; readonly tokenizer: Tokenizer; readonly conversation: Conversation },
+    options: GenerationOptions & { readonly seed: number },
+    out: Outlet,
+  ) {
+    this.#model = parts.model;
+    this.#tokenizer = parts.tokenizer;
+    this.#conversation = parts.conversation;
+    this.#options = options;
+    this.#out = out;
+  }
+
+  /** Stops the answer under way; what has come stays in the conversation. */
+  stop(): void {
+    this.#running?.abort();
+  }
+
+  /** Takes a message or a command. Returns false when the user wants to leave. */
+  async take(input: string): Promise<boolean> {
+    if (!input.startsWith("/")) {
+      if (input.trim() !== "") await this.ask(input);
+      return true;
+    }
+    const [, word, rest] = /^(\S+)\s*([\s\S]*)$/.exec(input.trim()) ?? [];
+    return this.#command(word, rest);
+  }
+
+  /** Asks and streams the answer. When that fails, the conversation is as before. */
+  async ask(question: string): Promise<void> {
+    this.#conversation.turns.push({ role: "user", content: question });
+    try {
+      await this.#answer();
+    } catch (error) {
+      this.#conversation.turns.pop();
+      throw error;
+    }
+  }
+
+  async #answer(): Promise<void> {
+    const { turns } = this.#conversation;
+    const { maxPositions } = this.#model.config;
+    const wanted = this.#options.max_new_tokens ?? 1024;
+    const reserve = Math.min(wanted, Math.max(1, maxPositions >> 2));
+    const { ids, dropped } = this.#conversation.fit(this.#tokenizer, maxPositions - reserve);
+    if (dropped) this.#out.notice(`(the oldest ${dropped} messages were dropped: the model reads ${maxPositions} tokens at most)`);
+    const max_new_tokens = Math.min(wanted, maxPositions - ids.length);
+    const seed = (this.#options.seed + this.#answers) % 2 ** 47;
+    this.#running = new AbortController();
+    const onText = (piece: string) => this.#out.text(piece);
+    const options = { ...this.#options, max_new_tokens, seed };
+    const said = await answer(this.#model, this.#tokenizer, ids, options, { onText, signal: this.#running.signal });
+    this.#running = null;
+    this.#out.text("\n");
+    this.#answers++;
+    this.#newTokens += said.ids.length;
+    this.#last = said;
+    if (said.finish === "interrupted" && said.text.trim() === "") {
+      turns.pop();
+      this.#out.notice("(stopped before the answer began; the question is forgotten)");
+      return;
+    }
+    turns.push({ role: "assistant", content: said.text });
+    if (said.finish === "interrupted") this.#out.notice("(stopped)");
+    if (said.finish === "length") this.#out.notice(`(cut off after ${said.ids.length} tokens; --max-new-tokens allows more)`);
+    if (this.#out.speed) this.#out.notice(describeSpeed(said));
+  }
+
+  async #command(word: string, rest: string): Promise<boolean> {
+    const { turns } = this.#conversation;
+    switch (word) {
+      case "/system":
+        if (rest) this.#conversation.system = rest;
+        this.#out.notice(`system: ${this.#conversation.system || "(none)"}`);
+        return true;
+      case "/reset":
+        turns.length = 0;
+        this.#out.notice("the conversation is forgotten");
+        return true;
+      case "/regenerate":
+        await this.#regenerate();
+        return true;
+      case "/save":
+        await this.#conversation.save(fileOf(word, rest));
+        this.#out.notice(`saved ${this.#conversation.messages.length} messages to ${rest}`);
+        return true;
+      case "/load":
+        await this.#conversation.load(fileOf(word, rest));
+        this.#out.notice(`loaded ${this.#conversation.messages.length} messages from ${rest}`);
+        return true;
+      case "/stats":
+        this.#stats();
+        return true;
+      case "/help":
+        for (const [name, meaning] of Object.entries(COMMANDS)) this.#out.notice(`  ${name} ${meaning}`);
+        this.#out.notice('  a line that ends with \\ goes on; """ opens and closes a block; Ctrl-C stops an answer');
+        return true;
+      case "/exit":
+      case "/quit":
+        return false;
+      default:
+        throw new UsageError(`there is no command ${word}; there are ${COMMAND_WORDS.join(" ")}`);
+    }
+  }
+
+  async #regenerate(): Promise<void> {
+    const { turns } = this.#conversation;
+    const last = turns.at(-1);
+    if (last?.role === "assistant") turns.pop();
+    if (turns.at(-1)?.role !== "user") throw new UsageError("there is no question yet to answer again");
+    try {
+      await this.#answer();
+    } catch (error) {
+      if (last?.role === "assistant") turns.push(last);
+      throw error;
+    }
+  }
+
+  #stats(): void {
+    const { messages } = this.#conversation;
+    const read = messages.length ? this.#tokenizer.apply_chat_template(messages).length : 0;
+    this.#out.notice(`${messages.length} message${messages.length === 1 ? "" : "s"}, ${read} of ${this.#model.config.maxPositions} tokens`);
+    this.#out.notice(`${this.#answers} answers, ${this.#newTokens} tokens; ${this.#model.device}`);
+    if (this.#last) this.#out.notice(`last answer: ${describeSpeed(this.#last)}`);
+  }
+}
+
+function fileOf(word: string, rest: string): string {
+  if (!rest) throw new UsageError(`${word} needs a file name`);
+  return rest;
+}

@@ -1,0 +1,62 @@
+/** What loading and generating cost in memory, and in time on the event loop; each measured in a process of its own. */
+import { execFile } from "node:child_process";
+import { existsSync, statSync } from "node:fs";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { describe, expect, test } from "vitest";
+import { GOLDENS } from "../goldens.ts";
+
+const root = new URL("../..", import.meta.url).pathname;
+const SMALL = join(root, "models/small-moe");
+const TINY = `${GOLDENS}moe-tiny`;
+/** The default model where it is, else a tiny one. */
+const MODEL = existsSync(join(SMALL, "model.safetensors")) ? SMALL : TINY;
+const MIB = 2 ** 20;
+
+async function measure<T>(what: string, folder: string, count = 0): Promise<T> {
+  const script = new URL("./memory.child.ts", import.meta.url).pathname;
+  const { stdout } = await promisify(execFile)(process.execPath, ["--expose-gc", "--import", "tsx", script, what, folder, `${count}`], {
+    cwd: root,
+  });
+  if (process.env.MIXTAPE_SHOW) console.log(what, folder, stdout);
+  return JSON.parse(stdout) as T;
+}
+
+describe("memory", () => {
+  test("loading maps the file: it adds at most 300 MiB to that, and dispose gives it back", async () => {
+    type Grown = { all: number; anonymous: number };
+    const { loaded, used, disposed } = await measure<Record<"loaded" | "used" | "disposed", Grown>>("load", MODEL);
+    const file = statSync(join(MODEL, "model.safetensors")).size / MIB;
+    for (const { all, anonymous } of [loaded, used]) {
+      expect(all).toBeLessThan(file + 300);
+      expect(anonymous, "weights are mapped, not copied").toBeLessThan(300);
+    }
+    expect(loaded.anonymous, "loading alone copies nothing").toBeLessThan(40);
+    expect(disposed.all).toBeLessThan(60);
+  });
+
+  test("1,000 calls of generate do not grow it", async () => {
+    const { grown, heapGrown } = await measure<{ grown: number; heapGrown: number }>("calls", TINY, 1000);
+    expect(grown).toBeLessThan(20);
+    expect(heapGrown).toBeLessThan(0.5);
+  });
+
+  test("50 models, one after another, do not grow it, nor leave threads or mappings", async () => {
+    const { grown, threads, mappings } = await measure<Record<"grown" | "threads" | "mappings", number>>("reloads", MODEL, 50);
+    expect(grown).toBeLessThan(20);
+    expect(threads).toBe(0);
+    expect(mappings).toBe(0);
+  });
+});
+
+describe("the event loop", () => {
+  // Other processes may take the core away in the middle of a call, so the best of five rounds counts: what a call itself
+  // takes, it takes in every round.
+  test("is held less than 5 ms by a native call while generating", async () => {
+    type Round = { calls: number; longest: number; late99: number };
+    const rounds = await measure<Round[]>("loop", MODEL);
+    for (const { calls } of rounds) expect(calls).toBeGreaterThan(50);
+    expect(Math.min(...rounds.map((r) => r.longest))).toBeLessThan(5);
+    expect(Math.min(...rounds.map((r) => r.late99))).toBeLessThan(5);
+  });
+});

@@ -1,0 +1,72 @@
+/** The kernels of 64-bit Arm: cross-compiled, and run in an emulator against the reference backend and two recorded models. */
+import { execFile, spawnSync } from "node:child_process";
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { recordAll } from "./replay.ts";
+
+const NATIVE = new URL("../../native/", import.meta.url).pathname;
+const COMPILER = "aarch64-linux-gnu-g++";
+const EMULATOR = "qemu-aarch64";
+const missing = [COMPILER, EMULATOR].filter((tool) => spawnSync(tool, ["--version"]).error);
+const why = missing.length ? ` (skipped: needs ${missing.join(" and ")}, Debian's g++-aarch64-linux-gnu and qemu-user)` : "";
+
+const folder = mkdtempSync(join(tmpdir(), "mixtape-neon-"));
+let [file, count] = ["", 0];
+afterAll(() => rmSync(folder, { recursive: true }));
+
+interface Outcome {
+  readonly code: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** Runs the cases on an emulated processor. */
+async function emulate(cpu: string, isa: string, threads: number): Promise<Outcome> {
+  const args = ["-cpu", cpu, `${NATIVE}build-aarch64/replay`, isa, `${threads}`, file];
+  try {
+    return { code: 0, ...(await promisify(execFile)(EMULATOR, args)) };
+  } catch (error) {
+    return error as Outcome & Error; // `code` is null where a signal ended it
+  }
+}
+
+describe.skipIf(missing.length > 0)(`64-bit Arm in an emulator${why}`, () => {
+  beforeAll(async () => {
+    const make = ["-s", "-j2", "-C", NATIVE, `CXX=${COMPILER}`, "LDFLAGS=-static", "BUILD=build-aarch64", "build-aarch64/replay"];
+    const built = promisify(execFile)("make", make);
+    ({ file, count } = await recordAll(folder));
+    await built;
+  }, 300_000);
+
+  const passes = (isa: string, threads: number) => ({
+    code: 0,
+    stderr: "",
+    stdout: `${isa}, ${threads} threads: ${count} of ${count} cases pass\n`,
+  });
+
+  test.each([
+    ["neon", 1],
+    ["neon", 2],
+    ["scalar", 1],
+    ["scalar", 2],
+  ] as const)(
+    "%s, %i threads: every case and two whole models",
+    async (isa, threads) => {
+      expect(await emulate("max", isa, threads)).toEqual(passes(isa, threads));
+    },
+    300_000,
+  );
+
+  // Armv8.0, without dot products: an instruction of a later version would end it with a signal.
+  test("a processor without the dot product extension runs scalar code", async () => {
+    expect(await emulate("cortex-a53", "all", 1)).toEqual(passes("scalar", 1));
+  }, 300_000);
+
+  test("asking such a processor for neon is an error that lists what it has", async () => {
+    const { code, stderr } = await emulate("cortex-a53", "neon", 1);
+    expect([code, stderr]).toEqual([1, "MIXTAPE_ISA: this processor has no 'neon'; it has scalar\n"]);
+  });
+});

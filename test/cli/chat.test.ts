@@ -1,0 +1,127 @@
+// `chat`: over a pipe, for one question, and at a terminal.
+import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { PassThrough } from "node:stream";
+import { expect, test } from "vitest";
+import { HeldText } from "../../src/cli/answer.ts";
+import { pipedLines, readMessage } from "../../src/cli/input.ts";
+import { finished, run, temporary, terminal, tinyModel } from "./run.ts";
+
+type Messages = { role: string; content: string }[];
+const LIMIT = ["--max-new-tokens", "6", "--greedy"];
+
+test("over a pipe: a message a line, /system, /save, /reset, /load", async () => {
+  const [model, folder] = [tinyModel(), temporary()];
+  const [a, b, c] = ["a.json", "b.json", "c.json"].map((name) => join(folder, name));
+  const input = `/system be kind\nhello\nmore\\\nlines\n/save ${a}\n/reset\n"""\nin a\nblock\n"""\n/save ${b}\n/load ${a}\n/regenerate\n/save ${c}\n/exit\nnever read\n`;
+  const { code, err } = await run(["chat", "-m", model, ...LIMIT], { input });
+  expect(code, err).toBe(0);
+  const read = (file: string) => JSON.parse(readFileSync(file, "utf8")) as Messages;
+  expect(read(a).map((m) => m.role)).toEqual(["system", "user", "assistant", "user", "assistant"]);
+  expect(read(a)[0].content).toBe("be kind");
+  expect(read(a)[3].content).toBe("more\nlines");
+  expect(read(b).map((m) => m.role)).toEqual(["system", "user", "assistant"]);
+  expect(read(b)[1].content).toBe("in a\nblock");
+  expect(read(c)).toEqual(read(a)); // greedy: the same answer again
+  expect(readdirSync(folder).sort()).toEqual(["a.json", "b.json", "c.json"]); // nothing temporary left
+});
+
+test("a question gets one answer on standard output", async () => {
+  const model = tinyModel();
+  const once = await run(["chat", "hello", "-m", model, ...LIMIT]);
+  expect(once.code).toBe(0);
+  const piped = await run(["chat", "-m", model, ...LIMIT], { input: "hello" });
+  expect(piped.out).toBe(once.out);
+});
+
+test("over a pipe, what fails ends it with 1", async () => {
+  const model = tinyModel();
+  const broken = join(temporary(), "broken.json");
+  writeFileSync(broken, '[{"role": "robot", "content": "x"}]');
+  for (const [input, message] of [
+    ["/nonsense", "there is no command /nonsense"],
+    ["/load /no/such.json", "/no/such.json: can't be read"],
+    [`/load ${broken}`, "message 0 is not like"],
+    ["/save /no/such/folder/a.json", "can't be written"],
+    ["/regenerate", "there is no question yet"],
+  ]) {
+    const { code, out, err } = await run(["chat", "-m", model, ...LIMIT], { input: `${input}\nhello\n` });
+    expect([code, out]).toEqual([1, ""]);
+    expect(err).toMatch(/^mixtape: .+\n$/);
+    expect(err).toContain(message);
+  }
+});
+
+test("a conversation beyond the longest position drops its oldest turns with a notice", async () => {
+  const config = JSON.parse(readFileSync(join(tinyModel(), "config.json"), "utf8")) as object;
+  const model = tinyModel({ "config.json": { ...config, max_position_embeddings: 96 } });
+  const file = join(temporary(), "a.json");
+  const { code, err } = await run(["chat", "-m", model, ...LIMIT], { input: `one two\nthree four\nfive six\nseven\n/save ${file}\n` });
+  expect(code, err).toBe(0);
+  expect(err).toMatch(/\(the oldest \d+ messages were dropped: the model reads 96 tokens at most\)/);
+  const messages = JSON.parse(readFileSync(file, "utf8")) as Messages;
+  expect(messages[0].role).toBe("user");
+  expect(messages.at(-2)?.content).toBe("seven");
+});
+
+test("at a terminal: Ctrl-C stops the answer and keeps the session and what was said", async () => {
+  const file = join(temporary(), "a.json");
+  const child = terminal(["chat", "-m", tinyModel(), "--greedy", "--max-new-tokens", "3500", "--logit-bias", "2=-inf"]);
+  const done = finished(child);
+  let seen = "";
+  child.stdout?.on("data", (part: Buffer) => void (seen += part.toString()));
+  /** Types `keys` once `wanted` has been shown, in what came since the last call. */
+  const type = async (wanted: RegExp, keys: string) => {
+    const limit = Date.now() + 20_000;
+    while (!wanted.test(seen) && Date.now() < limit) await new Promise((resolve) => setTimeout(resolve, 10));
+    expect(seen).toMatch(wanted);
+    seen = "";
+    child.stdin?.write(keys);
+  };
+  await type(/› /, "hello\r");
+  await type(/hello[\s\S]*\n[\s\S]{20}/, "\x03"); // the answer has begun
+  await type(/\(stopped\)[\s\S]*tokens\/s[\s\S]*› /, `/save ${file}\r`);
+  await type(/saved 2 messages[\s\S]*› /, "\x1b[A\x1b[A\x03"); // up twice: "hello" again; then thrown away
+  await type(/Ctrl-C again[\s\S]*› /, "/stats\r");
+  await type(/1 answers[\s\S]*› /, "\x04");
+  expect((await done).code).toBe(0);
+  expect(existsSync(file)).toBe(true);
+  const messages = JSON.parse(readFileSync(file, "utf8")) as Messages;
+  expect(messages.map((m) => m.role)).toEqual(["user", "assistant"]);
+  expect(messages[1].content.length).toBeGreaterThan(0);
+});
+
+test("at a terminal: Ctrl-C twice leaves", async () => {
+  const child = terminal(["chat", "-m", tinyModel()]);
+  const done = finished(child);
+  child.stdout?.once("data", () => setTimeout(() => child.stdin?.write("\x03"), 500));
+  setTimeout(() => child.stdin?.write("\x03"), 3000);
+  expect((await done).code).toBe(0);
+});
+
+test("messages of several lines", async () => {
+  const input = new PassThrough();
+  input.end('one\ntwo \\\nthree\n"""four\n\nfive"""\n"""six"""\nlast \\');
+  const lines = pipedLines(input);
+  const messages: (string | null)[] = [];
+  do messages.push(await readMessage(lines, "", ""));
+  while (messages.at(-1) !== null);
+  expect(messages).toEqual(["one", "two \nthree", "four\n\nfive", "six", "last \\", null]);
+});
+
+test("text is held back while it may become a stop string", () => {
+  const held = new HeldText(["END", "\n\n"]);
+  expect(["a", "bE", "N", "x\n", "y", "E", "NDz", "more"].map((piece) => held.push(piece))).toEqual([
+    "a",
+    "b",
+    "",
+    "ENx",
+    "\ny",
+    "",
+    "",
+    "",
+  ]);
+  expect(held.finish()).toBe("");
+  const open = new HeldText(["END"]);
+  expect(open.push("xEN") + open.finish()).toBe("xEN");
+});

@@ -1,0 +1,170 @@
+/** Many requests at once: the same answers as alone, whatever the size of the cache, and room given back by all who leave. */
+import { afterEach, beforeAll, describe, expect, test } from "vitest";
+import { type LoadedModel, type LoadOptions, loadModel } from "../../src/api/load.ts";
+import type { Engine } from "../../src/engine/engine.ts";
+import { GREEDY, type Sampling } from "../../src/engine/sampling.ts";
+import type { Request } from "../../src/engine/sequence.ts";
+import { GOLDENS, openGoldens } from "../goldens.ts";
+
+const SAMPLED: Sampling = { ...GREEDY, temperature: 2, topK: 100, repetitionPenalty: 1.1 };
+let prompts: number[][];
+let greedy: (readonly number[])[];
+const open: LoadedModel[] = [];
+
+async function load(options: LoadOptions = {}): Promise<Engine> {
+  const model = await loadModel(`${GOLDENS}moe-tiny`, { dtype: "fp32", threads: 1, kv_cache_tokens: 8192, ...options });
+  open.push(model);
+  return model.engine;
+}
+
+async function answer(engine: Engine, request: Partial<Request> & Pick<Request, "tokens">): Promise<number[]> {
+  const ids: number[] = [];
+  for await (const { id } of engine.submit({ sampling: GREEDY, maxNewTokens: 24, ...request })) ids.push(id);
+  return ids;
+}
+
+/** All blocks are back once the step that runs now has ended. */
+async function expectEmpty(engine: Engine): Promise<void> {
+  await expect.poll(() => engine.cache.free).toBe(engine.cache.count);
+}
+
+beforeAll(async () => {
+  const goldens = await openGoldens("moe-tiny");
+  prompts = await Promise.all(goldens.lengths.map((n) => goldens.ids(n)));
+  greedy = goldens.lengths.map((n) => goldens.greedy[n]);
+});
+afterEach(async () => {
+  for (const model of open.splice(0)) await model.engine.dispose();
+});
+
+/** 16 requests: four prompts, every second one sampled. */
+function crowd(): (Partial<Request> & Pick<Request, "tokens">)[] {
+  return Array.from({ length: 16 }, (_, i) => ({
+    tokens: prompts[i % 4],
+    sampling: i % 8 < 4 ? GREEDY : { ...SAMPLED, seed: i },
+    maxNewTokens: 16 + i,
+  }));
+}
+
+test("16 requests at once, greedy and sampled, get what each gets alone", async () => {
+  const engine = await load();
+  const alone: number[][] = [];
+  for (const request of crowd()) alone.push(await answer(engine, request));
+  expect(alone[1].slice(0, 17)).toEqual(greedy[1].slice(0, 17));
+  expect(await Promise.all(crowd().map((request) => answer(engine, request)))).toEqual(alone);
+  await expectEmpty(engine);
+});
+
+test("a request that comes while others are served changes nothing for anyone", async () => {
+  const engine = await load();
+  const first = answer(engine, { tokens: prompts[3] });
+  const later: Promise<number[]>[] = [];
+  for await (const { finish } of engine.submit({ tokens: prompts[1], sampling: GREEDY, maxNewTokens: 12 }))
+    if (!finish) later.push(answer(engine, { tokens: prompts[2] }));
+  expect(await first).toEqual(greedy[3]);
+  expect(later.length).toBe(11);
+  for (const each of later) expect(await each).toEqual(greedy[2]);
+});
+
+describe("a cache too small for all", () => {
+  // The longest request needs 130 + 31 tokens: 6 blocks of 32.
+  test.each([
+    [192, 512],
+    [224, 512],
+    [192, 16],
+    [192, 5],
+  ])("%i tokens of cache, %i rows a step: nothing is lost", async (kv_cache_tokens, chunk_size) => {
+    const roomy = await load();
+    const wanted = await Promise.all(crowd().map((request) => answer(roomy, request)));
+    const engine = await load({ kv_cache_tokens, chunk_size });
+    let lowest = engine.cache.count;
+    const got = await Promise.all(
+      crowd().map(async (request) => {
+        const ids: number[] = [];
+        for await (const { id } of engine.submit({ sampling: GREEDY, maxNewTokens: 24, ...request })) {
+          ids.push(id);
+          lowest = Math.min(lowest, engine.cache.free);
+        }
+        return ids;
+      }),
+    );
+    expect(got).toEqual(wanted);
+    expect(lowest, "the cache did run out").toBe(0);
+    await expectEmpty(engine);
+  });
+
+  test("one sequence may fill it, and ends there", async () => {
+    const engine = await load({ kv_cache_tokens: 64 });
+    const tokens: unknown[] = [];
+    for await (const token of engine.submit({ tokens: prompts[2], sampling: GREEDY, maxNewTokens: 1000 })) tokens.push(token.finish);
+    expect(tokens.length).toBe(64 - 33);
+    expect(tokens.at(-1)).toBe("length");
+    await expectEmpty(engine);
+  });
+
+  test("a prompt beyond it is an error that says how much there is", async () => {
+    const engine = await load({ kv_cache_tokens: 64 });
+    expect(() => engine.submit({ tokens: prompts[3], sampling: GREEDY, maxNewTokens: 1 })).toThrow(
+      /^the prompt has 130 tokens and needs .* GiB of KV cache; the cache holds 64 tokens/,
+    );
+    await expect(engine.inspect(prompts[3])).rejects.toThrow(/the cache holds 64 tokens/);
+  });
+
+  test("requests wait for blocks that a forward pass holds", async () => {
+    const engine = await load({ kv_cache_tokens: 64, chunk_size: 4 });
+    const looking = engine.inspect(prompts[2].concat(prompts[2].slice(0, 30))); // 63 tokens: all blocks, 16 steps
+    const answered = answer(engine, { tokens: prompts[1] });
+    expect(engine.cache.free).toBe(0);
+    expect((await looking).logits.length).toBe(63 * 512);
+    expect(await answered).toEqual(greedy[1]);
+    await expectEmpty(engine);
+  });
+
+  test("a forward pass that finds no blocks says so, and hurts nobody", async () => {
+    const engine = await load({ kv_cache_tokens: 64 });
+    const answered = answer(engine, { tokens: prompts[2] });
+    await expect(engine.inspect(prompts[2])).rejects.toThrow(/^the KV cache is taken by running requests: /);
+    expect(await answered).toEqual(greedy[2]);
+    await expectEmpty(engine);
+  });
+});
+
+describe("leaving", () => {
+  test("a reader that leaves its loop gives its blocks back, and others go on", async () => {
+    const engine = await load();
+    const other = answer(engine, { tokens: prompts[3] });
+    let count = 0;
+    for await (const _ of engine.submit({ tokens: prompts[1], sampling: GREEDY, maxNewTokens: 4000 })) if (++count === 5) break;
+    expect(await other).toEqual(greedy[3]);
+    await expectEmpty(engine);
+    expect(await answer(engine, { tokens: prompts[1] })).toEqual(greedy[1]);
+  });
+
+  test("an abort before the first token", async () => {
+    const engine = await load();
+    const controller = new AbortController();
+    const answered = answer(engine, { tokens: prompts[3], signal: controller.signal });
+    controller.abort(new Error("no longer wanted"));
+    await expect(answered).rejects.toThrow("no longer wanted");
+    await expectEmpty(engine);
+  });
+
+  test("an abort while waiting in line", async () => {
+    const engine = await load({ kv_cache_tokens: 192 });
+    const first = answer(engine, { tokens: prompts[3] });
+    const controller = new AbortController();
+    const waiting = answer(engine, { tokens: prompts[3], signal: controller.signal });
+    const failed = expect(waiting).rejects.toThrow("no longer wanted");
+    setTimeout(() => controller.abort(new Error("no longer wanted")), 5);
+    await failed;
+    expect(await first).toEqual(greedy[3]);
+    await expectEmpty(engine);
+  });
+
+  test("no new tokens at all", async () => {
+    const engine = await load();
+    expect(await answer(engine, { tokens: prompts[1], maxNewTokens: 0 })).toEqual([]);
+    expect(() => engine.submit({ tokens: prompts[1], sampling: GREEDY, maxNewTokens: -1 })).toThrow("maxNewTokens is -1");
+    await expectEmpty(engine);
+  });
+});

@@ -1,0 +1,91 @@
+/** A backend whose steps fail now and then: the requests of that step hear of it, and the engine lives on. */
+import { beforeEach, expect, test, vi } from "vitest";
+import { loadModel } from "../../src/api/load.ts";
+import type { Backend } from "../../src/backend/backend.ts";
+import type { NativeOptions } from "../../src/backend/native.ts";
+import { GREEDY } from "../../src/engine/sampling.ts";
+import { openGoldens } from "../goldens.ts";
+
+/** Calls of `run` until one rejects; 0: none does. */
+const fault = vi.hoisted(() => ({ after: 0 }));
+
+vi.mock("../../src/backend/native.ts", async (original) => {
+  const native = await original<typeof import("../../src/backend/native.ts")>();
+  const nativeBackend = (options: NativeOptions): Backend => {
+    const backend = native.nativeBackend(options);
+    return {
+      ...backend,
+      prepare: (...args) => {
+        const program = backend.prepare(...args);
+        return {
+          ...program,
+          run: (...step) => (fault.after > 0 && --fault.after === 0 ? Promise.reject(new Error("the disk burns")) : program.run(...step)),
+        };
+      },
+    };
+  };
+  return { ...native, nativeBackend };
+});
+
+beforeEach(() => {
+  fault.after = 0;
+});
+
+async function setUp() {
+  const goldens = await openGoldens("moe-tiny");
+  const { engine } = await loadModel(goldens.folder, { dtype: "fp32", threads: 1, kv_cache_tokens: 2048 });
+  const answer = async (n: number) => {
+    const ids: number[] = [];
+    for await (const { id } of engine.submit({ tokens: await goldens.ids(n), sampling: GREEDY, maxNewTokens: 24 })) ids.push(id);
+    return ids;
+  };
+  return { engine, answer, goldens };
+}
+
+// The first step starts with the first request, so that request is alone in it.
+test.each([
+  [1, 1],
+  [2, 3],
+  [10, 3],
+])("step %i fails: its %i requests fail, blocks come back, later requests are served", async (after, failing) => {
+  const { engine, answer, goldens } = await setUp();
+  fault.after = after;
+  const results = await Promise.allSettled([answer(7), answer(33), answer(130)]);
+  expect(results.map((r) => (r.status === "rejected" ? r.reason.message : "served"))).toEqual(
+    Array.from({ length: 3 }, (_, i) => (i < failing ? "the disk burns" : "served")),
+  );
+  expect(engine.cache.free).toBe(engine.cache.count);
+  for (const n of [7, 33, 130]) expect(await answer(n)).toEqual(goldens.greedy[n]);
+  await engine.dispose();
+});
+
+test("tokens from before the failure are handed over first", async () => {
+  const { engine, goldens } = await setUp();
+  fault.after = 6;
+  const ids: number[] = [];
+  const read = async () => {
+    for await (const { id } of engine.submit({ tokens: await goldens.ids(7), sampling: GREEDY, maxNewTokens: 24 })) ids.push(id);
+  };
+  await expect(read()).rejects.toThrow("the disk burns");
+  expect(ids).toEqual(goldens.greedy[7].slice(0, 5));
+  await engine.dispose();
+});
+
+test("a forward pass that fails rejects alone, and gives its blocks back", async () => {
+  const { engine, answer, goldens } = await setUp();
+  fault.after = 1;
+  const looking = expect(engine.inspect(await goldens.ids(33))).rejects.toThrow("the disk burns");
+  const answered = answer(33);
+  await looking;
+  expect(await answered).toEqual(goldens.greedy[33]);
+  expect(engine.cache.free).toBe(engine.cache.count);
+  await engine.dispose();
+});
+
+test("dispose after a failure", async () => {
+  const { engine, answer } = await setUp();
+  fault.after = 1;
+  await expect(answer(7)).rejects.toThrow("the disk burns");
+  await engine.dispose();
+  await expect(answer(7)).rejects.toThrow("the model has been disposed of");
+});

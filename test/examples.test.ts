@@ -1,0 +1,18 @@
+/** Every example runs as it stands, on the build. */
+import { execFile } from "node:child_process";
+import { readdirSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+import { expect, test } from "vitest";
+
+const folder = fileURLToPath(new URL("../examples/", import.meta.url));
+const expected: Record<string, RegExp> = {
+  "generate.mjs": /^解释混合专家架构的优势[\s\S]*layer 7: experts \d+ \(0\.\d\d\)/,
+  "pipeline.mjs": /[\u4e00-\u9fff]{4}/,
+  "concurrent.mjs": /^together \d+ ms, one after another \d+ ms\n你好\n {2}\S/,
+};
+
+test.each(readdirSync(folder))("%s", async (name) => {
+  const { stdout } = await promisify(execFile)(process.execPath, [folder + name]);
+  expect(stdout).toMatch(expected[name]);
+});

@@ -1,11 +1,27 @@
-/** `AutoTokenizer`: a tokenizer from a folder, a hub id, or `default`. */
+/** `AutoTokenizer`: a tokenizer from a folder, a GGUF file, a hub id, or `default`. */
+import { readdir } from "node:fs/promises";
+import { ggufFile } from "../checkpoint/archive.ts";
+import { readGguf } from "../checkpoint/gguf.ts";
 import { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { type PretrainedOptions, resolvePretrained } from "./model.ts";
+import { piecesOf } from "./pieces.ts";
+
+/** The tokenizer of a local folder, or of a GGUF file. Files of a tokenizer beside a GGUF file go before what is in it. */
+export async function openTokenizer(path: string): Promise<Tokenizer> {
+  const file = await ggufFile(path);
+  if (file === undefined || (await holdsTokenizer(path))) return Tokenizer.open(path);
+  return Tokenizer.fromPieces(piecesOf(file, await readGguf(file)));
+}
+
+async function holdsTokenizer(path: string): Promise<boolean> {
+  const names: string[] = await readdir(path).catch(() => []); // of a file none
+  return names.includes("tokenizer.json") || names.includes("tokenizer.model");
+}
 
 /** Loads tokenizers. */
 export const AutoTokenizer = {
   /** Reads tokenizer.json or tokenizer.model; from the hub only those files. Throws when the folder has neither. */
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<Tokenizer> {
-    return Tokenizer.open(await resolvePretrained(idOrFolder, { ...options, weights: false }));
+    return openTokenizer(await resolvePretrained(idOrFolder, { ...options, weights: false }));
   },
 };

@@ -1,15 +1,16 @@
 /**
- * A model folder as it lies on disk: its configs, and every tensor of one or many safetensors files.
+ * A model as it lies on disk: its configs, and every tensor of one or many safetensors files, or of one GGUF file.
  * It knows what is stored, not what a model needs (that is `names.ts`). Weights are never read here, only headers.
  */
 import { readdir, readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
+import { ggufFile, openArchive } from "./archive.ts";
 import { type BlockMatrix, readBlockMatrices } from "./blocks.ts";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
 import { readHeader, STORED_BITS, type StoredDtype, type TensorEntry } from "./safetensors.ts";
 
 export interface Checkpoint {
-  /** Absolute path. */
+  /** Absolute path; of a GGUF file, the folder that it is in. */
   readonly folder: string;
   /** `config.json` as it is. */
   readonly config: Record<string, unknown>;
@@ -19,7 +20,7 @@ export interface Checkpoint {
   readonly tensors: ReadonlyMap<string, TensorEntry>;
   /** `__metadata__` of the files; where shards disagree on a key, the first in the order of names wins. */
   readonly metadata: Readonly<Record<string, string>>;
-  /** The tensors stored in one of our block formats; empty for other checkpoints. */
+  /** The tensors stored in one of our block formats or one of GGUF's; empty for other checkpoints. */
   readonly blocks: ReadonlyMap<string, BlockMatrix>;
 }
 
@@ -30,11 +31,14 @@ export const INDEX = "model.safetensors.index.json";
 
 /**
  * Opens a model folder: reads its configs and the headers of its weights, and checks that they agree.
- * @param folder holds config.json, and model.safetensors or model.safetensors.index.json with its shards
+ * @param folder holds config.json, and model.safetensors or model.safetensors.index.json with its shards; or a GGUF file, or
+ * a folder whose only weights are one
  * @throws CheckpointError for whatever is missing, broken, or at odds
  */
 export async function openCheckpoint(folder: string): Promise<Checkpoint> {
   const root = resolve(folder);
+  const archive = await ggufFile(root);
+  if (archive) return openArchive(archive);
   await checkFolder(root);
   const config = await readJson(join(root, CONFIG));
   if (!config) throw new CheckpointError(root, `no ${CONFIG} in this folder; a checkpoint in the Hugging Face layout has one`);
@@ -50,7 +54,7 @@ export interface DtypeTotal {
   readonly bytes: number;
 }
 
-/** Totals by stored dtype, the largest first; tensors in our block formats count as `int8` and `int4`. */
+/** Totals by stored dtype, the largest first; tensors in block formats count as those: `int8`, `q4_0`. */
 export function totalsByDtype(checkpoint: Checkpoint): Map<StoredDtype | BlockMatrix["dtype"], DtypeTotal> {
   const totals = new Map<StoredDtype | BlockMatrix["dtype"], DtypeTotal>();
   for (const { name, dtype, bytes } of checkpoint.tensors.values()) {
@@ -186,8 +190,10 @@ async function exists(file: string): Promise<boolean> {
   }
 }
 
-/** A hint on weights of a format that is not read. */
+/** A hint on weights of a format that is not read, or of which too many are there. */
 async function foundInstead(root: string): Promise<string> {
   const others = (await readdir(root)).filter((name) => /\.(safetensors|bin|pt|pth|gguf|pdparams)$/.test(name)).sort();
-  return others.length === 0 ? "" : `; found ${others.slice(0, 3).join(", ")}${others.length > 3 ? ", …" : ""}, which is not read`;
+  if (others.length === 0) return "";
+  const archives = others.length > 1 && others.every((name) => name.endsWith(".gguf"));
+  return `; found ${others.slice(0, 3).join(", ")}${others.length > 3 ? ", …" : ""}, ${archives ? "of which one is to be named" : "which is not read"}`;
 }

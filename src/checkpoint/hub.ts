@@ -52,7 +52,7 @@ const COMMIT = /^[0-9a-f]{40}$/;
  * @throws CheckpointError in one line, whatever goes wrong; or the reason of the signal
  */
 export async function resolveModel(idOrFolder: string, options: ResolveOptions = {}): Promise<string> {
-  if (await isFolder(idOrFolder)) return idOrFolder;
+  if (await isLocal(idOrFolder)) return idOrFolder;
   const { revision = "main", weights = true } = options;
   if (!/^[\w.-]+(\/[\w.-]+)?$/.test(idOrFolder) || /\.\.|--|^\.|^\//.test(idOrFolder)) {
     throw new CheckpointError(idOrFolder, "no such folder, and not a hub id either (org/name)");
@@ -229,9 +229,12 @@ async function readText(path: string): Promise<string | undefined> {
   }
 }
 
-async function isFolder(path: string): Promise<boolean> {
+/** Whether a model lies there: in a folder, or in one GGUF file. */
+async function isLocal(path: string): Promise<boolean> {
   const found = await statOrUndefined(path);
-  if (found && !found.isDirectory()) throw new CheckpointError(path, "a file; give the folder that holds config.json, or a hub id");
+  if (found?.isFile() && path.endsWith(".gguf")) return true;
+  if (found && !found.isDirectory())
+    throw new CheckpointError(path, "a file; give a GGUF file, the folder that holds config.json, or a hub id");
   return found !== undefined;
 }
 

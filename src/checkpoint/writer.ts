@@ -2,11 +2,11 @@
  * Writes a safetensors file, one tensor at a time: header first, then the bytes, to a temporary name that is renamed
  * at the end, so a reader sees the whole file or none. It knows no model and no quantisation.
  */
-import { randomUUID } from "node:crypto";
-import { type FileHandle, open, rename, rm } from "node:fs/promises";
-import { dirname, resolve } from "node:path";
-import { CheckpointError, errorCode, errorText } from "./error.ts";
+import type { FileHandle } from "node:fs/promises";
+import { resolve } from "node:path";
+import { CheckpointError } from "./error.ts";
 import { MAX_HEADER_BYTES, PREFIX_BYTES, STORED_BITS, type StoredDtype, storedBytes } from "./safetensors.ts";
+import { CHUNK_BYTES, produced, writeAll, writeWhole } from "./stream.ts";
 
 /** One tensor to write. `data` may be a function, called once when its turn comes, so that one tensor is held at a time. */
 export interface TensorData {
@@ -17,7 +17,6 @@ export interface TensorData {
 }
 
 const ALIGNMENT_BYTES = 64;
-const CHUNK_BYTES = 64 * 2 ** 20;
 
 export interface WriteOptions {
   /** The file's `__metadata__`; none by default. */
@@ -52,18 +51,16 @@ export async function writeSafetensors(
   const header = makeHeader(file, sized, metadata);
   const total = sized.reduce((sum, { bytes }) => sum + bytes, header.byteLength);
 
-  const temporary = resumable ? `${file}.partial` : `${file}.${randomUUID()}.tmp`;
-  let handle: FileHandle | undefined;
-  try {
-    const target = await atFile(file, total, () => open(temporary, resumable ? "a+" : "wx+"));
-    handle = target;
+  await writeWhole(file, total, resumable, async (target) => {
     const kept = resumable ? await keptTensors(target, header, sized, onWritten) : 0;
     if (kept === 0) {
       await target.truncate(0);
       await writeAll(target, header, file, total);
     }
-    for await (const { tensor, data } of produced(sized.slice(kept), concurrency)) {
-      const bytes = storedBytes(tensor.dtype, tensor.shape);
+    const makers = sized.slice(kept).map(({ tensor: { data } }) => (typeof data === "function" ? data : () => Promise.resolve(data)));
+    let next = kept;
+    for await (const data of produced(makers, concurrency)) {
+      const { tensor, bytes } = sized[next++];
       if (data.byteLength !== bytes) {
         throw new CheckpointError(
           file,
@@ -73,43 +70,12 @@ export async function writeSafetensors(
       await writeAll(target, data, file, total);
       onWritten?.(tensor.name, data);
     }
-    await atFile(file, total, () => target.sync());
-    handle = undefined;
-    await atFile(file, total, () => target.close());
-    await atFile(file, total, () => rename(temporary, file));
-  } catch (error) {
-    try {
-      await handle?.close();
-    } finally {
-      if (!resumable) await rm(temporary, { force: true });
-    }
-    throw error;
-  }
-  await syncFolder(dirname(file));
+  });
 }
 
 interface Sized {
   readonly tensor: TensorData;
   readonly bytes: number;
-}
-
-/** The tensors' data in order, up to `concurrency` of them in the making. */
-async function* produced(sized: readonly Sized[], concurrency: number): AsyncGenerator<{ tensor: TensorData; data: Uint8Array }> {
-  const making: Promise<Uint8Array>[] = [];
-  try {
-    for (let next = 0, at = 0; at < sized.length; at++) {
-      for (; next < sized.length && next < at + concurrency; next++) {
-        const { data } = sized[next].tensor;
-        const made = typeof data === "function" ? data() : Promise.resolve(data);
-        made.catch(() => {}); // thrown below, when its turn comes
-        making.push(made);
-      }
-      yield { tensor: sized[at].tensor, data: await making[at] };
-      delete making[at];
-    }
-  } finally {
-    await Promise.allSettled(making);
-  }
 }
 
 /** How many tensors a partial file holds whole; cuts off what follows them. 0 if it is of other tensors. */
@@ -167,41 +133,4 @@ function makeHeader(file: string, sized: readonly Sized[], metadata: Readonly<Re
   header.writeBigUInt64LE(BigInt(padded - PREFIX_BYTES));
   json.copy(header, PREFIX_BYTES);
   return header;
-}
-
-async function writeAll(handle: FileHandle, data: Uint8Array, file: string, total: number): Promise<void> {
-  for (let done = 0; done < data.byteLength; ) {
-    const { bytesWritten } = await atFile(file, total, () => handle.write(data, done, Math.min(data.byteLength - done, CHUNK_BYTES)));
-    done += bytesWritten;
-  }
-}
-
-/** Runs one operation on the file; a system error becomes one line that says what to do. */
-async function atFile<T>(file: string, total: number, operation: () => Promise<T>): Promise<T> {
-  try {
-    return await operation();
-  } catch (cause) {
-    switch (errorCode(cause)) {
-      case "ENOSPC":
-      case "EDQUOT":
-        throw new CheckpointError(file, `the disk is full: ${total} bytes are needed in ${dirname(file)}; free some and run again`, {
-          cause,
-        });
-      case "ENOENT":
-        throw new CheckpointError(file, `can't be written: no folder ${dirname(file)}`, { cause });
-      default:
-        throw new CheckpointError(file, `can't be written (${errorText(cause)})`, { cause });
-    }
-  }
-}
-
-/** Makes the rename itself durable. Windows can't open a folder, and needs no such step. */
-async function syncFolder(folder: string): Promise<void> {
-  if (process.platform === "win32") return;
-  const handle = await open(folder, "r");
-  try {
-    await handle.sync();
-  } finally {
-    await handle.close();
-  }
 }

@@ -9,7 +9,7 @@ import { type Cut, type Definition, identity } from "./definition.ts";
 import { TokenizerError } from "./error.ts";
 import { Pairs } from "./pairs.ts";
 
-interface TokenizerJson {
+export interface TokenizerJson {
   readonly added_tokens?: readonly AddedJson[] | null;
   readonly normalizer?: Part | null;
   readonly pre_tokenizer?: Part | null;
@@ -112,8 +112,8 @@ function build(parts: object): Library {
   }
 }
 
-function bpe(model: ModelJson, vocab: ReadonlyMap<string, number>): Cut {
-  const merges = model.merges ?? [];
+/** Merges of the ranks 0, 1, …; each `left right` or a pair. Throws `TokenizerError` for one of a token that is not in the vocabulary. */
+export function rankedPairs(merges: readonly (string | readonly [string, string])[], vocab: ReadonlyMap<string, number>): Pairs {
   const pairs = new Pairs(merges.length);
   merges.forEach((merge, rank) => {
     const [left = "", right = ""] = typeof merge === "string" ? merge.split(" ") : merge;
@@ -124,10 +124,14 @@ function bpe(model: ModelJson, vocab: ReadonlyMap<string, number>): Cut {
       throw new TokenizerError(`tokenizer.json: merge ${rank} (${JSON.stringify(merge)}) names a token that is not in the vocabulary`);
     pairs.set(a, b, rank, result);
   });
+  return pairs;
+}
+
+function bpe(model: ModelJson, vocab: ReadonlyMap<string, number>): Cut {
   const unknown = model.unk_token ?? null;
   const encoder = new Bpe({
     vocab,
-    pairs,
+    pairs: rankedPairs(model.merges ?? [], vocab),
     bytes: model.byte_fallback === true ? byteTokens(vocab) : null,
     unknown: unknown === null ? null : (vocab.get(unknown) ?? null),
     fuseUnknown: model.fuse_unk ?? false,

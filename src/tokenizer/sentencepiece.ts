@@ -2,14 +2,13 @@
 // Merges follow the scores of the merged pieces, as there, and not a list of ranked pairs: overlaps of equal score would differ.
 // Knows nothing of tokenizer_config.json.
 import protobuf from "protobufjs/light.js";
-import type { AddedToken } from "./added.ts";
 import { Bpe } from "./bpe.ts";
 import { type Definition, identity } from "./definition.ts";
 import { TokenizerError } from "./error.ts";
-import { addedToken, byteTokens } from "./json.ts";
+import { byteTokens } from "./json.ts";
 import { Matcher } from "./matcher.ts";
 import { mark, Normalizer, type NormalizerSpec } from "./normalizer.ts";
-import { Pairs } from "./pairs.ts";
+import { merges, type Piece, pieceType, specials } from "./pieces.ts";
 
 /** Field numbers of sentencepiece_model.proto; what is not listed is skipped. (As proto2, or a `false` that is written would read as the default.) */
 const schema = {
@@ -53,13 +52,7 @@ const schema = {
   },
 };
 
-interface Piece {
-  readonly piece: string;
-  readonly score: number;
-  readonly type: number;
-}
-
-interface ModelProto {
+export interface ModelProto {
   readonly pieces: readonly Piece[];
   readonly trainerSpec: {
     readonly modelType: number;
@@ -72,7 +65,6 @@ interface ModelProto {
   readonly normalizerSpec: NormalizerSpec;
 }
 
-const pieceType = { normal: 1, unknown: 2, control: 3, userDefined: 4, unused: 5, byte: 6 } as const;
 const modelTypes = ["", "unigram", "BPE", "word", "char"];
 const bpeType = 2;
 
@@ -82,7 +74,7 @@ const bpeType = 2;
  * Throws `TokenizerError` when the bytes are no SentencePiece model, or one of a type other than BPE.
  */
 export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string> = new Set()): Definition {
-  const { pieces, trainerSpec, normalizerSpec } = parse(bytes);
+  const { pieces, trainerSpec, normalizerSpec } = parseModel(bytes);
   if (trainerSpec.modelType !== bpeType)
     throw new TokenizerError(
       `tokenizer.model: a SentencePiece model of type ${modelTypes[trainerSpec.modelType] ?? trainerSpec.modelType}; only BPE is supported`,
@@ -126,7 +118,8 @@ export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string
   };
 }
 
-function parse(bytes: Uint8Array): ModelProto {
+/** The message in a `tokenizer.model`. Throws `TokenizerError` when the bytes are none. */
+export function parseModel(bytes: Uint8Array): ModelProto {
   const proto = protobuf.Root.fromJSON(schema).lookupType("ModelProto");
   let model: ModelProto;
   try {
@@ -143,42 +136,6 @@ function parse(bytes: Uint8Array): ModelProto {
   if (model.pieces.length === 0)
     throw new TokenizerError(`tokenizer.model: not a SentencePiece model: no pieces in its ${bytes.length} bytes`);
   return model;
-}
-
-function specials(pieces: readonly Piece[], named: ReadonlySet<string>): AddedToken[] {
-  return pieces.flatMap(({ piece, type }, id) => {
-    const special = type === pieceType.control || type === pieceType.unknown || (type === pieceType.userDefined && named.has(piece));
-    return special ? [addedToken({ id, content: piece, special })] : [];
-  });
-}
-
-/** Every way to make a piece of two symbols, ranked by the piece's score. A symbol is a piece, or a character that is none. */
-function merges(pieces: readonly Piece[]): { vocab: Map<string, number>; pairs: Pairs } {
-  const vocab = new Map<string, number>();
-  for (const [id, { piece, type }] of pieces.entries())
-    if (type === pieceType.normal || type === pieceType.unused || type === pieceType.userDefined) vocab.set(piece, id);
-  const scores = [...new Set(pieces.map(({ score }) => score))].sort((a, b) => b - a);
-  const ranks = new Map(scores.map((score, rank) => [score, rank]));
-  const found: number[] = []; // left, right, rank, result
-  for (const [id, { piece, score, type }] of pieces.entries()) {
-    if (type !== pieceType.normal && type !== pieceType.unused) continue; // user-defined pieces are cut out before merging
-    for (let i = 1; i < piece.length; i++) {
-      const left = symbol(piece.slice(0, i), vocab);
-      const right = left === undefined ? undefined : symbol(piece.slice(i), vocab);
-      if (left !== undefined && right !== undefined) found.push(left, right, ranks.get(score) ?? 0, id);
-    }
-  }
-  const pairs = new Pairs(found.length / 4);
-  for (let i = 0; i < found.length; i += 4) pairs.set(found[i] ?? 0, found[i + 1] ?? 0, found[i + 2] ?? 0, found[i + 3] ?? 0);
-  return { vocab, pairs };
-}
-
-function symbol(text: string, vocab: ReadonlyMap<string, number>): number | undefined {
-  const id = vocab.get(text);
-  if (id !== undefined) return id;
-  const code = text.codePointAt(0) ?? 0;
-  const surrogate = code >= 0xd800 && code <= 0xdfff;
-  return text.length === (code > 0xffff ? 2 : 1) && !surrogate ? -1 - code : undefined;
 }
 
 /** Cuts normalised text at user-defined pieces, which never merge with what surrounds them, and encodes what lies between. */

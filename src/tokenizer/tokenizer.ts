@@ -6,6 +6,7 @@ import { Detokenizer, type DetokenizerOptions } from "./detokenizer.ts";
 import { TokenizerError } from "./error.ts";
 import { readFolder } from "./folder.ts";
 import { readJson } from "./json.ts";
+import { type PieceModel, readPieces } from "./pieces.ts";
 import { ChatTemplate, type Message, openEnd } from "./template.ts";
 import { type Role, Vocabulary } from "./vocabulary.ts";
 
@@ -353,7 +354,31 @@ export const Tokenizer = {
       throw cause;
     }
   },
+
+  /** Makes a tokenizer of pieces with scores. Throws `TokenizerError` for pieces that are none. */
+  fromPieces(model: PieceModel): Tokenizer {
+    const definition = readPieces(model);
+    const config: TokenizerConfig = {
+      chatTemplates: model.chatTemplates,
+      modelMaxLength: model.maxLength,
+      paddingSide: "left",
+      truncationSide: "right",
+      cleanUp: false,
+      splitSpecial: false,
+      addBos: model.addBos,
+      addEos: model.addEos,
+    };
+    const { addBos, addEos } = model;
+    const vocabulary = new Vocabulary(definition, { added: [], roles: definition.roles, addBos, addEos });
+    return callable(new PreTrainedTokenizer(vocabulary, config));
+  },
 };
+
+/** The tokenizer of a local folder as pieces, for formats that hold nothing else. Throws `TokenizerError` where that can't be. */
+export async function readPieceModel(folder: string): Promise<PieceModel> {
+  const [files, { toPieces }] = await Promise.all([readFolder(folder), import("./portable.ts")]);
+  return toPieces(files);
+}
 
 /** Protobuf is loaded for those who need it: it takes longer to start than a small tokenizer.json takes to read. */
 async function readModel(bytes: Uint8Array, special: ReadonlySet<string>): Promise<Definition> {

@@ -1,0 +1,103 @@
+/** Writes a model as one GGUF file, which llama.cpp and what is built on it run. Its tokenizer and chat template go along. */
+import { stat } from "node:fs/promises";
+import { availableParallelism } from "node:os";
+import { basename, resolve } from "node:path";
+import { convertStored } from "../backend/native.ts";
+import { openCheckpoint } from "../checkpoint/checkpoint.ts";
+import { CheckpointError } from "../checkpoint/error.ts";
+import type { GgufFormat } from "../checkpoint/gguf.ts";
+import { ggufName } from "../checkpoint/layout.ts";
+import { type GgufEntry, metadataOf } from "../checkpoint/metadata.ts";
+import { locate } from "../checkpoint/names.ts";
+import { type GgufTensorData, ggufBytes, writeGguf } from "../checkpoint/packer.ts";
+import { type ErnieConfig, readConfig } from "../model/config.ts";
+import { type ErnieParameter, parameters } from "../model/ernie.ts";
+import { PACK } from "../tensor/stored.ts";
+import { openPieces, pieceEntries } from "./pieces.ts";
+
+export type GgufExportType = "q8_0" | "q4_0" | "bf16" | "f16" | "f32";
+
+/** llama.cpp's numbers for what most of a file's tensors are. */
+const FILE_TYPES: Readonly<Record<GgufExportType, number>> = { f32: 0, f16: 1, q4_0: 2, q8_0: 7, bf16: 32 };
+
+export interface ExportOptions {
+  readonly type: GgufExportType;
+  /** Called after each tensor. Bytes are of the result. */
+  readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
+  readonly signal?: AbortSignal;
+  /** Leave the tokenizer out where the model has none. Default false: that is an error. */
+  readonly withoutTokenizer?: boolean;
+}
+
+/**
+ * Writes `outFile`. From int4 to q4_0 and from int8 to q8_0 nothing is lost: GGUF can say the same numbers. Norms, the router
+ * and its bias are float32; of q4_0 the embedding and the head are q8_0. Holds a few matrices at a time.
+ * Throws a one-line error for a model that GGUF can't hold or a file that is there already; no part of a file is left behind.
+ */
+export async function exportGguf(source: string, outFile: string, options: ExportOptions): Promise<{ bytes: number; tensors: number }> {
+  if (!Object.hasOwn(FILE_TYPES, options.type))
+    throw new RangeError(`type '${options.type}' is not known; known are ${Object.keys(FILE_TYPES).join(", ")}`);
+  const file = resolve(outFile);
+  if (await stat(file).catch(() => null)) throw new CheckpointError(file, "is there already; name another file or delete it first");
+  const checkpoint = await openCheckpoint(source);
+  const config = readConfig(checkpoint.config);
+  if (config.moe && config.moe.endLayer !== config.layers - 1)
+    throw new CheckpointError(file, `GGUF can't say that layer ${config.moe.endLayer} of ${config.layers} is the last with experts`);
+
+  const all = parameters(config);
+  const { sources } = locate(all, checkpoint);
+  const tensors = all.map((p): GgufTensorData => {
+    const found = sources.get(p.name);
+    const name = ggufName(p.name);
+    if (!found || !name) throw new Error(`internal: ${p.name} ${found ? "has no name in GGUF" : "was not located"}`);
+    const shape = p.shape.length === 2 && p.shape[0] === 1 && name.endsWith("exp_probs_b.bias") ? p.shape.slice(1) : p.shape;
+    const format = formatOf(p, options.type);
+    const k = shape.at(-1) ?? 0;
+    const bytes = ggufBytes(file, { name, format, shape }) / found.parts.length;
+    const n = shape.reduce((product, size) => product * size, 1) / k / found.parts.length;
+    const parts = found.parts.map((part) => async () => {
+      options.signal?.throwIfAborted();
+      const to = new Uint8Array(bytes);
+      await convertStored(part, found.dtype, format, n, k, to);
+      return to;
+    });
+    return { name, format, shape, parts };
+  });
+
+  const totalBytes = tensors.reduce((sum, tensor) => sum + ggufBytes(file, tensor), 0);
+  const tokenizer = await tokenizerEntries(source, config, options.withoutTokenizer ?? false);
+  const general: GgufEntry[] = [
+    ["general.name", "string", basename(checkpoint.folder)],
+    ["general.file_type", "u32", FILE_TYPES[options.type]],
+    ["general.quantization_version", "u32", 2],
+  ];
+  const model = metadataOf(config, checkpoint.config, checkpoint.generationConfig ?? {});
+  const entries = new Map([...tokenizer, ...model, ...general].map((entry) => [entry[0], entry]));
+  const architecture = entries.get("general.architecture");
+  if (architecture) entries.delete(architecture[0]);
+  let doneBytes = 0;
+  await writeGguf(file, [...(architecture ? [architecture] : []), ...entries.values()], tensors, {
+    concurrency: availableParallelism(),
+    onWritten: (tensor, bytes) => {
+      doneBytes += bytes;
+      options.onProgress?.({ tensor, doneBytes, totalBytes });
+    },
+  });
+  return { bytes: totalBytes, tensors: tensors.length };
+}
+
+/** A row that does not fill blocks of 32 is written in half precision. */
+function formatOf({ name, kind, shape }: ErnieParameter, type: GgufExportType): GgufFormat {
+  if (kind === "float32") return "f32";
+  if ((type === "q8_0" || type === "q4_0") && (shape.at(-1) ?? 0) % PACK !== 0) return "f16";
+  return type === "q4_0" && /^(model\.embed_tokens|lm_head)\./.test(name) ? "q8_0" : type;
+}
+
+async function tokenizerEntries(source: string, config: ErnieConfig, optional: boolean): Promise<GgufEntry[]> {
+  try {
+    return pieceEntries(await openPieces(source), config.vocabSize);
+  } catch (error) {
+    if (optional && error instanceof Error && error.message.startsWith("no tokenizer in ")) return [];
+    throw error;
+  }
+}

@@ -1,0 +1,84 @@
+// A tokenizer's files as pieces with scores, for formats that hold nothing else (GGUF). Refuses what pieces can't say.
+import { configuredTokens, namedSpecials, readConfig, roles } from "./config.ts";
+import { TokenizerError } from "./error.ts";
+import type { TokenizerFiles } from "./folder.ts";
+import { readJson, type TokenizerJson } from "./json.ts";
+import { type Piece, type PieceModel, pieceType } from "./pieces.ts";
+import { parseModel, readSentencePiece } from "./sentencepiece.ts";
+
+type Part = TokenizerJson["normalizer"];
+
+/** Throws `TokenizerError` for a tokenizer that is not BPE over pieces with ▁ for the space. */
+export function toPieces(files: TokenizerFiles): PieceModel {
+  const config = readConfig(files);
+  const definition = files.model === null ? readJson(files.json) : readSentencePiece(files.model, namedSpecials(files));
+  const source = files.model === null ? fromJson(files.json as TokenizerJson) : fromModel(files.model);
+  const pieces = [...source.pieces];
+  for (const { id, content, special } of configuredTokens(files, definition)) {
+    const type = pieces[id]?.type === pieceType.unknown ? pieceType.unknown : special ? pieceType.control : pieceType.userDefined;
+    pieces[id] = { piece: content, score: 0, type };
+  }
+  for (let id = 0; id < pieces.length; id++) pieces[id] ??= { piece: `<unused:${id}>`, score: 0, type: pieceType.unused };
+  const ids = new Map(pieces.map(({ piece }, id) => [piece, id]));
+  const named = Object.entries(roles(files, definition)).map(([role, token]) => [role, ids.get(token)]);
+  return {
+    ...source,
+    pieces,
+    addBos: config.addBos || definition.prefix.length > 0,
+    addEos: config.addEos || definition.suffix.length > 0,
+    roles: Object.fromEntries(named.filter(([, id]) => id !== undefined)),
+    chatTemplates: config.chatTemplates,
+    maxLength: config.modelMaxLength,
+  };
+}
+
+type Source = Pick<PieceModel, "pieces" | "merges" | "spacePrefix">;
+
+/** The score of a piece is minus the rank of its first merge, so that merging by score goes in the order of the merges. */
+function fromJson(json: TokenizerJson): Source {
+  const { model } = json;
+  const refuse = (what: string) =>
+    new TokenizerError(`tokenizer.json: ${what}; only BPE with byte fallback over pieces with ▁ can be written as pieces`);
+  if ((model.type ?? "BPE") !== "BPE" || Array.isArray(model.vocab) || model.byte_fallback !== true)
+    throw refuse(`the model is ${model.type ?? "BPE"} without bytes`);
+  const spaces = [...steps(json.normalizer), ...steps(json.pre_tokenizer)].map((part) => spaceStep(part, refuse));
+  const merges = (model.merges ?? []).map((merge) => (typeof merge === "string" ? merge : merge.join(" ")));
+  const ranks = new Map<string, number>();
+  merges.forEach((merge, rank) => {
+    const piece = merge.replace(" ", "");
+    if (!ranks.has(piece)) ranks.set(piece, rank);
+  });
+  const pieces: Piece[] = [];
+  for (const [piece, id] of Object.entries(model.vocab as Record<string, number>)) {
+    const type = piece === model.unk_token ? pieceType.unknown : /^<0x[0-9A-F]{2}>$/.test(piece) ? pieceType.byte : pieceType.normal;
+    pieces[id] = { piece, score: type === pieceType.normal ? -(ranks.get(piece) ?? merges.length) : 0, type };
+  }
+  return { pieces, merges, spacePrefix: spaces.includes(true) };
+}
+
+function steps(part: Part): NonNullable<Part>[] {
+  if (!part) return [];
+  const inner = part["normalizers"] ?? part["pretokenizers"];
+  return part.type === "Sequence" && Array.isArray(inner) ? inner.flatMap(steps) : [part];
+}
+
+/** Whether a step puts a space in front. Throws for one that does anything else than this and writing spaces as ▁. */
+function spaceStep(part: NonNullable<Part>, refuse: (what: string) => TokenizerError): boolean {
+  const pattern = part["pattern"];
+  const space = typeof pattern === "object" && pattern !== null && "String" in pattern && pattern.String === " ";
+  if (part.type === "Replace" && space && part["content"] === "▁") return false;
+  if (part.type === "Prepend" && part["prepend"] === "▁") return true;
+  if (part.type === "Metaspace" && (part["replacement"] ?? "▁") === "▁" && part["split"] === false)
+    return (part["prepend_scheme"] ?? (part["add_prefix_space"] === false ? "never" : "always")) !== "never";
+  throw refuse(`it has a step of the type ${part.type}`);
+}
+
+/** Its charsmap is left behind, as llama.cpp's converter does: pieces have no place for it. */
+function fromModel(bytes: Uint8Array): Source {
+  const { pieces, normalizerSpec } = parseModel(bytes);
+  return {
+    pieces: pieces.map(({ piece, score, type }) => ({ piece, score, type })),
+    merges: null,
+    spacePrefix: normalizerSpec.addDummyPrefix,
+  };
+}

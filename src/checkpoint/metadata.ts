@@ -36,13 +36,18 @@ export function configOf(file: string, { values, tensors }: GgufHead): Record<st
   const architecture = typeof named === "string" && Object.hasOwn(ARCHITECTURES, named) ? ARCHITECTURES[named] : undefined;
   if (!architecture) {
     const known = Object.keys(ARCHITECTURES).join(" and ");
-    throw new CheckpointError(file, `general.architecture is ${named === undefined ? "missing" : JSON.stringify(named)}; ${known} are read`);
+    throw new CheckpointError(
+      file,
+      `general.architecture is ${named === undefined ? "missing" : JSON.stringify(named)}; ${known} are read`,
+    );
   }
-  if (Number(values.get("split.count") ?? 1) > 1) throw new CheckpointError(file, "one part of a model that is split into several files; join them with llama-gguf-split");
+  if (Number(values.get("split.count") ?? 1) > 1)
+    throw new CheckpointError(file, "one part of a model that is split into several files; join them with llama-gguf-split");
   const at = (key: string): GgufValue | undefined => values.get(`${named}.${key}`);
   const number = (key: string): number => {
     const value = at(key);
-    if (typeof value !== "number") throw new CheckpointError(file, `${named}.${key} is ${value === undefined ? "missing" : "not a number"}`);
+    if (typeof value !== "number")
+      throw new CheckpointError(file, `${named}.${key} is ${value === undefined ? "missing" : "not a number"}`);
     return value;
   };
   const rows = (name: string, fallback = 0): number => tensors.get(name)?.shape.at(-2) ?? fallback;
@@ -51,11 +56,14 @@ export function configOf(file: string, { values, tensors }: GgufHead): Record<st
   const width = number("embedding_length");
   const headDim = at("attention.key_length") ?? at("rope.dimension_count") ?? width / heads;
   for (const key of ["attention.value_length", "rope.dimension_count"])
-    if ((at(key) ?? headDim) !== headDim) throw new CheckpointError(file, `${named}.${key} is ${at(key)}, not the head width ${headDim}, which ERNIE-4.5 has throughout`);
+    if ((at(key) ?? headDim) !== headDim)
+      throw new CheckpointError(file, `${named}.${key} is ${at(key)}, not the head width ${headDim}, which ERNIE-4.5 has throughout`);
   const scaling = at("rope.scaling.type");
-  if (scaling !== undefined && scaling !== "none") throw new CheckpointError(file, `RoPE scaling ${JSON.stringify(scaling)} is not supported`);
+  if (scaling !== undefined && scaling !== "none")
+    throw new CheckpointError(file, `RoPE scaling ${JSON.stringify(scaling)} is not supported`);
   const gating = at("expert_gating_func") ?? 1;
-  if (gating !== 1 && gating !== 0) throw new CheckpointError(file, `${named}.expert_gating_func is ${gating}; ERNIE-4.5 routes by softmax (1)`);
+  if (gating !== 1 && gating !== 0)
+    throw new CheckpointError(file, `${named}.expert_gating_func is ${gating}; ERNIE-4.5 routes by softmax (1)`);
 
   const config: Record<string, unknown> = {
     architectures: [architecture.name],

@@ -146,52 +146,74 @@ void unpack_row(const uint8_t* m, Dtype dtype, int64_t r, int64_t k, float* row)
   }
 }
 
+namespace {
+
+uint32_t load32(const uint8_t* p) {
+  uint32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+
+void store32(uint8_t* p, uint32_t v) { std::memcpy(p, &v, 4); }
+
+constexpr uint32_t LOW = 0x0f0f0f0f, SIGNS = 0x80808080;
+
+// Between the group's vectors, four columns of this row every `step` bytes, and its two blocks of 32 as GGUF has them.
+void take_int4(uint8_t* own, int step, uint8_t* first, uint8_t* second, bool in) {
+  for (int w = 0; w < 4; w++) {
+    uint8_t *head = own + w * step, *tail = own + (w + 4) * step;
+    if (in) {
+      const uint32_t a = load32(first + w * 4), b = load32(second + w * 4);
+      store32(head, (a & LOW) | (b & LOW) << 4);
+      store32(tail, (a >> 4 & LOW) | (b & ~LOW));
+    } else {
+      const uint32_t a = load32(head), b = load32(tail);
+      store32(first + w * 4, (a & LOW) | (b & LOW) << 4);
+      store32(second + w * 4, (a >> 4 & LOW) | (b & ~LOW));
+    }
+  }
+}
+
+void take_int8(uint8_t* own, int step, uint8_t* block, bool in) {
+  for (int w = 0; w < HALF / 4; w++) {
+    uint8_t *ours = own + w * step, *theirs = block + w * 4;
+    if (in) store32(ours, load32(theirs) ^ SIGNS);
+    else store32(theirs, load32(ours) ^ SIGNS);
+  }
+}
+
+}  // namespace
+
 bool take_row(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t r, int64_t k) {
-  const bool out = (stored == INT8 && dtype == Q8_0) || (stored == INT4 && dtype == Q4_0), in = (stored == Q8_0 && dtype == INT8) || (stored == Q4_0 && dtype == INT4);
-  if (!(in || out) || k % HALF) return false;
+  const bool in = (stored == Q8_0 && dtype == INT8) || (stored == Q4_0 && dtype == INT4);
+  if (!in && !(stored == INT8 && dtype == Q8_0) && !(stored == INT4 && dtype == Q4_0)) return false;
   const Dtype blocked = in ? dtype : stored;  // the one of ours
-  const int64_t size = gguf_block_bytes(in ? stored : dtype), lane = r % TILE_ROWS, count = k / HALF;
-  uint8_t* packed = const_cast<uint8_t*>(in ? from : to) + r * count * size;
-  uint8_t* matrix = const_cast<uint8_t*>(in ? to : from);  // only `to` is written
+  const int64_t size = gguf_block_bytes(in ? stored : dtype), count = k / HALF;
+  uint8_t* packed = const_cast<uint8_t*>(in ? from : to) + r * count * size;  // only what belongs to `to` is written
+  uint8_t* matrix = const_cast<uint8_t*>(in ? to : from);
   if (in && blocked == INT8)
     for (int64_t b = 0; b < count; b++) {
       const uint8_t* block = packed + b * size;
-      if (b % 2 && std::memcmp(block, block - size, 2) != 0) return false;
-      if (std::memchr(block + 2, 0x80, HALF)) return false;
+      if ((b % 2 && std::memcmp(block, block - size, 2) != 0) || std::memchr(block + 2, 0x80, HALF)) return false;
     }
-  for (int64_t b = 0; b < groups_of(k) * 2; b++) {
-    const int64_t column = b * HALF;
-    uint8_t* block = block_of(matrix, blocked, r, k, column);
-    uint8_t* scale = scale_at(block, blocked, r, column);
-    uint8_t* other = packed + b * size;
-    if (b < count) {
-      if (out) std::memcpy(other, scale, 2);
-      else std::memcpy(scale, other, 2);
-    } else if (in && blocked == INT4) {
-      std::memset(scale, 0, 2);
+  uint8_t zero[34] = {};  // stands for the block that the last group lacks
+  if (blocked == INT4) std::memset(zero + 2, 0x88, HALF / 2);
+  for (int64_t b = 0; b < count; b += 2) {
+    uint8_t *first = packed + b * size, *second = b + 1 < count ? first + size : zero;
+    uint8_t* block = block_of(matrix, blocked, r, k, b * HALF);
+    uint8_t* own = block + r % TILE_ROWS * 4;
+    const int step = TILE_ROWS * 4;
+    for (uint8_t* other : {first, second}) {
+      if (blocked == INT8 && other == second && in) break;  // one scale for both
+      uint8_t* scale = scale_at(block, blocked, r, other == first ? 0 : HALF);
+      if (in) std::memcpy(scale, other, 2);
+      else std::memcpy(other, scale, 2);
     }
-    const int64_t first = blocked == INT8 ? column % GROUP : 0;
-    const bool high = column % GROUP != 0;
-    for (int i = 0; i < HALF; i += 4) {
-      uint8_t* own = block + ((first + i) / 4 * TILE_ROWS + lane) * 4;
-      if (blocked == INT8) {
-        for (int j = 0; j < 4; j++) {
-          if (in) own[j] = b < count ? other[2 + i + j] ^ 0x80 : 0x80;
-          else if (b < count) other[2 + i + j] = own[j] ^ 0x80;
-        }
-      } else if (in) {
-        for (int j = 0; j < 4; j++) {
-          const int at = i + j;
-          const int q = b >= count ? 8 : at < HALF / 2 ? other[2 + at] & 15 : other[2 + at - HALF / 2] >> 4;
-          own[j] = static_cast<uint8_t>(high ? (own[j] & 15) | q << 4 : q);  // the low nibbles come first
-        }
-      } else if (b < count) {
-        for (int j = 0; j < 4; j++) {
-          const int at = i + j, q = high ? own[j] >> 4 : own[j] & 15;
-          uint8_t& byte = other[2 + at % (HALF / 2)];
-          byte = static_cast<uint8_t>(at < HALF / 2 ? q : byte | q << 4);
-        }
-      }
+    if (blocked == INT4) {
+      take_int4(own, step, first + 2, second + 2, in);
+    } else {
+      take_int8(own, step, first + 2, in);
+      take_int8(own + HALF / 4 * step, step, second + 2, in);
     }
   }
   return true;

@@ -13,7 +13,7 @@ import { type GgufTensorData, ggufBytes, writeGguf } from "../checkpoint/packer.
 import { type ErnieConfig, readConfig } from "../model/config.ts";
 import { type ErnieParameter, parameters } from "../model/ernie.ts";
 import { PACK } from "../tensor/stored.ts";
-import { openPieces, pieceEntries } from "./pieces.ts";
+import { openPieces, pieceEntries, placeholderPieces } from "./pieces.ts";
 
 export type GgufExportType = "q8_0" | "q4_0" | "bf16" | "f16" | "f32";
 
@@ -25,7 +25,7 @@ export interface ExportOptions {
   /** Called after each tensor. Bytes are of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
   readonly signal?: AbortSignal;
-  /** Leave the tokenizer out where the model has none. Default false: that is an error. */
+  /** Write a placeholder (the 256 bytes) where the model has no tokenizer. Default false: that is an error. */
   readonly withoutTokenizer?: boolean;
 }
 
@@ -97,7 +97,8 @@ async function tokenizerEntries(source: string, config: ErnieConfig, optional: b
   try {
     return pieceEntries(await openPieces(source), config.vocabSize);
   } catch (error) {
-    if (optional && error instanceof Error && error.message.startsWith("no tokenizer in ")) return [];
+    if (optional && error instanceof Error && error.message.includes("no tokenizer in "))
+      return pieceEntries(placeholderPieces(config.vocabSize), config.vocabSize);
     throw error;
   }
 }

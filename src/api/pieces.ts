@@ -1,8 +1,10 @@
 /** The tokenizer in a GGUF file: its key-values as pieces, and back. */
+import { writeFile } from "node:fs/promises";
+import { join } from "node:path";
 import { ggufFile } from "../checkpoint/archive.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import { type GgufHead, readGguf } from "../checkpoint/gguf.ts";
-import type { GgufEntry } from "../checkpoint/metadata.ts";
+import { type GgufEntry, generationOf } from "../checkpoint/metadata.ts";
 import { type PieceModel, pieceType } from "../tokenizer/pieces.ts";
 import { readPieceModel } from "../tokenizer/tokenizer.ts";
 import type { Role } from "../tokenizer/vocabulary.ts";
@@ -24,6 +26,37 @@ const ROLES: Readonly<Record<Role, string>> = {
 export async function openPieces(path: string): Promise<PieceModel> {
   const file = await ggufFile(path);
   return file === undefined ? readPieceModel(path) : piecesOf(file, await readGguf(file));
+}
+
+/** Writes what a model folder has beside config.json and weights: the tokenizer's files and generation_config.json. */
+export async function unpackConfigs(file: string, folder: string): Promise<void> {
+  const head = await readGguf(file);
+  const { toFiles } = await import("../tokenizer/portable.ts");
+  const { json, config } = toFiles(piecesOf(file, head));
+  const files = { "tokenizer.json": json, "tokenizer_config.json": config, "generation_config.json": generationOf(head) };
+  for (const [name, value] of Object.entries(files)) await writeFile(join(folder, name), `${JSON.stringify(value, null, 1)}\n`);
+}
+
+/** Pieces for a model without a tokenizer: the bytes. What reads the file needs some, and speed does not depend on them. */
+export function placeholderPieces(vocabSize: number): PieceModel {
+  const named = [pieceType.unknown, pieceType.control, pieceType.control].map((type, id) => ({
+    piece: ["<unk>", "<s>", "</s>"][id],
+    score: 0,
+    type,
+  }));
+  const bytes = Array.from({ length: 256 }, (_, byte) => {
+    return { piece: `<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`, score: 0, type: pieceType.byte };
+  });
+  return {
+    pieces: [...named, ...bytes].slice(0, vocabSize),
+    merges: null,
+    spacePrefix: false,
+    addBos: false,
+    addEos: false,
+    roles: { unk_token: 0, bos_token: 1, eos_token: 2 },
+    chatTemplates: {},
+    maxLength: Number.POSITIVE_INFINITY,
+  };
 }
 
 /** What is absent is as llama.cpp takes it for this kind of tokenizer: a space in front, and the first token `bos`. */
@@ -71,9 +104,11 @@ export function piecesOf(file: string, { values }: GgufHead): PieceModel {
 /**
  * The key-values of a tokenizer. llama.cpp merges by score any two pieces that make a third and knows no list of merges; it
  * is written all the same, so that mixtape encodes exactly as before.
- * @param vocabSize rows of the embedding: ids beyond the pieces are filled up
+ * @param vocabSize rows of the embedding: ids beyond the pieces are filled up. Throws RangeError where pieces have none
  */
 export function pieceEntries(model: PieceModel, vocabSize: number): GgufEntry[] {
+  if (model.pieces.length > vocabSize)
+    throw new RangeError(`the tokenizer has ${model.pieces.length} tokens, the model's embedding ${vocabSize}`);
   const pieces = [...model.pieces];
   for (let id = pieces.length; id < vocabSize; id++) pieces.push({ piece: `[PAD${id}]`, score: -1000, type: pieceType.unused });
   const entries: GgufEntry[] = [

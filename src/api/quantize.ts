@@ -4,6 +4,7 @@ import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:
 import { availableParallelism } from "node:os";
 import { join, resolve } from "node:path";
 import { convertStored, randomMatrix } from "../backend/native.ts";
+import { ggufFile } from "../checkpoint/archive.ts";
 import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
 import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
@@ -15,6 +16,7 @@ import { type ErnieParameter, parameterDtype, parameters } from "../model/ernie.
 import { PRESETS } from "../model/presets.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import { type BlockDtype, blockBytes, isBlockDtype } from "../tensor/quantized.ts";
+import { unpackConfigs } from "./pieces.ts";
 
 export interface QuantizeOptions {
   readonly dtype: "int8" | "int4" | "bf16" | "fp16" | "fp32";
@@ -96,7 +98,10 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   }
 
   const { folder } = origin;
-  if (folder !== null) for (const name of await readdir(folder)) if (COPIED.test(name)) await copyFile(join(folder, name), join(out, name));
+  const archive = folder === null ? undefined : await ggufFile(resolve(source));
+  if (archive) await unpackConfigs(archive, out);
+  else if (folder !== null)
+    for (const name of await readdir(folder)) if (COPIED.test(name)) await copyFile(join(folder, name), join(out, name));
   await writeAtomically(join(out, CONFIG), `${JSON.stringify({ ...origin.config, dtype: format.config }, null, 1)}\n`);
   const checksums: Record<string, string> = {};
   await writeSafetensors(join(out, "model.safetensors"), tensors, {

@@ -234,7 +234,7 @@ async function isLocal(path: string): Promise<boolean> {
   const found = await statOrUndefined(path);
   if (found?.isFile() && path.endsWith(".gguf")) return true;
   if (found && !found.isDirectory())
-    throw new CheckpointError(path, "a file; give a GGUF file, the folder that holds config.json, or a hub id");
+    throw new CheckpointError(path, "a file; give the folder that holds config.json, a GGUF file, or a hub id");
   return found !== undefined;
 }
 

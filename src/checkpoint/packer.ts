@@ -3,8 +3,9 @@
  * so a reader sees the whole file or none. It knows no model and no quantisation.
  */
 import { resolve } from "node:path";
+import { GGUF_TYPES, type GgufType } from "./cursor.ts";
 import { CheckpointError } from "./error.ts";
-import { GGUF_ALIGNMENT, GGUF_FORMATS, GGUF_MAGIC, GGUF_TYPES, type GgufFormat, type GgufType } from "./gguf.ts";
+import { GGUF_ALIGNMENT, GGUF_FORMATS, GGUF_MAGIC, type GgufFormat } from "./gguf.ts";
 import type { GgufEntry } from "./metadata.ts";
 import { produced, writeAll, writeWhole } from "./stream.ts";
 

@@ -5,6 +5,7 @@
 import { readFileSync } from "node:fs";
 import { Command } from "commander";
 import { addChat } from "./chat.ts";
+import { addExport } from "./export.ts";
 import { fail, quietOnClosedPipe } from "./failure.ts";
 import { addGenerate } from "./generate.ts";
 import { addInfo } from "./info.ts";
@@ -37,7 +38,7 @@ const program = new Command("mixtape")
       "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
   );
 
-for (const add of [addChat, addGenerate, addRouting, addInfo, addPull, addQuantize, addVerify]) add(program);
+for (const add of [addChat, addGenerate, addRouting, addInfo, addPull, addQuantize, addExport, addVerify]) add(program);
 
 quietOnClosedPipe();
 try {

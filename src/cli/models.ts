@@ -32,15 +32,16 @@ export async function findFolder(
   }
 }
 
-/** True if a folder has a tokenizer, sound or not. */
+/** True if a folder or a GGUF file has a tokenizer, sound or not. */
 export function hasTokenizer(folder: string): boolean {
+  if (folder.endsWith(".gguf")) return true;
   return ["tokenizer.json", "tokenizer.model"].some((name) => existsSync(join(folder, name)));
 }
 
-/** Reads the tokenizer of a folder. */
+/** Reads the tokenizer of a folder or of a GGUF file. */
 export async function openTokenizer(folder: string): Promise<Tokenizer> {
-  const { Tokenizer } = await import("../tokenizer/tokenizer.ts");
-  return Tokenizer.open(folder);
+  const { openTokenizer: open } = await import("../api/tokenizer.ts");
+  return open(folder);
 }
 
 /** Loads the weights of a folder. The caller disposes of the model. */

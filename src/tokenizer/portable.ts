@@ -1,4 +1,4 @@
-// A tokenizer's files as pieces with scores, for formats that hold nothing else (GGUF). Refuses what pieces can't say.
+// A tokenizer's files as pieces with scores, for formats that hold nothing else (GGUF), and pieces as files. Refuses what pieces can't say.
 import { configuredTokens, namedSpecials, readConfig, roles } from "./config.ts";
 import { TokenizerError } from "./error.ts";
 import type { TokenizerFiles } from "./folder.ts";
@@ -81,4 +81,69 @@ function fromModel(bytes: Uint8Array): Source {
     merges: null,
     spacePrefix: normalizerSpec.addDummyPrefix,
   };
+}
+
+/**
+ * tokenizer.json and tokenizer_config.json of pieces, as values for `JSON.stringify`. Where there are no ranked merges, every
+ * way to make a piece is listed, by score: as transformers converts such vocabularies.
+ */
+export function toFiles(model: PieceModel): { readonly json: object; readonly config: object } {
+  const { pieces, spacePrefix, roles: named, chatTemplates, maxLength } = model;
+  const added = pieces.flatMap(({ piece, type }, id) => {
+    const special = type === pieceType.control || type === pieceType.unknown;
+    if (!special && type !== pieceType.userDefined) return [];
+    return [{ id, content: piece, single_word: false, lstrip: false, rstrip: false, normalized: false, special }];
+  });
+  const escaped = { type: "Replace", pattern: { String: " " }, content: "▁" };
+  const decoders: object[] = [{ type: "Replace", pattern: { String: "▁" }, content: " " }, { type: "ByteFallback" }, { type: "Fuse" }];
+  if (spacePrefix) decoders.push({ type: "Strip", content: " ", start: 1, stop: 0 });
+  const unknown = pieces[named.unk_token ?? pieces.findIndex(({ type }) => type === pieceType.unknown)]?.piece ?? null;
+  const json = {
+    version: "1.0",
+    truncation: null,
+    padding: null,
+    added_tokens: added,
+    normalizer: spacePrefix ? { type: "Sequence", normalizers: [{ type: "Prepend", prepend: "▁" }, escaped] } : escaped,
+    pre_tokenizer: null,
+    post_processor: null,
+    decoder: { type: "Sequence", decoders },
+    model: {
+      type: "BPE",
+      dropout: null,
+      unk_token: unknown,
+      continuing_subword_prefix: null,
+      end_of_word_suffix: null,
+      fuse_unk: true,
+      byte_fallback: true,
+      ignore_merges: false,
+      vocab: Object.fromEntries(pieces.map(({ piece }, id) => [piece, id])),
+      merges: (model.merges ?? allMerges(pieces)).map((merge) => merge.split(" ")),
+    },
+  };
+  const templates = Object.entries(chatTemplates).map(([name, template]) => ({ name, template }));
+  const config = {
+    tokenizer_class: "PreTrainedTokenizerFast",
+    ...Object.fromEntries(Object.entries(named).map(([role, id]) => [role, pieces[id].piece])),
+    add_bos_token: model.addBos,
+    add_eos_token: model.addEos,
+    clean_up_tokenization_spaces: false,
+    ...(Number.isFinite(maxLength) ? { model_max_length: maxLength } : {}),
+    ...(templates.length === 0
+      ? {}
+      : { chat_template: templates.length === 1 && templates[0].name === "default" ? templates[0].template : templates }),
+  };
+  return { json, config };
+}
+
+function allMerges(pieces: readonly Piece[]): string[] {
+  const ids = new Map(pieces.flatMap(({ piece, type }, id) => (type === pieceType.normal ? [[piece, id] as const] : [])));
+  const found: { score: number; left: number; right: number }[] = [];
+  for (const [piece, id] of ids) {
+    for (let at = 1; at < piece.length; at++) {
+      const [left, right] = [ids.get(piece.slice(0, at)), ids.get(piece.slice(at))];
+      if (left !== undefined && right !== undefined) found.push({ score: pieces[id].score, left, right });
+    }
+  }
+  found.sort((a, b) => b.score - a.score || a.left - b.left || a.right - b.right);
+  return found.map(({ left, right }) => `${pieces[left].piece} ${pieces[right].piece}`);
 }

@@ -10,8 +10,10 @@ export type {
   PretrainedOptions,
   RouterOutput,
 } from "./api/model.ts";
+export { type ExportOptions, exportGguf } from "./api/export.ts";
 export { AutoModelForCausalLM } from "./api/model.ts";
 export { pipeline, type TextGenerationOptions, type TextGenerationOutput, type TextGenerationPipeline } from "./api/pipeline.ts";
+export { type QuantizeOptions, quantize, verify } from "./api/quantize.ts";
 export { type Streamer, TextStreamer, type TextStreamerOptions } from "./api/streamers.ts";
 export { AutoTokenizer } from "./api/tokenizer.ts";
 export { instructionSets } from "./backend/native.ts";

@@ -2,7 +2,7 @@
  * Whether an independent engine, llama.cpp through node-llama-cpp, agrees with mixtape on a model: the model is exported to
  * GGUF, both run it, and their tokens and greedy texts are compared.
  *
- *   npm run build && npm ci --prefix bench/rivals && node bench/rivals/agree.mjs [model] [--types q8_0,bf16] [--tokens 48] [--corpus FILE...]
+ *   npm run build && npm install --prefix bench/rivals --no-package-lock && node bench/rivals/agree.mjs [model] [--types q8_0,bf16] [--tokens 48] [--corpus FILE...]
  */
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";

@@ -1,4 +1,6 @@
 /** The public names of mixtape. */
+
+export { type ExportOptions, exportGguf } from "./api/export.ts";
 export type { GenerationOptions, ModelInputs } from "./api/generation.ts";
 export type { LoadOptions, WeightDtype } from "./api/load.ts";
 export type {
@@ -10,7 +12,6 @@ export type {
   PretrainedOptions,
   RouterOutput,
 } from "./api/model.ts";
-export { type ExportOptions, exportGguf } from "./api/export.ts";
 export { AutoModelForCausalLM } from "./api/model.ts";
 export { pipeline, type TextGenerationOptions, type TextGenerationOutput, type TextGenerationPipeline } from "./api/pipeline.ts";
 export { type QuantizeOptions, quantize, verify } from "./api/quantize.ts";

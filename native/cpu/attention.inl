@@ -65,12 +65,17 @@ struct Pass {
       const int64_t at = pages.as<int32_t>()[sequence * pages.dims[1] + t0 / BLOCK_TOKENS] * block_stride;
       float p[Q][BLOCK_TOKENS];
       const T* k = keys + at;
+      // The cache is read once a step, from memory: the next block is fetched while this one is computed.
+      const bool more = t0 + BLOCK_TOKENS < end;
+      const int64_t next = more ? pages.as<int32_t>()[sequence * pages.dims[1] + t0 / BLOCK_TOKENS + 1] * block_stride : at;
+      const T *next_k = keys + next, *next_v = values + next;
       for (int v = 0; v < V; v += 2) {
         constexpr int U = V < 2 ? V : 2;
         vf s[Q][U] = {};
         for (int64_t d = 0; d < dim; d++) {
           vf kv[U];
           for (int u = 0; u < U; u++) kv[u] = load(k + d * BLOCK_TOKENS + (v + u) * W);
+          if (v == 0) __builtin_prefetch(next_k + d * BLOCK_TOKENS);
           for (int q = 0; q < Q; q++)
             for (int u = 0; u < U; u++) s[q][u] += query[q][d] * kv[u];
         }
@@ -104,6 +109,7 @@ struct Pass {
         for (int q = 0; q < Q; q++) sum[q] = load(acc[q] + d);
         for (int64_t t = 0; t < tokens; t++) {
           const vf x = load(value + t * dim + d);
+          __builtin_prefetch(next_v + t * dim + d);
           for (int q = 0; q < Q; q++) sum[q] += p[q][t] * x;
         }
         for (int q = 0; q < Q; q++) store(acc[q] + d, sum[q]);

@@ -73,14 +73,17 @@ export function readConfig(raw: Record<string, unknown>): ErnieConfig {
     throw new ConfigError(`config.json: hidden_act is ${show(act)}; ERNIE-4.5 uses "silu", and nothing else is supported`);
   const hiddenSize = whole("hidden_size");
   const heads = whole("num_attention_heads");
-  const kvHeads = whole("num_key_value_heads", heads);
+  // A missing key is transformers' default for the architecture; null means "as many as query heads", "hidden / heads".
+  const dense = architecture === "Ernie4_5ForCausalLM";
+  const kvHeads = raw["num_key_value_heads"] === undefined ? (dense ? 2 : 4) : whole("num_key_value_heads", heads);
   if (heads % kvHeads)
     throw new ConfigError(`config.json: num_attention_heads (${heads}) is no multiple of num_key_value_heads (${kvHeads})`);
-  if (raw["head_dim"] == null && hiddenSize % heads)
+  const derived = raw["head_dim"] === null || (raw["head_dim"] === undefined && !dense);
+  if (derived && hiddenSize % heads)
     throw new ConfigError(
       `config.json: hidden_size (${hiddenSize}) is no multiple of num_attention_heads (${heads}) and head_dim is not given`,
     );
-  const headDim = whole("head_dim", hiddenSize / heads);
+  const headDim = whole("head_dim", derived ? hiddenSize / heads : 128);
   if (headDim % 2 || headDim > 512) throw new ConfigError(`config.json: a head width of ${headDim} is not supported: even, at most 512`);
   const layers = whole("num_hidden_layers");
 

@@ -29,8 +29,8 @@ describe("what is read", () => {
       intermediateSize: 96,
       layers: 3,
       heads: 4,
-      kvHeads: 4,
-      headDim: 12,
+      kvHeads: 2,
+      headDim: 128,
       maxPositions: 131072,
       normEps: 1e-5,
       ropeTheta: 500000,
@@ -92,15 +92,20 @@ describe("what is read", () => {
   });
 
   test("null is as if it were not there", () => {
-    const nulls = {
-      num_key_value_heads: null,
-      head_dim: null,
-      rope_parameters: null,
-      rope_scaling: null,
-      eos_token_id: null,
-      use_bias: null,
-    };
+    const nulls = { rope_parameters: null, rope_scaling: null, eos_token_id: null, use_bias: null };
     expect(readConfig({ ...DENSE, ...nulls })).toEqual(readConfig(DENSE));
+  });
+
+  // As in transformers' config classes: the dense one has 2 key heads of width 128, the mixture 4 of hidden / heads.
+  test.each([
+    [DENSE, {}, 2, 128],
+    [DENSE, { num_key_value_heads: null, head_dim: null }, 4, 12],
+    [MOE, {}, 4, 12],
+    [MOE, { num_attention_heads: 8, num_key_value_heads: null }, 8, 6],
+    [MOE, { num_attention_heads: 8 }, 4, 6],
+    [MOE, { head_dim: 20 }, 4, 20],
+  ])("key heads and head width: %o %o", (base, fields, kvHeads, headDim) => {
+    expect(readConfig({ ...base, ...fields })).toMatchObject({ kvHeads, headDim });
   });
 
   test.each([
@@ -200,7 +205,10 @@ describe("what is refused", () => {
     [{ hidden_size: 48.5 }, /hidden_size is 48\.5/],
     [{ num_hidden_layers: "3" }, /num_hidden_layers is "3"/],
     [{ intermediate_size: null }, /intermediate_size is null/],
-    [{ num_attention_heads: 5 }, /hidden_size \(48\) is no multiple of num_attention_heads \(5\) and head_dim is not given/],
+    [
+      { num_attention_heads: 5, num_key_value_heads: 5 },
+      /hidden_size \(48\) is no multiple of num_attention_heads \(5\) and head_dim is not given/,
+    ],
     [{ num_key_value_heads: 3 }, /num_attention_heads \(4\) is no multiple of num_key_value_heads \(3\)/],
     [{ head_dim: 7 }, /a head width of 7 is not supported/],
     [{ head_dim: 1024 }, /a head width of 1024 is not supported/],

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "machine.h"
 #include "plan.h"
 
 namespace {
@@ -313,6 +314,22 @@ napi_value seconds(napi_env env, const Arguments& a) {
   return out;
 }
 
+// limits(isa, threads): a promise of { readBytesPerSecond, int8OpsPerSecond, floatOpsPerSecond }, measured.
+napi_value limits(napi_env env, const Arguments& a) {
+  const KernelTable& kernels = choose_kernels(text(env, a.at(0)));
+  const int threads = static_cast<int>(number(env, a.at(1)));
+  auto measured = std::make_shared<Limits>();
+  return in_background(env, nullptr, [&kernels, threads, measured] { *measured = measure_limits(kernels, threads); },
+                       [measured](napi_env e) {
+                         napi_value out;
+                         check(e, napi_create_object(e, &out));
+                         check(e, napi_set_named_property(e, out, "readBytesPerSecond", to_js(e, measured->read_bytes)));
+                         check(e, napi_set_named_property(e, out, "int8OpsPerSecond", to_js(e, measured->int8_ops)));
+                         check(e, napi_set_named_property(e, out, "floatOpsPerSecond", to_js(e, measured->float_ops)));
+                         return out;
+                       });
+}
+
 // dispose...(handle): lets go; memory is freed once no run uses it.
 template <class T>
 napi_value dispose(napi_env env, const Arguments& a) {
@@ -326,7 +343,7 @@ napi_value init(napi_env env, napi_value exports) {
     napi_callback call;
   } functions[] = {
       {"isas", entry<isas>}, {"ops", entry<ops>}, {"team", entry<team>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>},
-      {"convert", entry<convert>}, {"random", entry<random>}, {"memory", entry<memory>}, {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},
+      {"convert", entry<convert>}, {"random", entry<random>}, {"memory", entry<memory>}, {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>}, {"limits", entry<limits>},
       {"disposeTeam", entry<dispose<Team>>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Bound>>},
   };
   for (const auto& f : functions) {

@@ -59,10 +59,19 @@ struct KernelEntry {
   Kernel run;
 };
 
-// One table for each instruction set, ended by an entry with a null name.
+// What an instruction set is best at, alone: how fast kernels could be at most (native/machine.cpp).
+struct LimitKernels {
+  using Loop = float (*)(int64_t turns);
+  float (*read)(const uint8_t* data, int64_t bytes);  // in pieces of 4 KiB
+  Loop int8, float32;
+  int64_t int8_ops, float_ops;  // of one turn
+};
+
+// One table for each instruction set; its entries end with one of a null name.
 struct KernelTable {
   const char* isa;
   const KernelEntry* entries;
+  LimitKernels limits;
 };
 
 // Block formats, as in src/tensor/quantized.ts.

@@ -6,6 +6,7 @@
 #include "attention.inl"
 #include "elementwise.inl"
 #include "sampling.inl"
+#include "limits.inl"
 
 namespace ISA {
 
@@ -32,6 +33,6 @@ static const KernelEntry ENTRIES[] = {
 };
 
 extern const KernelTable TABLE;
-const KernelTable TABLE = {ISA_NAME, ENTRIES};
+const KernelTable TABLE = {ISA_NAME, ENTRIES, LIMITS};
 
 }  // namespace ISA

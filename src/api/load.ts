@@ -53,6 +53,8 @@ export interface LoadedModel {
   readonly checkpoint: Checkpoint;
   readonly engine: Engine;
   readonly backend: Backend;
+  /** The parameters as loaded, and the formats in which they are computed with. */
+  readonly weights: readonly WeightSource[];
 }
 
 export function parseDtype(name: string): (typeof DTYPES)[string] {
@@ -89,7 +91,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
       kvTokens: options.kv_cache_tokens,
       maxRows: options.chunk_size,
     });
-    return { config, checkpoint, engine, backend };
+    return { config, checkpoint, engine, backend, weights };
   } catch (error) {
     backend.dispose();
     throw error;

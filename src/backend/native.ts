@@ -23,6 +23,7 @@ interface Addon {
   prepare(plan: object, isa: string, weights: Handle, states: readonly Handle[]): Handle;
   run(program: Handle, team: Handle, sizes: readonly number[], inputs: readonly Numbers[], outputs: readonly Numbers[]): Promise<void>;
   seconds(program: Handle): number[];
+  limits(isa: string, threads: number): Promise<MachineLimits>;
   disposeTeam(team: Handle): void;
   disposeWeights(weights: Handle): void;
   disposeMemory(memory: Handle): void;
@@ -44,6 +45,18 @@ function openAddon(): Addon {
 /** Names of the instruction sets that this processor can run, best first. */
 export function instructionSets(): string[] {
   return openAddon().isas();
+}
+
+/** What the machine does at best, of all threads together; an operation is a multiplication or an addition. */
+export interface MachineLimits {
+  readonly readBytesPerSecond: number;
+  readonly int8OpsPerSecond: number;
+  readonly floatOpsPerSecond: number;
+}
+
+/** Measures, in about a second and off the event loop, what kernels of an instruction set could reach. */
+export function machineLimits(isa: string, threads: number): Promise<MachineLimits> {
+  return openAddon().limits(isa, threads);
 }
 
 export interface NativeOptions {

@@ -4,6 +4,7 @@
  */
 import { readFileSync } from "node:fs";
 import { Command } from "commander";
+import { addBench } from "./bench.ts";
 import { addChat } from "./chat.ts";
 import { addExport } from "./export.ts";
 import { fail, quietOnClosedPipe } from "./failure.ts";
@@ -38,7 +39,7 @@ const program = new Command("mixtape")
       "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
   );
 
-for (const add of [addChat, addGenerate, addRouting, addInfo, addPull, addQuantize, addExport, addVerify]) add(program);
+for (const add of [addChat, addGenerate, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench]) add(program);
 
 quietOnClosedPipe();
 try {

@@ -140,9 +140,14 @@ export class Engine {
     return { logits, hiddenStates: want.hiddenStates ? hiddenStates : [], routing: want.routing ? routing : [] };
   }
 
-  /** Seconds by op of all steps so far, and how many calls of it the traced programs have. */
-  profile(): ReadonlyMap<string, { readonly seconds: number; readonly calls: number }> {
-    return this.#programs.profile();
+  /** Seconds by op of all steps so far, and how many calls of it the traced programs have; with `rows`, of steps of about so many rows alone. */
+  profile(rows?: number): ReadonlyMap<string, { readonly seconds: number; readonly calls: number }> {
+    return this.#programs.profile(rows);
+  }
+
+  /** Names of the weights that each op reads. Empty before the first step. */
+  weightsByOp(): ReadonlyMap<string, ReadonlySet<string>> {
+    return this.#programs.weightsByOp();
   }
 
   /** Ends all requests with an error and frees weights, cache and threads. */

@@ -49,7 +49,7 @@ export class Programs {
 
   /** A program with room for `rows` rows; made once for each power of two. */
   for(purpose: Purpose, rows: number): Prepared {
-    const capacity = 2 ** Math.ceil(Math.log2(rows));
+    const capacity = capacityFor(rows);
     const key = `${purpose}:${capacity}`;
     const made = this.#prepared.get(key) ?? this.#prepare(purpose, capacity);
     this.#prepared.set(key, made);
@@ -96,10 +96,21 @@ export class Programs {
     return withLogits ? [ids, logprobs, logits] : [ids, logprobs];
   }
 
-  /** Seconds by op, of everything that ran. */
-  profile(): Map<string, { readonly seconds: number; readonly calls: number }> {
+  /** The weights that each op reads, by name, in a program that was prepared. Empty before the first. */
+  weightsByOp(): Map<string, ReadonlySet<string>> {
+    const byOp = new Map<string, Set<string>>();
+    for (const { plan } of this.#prepared.values())
+      for (const { op, inputs } of plan.graph.calls)
+        for (const { kind, name } of inputs)
+          if (kind === "weight" && name !== undefined) byOp.set(op, (byOp.get(op) ?? new Set()).add(name));
+    return byOp;
+  }
+
+  /** Seconds by op, of everything that ran; with `rows`, of the programs alone that steps of so many rows run. */
+  profile(rows?: number): Map<string, { readonly seconds: number; readonly calls: number }> {
     const byOp = new Map<string, { seconds: number; calls: number }>();
     for (const { program, plan } of this.#prepared.values()) {
+      if (rows !== undefined && plan.capacity["rows"] !== capacityFor(rows)) continue;
       const seconds = program.seconds();
       plan.graph.calls.forEach(({ op }, i) => {
         const sum = byOp.get(op) ?? { seconds: 0, calls: 0 };
@@ -115,6 +126,10 @@ export class Programs {
     for (const state of this.#states.values()) state.dispose();
     this.#states.clear();
   }
+}
+
+function capacityFor(rows: number): number {
+  return 2 ** Math.ceil(Math.log2(rows));
 }
 
 /** Logits; of the purpose "inspect" then the hidden states, then logits, experts and weights of each mixture layer. */

@@ -2,13 +2,16 @@
 import { expect, test } from "vitest";
 import { run } from "./run.ts";
 
-test.each(["chat", "generate", "routing", "info", "pull", "quantize"])("%s --help shows its options and examples", async (command) => {
-  const { code, out, err } = await run([command, "--help"]);
-  expect([code, err]).toEqual([0, ""]);
-  expect(out).toContain(`Usage: mixtape ${command}`);
-  expect(out).toContain("Examples:");
-  expect(out).toContain(`  mixtape ${command}`);
-});
+test.each(["chat", "generate", "routing", "info", "pull", "quantize", "bench"])(
+  "%s --help shows its options and examples",
+  async (command) => {
+    const { code, out, err } = await run([command, "--help"]);
+    expect([code, err]).toEqual([0, ""]);
+    expect(out).toContain(`Usage: mixtape ${command}`);
+    expect(out).toContain("Examples:");
+    expect(out).toContain(`  mixtape ${command}`);
+  },
+);
 
 test("without a command, with --help and help, the commands are listed", async () => {
   for (const args of [[], ["--help"], ["help"]]) {

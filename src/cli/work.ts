@@ -1,0 +1,82 @@
+/** What a model's steps take at least: bytes of weights to read and operations to do, counted from its weights' formats and shapes. */
+import type { MachineLimits } from "../backend/native.ts";
+import type { ErnieConfig } from "../model/config.ts";
+import { type Dtype, ELEMENT_BYTES } from "../tensor/dtype.ts";
+import { blockBytes, isBlockDtype } from "../tensor/quantized.ts";
+import { measure, type Size } from "./size.ts";
+
+export interface LoadedWeight {
+  readonly name: string;
+  readonly dtype: Dtype;
+  readonly shape: readonly number[];
+}
+
+/** Multiplications and additions, by what computes them. */
+export interface Operations {
+  readonly int8: number;
+  readonly float: number;
+}
+
+export interface Work {
+  readonly parameters: Size["parameters"];
+  /** Bytes of all weights, and of those that generating one token reads. */
+  readonly weightBytes: number;
+  readonly tokenBytes: number;
+  /** Of a prompt's token, and once a prompt, of its last token: the head. */
+  readonly tokenOperations: Operations;
+  readonly headOperations: Operations;
+}
+
+const EMBEDDING = "model.embed_tokens.weight";
+
+export function workOf(config: ErnieConfig, weights: readonly LoadedWeight[]): Work {
+  const head = config.tied ? EMBEDDING : "lm_head.weight";
+  const layers = weights.filter((w) => w.name !== EMBEDDING && w.name !== "lm_head.weight");
+  const heads = weights.filter((w) => w.name === head);
+  return {
+    parameters: measure(config).parameters,
+    weightBytes: weights.reduce((sum, w) => sum + bytesOf(w), 0),
+    // A row of the embedding is next to nothing, but the head is read whole.
+    tokenBytes: [...layers, ...heads].reduce((sum, w) => sum + bytesRead(w, config, 1), 0),
+    tokenOperations: operations(layers, config),
+    headOperations: operations(heads, config),
+  };
+}
+
+/** Bytes of a weight that a step of `rows` tokens reads: of stacked experts those that are chosen, were all equally likely. */
+export function bytesRead(weight: LoadedWeight, { moe }: ErnieConfig, rows: number): number {
+  const share = weight.shape.length === 3 && moe ? 1 - (1 - moe.chosen / moe.experts) ** rows : 1;
+  return bytesOf(weight) * share;
+}
+
+/** Operations of one token with these weights' matrices. */
+export function operations(weights: readonly LoadedWeight[], { moe }: ErnieConfig): Operations {
+  const sum = { int8: 0, float: 0 };
+  for (const { shape, dtype } of weights) {
+    if (shape.length < 2) continue;
+    const met = shape.length === 3 && moe ? moe.chosen : 1;
+    const [n, k] = shape.slice(-2);
+    sum[isBlockDtype(dtype) ? "int8" : "float"] += 2 * met * n * k;
+  }
+  return sum;
+}
+
+/** Tokens a second at which generation reads weights as fast as the machine can. */
+export function generationLimit(work: Work, limits: MachineLimits): number {
+  return limits.readBytesPerSecond / work.tokenBytes;
+}
+
+/** Tokens a second at which a prompt's matrix products run at the arithmetic's peak. Attention is not counted. */
+export function promptLimit(work: Work, limits: MachineLimits, tokens: number): number {
+  const { tokenOperations: each, headOperations: once } = work;
+  const seconds =
+    (each.int8 * tokens + once.int8) / limits.int8OpsPerSecond + (each.float * tokens + once.float) / limits.floatOpsPerSecond;
+  return tokens / seconds;
+}
+
+function bytesOf({ dtype, shape }: LoadedWeight): number {
+  const count = shape.reduce((a, b) => a * b, 1);
+  if (!isBlockDtype(dtype)) return count * ELEMENT_BYTES[dtype as keyof typeof ELEMENT_BYTES];
+  const [n, k] = shape.slice(-2);
+  return (shape.length === 3 ? shape[0] : 1) * blockBytes(dtype, n, k);
+}

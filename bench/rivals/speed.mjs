@@ -6,6 +6,7 @@
  */
 import { parseArgs } from "node:util";
 import { getLlama, LlamaLogLevel } from "node-llama-cpp";
+import { GREEDY } from "../../dist/engine/sampling.js";
 import { AutoModelForCausalLM } from "../../dist/index.js";
 
 const { values, positionals } = parseArgs({
@@ -29,20 +30,8 @@ const theirs = await llama.loadModel({ modelPath: gguf, gpuLayers: 0 });
 const contextSize = Math.max(...lengths) + newTokens + 64;
 const context = await theirs.createContext({ contextSize, batchSize: 512, threads });
 
-const greedy = {
-  temperature: 0,
-  topK: 0,
-  topP: 1,
-  minP: 0,
-  repetitionPenalty: 1,
-  presencePenalty: 0,
-  frequencyPenalty: 0,
-  noRepeatNgram: 0,
-  logitBias: new Map(),
-  seed: 0,
-};
 const engines = {
-  mixtape: (ids) => ours.engine.submit({ tokens: ids, sampling: greedy, maxNewTokens: newTokens + 1 }),
+  mixtape: (ids) => ours.engine.submit({ tokens: ids, sampling: GREEDY, maxNewTokens: newTokens + 1 }),
   "node-llama-cpp": async function* (ids) {
     const sequence = context.getSequence();
     try {

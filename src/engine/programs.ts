@@ -12,12 +12,10 @@ import { BLOCK_TOKENS } from "./blocks.ts";
 /** What a program hands over: sampled tokens (`logits` too), or what the model computes on the way. */
 export type Purpose = "sample" | "sample+logits" | "logits" | "inspect";
 
-/** A program and what its outputs are, in order. */
+/** A program, and the plan that it runs. */
 export interface Prepared {
   readonly program: Program;
   readonly plan: Plan;
-  /** Of the purpose "inspect": which outputs are which. */
-  readonly forward: Forward;
 }
 
 export interface KvLayout {
@@ -81,7 +79,7 @@ export class Programs {
       : outputsOf(traced, purpose);
     const capacity = { rows, outs: rows, sequences: UNBOUNDED, pages: UNBOUNDED, history: UNBOUNDED, biases: UNBOUNDED };
     const planned = plan(g, outputs, capacity);
-    return { program: this.#backend.prepare(planned, this.#weights, this.#states), plan: planned, forward: traced };
+    return { program: this.#backend.prepare(planned, this.#weights, this.#states), plan: planned };
   }
 
   #sampled(g: Graph, logits: Tensor, withLogits: boolean): Tensor[] {

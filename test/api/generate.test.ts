@@ -1,4 +1,4 @@
-/** `generate` on the fixture checkpoints: what comes out, and what each option does to it. */
+/** `generate` on the fixture checkpoints: what comes out, and what each option does to it. Long, for it has a test for each option. */
 import { getEventListeners } from "node:events";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { AutoModelForCausalLM, type CausalLM } from "../../src/api/model.ts";

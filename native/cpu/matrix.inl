@@ -21,7 +21,7 @@ struct Dot<bf16, bf16> {
 template <class X_, class WT>
 struct RowMajor {
   using X = X_;
-  static constexpr int tile = 4;
+  static constexpr int tile = 4, wide = 1;
   static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 3;  // so that the accumulators fit the registers
 
   static int64_t x_bytes(int64_t k) { return k * sizeof(X) * Dot<X, WT>::numbers; }
@@ -43,7 +43,7 @@ struct RowMajor {
   }
 
   // y[r][0 .. rows) = x[r] . w[n0 .. n0 + rows)
-  template <int R>
+  template <int R, int>
   static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
     const WT* w = static_cast<const WT*>(weights) + n0 * k;
     if (n == tile) return block<R, tile>(x, w, k, y, bias);
@@ -55,7 +55,8 @@ struct RowMajor {
   }
 };
 
-// Block formats (src/tensor/quantized.ts): tiles of 16 weight rows, lanes being rows, activations broadcast.
+// Block formats (src/tensor/quantized.ts): tiles of 16 weight rows, lanes being rows, activations broadcast. N tiles pass
+// together where that keeps the products busy: what is read of an activation then serves N of them.
 struct Blocks {
   using X = int8_t;  // a row: groups of 64 bytes, their scales, the sums of each 32
   static constexpr int tile = TILE_ROWS;
@@ -70,11 +71,11 @@ struct Blocks {
     return v;
   }
 
-  template <int R>
-  static void finish(const vf (&total)[R][parts], int64_t n, float* const* y, const float* bias) {
+  template <int R, int V>
+  static void finish(const vf (&total)[R][V], int64_t n, float* const* y, const float* bias) {
     for (int r = 0; r < R; r++) {
-      if (n == tile) {
-        for (int p = 0; p < parts; p++) store(y[r] + p * W, bias ? total[r][p] + load(bias + p * W) : total[r][p]);
+      if (n == V * W) {
+        for (int v = 0; v < V; v++) store(y[r] + v * W, bias ? total[r][v] + load(bias + v * W) : total[r][v]);
       } else {
         for (int64_t i = 0; i < n; i++) y[r][i] = total[r][i / W][i % W] + (bias ? bias[i] : 0);
       }
@@ -82,74 +83,92 @@ struct Blocks {
   }
 };
 
-struct Int8Blocks : Blocks {
-  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 1;
+// Scale: f16 in weights, float in the KV cache.
+template <class Scale>
+struct Int8Tiles : Blocks {
+  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 4, wide = W == 16 ? 2 : 1;
+  static constexpr int64_t bytes = TILE_ROWS * GROUP + TILE_ROWS * sizeof(Scale);
 
-  template <int R>
+  template <int R, int N>
   static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+    constexpr int V = N * parts, U = W == 16 ? N : 1;  // vectors of weight rows, and those whose sums are under way at once
     const int64_t groups = groups_of(k);
-    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT8_BLOCK_BYTES;
-    vf total[R][parts] = {};
-    for (int64_t g = 0; g < groups; g++, block += INT8_BLOCK_BYTES) {
-      vi acc[R][parts];
-      for (int r = 0; r < R; r++) {
-        const int32_t* s = sums(x[r], groups) + 2 * g;
-        for (int p = 0; p < parts; p++) acc[r][p] = splat(Dot8::offset ? -128 * (s[0] + s[1]) : 0);
-      }
-      for (int q = 0; q < GROUP / 4; q++)
-        for (int p = 0; p < parts; p++) {
-          const typename Dot8::Weights w = Dot8::load(block + (q * TILE_ROWS + p * W) * 4);
-          for (int r = 0; r < R; r++) acc[r][p] = Dot8::add(acc[r][p], w, four(x[r] + g * GROUP + q * 4));
-        }
-      const f16* row_scales = reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP);
-      for (int p = 0; p < parts; p++) {
-        const vf s = load(row_scales + p * W);
-        for (int r = 0; r < R; r++) total[r][p] += to_float(acc[r][p]) * (s * scales(x[r], groups)[g]);
-      }
-    }
-    finish<R>(total, n, y, bias);
-  }
-};
-
-struct Int4Blocks : Blocks {
-  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 1;
-
-  template <int R>
-  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
-    const int64_t groups = groups_of(k);
-    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT4_BLOCK_BYTES;
-    vf total[R][parts] = {};
-    for (int64_t g = 0; g < groups; g++, block += INT4_BLOCK_BYTES)
-      for (int p = 0; p < parts; p++) {
-        vi low[R], high[R];  // columns 0 to 31 of the block, and 32 to 63
+    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * bytes;
+    vf total[R][V] = {};
+    for (int64_t g = 0; g < groups; g++, block += bytes)
+      for (int v = 0; v < V; v += U) {
+        const uint8_t* at[U];
+        vi acc[R][U];
+        for (int u = 0; u < U; u++) at[u] = block + (v + u) / parts * groups * bytes;
         for (int r = 0; r < R; r++) {
           const int32_t* s = sums(x[r], groups) + 2 * g;
-          low[r] = splat(-8 * s[0]), high[r] = splat(-8 * s[1]);
+          for (int u = 0; u < U; u++) acc[r][u] = splat(Dot8::offset ? -128 * (s[0] + s[1]) : 0);
         }
-        for (int q = 0; q < HALF / 4; q++) {
-          typename Dot8::Weights a, b;
-          Dot8::load_nibbles(block + (q * TILE_ROWS + p * W) * 4, a, b);
+#pragma GCC unroll 16
+        for (int q = 0; q < GROUP / 4; q++) {
+          typename Dot8::Weights w[U];
+          for (int u = 0; u < U; u++) w[u] = Dot8::load(at[u] + (q * TILE_ROWS + (v + u) % parts * W) * 4);
           for (int r = 0; r < R; r++) {
-            const X* at = x[r] + g * GROUP + q * 4;
-            low[r] = Dot8::add_small(low[r], a, four(at));
-            high[r] = Dot8::add_small(high[r], b, four(at + HALF));
+            const int32_t a = four(x[r] + g * GROUP + q * 4);
+            for (int u = 0; u < U; u++) acc[r][u] = Dot8::add(acc[r][u], w[u], a);
           }
         }
-        const f16* row_scales = reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP / 2);
-        const vf s_low = load(row_scales + p * W), s_high = load(row_scales + TILE_ROWS + p * W);
-        for (int r = 0; r < R; r++) total[r][p] += (to_float(low[r]) * s_low + to_float(high[r]) * s_high) * scales(x[r], groups)[g];
+        for (int u = 0; u < U; u++) {
+          const vf s = load(reinterpret_cast<const Scale*>(at[u] + TILE_ROWS * GROUP) + (v + u) % parts * W);
+          for (int r = 0; r < R; r++) total[r][v + u] += to_float(acc[r][u]) * (s * scales(x[r], groups)[g]);
+        }
+      }
+    finish<R>(total, n, y, bias);
+  }
+};
+using Int8Blocks = Int8Tiles<f16>;
+
+struct Int4Blocks : Blocks {
+  static constexpr int max_rows = W == 8 ? 2 : 4, wide = W == 16 ? 2 : 1;
+
+  template <int R, int N>
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+    constexpr int V = N * parts, U = W == 16 ? N : 1;
+    const int64_t groups = groups_of(k);
+    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT4_BLOCK_BYTES;
+    vf total[R][V] = {};
+    for (int64_t g = 0; g < groups; g++, block += INT4_BLOCK_BYTES)
+      for (int v = 0; v < V; v += U) {
+        const uint8_t* at[U];
+        vi low[R][U], high[R][U];  // columns 0 to 31 of the block, and 32 to 63
+        for (int u = 0; u < U; u++) at[u] = block + (v + u) / parts * groups * INT4_BLOCK_BYTES;
+        for (int r = 0; r < R; r++) {
+          const int32_t* s = sums(x[r], groups) + 2 * g;
+          for (int u = 0; u < U; u++) low[r][u] = splat(-8 * s[0]), high[r][u] = splat(-8 * s[1]);
+        }
+#pragma GCC unroll 8
+        for (int q = 0; q < HALF / 4; q++) {
+          typename Dot8::Weights a[U], b[U];
+          for (int u = 0; u < U; u++) Dot8::load_nibbles(at[u] + (q * TILE_ROWS + (v + u) % parts * W) * 4, a[u], b[u]);
+          for (int r = 0; r < R; r++) {
+            const X* from = x[r] + g * GROUP + q * 4;
+            const int32_t first = four(from), second = four(from + HALF);
+            for (int u = 0; u < U; u++) low[r][u] = Dot8::add_small(low[r][u], a[u], first), high[r][u] = Dot8::add_small(high[r][u], b[u], second);
+          }
+        }
+        for (int u = 0; u < U; u++) {
+          const f16* row_scales = reinterpret_cast<const f16*>(at[u] + TILE_ROWS * GROUP / 2) + (v + u) % parts * W;
+          const vf s_low = load(row_scales), s_high = load(row_scales + TILE_ROWS);
+          for (int r = 0; r < R; r++)
+            total[r][v + u] += (to_float(low[r][u]) * s_low + to_float(high[r][u]) * s_high) * scales(x[r], groups)[g];
+        }
       }
     finish<R>(total, n, y, bias);
   }
 };
 
-// Calls F::run with the number of rows as a constant.
-template <class F, int R = F::max_rows>
+// Calls F::run on N tiles with the number of rows as a constant.
+template <class F, int N, int R = F::max_rows>
 static inline void run_rows(int rows, const typename F::X* const* x, const void* w, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
   if constexpr (R > 1) {
-    if (rows != R) return run_rows<F, R - 1>(rows, x, w, n0, n, k, y, bias);
+    if (rows != R) return run_rows<F, N, R - 1>(rows, x, w, n0, n, k, y, bias);
   }
-  F::template run<R>(x, w, n0, n, k, y, bias);
+  F::template run<R, N>(x, w, n0, n, k, y, bias);
 }
 
 // Weight rows [begin, end) times `rows` activation rows. Blocks of weight rows stay in the cache while all activation
@@ -163,9 +182,13 @@ static inline void panel(const void* w, int64_t begin, int64_t end, int64_t k, i
       const typename F::X* x[F::max_rows];
       float* y[F::max_rows];
       for (int r = 0; r < count; r++) x[r] = x_at(r0 + r);
-      for (int64_t n = n0; n < min(n0 + weight_rows, end); n += F::tile) {
+      // A lone row is bound by memory, which is fastest when a thread reads one run of weights: tile by tile then.
+      const int64_t stop = min(n0 + weight_rows, end), wide = F::wide * F::tile;
+      for (int64_t n = n0, step; n < stop; n += step) {
+        step = count > 1 && stop - n >= wide ? wide : F::tile;
         for (int r = 0; r < count; r++) y[r] = y_at(r0 + r) + n;
-        run_rows<F>(count, x, w, n, min(F::tile, end - n), k, y, bias ? bias + n : nullptr);
+        if (step > F::tile) run_rows<F, F::wide>(count, x, w, n, step, k, y, bias ? bias + n : nullptr);
+        else run_rows<F, 1>(count, x, w, n, min(F::tile, stop - n), k, y, bias ? bias + n : nullptr);
       }
     }
 }

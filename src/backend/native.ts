@@ -3,7 +3,6 @@ import { createRequire } from "node:module";
 import { availableParallelism } from "node:os";
 import { bytesOf, DTYPE_CODES, type Plan } from "../graph/plan.ts";
 import type { Dtype } from "../tensor/dtype.ts";
-import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import type { Backend, Numbers, Program, Slice, State, WeightSource, Weights } from "./backend.ts";
@@ -93,8 +92,8 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
       return weights;
     },
 
-    state(dtype, elements): State {
-      const bytes = elements * ELEMENT_BYTES[dtype];
+    state(dtype, shape): State {
+      const bytes = bytesOf({ dtype, shape }, {});
       const handle = addon.memory(bytes);
       const state = { bytes, handle, dispose: () => addon.disposeMemory(handle) };
       return state;

@@ -5,9 +5,11 @@
 import { freemem } from "node:os";
 import { setImmediate } from "node:timers/promises";
 import type { Backend, Numbers, Weights } from "../backend/backend.ts";
+import { kvShapes } from "../graph/graph.ts";
+import { bytesOf } from "../graph/plan.ts";
 import { type ErnieConfig, isMoeLayer } from "../model/config.ts";
-import type { Dtype } from "../tensor/dtype.ts";
-import { ELEMENT_BYTES } from "../tensor/dtype.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
+import { isBlockDtype } from "../tensor/quantized.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
 import { Programs, type Purpose } from "./programs.ts";
@@ -21,9 +23,9 @@ export interface EngineOptions {
   readonly weights: Weights;
   /** The format that each parameter was loaded in. */
   readonly dtypeOf: (parameter: string) => Dtype;
-  /** Format of the KV cache. Default: f32 where the embeddings are f32, else f16. */
-  readonly kvDtype?: "f32" | "f16";
-  /** Tokens that the KV cache has room for, of all sequences together. Default: 16 full sequences, or as many as fit half of the free memory. */
+  /** Format of the KV cache. Default: f32 where the embeddings are f32, int8kv where they are int8, else f16. */
+  readonly kvDtype?: KvDtype;
+  /** Tokens that the KV cache has room for, of all sequences together. Default: 16 full sequences, or as many as fit half of the memory that the weights leave. */
   readonly kvTokens?: number;
   /** Rows of one step at most; longer prompts are computed in pieces. Default 512. */
   readonly maxRows?: number;
@@ -51,6 +53,7 @@ export interface RoutedLayer {
 
 export class Engine {
   readonly config: ErnieConfig;
+  readonly kvDtype: KvDtype;
   /** Bytes of KV cache that one token takes. */
   readonly kvBytesPerToken: number;
   readonly #backend: Backend;
@@ -67,10 +70,14 @@ export class Engine {
   constructor(options: EngineOptions) {
     const { config, backend, weights, dtypeOf, maxRows = 512 } = options;
     if (!Number.isInteger(maxRows) || maxRows < 1) throw new RangeError(`maxRows is ${maxRows}; it must be a whole number of at least 1`);
-    const kvDtype = options.kvDtype ?? (dtypeOf("model.embed_tokens.weight") === "f32" ? "f32" : "f16");
+    const embedded = dtypeOf("model.embed_tokens.weight");
+    const kvDtype = options.kvDtype ?? (embedded === "f32" ? "f32" : isBlockDtype(embedded) ? "int8kv" : "f16");
     this.config = config;
-    this.kvBytesPerToken = 2 * config.layers * config.kvHeads * config.headDim * ELEMENT_BYTES[kvDtype];
-    const fits = Math.floor(freemem() / 2 / this.kvBytesPerToken);
+    this.kvDtype = kvDtype;
+    this.kvBytesPerToken = kvBytesPerToken(config, kvDtype);
+    const available = freemem(); // what files in the page cache take counts as free, the weights' too
+    const left = Math.max(available - weights.mappedBytes, available / 16); // a model larger than memory runs from disk
+    const fits = Math.floor(left / 2 / this.kvBytesPerToken);
     const kvTokens = options.kvTokens ?? Math.min(16 * config.maxPositions, Math.max(fits, BLOCK_TOKENS));
     this.#backend = backend;
     this.#weights = weights;
@@ -288,6 +295,12 @@ export class Engine {
       );
     }
   }
+}
+
+/** Bytes of KV cache that one token takes. */
+export function kvBytesPerToken({ layers, kvHeads, headDim }: ErnieConfig, dtype: KvDtype): number {
+  const { keys, values } = kvShapes(dtype, 1, kvHeads, headDim, BLOCK_TOKENS);
+  return (layers * (bytesOf({ dtype, shape: keys }, {}) + bytesOf({ dtype, shape: values }, {}))) / BLOCK_TOKENS;
 }
 
 /** The tokens of one sequence in a step. */

@@ -1,11 +1,11 @@
 /** The planned programs of one model: traced and planned when first needed, for a few sizes, then reused. */
 import type { Backend, Program, State, Weights } from "../backend/backend.ts";
-import { Graph, type KvCache, type Tensor } from "../graph/graph.ts";
+import { Graph, type KvCache, kvShapes, type Tensor } from "../graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops.ts";
 import { type Plan, plan } from "../graph/plan.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import { bindWeights, type Forward, forward } from "../model/ernie.ts";
-import type { Dtype } from "../tensor/dtype.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { symbol } from "../tensor/shape.ts";
 import { BLOCK_TOKENS } from "./blocks.ts";
 
@@ -19,7 +19,7 @@ export interface Prepared {
 }
 
 export interface KvLayout {
-  readonly dtype: "f32" | "f16";
+  readonly dtype: KvDtype;
   readonly blocks: number;
 }
 
@@ -41,8 +41,7 @@ export class Programs {
     this.#weights = weights;
     this.#kv = kv;
     for (let i = 0; i < config.layers; i++)
-      for (const name of [`keys.${i}`, `values.${i}`])
-        this.#states.set(name, backend.state(kv.dtype, kv.blocks * config.kvHeads * config.headDim * BLOCK_TOKENS));
+      for (const [kind, shape] of Object.entries(this.#kvShapes)) this.#states.set(`${kind}.${i}`, backend.state(kv.dtype, shape));
   }
 
   /** A program with room for `rows` rows; made once for each power of two. */
@@ -52,6 +51,10 @@ export class Programs {
     const made = this.#prepared.get(key) ?? this.#prepare(purpose, capacity);
     this.#prepared.set(key, made);
     return made;
+  }
+
+  get #kvShapes() {
+    return kvShapes(this.#kv.dtype, this.#kv.blocks, this.#config.kvHeads, this.#config.headDim, BLOCK_TOKENS);
   }
 
   #prepare(purpose: Purpose, rows: number): Prepared {
@@ -65,12 +68,12 @@ export class Programs {
       pages: g.input("pages", [symbol("sequences"), symbol("pages")], "i32"),
       picked: g.input("picked", [symbol("outs")], "i32"),
     };
-    const { kvHeads, headDim } = config;
+    const shapes = this.#kvShapes;
     const caches = Array.from(
       { length: config.layers },
       (_, i): KvCache => ({
-        keys: g.state(`keys.${i}`, [this.#kv.blocks, kvHeads, headDim, BLOCK_TOKENS], this.#kv.dtype),
-        values: g.state(`values.${i}`, [this.#kv.blocks, kvHeads, BLOCK_TOKENS, headDim], this.#kv.dtype),
+        keys: g.state(`keys.${i}`, shapes.keys, this.#kv.dtype),
+        values: g.state(`values.${i}`, shapes.values, this.#kv.dtype),
       }),
     );
     const traced = forward(g, config, weights, inputs, caches);

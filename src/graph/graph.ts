@@ -2,7 +2,7 @@
  * A graph is a list of op calls in execution order. Tracing a model's forward appends to it; nothing runs, and it holds
  * no data and knows no backend.
  */
-import type { Dtype } from "../tensor/dtype.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { type Dim, type Shape, showShape } from "../tensor/shape.ts";
 import { OPS, type OpName, type Params } from "./ops.ts";
 
@@ -141,7 +141,7 @@ export class Graph {
 }
 
 export interface KvCache {
-  /** [blocks, kv heads, head width, block tokens]: transposed, so that scores of neighbouring tokens lie side by side. */
+  /** [blocks, kv heads, head width, block tokens]: transposed, so that scores of neighbouring tokens lie side by side; of int8kv as `values`. */
   readonly keys: Tensor;
   /** [blocks, kv heads, block tokens, head width] */
   readonly values: Tensor;
@@ -154,6 +154,18 @@ export interface SamplingInputs {
   readonly history: Tensor;
   readonly biasIds: Tensor;
   readonly biasValues: Tensor;
+}
+
+/** Shapes of a cache of so many blocks. */
+export function kvShapes(
+  dtype: KvDtype,
+  blocks: number,
+  heads: number,
+  width: number,
+  tokens: number,
+): { keys: number[]; values: number[] } {
+  const values = [blocks, heads, tokens, width];
+  return { keys: dtype === "int8kv" ? values : [blocks, heads, width, tokens], values };
 }
 
 export type { Dim };

@@ -61,11 +61,11 @@ function biasFits(bias: Tensor | undefined, shape: Shape): boolean {
 }
 
 function cacheFits(keys: Tensor, values: Tensor, segments: Tensor, pages: Tensor): boolean {
-  const [blocks, heads, dim, tokens] = keys.shape;
+  const [blocks, heads, tokens, dim] = values.shape;
   return (
-    keys.shape.length === 4 &&
+    values.shape.length === 4 &&
     keys.dtype === values.dtype &&
-    sameShape(values.shape, [blocks, heads, tokens, dim]) &&
+    sameShape(keys.shape, keys.dtype === "int8kv" ? values.shape : [blocks, heads, dim, tokens]) &&
     matches(segments, "i32", 2) &&
     sameDim(segments.shape[1], 3) &&
     matches(pages, "i32", 2) &&
@@ -138,7 +138,7 @@ export const OPS = {
       matches(v, "f32", 2) &&
       sameShape(k.shape, v.shape) &&
       cacheFits(keys, values, segments, pages) &&
-      k.shape[1] === Number(keys.shape[1]) * Number(keys.shape[2])
+      k.shape[1] === Number(values.shape[1]) * Number(values.shape[3])
         ? []
         : null,
     gradient: null,
@@ -148,7 +148,7 @@ export const OPS = {
     outputs: ([q, keys, values, segments, pages]) =>
       matches(q, "f32", 2) &&
       cacheFits(keys, values, segments, pages) &&
-      Number(q.shape[1]) % (Number(keys.shape[1]) * Number(keys.shape[2])) === 0
+      Number(q.shape[1]) % (Number(values.shape[1]) * Number(values.shape[3])) === 0
         ? [f32(...q.shape)]
         : null,
     gradient: null,

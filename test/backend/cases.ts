@@ -2,8 +2,9 @@
 
 import type { Numbers } from "../../src/backend/backend.ts";
 import { GREEDY, layOut, type Sampling } from "../../src/engine/sampling.ts";
-import { Graph, type Tensor } from "../../src/graph/graph.ts";
+import { Graph, kvShapes, type Tensor } from "../../src/graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops.ts";
+import type { KvDtype } from "../../src/tensor/dtype.ts";
 import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
 
 export type MatrixDtype = "f32" | "f16" | "bf16" | "int8" | "int4";
@@ -15,7 +16,7 @@ export interface Case {
   readonly sizes: SymbolValues;
   readonly inputs: ReadonlyMap<string, Numbers>;
   readonly weights: ReadonlyMap<string, { readonly dtype: MatrixDtype; readonly shape: readonly number[]; readonly values: Float32Array }>;
-  readonly states: ReadonlyMap<string, { readonly dtype: "f32" | "f16"; readonly elements: number }>;
+  readonly states: ReadonlyMap<string, { readonly dtype: KvDtype; readonly shape: readonly number[] }>;
   /** Largest difference allowed, as a share of the largest value. */
   readonly tolerance: number;
 }
@@ -36,7 +37,7 @@ class Builder {
   readonly g = new Graph();
   readonly inputs = new Map<string, Numbers>();
   readonly weights = new Map<string, { dtype: MatrixDtype; shape: readonly number[]; values: Float32Array }>();
-  readonly states = new Map<string, { dtype: "f32" | "f16"; elements: number }>();
+  readonly states = new Map<string, { dtype: KvDtype; shape: readonly number[] }>();
   #seed = 1;
 
   /** Activations [rows, n], or whatever `values` holds. */
@@ -61,8 +62,8 @@ class Builder {
     return this.g.weight(name, shape, dtype);
   }
 
-  state(name: string, shape: number[], dtype: "f32" | "f16"): Tensor {
-    this.states.set(name, { dtype, elements: shape.reduce((a, b) => a * b) });
+  state(name: string, shape: number[], dtype: KvDtype): Tensor {
+    this.states.set(name, { dtype, shape });
     return this.g.state(name, shape, dtype);
   }
 
@@ -209,6 +210,7 @@ function attentions(): Case[] {
   const kinds = [
     ["f32", 2e-6],
     ["f16", 2e-3],
+    ["int8kv", 1e-3],
   ] as const;
   return kinds.flatMap(([dtype, tolerance]) =>
     [
@@ -217,7 +219,7 @@ function attentions(): Case[] {
       [5, 5, 33],
       [10, 2, 128],
     ].flatMap(([heads, kvHeads, dim]) =>
-      [[1], [7, 1], [31, 33, 2], [100]].map((counts) => {
+      [[1], [7, 1], [31, 33, 2], [100], [257]].map((counts) => {
         const b = new Builder();
         const rows = counts.reduce((a, c) => a + c);
         const pagesEach = Math.ceil(Math.max(...counts) / 32);
@@ -232,10 +234,8 @@ function attentions(): Case[] {
           [symbol("sequences"), symbol("pages")],
           Int32Array.from({ length: counts.length * pagesEach }, (_, i) => blocks - 1 - i),
         );
-        const cache = {
-          keys: b.state("keys", [blocks, kvHeads, dim, 32], dtype),
-          values: b.state("values", [blocks, kvHeads, 32, dim], dtype),
-        };
+        const shapes = kvShapes(dtype, blocks, kvHeads, dim, 32);
+        const cache = { keys: b.state("keys", shapes.keys, dtype), values: b.state("values", shapes.values, dtype) };
         b.g.cacheWrite(b.rows("k", rows, kvHeads * dim), b.rows("v", rows, kvHeads * dim), cache, segments, pages);
         const y = b.g.attention(b.rows("q", rows, heads * dim), cache, segments, pages);
         return b.done(

@@ -13,6 +13,7 @@ static inline f16 to_f16(float x) {
   if (rest < 0x38800000) return f16{static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000))};
   return f16{static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13))};
 }
+static inline void store_bytes(int8_t* p, vi v) { *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(v, vb); }
 static inline float sum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 static inline float largest(vf v) { return max(max(v[0], v[2]), max(v[1], v[3])); }
 

@@ -83,6 +83,27 @@ struct Blocks {
   }
 };
 
+// Adds to `acc` the products of R activation rows, from column `c` on, with STEPS vectors of weights of 4 columns each;
+// weights(q) is the q-th. Two rows at a time, by 8 columns, where an instruction multiplies pairs of rows.
+template <int R, int STEPS, class D = Dot8, class At>
+static inline void products(vi* acc, const int8_t* const* x, int64_t c, At weights) {
+  if constexpr (D::pairs && R > 1) {
+    typename D::Pair sums[R / 2];
+    for (int q = 0; q < STEPS; q += 2) {
+      const auto first = weights(q), second = weights(q + 1);
+      for (int p = 0; p < R / 2; p++) sums[p].add(first, second, x[2 * p] + c + q * 4, x[2 * p + 1] + c + q * 4);
+    }
+    for (int p = 0; p < R / 2; p++) acc[2 * p] += sums[p].of_first(), acc[2 * p + 1] += sums[p].of_second();
+    if constexpr (R % 2) products<1, STEPS>(acc + R - 1, x + R - 1, c, weights);
+  } else {
+#pragma GCC unroll 16
+    for (int q = 0; q < STEPS; q++) {
+      const auto w = weights(q);
+      for (int r = 0; r < R; r++) acc[r] = D::add(acc[r], w, Blocks::four(x[r] + c + q * 4));
+    }
+  }
+}
+
 // Scale: f16 in weights, float in the KV cache.
 template <class Scale>
 struct Int8Tiles : Blocks {
@@ -104,13 +125,17 @@ struct Int8Tiles : Blocks {
           const int32_t* s = sums(x[r], groups) + 2 * g;
           for (int u = 0; u < U; u++) acc[r][u] = splat(Dot8::offset ? -128 * (s[0] + s[1]) : 0);
         }
+        if constexpr (U == 1) {
+          products<R, GROUP / 4>(acc[0], x, g * GROUP, [&](int q) { return Dot8::load(at[0] + (q * TILE_ROWS + v % parts * W) * 4); });
+        } else {
 #pragma GCC unroll 16
-        for (int q = 0; q < GROUP / 4; q++) {
-          typename Dot8::Weights w[U];
-          for (int u = 0; u < U; u++) w[u] = Dot8::load(at[u] + (q * TILE_ROWS + (v + u) % parts * W) * 4);
-          for (int r = 0; r < R; r++) {
-            const int32_t a = four(x[r] + g * GROUP + q * 4);
-            for (int u = 0; u < U; u++) acc[r][u] = Dot8::add(acc[r][u], w[u], a);
+          for (int q = 0; q < GROUP / 4; q++) {
+            typename Dot8::Weights w[U];
+            for (int u = 0; u < U; u++) w[u] = Dot8::load(at[u] + (q * TILE_ROWS + (v + u) % parts * W) * 4);
+            for (int r = 0; r < R; r++) {
+              const int32_t a = four(x[r] + g * GROUP + q * 4);
+              for (int u = 0; u < U; u++) acc[r][u] = Dot8::add(acc[r][u], w[u], a);
+            }
           }
         }
         for (int u = 0; u < U; u++) {
@@ -141,14 +166,24 @@ struct Int4Blocks : Blocks {
           const int32_t* s = sums(x[r], groups) + 2 * g;
           for (int u = 0; u < U; u++) low[r][u] = splat(-8 * s[0]), high[r][u] = splat(-8 * s[1]);
         }
+        if constexpr (Dot8::pairs && R > 1) {
+          auto nibbles = [&](int q, bool upper) {
+            typename Dot8::Weights lower_half, upper_half;
+            Dot8::load_nibbles(at[0] + (q * TILE_ROWS + v % parts * W) * 4, lower_half, upper_half);
+            return upper ? upper_half : lower_half;
+          };
+          products<R, HALF / 4>(low[0], x, g * GROUP, [&](int q) { return nibbles(q, false); });
+          products<R, HALF / 4>(high[0], x, g * GROUP + HALF, [&](int q) { return nibbles(q, true); });
+        } else {
 #pragma GCC unroll 8
-        for (int q = 0; q < HALF / 4; q++) {
-          typename Dot8::Weights a[U], b[U];
-          for (int u = 0; u < U; u++) Dot8::load_nibbles(at[u] + (q * TILE_ROWS + (v + u) % parts * W) * 4, a[u], b[u]);
-          for (int r = 0; r < R; r++) {
-            const X* from = x[r] + g * GROUP + q * 4;
-            const int32_t first = four(from), second = four(from + HALF);
-            for (int u = 0; u < U; u++) low[r][u] = Dot8::add_small(low[r][u], a[u], first), high[r][u] = Dot8::add_small(high[r][u], b[u], second);
+          for (int q = 0; q < HALF / 4; q++) {
+            typename Dot8::Weights a[U], b[U];
+            for (int u = 0; u < U; u++) Dot8::load_nibbles(at[u] + (q * TILE_ROWS + (v + u) % parts * W) * 4, a[u], b[u]);
+            for (int r = 0; r < R; r++) {
+              const X* from = x[r] + g * GROUP + q * 4;
+              const int32_t first = four(from), second = four(from + HALF);
+              for (int u = 0; u < U; u++) low[r][u] = Dot8::add_small(low[r][u], a[u], first), high[r][u] = Dot8::add_small(high[r][u], b[u], second);
+            }
           }
         }
         for (int u = 0; u < U; u++) {

@@ -26,6 +26,7 @@ struct DotBf16 {
 // Four unsigned bytes of each lane's weights times four signed bytes of activations, summed in int32.
 struct Dot8 {
   static constexpr bool offset = true;  // weights enter as 128 + w, so the caller starts from -128 x the activations' sum
+  static constexpr bool pairs = false;  // whether an instruction multiplies two rows by two
   struct Weights { uint8_t bytes[W * 4]; };
   static Weights load(const uint8_t* p) {
     Weights w;

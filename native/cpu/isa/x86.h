@@ -38,6 +38,7 @@ struct DotBf16 {
 
 struct Dot8 {
   static constexpr bool offset = true;
+  static constexpr bool pairs = false;  // whether an instruction multiplies two rows by two
 #if W == 16
   using Weights = __m512i;
   static Weights load(const uint8_t* p) { return _mm512_loadu_si512(p); }

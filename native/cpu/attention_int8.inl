@@ -88,7 +88,7 @@ struct Int8Pass {
     const float largest_weight = largest(most), inverse = largest_weight > 0 ? STEPS / largest_weight : 0.f;
     vi steps = {};
     for (int64_t t = 0; t < tokens; t += W) {
-      const vi n = (vi)(load(score + t) * inverse + 12582912.f) - 0x4b400000;  // the bits of 1.5 * 2^23 + n
+      const vi n = round_steps(load(score + t) * inverse);
       store_bytes(w.high + t, n >> 7), store_bytes(w.low + t, n & 127);
       steps += n;
     }

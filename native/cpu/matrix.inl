@@ -228,6 +228,16 @@ static inline void panel(const void* w, int64_t begin, int64_t end, int64_t k, i
     }
 }
 
+// y = silu(gate) * up
+static inline void silu_times(const float* gate, const float* up, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const vf g = load(gate + i);
+    store(y + i, g / (1.f + exp(-g)) * load(up + i));
+  }
+  for (; i < n; i++) y[i] = gate[i] / (1.f + exp(-gate[i])) * up[i];
+}
+
 // visit(format) with the format that multiplies `weight` by activations.
 template <class Visit>
 static inline void with_format(const Tensor& weight, Visit visit) {
@@ -239,6 +249,36 @@ static inline void with_format(const Tensor& weight, Visit visit) {
     case INT4: return visit(Int4Blocks{});
     default: return;  // the op table lets no other format through
   }
+}
+
+// silu(gate) * up of weight rows [begin, end): both products of a few rows, while the activations are at hand.
+template <class F, class XAt, class YAt>
+static inline void gated_panel(const void* gate, const void* up, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at) {
+  constexpr int64_t weight_rows = 32;
+  for (int64_t n0 = begin; n0 < end; n0 += weight_rows) {
+    const int64_t stop = min(n0 + weight_rows, end);
+    for (int64_t r0 = 0; r0 < rows; r0 += F::max_rows) {
+      const int64_t count = min(F::max_rows, rows - r0);
+      alignas(64) float g[F::max_rows][weight_rows], u[F::max_rows][weight_rows];
+      auto x = [&](int64_t r) { return x_at(r0 + r); };
+      panel<F>(gate, n0, stop, k, count, x, [&](int64_t r) { return g[r] - n0; }, nullptr);
+      panel<F>(up, n0, stop, k, count, x, [&](int64_t r) { return u[r] - n0; }, nullptr);
+      for (int64_t r = 0; r < count; r++) silu_times(g[r], u[r], y_at(r0 + r) + n0, stop - n0);
+    }
+  }
+}
+
+static void gated_linear(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &gate = o.in(1), &up = o.in(2), &y = o.out(0);
+  const int64_t k = gate.dims[1];
+  with_format(gate, [&](auto format) {
+    using F = decltype(format);
+    int64_t begin, end;
+    worker.share(gate.dims[0], F::tile, begin, end);
+    const int8_t* xs = x.as<int8_t>();
+    gated_panel<F>(gate.data, up.data, begin, end, k, x.rows(), [&](int64_t r) { return reinterpret_cast<const typename F::X*>(xs + r * F::x_bytes(k)); },
+                   [&](int64_t r) { return y.as<float>() + r * y.dims[1]; });
+  });
 }
 
 static void linear(const Operands& o, const Worker& worker) {
@@ -285,14 +325,13 @@ static void quantize_row(const float* x, int64_t k, int8_t* row) {
     for (int i = 0; i < GROUP; i += W) tops = max(tops, max(load(in + i), -load(in + i)));
     const float top = largest(tops), inverse = top > 0 ? 127.f / top : 0.f;
     for (int half = 0; half < 2; half++) {
-      int32_t total = 0;
-      for (int i = half * HALF; i < (half + 1) * HALF; i++) {
-        // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number, ties to even.
-        const int32_t steps = static_cast<int32_t>(in[i] * inverse + 12582912.f - 12582912.f);
-        row[g * GROUP + i] = static_cast<int8_t>(steps);
+      vi total = {};
+      for (int i = half * HALF; i < (half + 1) * HALF; i += W) {
+        const vi steps = round_steps(load(in + i) * inverse);
+        store_bytes(row + g * GROUP + i, steps);
         total += steps;
       }
-      sums[2 * g + half] = total;
+      sums[2 * g + half] = static_cast<int32_t>(sum(to_float(total)));  // small whole numbers: exact
     }
     scales[g] = top / 127.f;
   }

@@ -80,6 +80,9 @@ static inline vf exp(vf x) {
   return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
+// The nearest whole numbers, ties to even, of numbers below 2^22: 1.5 * 2^23 + x has them as its last bits.
+static inline vi round_steps(vf x) { return (vi)(x + 12582912.f) - 0x4b400000; }
+
 static inline float exp(float x) { return exp(splat(x))[0]; }
 
 // 2^x to about 2 units in the last place, for x from -126 to 0; below, 2^-126.

@@ -62,12 +62,29 @@ export const KERNELS: Record<OpName, Kernel> = {
       }
   },
 
+  gatedLinear([x, gate, up], [y]) {
+    const [n, k] = gate.dims;
+    for (let r = 0; r < x.dims[0]; r++)
+      for (let j = 0; j < n; j++) y.data[r * n + j] = gated(dot(x.data, r * k, gate.data, j * k, k), dot(x.data, r * k, up.data, j * k, k));
+  },
+
+  groupedGatedLinear([x, gate, up, order, offsets], [y], { slots }) {
+    const [experts, n, k] = gate.dims;
+    for (let e = 0; e < experts; e++)
+      for (let i = offsets.data[e]; i < offsets.data[e + 1]; i++) {
+        const slot = order.data[i];
+        const at = Math.floor(slot / slots) * k;
+        for (let j = 0; j < n; j++)
+          y.data[slot * n + j] = gated(dot(x.data, at, gate.data, (e * n + j) * k, k), dot(x.data, at, up.data, (e * n + j) * k, k));
+      }
+  },
+
   add([a, b], [y]) {
     for (let i = 0; i < y.data.length; i++) y.data[i] = a.data[i] + b.data[i];
   },
 
   siluMul([gate, up], [y]) {
-    for (let i = 0; i < y.data.length; i++) y.data[i] = (gate.data[i] / (1 + Math.exp(-gate.data[i]))) * up.data[i];
+    for (let i = 0; i < y.data.length; i++) y.data[i] = gated(gate.data[i], up.data[i]);
   },
 
   angles([positions], [y], { dim, theta }) {
@@ -236,6 +253,10 @@ function dot(a: Numbers, i: number, b: Numbers, j: number, n: number): number {
   let sum = 0;
   for (let k = 0; k < n; k++) sum += a[i + k] * b[j + k];
   return sum;
+}
+
+function gated(gate: number, up: number): number {
+  return (gate / (1 + Math.exp(-gate))) * up;
 }
 
 function softmax(x: readonly number[]): number[] {

@@ -92,6 +92,11 @@ export class Graph {
    */
   groupedLinear = (x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, slots: number, bias?: Tensor) =>
     this.#one("groupedLinear", [this.#activations(x, weight), weight, order, offsets, bias], { slots });
+  /** `silu(x . gate^T) * (x . up^T)` in one pass (https://arxiv.org/abs/2002.05202): x [rows, k], gate and up [n, k] to [rows, n]. */
+  gatedLinear = (x: Tensor, gate: Tensor, up: Tensor) => this.#one("gatedLinear", [this.#activations(x, gate), gate, up]);
+  /** The same of each expert slot with the matrices of its expert, as `groupedLinear`. */
+  groupedGatedLinear = (x: Tensor, gate: Tensor, up: Tensor, order: Tensor, offsets: Tensor, slots: number) =>
+    this.#one("groupedGatedLinear", [this.#activations(x, gate), gate, up, order, offsets], { slots });
   add = (a: Tensor, b: Tensor) => this.#one("add", [a, b]);
   /** `silu(gate) * up` (https://arxiv.org/abs/2002.05202). */
   siluMul = (gate: Tensor, up: Tensor) => this.#one("siluMul", [gate, up]);

@@ -60,6 +60,19 @@ function biasFits(bias: Tensor | undefined, shape: Shape): boolean {
   return !bias || (bias.dtype === "f32" && sameShape(bias.shape, shape));
 }
 
+/** Two matrices of the same shape and format, and activations for them. */
+function gatesFit(x: Tensor | undefined, gate: Tensor | undefined, up: Tensor | undefined, rank: number): boolean {
+  return (
+    x?.shape.length === 2 &&
+    gate?.shape.length === rank &&
+    up !== undefined &&
+    gate.dtype === up.dtype &&
+    sameShape(gate.shape, up.shape) &&
+    x.dtype === MATRIX_INPUTS[gate.dtype] &&
+    sameDim(x.shape[1], gate.shape[rank - 1])
+  );
+}
+
 function cacheFits(keys: Tensor, values: Tensor, segments: Tensor, pages: Tensor): boolean {
   const [blocks, heads, tokens, dim] = values.shape;
   return (
@@ -110,6 +123,22 @@ export const OPS = {
       matches(offsets, "i32", 1) &&
       biasFits(bias, w.shape.slice(0, 2))
         ? [f32(order.shape[0], w.shape[1])]
+        : null,
+    gradient: null,
+  },
+  gatedLinear: {
+    params: [],
+    outputs: ([x, gate, up]) => (gatesFit(x, gate, up, 2) ? [f32(x.shape[0], gate.shape[0])] : null),
+    gradient: null,
+  },
+  groupedGatedLinear: {
+    params: ["slots"],
+    outputs: ([x, gate, up, order, offsets], { slots }) =>
+      gatesFit(x, gate, up, 3) &&
+      matches(order, "i32", 1) &&
+      sameDim(order.shape[0], times(x.shape[0], slots)) &&
+      matches(offsets, "i32", 1)
+        ? [f32(order.shape[0], gate.shape[1])]
         : null,
     gradient: null,
   },

@@ -94,7 +94,8 @@ function linears(): Case[] {
         const b = new Builder();
         const bias = i % 2 ? b.weight("bias", [n]) : undefined;
         const y = b.g.linear(b.rows("x", rows, k), b.weight("w", [n, k], dtype), bias);
-        return b.done(`linear ${dtype} rows ${rows} [${n},${k}]${bias ? " bias" : ""}`, [y], { rows }, LINEAR_TOLERANCE[dtype]);
+        const gated = b.g.gatedLinear(b.rows("z", rows, k), b.weight("gate", [n, k], dtype), b.weight("up", [n, k], dtype));
+        return b.done(`linear ${dtype} rows ${rows} [${n},${k}]${bias ? " bias" : ""}`, [y, gated], { rows }, LINEAR_TOLERANCE[dtype]);
       }),
     ),
   );
@@ -116,10 +117,18 @@ function groupedLinears(): Case[] {
         const { order, offsets } = b.g.group(b.input("experts", [symbol("rows"), slots], chosen), experts);
         const h = b.g.groupedLinear(b.rows("x", rows, k), b.weight("up", [experts, n, k], dtype), order, offsets, slots);
         const y = b.g.groupedLinear(h, b.weight("down", [experts, k, n], dtype), order, offsets, 1, b.weight("bias", [experts, k]));
+        const gated = b.g.groupedGatedLinear(
+          b.rows("z", rows, k),
+          b.weight("gate", [experts, n, k], dtype),
+          b.weight("open", [experts, n, k], dtype),
+          order,
+          offsets,
+          slots,
+        );
         const weights = b.input("weights", [symbol("rows"), slots], noise(rows * slots, 99));
         return b.done(
           `groupedLinear ${dtype} rows ${rows} experts ${experts}`,
-          [h, b.g.combine(y, weights)],
+          [h, b.g.combine(y, weights), gated],
           { rows },
           dtype === "f32" || dtype === "f16" ? 2e-6 : 4e-3,
         );

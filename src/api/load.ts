@@ -1,5 +1,6 @@
 /** From a model folder to an engine that is ready to run: opens files, checks them, chooses formats, loads weights. */
 import type { Backend, WeightSource } from "../backend/backend.ts";
+import { physicalCores } from "../backend/cores.ts";
 import { nativeBackend } from "../backend/native.ts";
 import { referenceBackend } from "../backend/reference.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
@@ -9,6 +10,7 @@ import { type ErnieConfig, readConfig } from "../model/config.ts";
 import { parameterDtype, parameters } from "../model/ernie.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
+import { thisMachine, warningsFor } from "./room.ts";
 
 /** Formats of the weight matrices; `auto` takes each as it is stored. Norms, biases and the router are float32 always. */
 export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8" | "int4";
@@ -43,7 +45,7 @@ export function kvCacheName(dtype: KvDtype): KvCacheDtype {
 export interface LoadOptions {
   /** Default `auto`. */
   readonly dtype?: WeightDtype | (string & {});
-  /** Threads that compute; default: as many as there are cores. */
+  /** Threads that compute; default: one a physical core. */
   readonly threads?: number;
   /** `auto` and `cpu` are the native CPU backend; `reference` is the slow one in TypeScript that defines every op. Default `auto`. */
   readonly device?: "auto" | "cpu" | "reference" | (string & {});
@@ -55,6 +57,8 @@ export interface LoadOptions {
   readonly kv_cache_tokens?: number;
   /** Tokens of a prompt that one step computes at most. Default 512. */
   readonly chunk_size?: number;
+  /** Told what will make the model slow on this machine: weights larger than memory, more threads than cores. Default: a warning of the process. */
+  readonly warning_callback?: (message: string) => void;
 }
 
 export interface LoadedModel {
@@ -90,6 +94,8 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   });
   const backend = openBackend(options);
   try {
+    const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
+    for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
     const engine = new Engine({
       config,

@@ -47,5 +47,8 @@ export async function openTokenizer(folder: string): Promise<Tokenizer> {
 /** Loads the weights of a folder. The caller disposes of the model. */
 export async function openModel(folder: string, flags: ModelFlags): Promise<CausalLM> {
   const { AutoModelForCausalLM } = await import("../api/model.ts");
-  return AutoModelForCausalLM.from_pretrained(folder, loadOptions(flags));
+  return AutoModelForCausalLM.from_pretrained(folder, {
+    ...loadOptions(flags),
+    warning_callback: (message) => notice(`mixtape: ${message}`),
+  });
 }

@@ -66,7 +66,7 @@ export function addModelOption(command: Command): Command {
 export function addModelOptions(command: Command): Command {
   addModelOption(command)
     .addOption(new Option("--dtype <format>", "format of the weights in memory").choices(DTYPES).default("auto"))
-    .option("--threads <n>", "threads that compute (default: one a core)", whole(1))
+    .option("--threads <n>", "threads that compute (default: one a physical core)", whole(1))
     .addOption(new Option("--device <name>", "where to compute").choices(["auto", "cpu", "reference"]).default("auto"));
   command
     .addOption(

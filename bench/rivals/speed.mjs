@@ -103,7 +103,10 @@ function start(model) {
       child.once("message", resolve);
       child.once("exit", (code) => reject(new Error(`${model}: its process ended with ${code}`)));
     });
-  return { ready: answer(), ask: () => (child.send("round"), answer()), stop: () => child.kill("SIGKILL") };
+  return { ready: answer(), ask: () => {
+      child.send("round");
+      return answer();
+    }, stop: () => child.kill("SIGKILL") };
 }
 
 async function main() {

@@ -57,6 +57,10 @@ export interface LoadOptions {
   readonly kv_cache_tokens?: number;
   /** Tokens of a prompt that one step computes at most. Default 512. */
   readonly chunk_size?: number;
+  /** Keep what full blocks of the KV cache hold, for prompts that begin alike. Default true. */
+  readonly prefix_cache?: boolean;
+  /** Requests that are computed at the same time; others wait. Default 512. */
+  readonly max_sequences?: number;
   /** Told what will make the model slow on this machine: weights larger than memory, more threads than cores. Default: a warning of the process. */
   readonly warning_callback?: (message: string) => void;
 }
@@ -105,6 +109,8 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
       kvDtype: options.kv_cache_dtype && KV_DTYPES[options.kv_cache_dtype],
       kvTokens: options.kv_cache_tokens,
       maxRows: options.chunk_size,
+      prefixCache: options.prefix_cache,
+      maxSequences: options.max_sequences,
     });
     return { config, checkpoint, engine, backend, weights };
   } catch (error) {

@@ -202,12 +202,17 @@ export const KERNELS: Record<OpName, Kernel> = {
     });
   },
 
-  processLogits([logits, floats, ints, history, biasIds, biasValues], [y]) {
+  processLogits([logits, floats, ints, history, biasIds, biasValues, masks], [y]) {
     const [rows, vocab] = logits.dims;
     for (let r = 0; r < rows; r++) {
       const c = controls(floats, ints, r);
       const x = [...logits.data.subarray(r * vocab, (r + 1) * vocab)];
       for (let i = c.biasStart; i < c.biasStart + c.biasCount; i++) x[biasIds.data[i]] += biasValues.data[i];
+      if (c.mask >= 0)
+        for (let i = 0; i < vocab; i++) {
+          const word = masks.data[c.mask * masks.dims[1] + (i >> 5)];
+          if (!((word >> (i & 31)) & 1)) x[i] = Number.NEGATIVE_INFINITY;
+        }
       const seen = [...history.data.subarray(c.historyStart, c.historyStart + c.historyCount)];
       for (const id of new Set(seen)) x[id] = x[id] < 0 ? x[id] * c.repetitionPenalty : x[id] / c.repetitionPenalty;
       const generated = seen.slice(c.promptCount);

@@ -10,16 +10,18 @@ import { addExport } from "./export.ts";
 import { fail, quietOnClosedPipe } from "./failure.ts";
 import { addGenerate } from "./generate.ts";
 import { addInfo } from "./info.ts";
+import { addKeys } from "./keys.ts";
 import { examples } from "./options.ts";
 import { addPull } from "./pull.ts";
 import { addQuantize } from "./quantize.ts";
 import { addRouting } from "./routing.ts";
+import { addServe } from "./serve.ts";
 import { addVerify } from "./verify.ts";
 
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
 
 const program = new Command("mixtape")
-  .description("Run ERNIE-4.5 mixture-of-experts language models in the terminal.")
+  .description("Run and serve ERNIE-4.5 mixture-of-experts language models.")
   .version(version, "-V, --version", "print the version")
   .helpOption("-h, --help", "print help")
   .helpCommand("help [command]", "print the help of a command")
@@ -39,7 +41,8 @@ const program = new Command("mixtape")
       "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
   );
 
-for (const add of [addChat, addGenerate, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench]) add(program);
+const commands = [addChat, addGenerate, addServe, addKeys, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench];
+for (const add of commands) add(program);
 
 quietOnClosedPipe();
 try {

@@ -127,7 +127,15 @@ export class Graph {
   gather = (x: Tensor, index: Tensor) => this.#one("gather", [x, index]);
   /** Applies each row's logits processors; see `engine/sampling.ts` for the columns of the controls. */
   processLogits = (logits: Tensor, sampling: SamplingInputs) =>
-    this.#one("processLogits", [logits, sampling.floats, sampling.ints, sampling.history, sampling.biasIds, sampling.biasValues]);
+    this.#one("processLogits", [
+      logits,
+      sampling.floats,
+      sampling.ints,
+      sampling.history,
+      sampling.biasIds,
+      sampling.biasValues,
+      sampling.masks,
+    ]);
   /** Chooses a token a row, greedily or at random, and gives its log-probability by the unprocessed logits. */
   sample = (logits: Tensor, processed: Tensor, sampling: SamplingInputs) => {
     const [ids, logprobs] = this.call("sample", [logits, processed, sampling.floats, sampling.ints]);
@@ -159,6 +167,8 @@ export interface SamplingInputs {
   readonly history: Tensor;
   readonly biasIds: Tensor;
   readonly biasValues: Tensor;
+  /** [masks, words]: bits of the ids that are allowed. */
+  readonly masks: Tensor;
 }
 
 /** Shapes of a cache of so many blocks. */

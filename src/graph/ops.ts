@@ -25,7 +25,7 @@ export interface Op {
 
 /** Columns of the sampling controls [outs, n], in order. Kernels index by these positions. */
 export const SAMPLING_FLOATS = ["temperature", "topP", "minP", "repetitionPenalty", "presencePenalty", "frequencyPenalty"] as const;
-/** `history*` and `bias*` are ranges in the concatenated lists; `prompt` counts the prompt's tokens in the history. `seed` and `step` drive the random draw. */
+/** `mask` is a row of the masks, -1 for none. `history*` and `bias*` are ranges in the concatenated lists; `prompt` counts the prompt's tokens in the history. `seed` and `step` drive the random draw. */
 export const SAMPLING_INTS = [
   "topK",
   "noRepeatNgram",
@@ -37,6 +37,7 @@ export const SAMPLING_INTS = [
   "promptCount",
   "biasStart",
   "biasCount",
+  "mask",
 ] as const;
 
 const MATRIX_INPUTS: Partial<Record<Dtype, Dtype>> = { f32: "f32", f16: "f32", bf16: "bf16pair", int8: "int8row", int4: "int8row" };
@@ -217,8 +218,13 @@ export const OPS = {
   /** The second output is scratch. */
   processLogits: {
     params: [],
-    outputs: ([logits, floats, ints, history, biasIds, biasValues]) =>
-      samplingFits(logits, floats, ints) && matches(history, "i32", 1) && matches(biasIds, "i32", 1) && matches(biasValues, "f32", 1)
+    outputs: ([logits, floats, ints, history, biasIds, biasValues, masks]) =>
+      samplingFits(logits, floats, ints) &&
+      matches(history, "i32", 1) &&
+      matches(biasIds, "i32", 1) &&
+      matches(biasValues, "f32", 1) &&
+      matches(masks, "i32", 2) &&
+      masks.shape[1] === Math.ceil(Number(logits.shape[1]) / 32)
         ? [f32(...logits.shape), i32(...logits.shape)]
         : null,
     gradient: null,

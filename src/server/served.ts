@@ -7,6 +7,7 @@ import type { Sampling } from "../engine/sampling.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import type { Message } from "../tokenizer/template.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import type { Grammars } from "./grammar.ts";
 
 /** A loaded model under the name that clients know it by. */
 export interface ServedModel {
@@ -16,6 +17,7 @@ export interface ServedModel {
   readonly config: ErnieConfig;
   readonly tokenizer: Tokenizer;
   readonly engine: Engine;
+  readonly grammars: Grammars;
   /** generation_config.json: defaults of the sampling controls. */
   readonly generationConfig: Readonly<Record<string, unknown>>;
 }

@@ -286,7 +286,9 @@ function samplers(): Case[] {
     const b = new Builder();
     const outs = controls.length;
     const tokens = Array.from({ length: 40 }, (_, i) => (i * i) % vocab);
-    const laid = layOut(controls.map((c) => ({ sampling: { ...GREEDY, ...c }, tokens, promptCount: 20 })));
+    const laid = layOut(
+      controls.map((c, i) => ({ sampling: { ...GREEDY, ...c }, tokens, promptCount: 20, mask: i % 3 === 1 ? someOf(vocab, i) : null })),
+    );
     const logits = b.input(
       "logits",
       [symbol("outs"), vocab],
@@ -298,14 +300,20 @@ function samplers(): Case[] {
       history: b.input("history", [symbol("history")], laid.history),
       biasIds: b.input("biasIds", [symbol("biases")], laid.biasIds),
       biasValues: b.input("biasValues", [symbol("biases")], laid.biasValues),
+      masks: b.input("masks", [symbol("masks"), Math.ceil(vocab / 32)], laid.masks),
     };
     const processed = b.g.processLogits(logits, sampling);
     const { ids, logprobs } = b.g.sample(logits, processed, sampling);
     return b.done(
       `processLogits sample vocabulary ${vocab}`,
       [processed, ids, logprobs],
-      { outs, history: laid.history.length, biases: laid.biasIds.length },
+      { outs, history: laid.history.length, biases: laid.biasIds.length, masks: laid.masks.length / Math.ceil(vocab / 32) },
       1e-6,
     );
   });
+}
+
+/** A mask that allows about half of the ids. */
+function someOf(vocab: number, seed: number): Int32Array {
+  return Int32Array.from(noise(Math.ceil(vocab / 32), seed), (x) => Math.trunc(x * 2 ** 31));
 }

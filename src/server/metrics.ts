@@ -1,0 +1,135 @@
+/** What operators watch, in Prometheus' text format. Names are those of deploy/grafana/mixtape.json. */
+import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
+import type { Engine } from "../engine/engine.ts";
+import type { ServedModel, Usage } from "./served.ts";
+import type { Observer } from "./services.ts";
+
+const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
+const ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+
+export class Metrics implements Observer {
+  readonly registry = new Registry();
+  readonly #requests: Counter;
+  readonly #inProgress: Gauge;
+  readonly #firstToken: Histogram;
+  readonly #nextToken: Histogram;
+  readonly #tokens: Counter;
+  readonly #steps: Histogram;
+  readonly #rows: Histogram;
+  readonly #sequences: Histogram;
+  readonly #watched = new WeakSet<Engine>();
+
+  /** @param models those in memory, asked whenever somebody reads the metrics */
+  constructor(models: () => readonly ServedModel[]) {
+    const registers = [this.registry];
+    const labelNames = ["model"];
+    collectDefaultMetrics({ register: this.registry, prefix: "mixtape_" });
+    this.#requests = new Counter({
+      name: "mixtape_requests_total",
+      help: "Requests by route and status.",
+      labelNames: ["route", "status"],
+      registers,
+    });
+    this.#inProgress = new Gauge({ name: "mixtape_requests_in_progress", help: "Requests that are answered or wait.", registers });
+    this.#firstToken = new Histogram({
+      name: "mixtape_time_to_first_token_seconds",
+      help: "From a request to its answer's first text, waiting included.",
+      labelNames,
+      buckets: SECONDS,
+      registers,
+    });
+    this.#nextToken = new Histogram({
+      name: "mixtape_time_between_tokens_seconds",
+      help: "Between two pieces of an answer's text.",
+      labelNames,
+      buckets: SECONDS,
+      registers,
+    });
+    this.#tokens = new Counter({
+      name: "mixtape_tokens_total",
+      help: "Tokens of prompts, those of them from the prefix cache, and of answers.",
+      labelNames: ["model", "kind"],
+      registers,
+    });
+    this.#steps = new Histogram({
+      name: "mixtape_step_seconds",
+      help: "Time of a step of the model.",
+      labelNames,
+      buckets: SECONDS,
+      registers,
+    });
+    this.#rows = new Histogram({ name: "mixtape_step_rows", help: "Tokens that a step computes.", labelNames, buckets: ROWS, registers });
+    this.#sequences = new Histogram({
+      name: "mixtape_step_sequences",
+      help: "Requests that share a step.",
+      labelNames,
+      buckets: ROWS,
+      registers,
+    });
+    const gauge = (name: string, help: string, of: (stats: ReturnType<Engine["stats"]>) => number) =>
+      new Gauge({
+        name,
+        help,
+        labelNames,
+        registers,
+        collect() {
+          this.reset();
+          for (const { name: model, engine } of models()) this.set({ model }, of(engine.stats()));
+        },
+      });
+    gauge("mixtape_sequences_running", "Requests that have cache blocks.", (s) => s.running);
+    gauge("mixtape_sequences_waiting", "Requests that wait for theirs.", (s) => s.waiting);
+    gauge("mixtape_kv_blocks", "Blocks of the KV cache, of 32 tokens each.", (s) => s.blocks.count);
+    gauge("mixtape_kv_blocks_held", "Those that requests hold.", (s) => s.blocks.count - s.blocks.free);
+    gauge("mixtape_kv_blocks_remembered", "Those that nobody holds and the prefix cache remembers.", (s) => s.blocks.remembered);
+    gauge("mixtape_preemptions", "Requests that gave their blocks up to others so far.", (s) => s.preemptions);
+    new Gauge({
+      name: "mixtape_expert_load",
+      help: "How often an expert was chosen, in the steps that are looked at (every sixteenth).",
+      labelNames: ["model", "layer", "expert"],
+      registers,
+      collect() {
+        this.reset();
+        for (const { name: model, engine } of models())
+          engine.stats().expertLoad.forEach((load, layer) => {
+            load.forEach((count, expert) => {
+              this.set({ model, layer, expert }, count);
+            });
+          });
+      },
+    });
+  }
+
+  /** Follows an engine's steps. */
+  watch({ name: model, engine }: ServedModel): void {
+    if (this.#watched.has(engine)) return;
+    this.#watched.add(engine);
+    engine.onStep = ({ seconds, rows, sequences }) => {
+      this.#steps.observe({ model }, seconds);
+      this.#rows.observe({ model }, rows);
+      this.#sequences.observe({ model }, sequences);
+    };
+  }
+
+  inProgress(count: number): void {
+    this.#inProgress.set(count);
+  }
+
+  request(route: string, status: number): void {
+    this.#requests.inc({ route, status });
+  }
+
+  firstToken(model: string, seconds: number): void {
+    this.#firstToken.observe({ model }, seconds);
+  }
+
+  nextToken(model: string, seconds: number): void {
+    this.#nextToken.observe({ model }, seconds);
+  }
+
+  answered(model: string, { promptTokens, cachedTokens, completionTokens }: Usage): void {
+    this.#tokens.inc({ model, kind: "prompt" }, promptTokens);
+    this.#tokens.inc({ model, kind: "cached" }, cachedTokens);
+    this.#tokens.inc({ model, kind: "completion" }, completionTokens);
+  }
+}

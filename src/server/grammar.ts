@@ -3,11 +3,12 @@
  * grammars are xgrammar's; this file turns them into what the engine asks for, and keeps those that were compiled.
  */
 import { createHash } from "node:crypto";
-import { type CompiledGrammar, GrammarCompiler, GrammarMatcher, TokenizerInfo } from "@mlc-ai/web-xgrammar";
+import type { CompiledGrammar, GrammarCompiler } from "@mlc-ai/web-xgrammar";
 import type { Constraint } from "../engine/sequence.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { ServerError } from "./errors.ts";
 import type { ToolDefinition } from "./served.ts";
+import { loadXGrammar, type XGrammar } from "./xgrammar.ts";
 
 /** What an answer must be. */
 export type Shape =
@@ -21,22 +22,26 @@ const KEPT = 64;
 
 /** Grammars for one model's tokens. */
 export class Grammars {
-  readonly #compiler: Promise<GrammarCompiler>;
+  readonly #tokenizer: Tokenizer;
+  readonly #vocabSize: number;
   readonly #stopIds: number[];
+  /** Made when first needed: it reads the whole vocabulary. */
+  #library: Promise<{ xgrammar: XGrammar; compiler: GrammarCompiler }> | null = null;
   /** The most recently used last. */
   readonly #compiled = new Map<string, Promise<CompiledGrammar>>();
 
   /** @param vocabSize of the model, which may have more rows than the tokenizer has tokens */
   constructor(tokenizer: Tokenizer, vocabSize: number, stopIds: readonly number[]) {
+    this.#tokenizer = tokenizer;
+    this.#vocabSize = vocabSize;
     this.#stopIds = [...stopIds];
-    this.#compiler = createCompiler(tokenizer, vocabSize, this.#stopIds);
-    this.#compiler.catch(() => {}); // whoever asks for a grammar hears of it
   }
 
   /** @throws ServerError `invalid_request` naming `param` when the schema cannot be enforced */
   async constraint(shape: Shape, param: string): Promise<Constraint> {
     const grammar = await this.#find(shape, param);
-    const matcher = await GrammarMatcher.createGrammarMatcher(grammar, this.#stopIds);
+    const { xgrammar } = await this.#open();
+    const matcher = await xgrammar.GrammarMatcher.createGrammarMatcher(grammar, this.#stopIds);
     return {
       async next() {
         return matcher.isTerminated() ? null : await matcher.getNextTokenBitmask();
@@ -47,6 +52,11 @@ export class Grammars {
         if (matcher.isTerminated()) matcher.dispose();
       },
     };
+  }
+
+  #open(): Promise<{ xgrammar: XGrammar; compiler: GrammarCompiler }> {
+    this.#library ??= open(this.#tokenizer, this.#vocabSize, this.#stopIds);
+    return this.#library;
   }
 
   async #find(shape: Shape, param: string): Promise<CompiledGrammar> {
@@ -71,7 +81,7 @@ export class Grammars {
   }
 
   async #compile(shape: Shape): Promise<CompiledGrammar> {
-    const compiler = await this.#compiler;
+    const { compiler } = await this.#open();
     switch (shape.kind) {
       case "json":
         return compiler.compileBuiltinJSONGrammar();
@@ -99,7 +109,12 @@ export class Grammars {
   }
 }
 
-async function createCompiler(tokenizer: Tokenizer, vocabSize: number, stopIds: readonly number[]): Promise<GrammarCompiler> {
+async function open(
+  tokenizer: Tokenizer,
+  vocabSize: number,
+  stopIds: readonly number[],
+): Promise<{ xgrammar: XGrammar; compiler: GrammarCompiler }> {
+  const xgrammar = loadXGrammar();
   const special = new Set(tokenizer.all_special_ids);
   const stops = new Set(stopIds);
   const pieces = Array.from({ length: vocabSize }, (_, id) => {
@@ -107,8 +122,8 @@ async function createCompiler(tokenizer: Tokenizer, vocabSize: number, stopIds: 
     if (id >= tokenizer.size || (special.has(id) && !stops.has(id))) return "";
     return tokenizer.convert_ids_to_tokens(id) as string;
   });
-  const info = await TokenizerInfo.createTokenizerInfo(pieces, "byte_fallback", false, vocabSize, [...stopIds]);
-  return GrammarCompiler.createGrammarCompiler(info, false);
+  const info = await xgrammar.TokenizerInfo.createTokenizerInfo(pieces, "byte_fallback", false, vocabSize, [...stopIds]);
+  return { xgrammar, compiler: await xgrammar.GrammarCompiler.createGrammarCompiler(info, false) };
 }
 
 function reason(cause: unknown): string {

@@ -5,24 +5,26 @@ export interface ErrorBody {
   readonly error: { readonly message: string; readonly type: string; readonly param: string | null; readonly code: ErrorCode };
 }
 
-/** What Fastify and its validators throw. */
+/** What Fastify and zod's validator for it throw. */
 interface FrameworkError {
   readonly code?: string;
   readonly statusCode?: number;
   readonly message: string;
-  readonly validation?: readonly {
-    readonly instancePath?: string;
-    readonly message?: string;
-    readonly params?: { readonly issue?: Issue };
-  }[];
+  readonly validation?: readonly Finding[];
 }
 
-/** A zod issue. */
+interface Finding {
+  readonly keyword?: string;
+  /** Like `/messages/2/content`. */
+  readonly instancePath?: string;
+  readonly message?: string;
+  readonly params?: { readonly keys?: readonly string[]; readonly errors?: readonly (readonly Issue[])[] };
+}
+
+/** A zod issue of one branch of a union. */
 interface Issue {
-  readonly code?: string;
   readonly path?: readonly (string | number)[];
   readonly message?: string;
-  readonly keys?: readonly string[];
 }
 
 /** Status, body and headers of a failure. What is not meant for clients becomes `internal`, without its text. */
@@ -58,13 +60,19 @@ export function serverError(error: unknown): ServerError {
   return new ServerError("internal", "something went wrong here; the server's log has more under this request's id", { cause: error });
 }
 
-function invalid({ instancePath = "", message, params }: NonNullable<FrameworkError["validation"]>[number]): ServerError {
-  const issue = params?.issue;
-  const path = issue?.path ?? instancePath.split("/").slice(1);
-  const param = [...path, ...(issue?.code === "unrecognized_keys" ? (issue.keys?.slice(0, 1) ?? []) : [])].reduce<string>(
-    (at, key) => (/^\d+$/.test(String(key)) ? `${at}[${key}]` : at ? `${at}.${String(key)}` : String(key)),
-    "",
-  );
-  const text = issue?.code === "unrecognized_keys" ? "is not a field that is known here" : (issue?.message ?? message ?? "is not valid");
-  return new ServerError("invalid_request", param ? `${param}: ${text}` : text, { param: param || undefined });
+/** The first finding as a sentence, and the field that it is about. */
+function invalid({ keyword, instancePath = "", message = "is not valid", params }: Finding): ServerError {
+  const path = instancePath.split("/").filter((key) => key !== "");
+  if (keyword === "unrecognized_keys") return about([...path, ...(params?.keys ?? []).slice(0, 1)], "there is no such field here");
+  // Of a union, the branch that got furthest tells most.
+  const furthest = (params?.errors ?? [])
+    .flat()
+    .reduce<Issue | null>((best, issue) => ((issue.path?.length ?? 0) > (best?.path?.length ?? 0) ? issue : best), null);
+  if (furthest) return about([...path, ...(furthest.path ?? [])], furthest.message ?? message);
+  return about(path, message);
+}
+
+function about(path: readonly (string | number)[], what: string): ServerError {
+  const param = path.reduce<string>((at, key) => (/^\d+$/.test(String(key)) ? `${at}[${key}]` : at ? `${at}.${key}` : String(key)), "");
+  return new ServerError("invalid_request", param ? `${param}: ${what}` : what, { param: param || undefined });
 }

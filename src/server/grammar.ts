@@ -27,6 +27,8 @@ export class Grammars {
   readonly #stopIds: number[];
   /** Made when first needed: it reads the whole vocabulary. */
   #library: Promise<{ xgrammar: XGrammar; compiler: GrammarCompiler }> | null = null;
+  /** Tries schemas out: what it cannot take ends the whole instance, which must not be one that answers depend on. */
+  #probe: XGrammar | null = null;
   /** The most recently used last. */
   readonly #compiled = new Map<string, Promise<CompiledGrammar>>();
 
@@ -80,7 +82,20 @@ export class Grammars {
     }
   }
 
+  async #tryOut(schemas: readonly object[]): Promise<void> {
+    this.#probe ??= loadXGrammar();
+    const { Grammar } = this.#probe;
+    try {
+      for (const schema of schemas) (await Grammar.fromJSONSchema(JSON.stringify(schema), false)).dispose();
+    } catch (error) {
+      this.#probe = null;
+      throw error;
+    }
+  }
+
   async #compile(shape: Shape): Promise<CompiledGrammar> {
+    if (shape.kind === "schema") await this.#tryOut([shape.schema]);
+    if (shape.kind === "calls") await this.#tryOut(shape.tools.map((tool) => tool.parameters ?? {}));
     const { compiler } = await this.#open();
     switch (shape.kind) {
       case "json":

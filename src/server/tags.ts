@@ -53,7 +53,7 @@ export class TagSplitter {
   finish(): Piece[] {
     const pieces: Piece[] = [];
     this.#emit(this.#take(this.#held.length), pieces);
-    if (this.#state === "tool") this.#enter("</tool_call>", pieces);
+    if (this.#call) pieces.push(...this.#call.finish().filter((piece) => piece.kind === "toolCall")); // half a call is no answer
     return pieces;
   }
 

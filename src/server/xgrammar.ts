@@ -3,19 +3,14 @@
  * loses when it is imported: it is run here as the script that it is.
  */
 import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
-import { dirname } from "node:path";
-import { compileFunction, constants } from "node:vm";
+import Module, { createRequire } from "node:module";
 
-export type XGrammar = Pick<typeof import("@mlc-ai/web-xgrammar"), "GrammarCompiler" | "GrammarMatcher" | "TokenizerInfo">;
+export type XGrammar = Pick<typeof import("@mlc-ai/web-xgrammar"), "Grammar" | "GrammarCompiler" | "GrammarMatcher" | "TokenizerInfo">;
 
+/** An instance of its own, with its own memory. */
 export function loadXGrammar(): XGrammar {
   const path = createRequire(import.meta.url).resolve("@mlc-ai/web-xgrammar");
-  const exports = {};
-  const script = compileFunction(readFileSync(path, "utf8"), ["exports", "require", "module", "__filename", "__dirname"], {
-    filename: path,
-    importModuleDynamically: constants.USE_MAIN_CONTEXT_DEFAULT_LOADER,
-  });
-  script(exports, createRequire(path), { exports }, path, dirname(path));
-  return exports as XGrammar;
+  const script = new Module(path) as Module & { _compile(text: string, path: string): void };
+  script._compile(readFileSync(path, "utf8"), path);
+  return script.exports as XGrammar;
 }

@@ -41,9 +41,6 @@ export function errorBody(error: unknown): { status: number; body: ErrorBody; he
 
 export function serverError(error: unknown): ServerError {
   if (error instanceof ServerError) return error;
-  // The engine and the library refuse what makes no sense with a RangeError that says what was seen.
-  if (error instanceof RangeError && !error.message.startsWith("internal:"))
-    return new ServerError("invalid_request", error.message, { cause: error });
   const { code, statusCode, message, validation } = error as FrameworkError;
   if (validation?.length) return invalid(validation[0]);
   switch (code) {
@@ -56,6 +53,9 @@ export function serverError(error: unknown): ServerError {
       return new ServerError("invalid_request", "the body is not valid JSON");
     default:
   }
+  // The engine and the library refuse what makes no sense with a RangeError that says what was seen.
+  if (error instanceof RangeError && !error.message.startsWith("internal:"))
+    return new ServerError("invalid_request", error.message, { cause: error });
   if (statusCode !== undefined && statusCode >= 400 && statusCode < 500) return new ServerError("invalid_request", message);
   return new ServerError("internal", "something went wrong here; the server's log has more under this request's id", { cause: error });
 }

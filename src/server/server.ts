@@ -40,7 +40,12 @@ export interface Server {
 export async function createServer(config: ServeConfig, logTo?: DestinationStream): Promise<Server> {
   const ring = config.keys ? await KeyRing.open(config.keys) : null;
   const app = Fastify({
-    ...(config.tls ? { https: readTls(config.tls) } : {}),
+    // Requests that do not arrive in time are looked for as often as matters to that time.
+    [config.tls ? "https" : "http"]: {
+      ...(config.tls ? readTls(config.tls) : {}),
+      connectionsCheckingInterval: Math.min(5000, config.requestTimeoutSeconds * 500),
+      headersTimeout: config.requestTimeoutSeconds * 1000,
+    },
     logger: {
       level: config.logLevel,
       // What is said stays between the model and those who ask: neither bodies nor keys are logged.

@@ -124,7 +124,10 @@ function Plot({ say, chart, samples }: { say: Say; chart: Chart; samples: readon
         cursor: { drag: { x: false, y: false } },
         scales: { y: { range: (_u, _min, max) => [0, Math.max(1, max * 1.1)] } },
         axes: [axis, axis],
-        series: [{}, ...chart.lines.map(([word], i) => ({ label: say(word), stroke: COLOURS[i], width: 2, spanGaps: true }))],
+        series: [
+          { label: say("time") },
+          ...chart.lines.map(([word], i) => ({ label: say(word), stroke: COLOURS[i], width: 2, spanGaps: true })),
+        ],
       },
       data,
       at.current,

@@ -42,10 +42,7 @@ async function open(options: Parameters<Browser["newContext"]>[0] = {}, url = ru
 async function ask(page: Page, text: string): Promise<void> {
   await page.getByLabel("Message", { exact: true }).fill(text);
   await page.keyboard.press("Enter");
-  await page
-    .getByText(/tokens\/s/)
-    .last()
-    .waitFor();
+  await page.getByRole("button", { name: "Answer again" }).last().waitFor();
 }
 
 describe.skipIf(!CHROMIUM)(`the page${why}`, () => {

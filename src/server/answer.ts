@@ -149,7 +149,7 @@ export class Answer {
     this.#call ??= new CallReader(this.#toolNames);
     const progress = this.#call.push(text);
     if (progress === null) return [];
-    const first = progress.name === undefined ? {} : { id: `call_${randomUUID().replaceAll("-", "")}`, name: progress.name };
+    const first = progress.name === undefined ? {} : { id: `call_${randomUUID().replaceAll("-", "").slice(0, 24)}`, name: progress.name };
     return [{ kind: "toolCall", index: this.#calls, ...first, arguments: progress.arguments }];
   }
 

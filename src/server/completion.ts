@@ -4,7 +4,7 @@
  */
 import { stopIdsOf } from "../api/generation.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
-import type { Constraint } from "../engine/sequence.ts";
+import type { Constraint, GeneratedToken, Request } from "../engine/sequence.ts";
 import { TokenizerError } from "../tokenizer/error.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { Answer } from "./answer.ts";
@@ -26,13 +26,13 @@ export interface EncodedPrompt {
  * `invalid_request` with the field.
  */
 export async function* complete(model: ServedModel, request: CompletionRequest): AsyncGenerator<CompletionEvent, void, undefined> {
-  const { engine, tokenizer, config, generationConfig } = model;
+  const { tokenizer, config, generationConfig } = model;
   const prompt = promptOf(tokenizer, request.prompt);
   const maxNewTokens = roomFor(model, prompt.tokens.length, request);
   const answer = new Answer(model, request, dialectOf(tokenizer), prompt);
   const constraint = await constraintOf(model, request, prompt.insideReasoning);
   const leave = new AbortController();
-  const stream = engine.submit({
+  const stream = submit(model, {
     tokens: prompt.tokens,
     sampling: request.sampling,
     maxNewTokens,
@@ -84,6 +84,18 @@ export function promptOf(tokenizer: Tokenizer, prompt: Prompt): EncodedPrompt {
     }
     default:
       return prompt satisfies never;
+  }
+}
+
+/** The engine's checks begin with the name of what they are about. */
+function submit({ engine }: ServedModel, request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
+  try {
+    return engine.submit(request);
+  } catch (cause) {
+    if (!(cause instanceof RangeError)) throw cause;
+    const param =
+      /^[a-z]+(?:_[a-z]+)+(?=[: ])|^temperature|^seed/.exec(cause.message)?.[0] ?? (/^token id/.test(cause.message) ? "prompt" : undefined);
+    throw new ServerError("invalid_request", cause.message, { cause, param });
   }
 }
 

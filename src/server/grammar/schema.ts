@@ -10,7 +10,7 @@ import { counts, numberOf, stringOf } from "./scalar.ts";
 const MAX_PARTS = 20_000;
 const MAX_DEPTH = 64;
 
-const OBJECT_KEYS = ["properties", "required", "additionalProperties", "minProperties", "maxProperties"];
+const OBJECT_KEYS = ["properties", "required", "additionalProperties", "propertyNames", "minProperties", "maxProperties"];
 const ARRAY_KEYS = ["items", "prefixItems", "additionalItems", "minItems", "maxItems"];
 const STRING_KEYS = ["minLength", "maxLength", "pattern", "format"];
 const NUMBER_KEYS = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"];
@@ -123,6 +123,8 @@ class SchemaReader {
     if (!isSchema(properties)) throw new SchemaError(`${path}/properties`, "properties must be an object of schemas");
     const required = list(schema["required"] ?? [], `${path}/required`).map(String);
     const more = schema["additionalProperties"];
+    const keys = schema["propertyNames"];
+    if (keys !== undefined && !isSchema(keys)) throw new SchemaError(`${path}/propertyNames`, "a schema must be an object");
     const [least, most] = counts(schema, "minProperties", "maxProperties", path);
     const names = [...Object.keys(properties), ...required.filter((name) => !Object.hasOwn(properties, name))];
     const member = (key: Expression, value: Expression) => sequence(key, COLON, value);
@@ -136,8 +138,11 @@ class SchemaReader {
     if (names.length === 0) {
       if (!open) return sequence(literal("{"), SPACE, literal("}"));
       if (least > 1) throw new SchemaError(path, "'minProperties' above 1 is not supported: a name might come twice");
-      return object(string(), more === undefined || more === true ? VALUE : value(""), least, most);
+      const key = keys === undefined ? string() : this.read({ type: "string", ...keys }, `${path}/propertyNames`, depth + 1);
+      return object(key, more === undefined || more === true ? VALUE : value(""), least, most);
     }
+    if (keys !== undefined && Object.keys(keys).some((key) => !SILENT.has(key) && key !== "type"))
+      throw new SchemaError(path, "'propertyNames' beside 'properties' is not supported");
     if (required.length < least) throw new SchemaError(path, `'minProperties' is ${least}, and only ${required.length} are required`);
     if (most < names.length || (open && most < MANY))
       throw new SchemaError(path, "'maxProperties' is not supported with fewer than there are properties");

@@ -39,7 +39,8 @@ export class Answer {
   #answered = 0;
   #released = 0;
   #reason: FinishReason | null = null;
-  #stopped = false;
+  /** A stop string has come, or all calls that are wanted: what follows is dropped. */
+  #cut = false;
   #usage: { -readonly [K in keyof Usage]: number };
 
   constructor(model: ServedModel, request: CompletionRequest, { thinks }: Dialect, prompt: Asked) {
@@ -85,12 +86,11 @@ export class Answer {
   /** The rest of the text, and the end. */
   finish(): CompletionEvent[] {
     const events: CompletionEvent[] = [];
-    const cut = this.#reason === "toolCalls" || this.#stopped;
-    if (!cut) {
+    if (!this.#cut) {
       const rest = this.#detokenizer.finish();
       this.#length += rest.length;
       const told = this.#tell([...this.#route(rest), ...(this.#splitter?.finish() ?? [])]);
-      const held = this.#stopped ? "" : this.#stops.finish();
+      const held = this.#cut ? "" : this.#stops.finish();
       this.#released += held.length;
       events.push(...this.#due(), ...told);
       if (held !== "") events.push({ kind: "text", channel: "answer", text: held });
@@ -113,7 +113,7 @@ export class Answer {
   #tell(pieces: readonly Piece[]): CompletionEvent[] {
     const events: CompletionEvent[] = [];
     for (const piece of pieces) {
-      if (this.over) break;
+      if (this.#cut) break;
       switch (piece.kind) {
         case "reasoning":
           events.push({ kind: "text", channel: "reasoning", text: piece.text });
@@ -139,7 +139,7 @@ export class Answer {
     this.#answered += piece.length;
     this.#released += text.length;
     if (stopped) {
-      this.#stopped = true;
+      this.#cut = true;
       this.#reason = "stop";
     }
     return text === "" ? [] : [{ kind: "text", channel: "answer", text }];
@@ -159,7 +159,10 @@ export class Answer {
     this.#call = null;
     if (!call.told) return this.#say(`${TAGS.call[0]}${call.raw}${whole ? TAGS.call[1] : ""}`);
     this.#calls++;
-    if (this.#request.prompt.kind === "chat" && this.#request.prompt.oneToolCall) this.#reason = "toolCalls";
+    if (this.#request.prompt.kind === "chat" && this.#request.prompt.oneToolCall) {
+      this.#cut = true;
+      this.#reason = "toolCalls";
+    }
     return [];
   }
 

@@ -19,6 +19,9 @@ export interface SplitterOptions {
   readonly insideReasoning: boolean;
 }
 
+/** Marks that stand before an answer, and are text within it. */
+const OPENING: readonly string[] = [TAGS.think[0], TAGS.response[0]];
+
 type Channel = "reasoning" | "answer" | "call";
 
 export class Splitter {
@@ -57,23 +60,19 @@ export class Splitter {
       let mark = "";
       for (const each of marks) {
         const found = rest.indexOf(each);
-        if (found >= 0 && found < at) [at, mark] = [found, each];
+        const opens = this.#channel === "answer" && OPENING.includes(each);
+        if (found >= 0 && found < at && !(opens && rest.slice(0, found).trim() !== "")) [at, mark] = [found, each];
       }
-      if (mark !== "") {
-        const before = this.#channel === "call" ? rest.slice(0, at) : rest.slice(0, at).trimEnd();
-        this.#emit(before, pieces);
-        rest = rest.slice(at + mark.length);
-        // A mark may lose its meaning by what came before it.
-        if (this.#marks().includes(mark)) this.#enter(mark, pieces);
-        else this.#emit(mark, pieces);
-        continue;
+      if (mark === "") {
+        const certain = rest.slice(0, rest.length - openLength(rest, marks));
+        const said = this.#channel === "call" ? certain : certain.trimEnd();
+        this.#emit(said, pieces);
+        this.#held = rest.slice(said.length);
+        return pieces;
       }
-      const open = openLength(rest, marks);
-      const certain = rest.slice(0, rest.length - open);
-      const kept = this.#channel !== "call" && marks.length > 0 ? certain.trimEnd() : certain;
-      this.#emit(kept, pieces);
-      this.#held = rest.slice(kept.length);
-      return pieces;
+      this.#emit(this.#channel === "call" ? rest.slice(0, at) : rest.slice(0, at).trimEnd(), pieces);
+      rest = rest.slice(at + mark.length);
+      this.#enter(mark, pieces);
     }
   }
 
@@ -98,7 +97,7 @@ export class Splitter {
         return [TAGS.call[1]];
       case "answer":
         return [
-          ...(thinks && this.#atAnswerStart ? [TAGS.think[0], TAGS.response[0]] : []),
+          ...(thinks && this.#atAnswerStart ? OPENING : []),
           ...(this.#insideResponse ? [TAGS.response[1]] : []),
           ...(calls ? [TAGS.call[0]] : []),
         ];

@@ -13,14 +13,18 @@ const VOCABULARY = 20480;
 const ENDS = [2, 5];
 let tokenizer: Tokenizer;
 let grammars: Grammars;
+/** Tokens of quotes and brackets that close something. */
+let closers: ReadonlySet<number>;
 beforeAll(async () => {
   tokenizer = await AutoTokenizer.from_pretrained("default");
   grammars = new Grammars(tokenizer, VOCABULARY, ENDS);
+  closers = new Set(allowed(null).filter((id) => /^["\]}]+$/.test(tokenizer.decode([id]))));
 });
 
 function allowed(mask: Int32Array | null): number[] {
   const ids: number[] = [];
-  for (let id = 0; id < VOCABULARY; id++) if (!mask || (mask[id >> 5] >>> (id & 31)) & 1) ids.push(id);
+  for (let word = 0; word < VOCABULARY / 32; word++)
+    for (let bits = mask ? mask[word] : -1; bits !== 0; bits &= bits - 1) ids.push(word * 32 + 31 - Math.clz32(bits & -bits));
   return ids;
 }
 
@@ -32,12 +36,12 @@ async function drawn(shape: Shape, random: () => number, options: { patience?: n
   for (let step = 0; step < 3000; step++) {
     const all = allowed(await constraint.next());
     expect(all).not.toEqual([]);
-    const ends = all.filter((id) => ENDS.includes(id));
     const others = all.filter((id) => !ENDS.includes(id));
-    if (others.length === 0 || (ends.length > 0 && step >= patience)) return tokenizer.decode(ids, { skip_special_tokens: false });
+    const ends = all.length - others.length;
+    if (others.length === 0 || (ends > 0 && step >= patience)) return tokenizer.decode(ids, { skip_special_tokens: false });
     // After a while, what closes: quotes and brackets, so that it comes to an end.
-    const closing = others.filter((id) => /^["\]}]+$/.test(tokenizer.decode([id])));
-    const pool = step >= patience && closing.length > 0 ? closing : others;
+    const closing = step < patience ? [] : others.filter((id) => closers.has(id));
+    const pool = closing.length > 0 ? closing : others;
     const id = pool[Math.min(pool.length - 1, Math.floor(random() * pool.length))];
     ids.push(id);
     constraint.accept(id);
@@ -114,7 +118,7 @@ const SCHEMAS: Readonly<Record<string, object>> = {
     anyOf: [{ properties: { a: { const: 1 } } }, { properties: { a: { const: 2 } } }],
   },
   "pattern, whole": { type: "string", pattern: '^[A-Z]{2,3}(-\\d+|\\+[^a-z"]?)$' },
-  "pattern, part": { type: "string", pattern: "a.c" },
+  "pattern, part": { type: "string", pattern: "^.?a.c" },
   "pattern of what must be escaped": { type: "string", pattern: '^["\\\\\\n]{1,4}\\/$' },
   "pattern of all kinds": { type: "string", pattern: "^(?:[\\w.]{1,3}|\\s\\S\\D\\W|[\\u4e00-\\u9fff]{2}|x{0}y??z*?|[^\\d\\-\\]]+)$" },
   ...Object.fromEntries(
@@ -143,8 +147,8 @@ describe("whatever is chosen from the masks is valid by its schema", () => {
   const ajv = new Ajv2020({ strict: false, formats: FORMATS });
   test.each(Object.entries(SCHEMAS))("%s", async (_name, schema) => {
     const valid = ajv.compile(schema);
-    for (let seed = 1; seed <= 12; seed++) {
-      const text = await drawn({ kind: "schema", schema: schema as Record<string, unknown> }, seeded(seed), { patience: seed * 5 });
+    for (let seed = 1; seed <= 6; seed++) {
+      const text = await drawn({ kind: "schema", schema: schema as Record<string, unknown> }, seeded(seed), { patience: seed * 9 });
       expect(valid(JSON.parse(text)), `${text}: ${ajv.errorsText(valid.errors)}`).toBe(true);
     }
   });
@@ -266,7 +270,7 @@ test("a schema within a schema within a schema: refused, not a stack that overfl
 });
 
 test("patterns made to be ambiguous take a bounded time a token", async () => {
-  for (const pattern of ["^((a|aa|aaa|.){0,50}){0,50}b$", "^(.{0,99}.{0,99}.{0,99}){0,99}$", "(a*)*(a*)*(a*)*b"]) {
+  for (const pattern of ["^((a|aa|aaa|.){0,50}){0,50}b$", "^((.{0,99}b){0,9}.){0,99}$", "(a*)*(a*)*(a*)*b"]) {
     const constraint = await grammars.constraint({ kind: "schema", schema: { type: "string", pattern } }, "x");
     const random = seeded(7);
     const times: number[] = [];

@@ -142,7 +142,7 @@ export function resolveGeneration(options: GenerationOptions, defaults: Record<s
   const maxLength = whole("max_length", pick("max_length"), 1);
   return {
     sampling,
-    stopIds: eos ?? stopIdsOf(defaults, config),
+    stopIds: eos ?? endTokenIds(defaults, config),
     stopStrings,
     answers,
     maxNewTokens(promptLength) {
@@ -156,9 +156,9 @@ export function resolveGeneration(options: GenerationOptions, defaults: Record<s
 }
 
 /** Ids that end an answer: those of generation_config.json, else of config.json. */
-export function stopIdsOf(defaults: Readonly<Record<string, unknown>>, config: ErnieConfig): readonly number[] {
-  const ids = defaults["eos_token_id"];
-  return ids == null ? config.eosTokenIds : readIds(ids, "generation_config.json: eos_token_id");
+export function endTokenIds(defaults: Readonly<Record<string, unknown>>, config: ErnieConfig): readonly number[] {
+  const eos = defaults["eos_token_id"];
+  return eos == null ? config.eosTokenIds : readIds(eos, "generation_config.json: eos_token_id");
 }
 
 /** Prompts as `generate` and `forward` take them: rows of ids, and which of them count. */

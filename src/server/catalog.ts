@@ -1,11 +1,10 @@
 /** Models by name: loaded when first asked for, shared by all who use them, unloaded when idle or when room is needed. */
 import { readdir, stat } from "node:fs/promises";
 import { join } from "node:path";
-import { stopIdsOf } from "../api/generation.ts";
+import { endTokenIds } from "../api/generation.ts";
 import { loadModel } from "../api/load.ts";
 import { resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
-
 import type { ModelConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
 import { Grammars } from "./grammar.ts";
@@ -127,7 +126,7 @@ export class ModelCatalog implements Catalog {
         tokenizer,
         engine,
         generationConfig,
-        grammars: new Grammars(tokenizer, config.vocabSize, stopIdsOf(generationConfig, config)),
+        grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(generationConfig, config)),
       };
       onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes });
       return entry.model;

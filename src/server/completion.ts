@@ -2,7 +2,7 @@
  * From a request to the events of its answer: renders and encodes the prompt, constrains the answer where its form was asked
  * for, and submits it to the engine. HTTP and gRPC both stand on it. Knows no protocol.
  */
-import { stopIdsOf } from "../api/generation.ts";
+import { endTokenIds } from "../api/generation.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import type { Constraint, GeneratedToken, Request } from "../engine/sequence.ts";
 import { TokenizerError } from "../tokenizer/error.ts";
@@ -36,7 +36,7 @@ export async function* complete(model: ServedModel, request: CompletionRequest):
     tokens: prompt.tokens,
     sampling: request.sampling,
     maxNewTokens,
-    stopIds: stopIdsOf(generationConfig, config),
+    stopIds: endTokenIds(generationConfig, config),
     wantLogits: (request.logprobs ?? 0) > 0,
     wantRouting: request.routing && config.moe !== null,
     owner: request.owner,

@@ -56,7 +56,7 @@ export class Grammars {
    * @throws ServerError `invalid_request` naming `param` when the shape can't be enforced
    */
   async constraint(shape: Shape, param: string, insideReasoning = false): Promise<Constraint> {
-    this.#trie ??= Trie.build(this.#tokenizer, this.#vocabSize);
+    this.#trie ??= Trie.build(this.#tokenizer.vocabulary, this.#vocabSize);
     const automaton = this.#find(shape, param, insideReasoning, await this.#trie);
     let state: State = automaton.start;
     return {

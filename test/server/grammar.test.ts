@@ -342,7 +342,7 @@ describe("calls of tools", () => {
 });
 
 test("the tree of a vocabulary finds each token by its bytes", async () => {
-  const trie = await Trie.build(tokenizer, VOCABULARY);
+  const trie = await Trie.build(tokenizer.vocabulary, VOCABULARY);
   for (let id = 0; id < VOCABULARY; id++) {
     if (tokenizer.vocabulary.isSpecial(id)) continue;
     let node = 0;

@@ -3,9 +3,16 @@
  * so that a large vocabulary does not hold the event loop. Knows no grammar.
  */
 import { setImmediate } from "node:timers/promises";
-import type { Tokenizer } from "../../tokenizer/tokenizer.ts";
 
 const TOKENS_A_PIECE = 2000;
+
+/** What is needed of a tokenizer's vocabulary. */
+export interface Tokens {
+  readonly specialIds: readonly number[];
+  has(id: number): boolean;
+  isSpecial(id: number): boolean;
+  bytes(id: number): Uint8Array;
+}
 
 export class Trie {
   /** Of each node, its first child and the next child of its parent; 0: none. The root is node 0. */
@@ -36,7 +43,7 @@ export class Trie {
   }
 
   /** @param vocabSize of the model, which may have more rows than the tokenizer has tokens */
-  static async build({ vocabulary }: Pick<Tokenizer, "vocabulary">, vocabSize: number): Promise<Trie> {
+  static async build(vocabulary: Tokens, vocabSize: number): Promise<Trie> {
     const none = new Uint8Array(0);
     const bytes: Uint8Array[] = [];
     const special = vocabulary.specialIds.filter((id) => id < vocabSize);

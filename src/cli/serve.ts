@@ -21,6 +21,7 @@ interface ServeFlags {
 const FIELDS = [
   "host",
   "port",
+  "grpcPort",
   "keys",
   "insecureNoAuth",
   "trustProxy",
@@ -51,7 +52,8 @@ export function addServe(program: Command): void {
     .optionsGroup("Network:")
     .option("--host <address>", "address to listen on (default: 127.0.0.1)")
     .option("--port <n>", "0 is any free port (default: 8080)", whole(0))
-    .option("--tls-cert <file>", "PEM certificate", undefined)
+    .option("--grpc-port <n>", "serve gRPC too, on this port (proto/mixtape.proto)", whole(0))
+    .option("--tls-cert <file>", "PEM certificate")
     .option("--tls-key <file>", "PEM key")
     .option("--cors-origin <origin>", "web pages of this origin may ask (repeatable)", (v: string, all: string[] = []) => [...all, v])
     .option("--trust-proxy", "believe X-Forwarded-For")
@@ -117,9 +119,11 @@ async function serve(flags: ServeFlags): Promise<void> {
   process.on("SIGHUP", () => {
     if (config.tls) (server.app.server as unknown as { setSecureContext(o: object): void }).setSecureContext(readTls(config.tls));
   });
-  const { url } = await server.start();
+  const { url, grpcPort } = await server.start();
   const names = config.models.map((m) => m.name).join(", ");
-  notice(`mixtape serves ${names} at ${url} (${config.keys ? "keys needed" : "open to this machine, no keys"}); API at ${url}/docs`);
+  notice(
+    `mixtape serves ${names} at ${url} (${config.keys ? "keys needed" : "open to this machine, no keys"}); API at ${url}/docs${grpcPort === null ? "" : `, gRPC on port ${grpcPort}`}`,
+  );
 }
 
 function collectModel(text: string, before: readonly { name: string; path: string }[] = []): { name: string; path: string }[] {

@@ -1,10 +1,10 @@
 /** Models by name: loaded when first asked for, shared by all who use them, unloaded when idle or when room is needed. */
 import { readdir, stat } from "node:fs/promises";
 import { join } from "node:path";
+import { endTokenIds } from "../api/generation.ts";
 import { loadModel } from "../api/load.ts";
 import { resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
-import { readIds } from "../model/config.ts";
 import type { ModelConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
 import { Grammars } from "./grammar.ts";
@@ -119,8 +119,6 @@ export class ModelCatalog implements Catalog {
         warning_callback: (warning) => onEvent("loading", name, { warning }),
       });
       const generationConfig = checkpoint.generationConfig ?? {};
-      const eos = generationConfig["eos_token_id"];
-      const stopIds = eos == null ? config.eosTokenIds : readIds(eos, "generation_config.json: eos_token_id");
       entry.model = {
         name,
         created: entry.created,
@@ -128,7 +126,7 @@ export class ModelCatalog implements Catalog {
         tokenizer,
         engine,
         generationConfig,
-        grammars: new Grammars(tokenizer, config.vocabSize, stopIds),
+        grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(generationConfig, config)),
       };
       onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes });
       return entry.model;

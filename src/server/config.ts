@@ -16,6 +16,7 @@ const model = z.strictObject({
 export const ServeConfig = z.strictObject({
   host: z.string().default("127.0.0.1").describe("Address to listen on. Other than loopback needs keys."),
   port: z.number().int().min(0).max(65535).default(8080).describe("0: any free port."),
+  grpcPort: z.number().int().min(0).max(65535).nullable().default(null).describe("Port of the gRPC service; null: none, 0: any free port."),
   models: z
     .array(model)
     .min(1)

@@ -3,35 +3,40 @@
  * of a request: key, rate, room, body, schema, route; docs/serving.md draws it.
  */
 import { randomUUID } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import type { AddressInfo } from "node:net";
+import { fileURLToPath } from "node:url";
 import cors from "@fastify/cors";
 import helmet from "@fastify/helmet";
+import fastifyStatic from "@fastify/static";
 import swagger from "@fastify/swagger";
 import swaggerUi from "@fastify/swagger-ui";
 import Fastify, { type FastifyInstance, type FastifyRequest } from "fastify";
 import { jsonSchemaTransform, serializerCompiler, validatorCompiler } from "fastify-type-provider-zod";
 import type { DestinationStream } from "pino";
+import { Admission } from "./admission.ts";
 import { ModelCatalog } from "./catalog.ts";
 import type { ServeConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
+import { type Grpc, startGrpc } from "./grpc.ts";
 import { registerInspection } from "./inspect.ts";
-import { KeyRing, type StoredKey } from "./keys.ts";
+import { KeyRing } from "./keys.ts";
 import { Metrics } from "./metrics.ts";
 import { registerOpenAi } from "./openai.ts";
 import { errorBody } from "./replies.ts";
 import type { Caller } from "./served.ts";
 import type { Services } from "./services.ts";
 
-const ANYONE: Caller = { id: "anonymous", models: null };
-/** Open to whoever reaches the port: probes, and the description of the API. */
-const OPEN = /^\/(health|ready|docs)(\/|$|\?)/;
+/** What needs a key where there are keys; probes, the description of the API and the page are open. */
+const GUARDED = /^\/(v1|tokenize|detokenize)(\/|$|\?)/;
+/** The page, as `npm run build` leaves it. */
+const PAGE = fileURLToPath(new URL("../../dist/web", import.meta.url));
 
 export interface Server {
   readonly app: FastifyInstance;
   readonly catalog: ModelCatalog;
   /** Loads models and listens. */
-  start(): Promise<{ url: string }>;
+  start(): Promise<{ url: string; grpcPort: number | null }>;
   /** Stops taking requests, lets answers end within the drain timeout, then closes all. */
   stop(): Promise<void>;
 }
@@ -110,42 +115,24 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
   await app.register(swaggerUi, { routePrefix: "/docs", staticCSP: true });
 
   const callers = new WeakMap<FastifyRequest, Caller>();
-  const callerOf = (request: FastifyRequest) => callers.get(request) ?? ANYONE;
-  const inProgress = new Map<string, number>();
-  let [total, draining] = [0, false];
+  const callerOf = (request: FastifyRequest): Caller => callers.get(request) ?? { id: "anonymous", models: null };
+  const admission = new Admission(ring, config.maxInProgress, config.maxInProgressPerKey, (count) => metrics.inProgress(count));
 
   app.addHook("onRequest", async (request, reply) => {
     reply.header("x-request-id", request.id);
-    if (OPEN.test(request.url) || request.method === "OPTIONS") return;
     if (request.url.split("?")[0] === "/metrics") return authorizeMetrics(request, config.metricsToken);
-    let key: StoredKey | null = null;
-    if (ring) {
-      const found = ring.authenticate(bearer(request));
-      callers.set(request, found.caller);
-      key = found.key;
-    }
+    if (!GUARDED.test(request.url) || request.method === "OPTIONS") return;
+    const visitor = admission.authenticate(bearer(request));
+    callers.set(request, visitor.caller);
     if (request.method !== "POST") return;
-    if (draining) throw new ServerError("not_ready", "the server is shutting down", { retryAfterSeconds: 5 });
-    const { id } = callerOf(request);
-    const own = inProgress.get(id) ?? 0;
-    if (total >= config.maxInProgress || own >= config.maxInProgressPerKey) {
+    try {
+      const { headers, release } = admission.enter(visitor);
+      reply.headers(headers);
+      reply.raw.once("close", release);
+    } catch (error) {
       reply.header("connection", "close"); // a body may still be on its way: it is not waited for
-      const limit = total >= config.maxInProgress ? config.maxInProgress : config.maxInProgressPerKey;
-      throw new ServerError("overloaded", `${limit} requests are in progress, which is as many as are taken; try again soon`, {
-        retryAfterSeconds: 1 + Math.random() * 4,
-      });
+      throw error;
     }
-    if (ring && key) reply.headers(ring.admit(key));
-    total++;
-    inProgress.set(id, own + 1);
-    metrics.inProgress(total);
-    reply.raw.once("close", () => {
-      total--;
-      const left = (inProgress.get(id) ?? 1) - 1;
-      if (left > 0) inProgress.set(id, left);
-      else inProgress.delete(id);
-      metrics.inProgress(total);
-    });
   });
   app.addHook("onResponse", async (request, reply) => {
     metrics.request(request.routeOptions.url ?? "none", reply.statusCode);
@@ -164,17 +151,26 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
 
   app.get("/health", { schema: { tags: ["operations"], summary: "The process lives" } }, () => ({ status: "ok" }));
   app.get("/ready", { schema: { tags: ["operations"], summary: "Its models are loaded, and it takes requests" } }, (_request, reply) => {
-    const ready = catalog.ready && !draining;
+    const ready = catalog.ready && !admission.draining;
     reply.code(ready ? 200 : 503);
-    return { status: ready ? "ready" : draining ? "draining" : "loading", models: catalog.list() };
+    return { status: ready ? "ready" : admission.draining ? "draining" : "loading", models: catalog.list() };
   });
   app.get("/metrics", { schema: { tags: ["operations"], summary: "Figures for Prometheus" } }, async (_request, reply) => {
     reply.type(metrics.registry.contentType);
     return metrics.registry.metrics();
   });
+  if (existsSync(PAGE))
+    await app.register(fastifyStatic, {
+      root: PAGE,
+      cacheControl: false,
+      // Names of assets change with what is in them.
+      setHeaders: (response, path) =>
+        void response.header("cache-control", path.includes("/assets/") ? "public, max-age=31536000, immutable" : "no-cache"),
+    });
   registerOpenAi(app, services, callerOf);
   registerInspection(app, services, callerOf);
 
+  let grpc: Grpc | null = null;
   return {
     app,
     catalog,
@@ -182,16 +178,30 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
       await app.listen({ host: config.host, port: config.port });
       const { address, port, family } = app.server.address() as AddressInfo;
       const url = `http${config.tls ? "s" : ""}://${family === "IPv6" ? `[${address}]` : address}:${port}`;
+      if (config.grpcPort !== null)
+        grpc = await startGrpc(config.host, config.grpcPort, {
+          services,
+          admit: (secret) => {
+            const visitor = admission.authenticate(secret);
+            return { caller: visitor.caller, release: admission.enter(visitor).release };
+          },
+          onError: (err) => app.log.error({ err }, "a call failed"),
+          ...(config.tls ? { tls: readTls(config.tls) } : {}),
+          maxMessageBytes: config.maxBodyBytes,
+        });
       await catalog.preload();
-      return { url };
+      return { url, grpcPort: grpc?.port ?? null };
     },
     async stop() {
-      if (draining) return;
-      draining = true;
-      app.log.info({ inProgress: total }, "draining");
-      const until = performance.now() + config.drainTimeoutSeconds * 1000;
-      while (total > 0 && performance.now() < until) await new Promise((resolve) => setTimeout(resolve, 20));
-      if (total > 0) app.log.warn({ inProgress: total }, "answers are cut off");
+      if (admission.draining) return;
+      admission.draining = true;
+      app.log.info({ inProgress: admission.inProgress }, "draining");
+      const drainMs = config.drainTimeoutSeconds * 1000;
+      const until = performance.now() + drainMs;
+      const closing = grpc?.close(drainMs);
+      while (admission.inProgress > 0 && performance.now() < until) await new Promise((resolve) => setTimeout(resolve, 20));
+      if (admission.inProgress > 0) app.log.warn({ inProgress: admission.inProgress }, "answers are cut off");
+      await closing;
       app.server.closeAllConnections();
       await app.close();
       await catalog.close();

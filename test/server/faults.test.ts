@@ -130,6 +130,7 @@ test("ten thousand random requests: never a 500", async () => {
   );
   const samples = fc.sample(fc.tuple(fc.constantFrom(...routes), payload), { numRuns: 10_000, seed: 1 });
   const bad: unknown[] = [];
+  const statuses = new Map<number, number>();
   for (let i = 0; i < samples.length; i += 100)
     await Promise.all(
       samples.slice(i, i + 100).map(async ([url, body]) => {
@@ -139,10 +140,13 @@ test("ten thousand random requests: never a 500", async () => {
           headers: { "content-type": "application/json" },
           payload: body,
         });
+        statuses.set(statusCode, (statuses.get(statusCode) ?? 0) + 1);
         if (statusCode >= 500 || /"code":"internal"/.test(answer)) bad.push([url, body, answer.slice(0, 300)]);
       }),
     );
   expect(bad.slice(0, 3)).toEqual([]);
+  expect(statuses.get(429)).toBe(undefined); // all of them were looked at
+  expect(statuses.get(200)).toBeGreaterThan(100);
 }, 120_000);
 
 test("half a request is ended when its time is up, and nobody else waits for it", async () => {

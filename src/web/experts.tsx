@@ -28,7 +28,7 @@ export function Experts({ answer, onClose }: ExpertsParts) {
       </header>
       <div class="panel-body">
         {answer && trace && trace.length > 0 ? (
-          <TraceView key={answer.id} trace={trace} experts={Math.max(known ?? 0, trace.leastExperts)} writing={answer.end === null} />
+          <TraceView key={answer.id} trace={trace} experts={Math.max(known ?? 0, trace.leastExperts)} />
         ) : (
           <p class="quiet-text">{say("routingEmpty")}</p>
         )}
@@ -41,10 +41,9 @@ interface TraceParts {
   readonly trace: Trace;
   /** Experts of a layer. */
   readonly experts: number;
-  readonly writing: boolean;
 }
 
-function TraceView({ trace, experts, writing }: TraceParts) {
+function TraceView({ trace, experts }: TraceParts) {
   const { say } = usePage();
   /** Null: the newest, whichever it is. */
   const [picked, setPicked] = useState<number | null>(null);
@@ -66,7 +65,7 @@ function TraceView({ trace, experts, writing }: TraceParts) {
           {say("routingFollow")}
         </button>
       </div>
-      <Tokens trace={trace} count={trace.length} token={token} follow={picked === null && writing} onPick={setPicked} />
+      <Tokens trace={trace} count={trace.length} token={token} follow={picked === null} onPick={setPicked} />
       <table class="choices">
         <caption>{say("routingChoices")}</caption>
         <thead>
@@ -217,7 +216,8 @@ function shownText(text: string): string {
 function LoadTable({ heat: { layers, experts, load } }: { readonly heat: Heat }) {
   const { say } = usePage();
   return (
-    <div class="table" role="region" tabIndex={0} aria-label={say("routingLoad")}>
+    // biome-ignore lint/a11y/noNoninteractiveTabindex: it scrolls, which the keyboard needs a place for
+    <section class="table" tabIndex={0} aria-label={say("routingLoad")}>
       <table class="load-table">
         <thead>
           <tr>
@@ -240,6 +240,6 @@ function LoadTable({ heat: { layers, experts, load } }: { readonly heat: Heat })
           ))}
         </tbody>
       </table>
-    </div>
+    </section>
   );
 }

@@ -16,15 +16,11 @@ export interface Cell {
 
 /** Room for the layers' numbers on the left and the experts' below, in CSS pixels. */
 const [LEFT, BELOW] = [30, 20];
-const [LEAST_ROW, MOST_ROW] = [9, 22];
+const [LEAST_ROW, MOST_ROW, WANTED_HEIGHT] = [9, 22, 150];
 
-/** Height that a canvas of this width wants. */
-export function heightOf({ layers, experts }: Pick<Heat, "layers" | "experts">, width: number): number {
-  return layers.length * rowHeight(experts, width) + BELOW;
-}
-
-function rowHeight(experts: number, width: number): number {
-  return Math.min(MOST_ROW, Math.max(LEAST_ROW, Math.round((width - LEFT) / experts)));
+/** Few layers get high rows, many low ones. */
+function rowHeight({ layers }: Pick<Heat, "layers">): number {
+  return Math.min(MOST_ROW, Math.max(LEAST_ROW, Math.floor(WANTED_HEIGHT / layers.length)));
 }
 
 /** The colours of the page's theme, as the style sheet names them. */
@@ -41,7 +37,8 @@ export function coloursOf(element: Element): (name: string) => string {
 export function paint(canvas: HTMLCanvasElement, heat: Heat, colour: (name: string) => string): void {
   const { layers, experts, load, outlined } = heat;
   const width = canvas.clientWidth;
-  const height = heightOf(heat, width);
+  const down = rowHeight(heat);
+  const height = layers.length * down + BELOW;
   const scale = devicePixelRatio;
   canvas.style.height = `${height}px`;
   canvas.width = Math.round(width * scale);
@@ -49,7 +46,7 @@ export function paint(canvas: HTMLCanvasElement, heat: Heat, colour: (name: stri
   const context = canvas.getContext("2d");
   if (!context) return;
   context.scale(scale, scale);
-  const [across, down] = [(width - LEFT) / experts, rowHeight(experts, width)];
+  const across = (width - LEFT) / experts;
   const gap = across > 6 ? 1.5 : 0.5;
   const box = (layer: number, expert: number) =>
     [LEFT + expert * across + gap / 2, layer * down + gap / 2, across - gap, down - gap] as const;
@@ -61,8 +58,7 @@ export function paint(canvas: HTMLCanvasElement, heat: Heat, colour: (name: stri
     const at = box(Math.floor(i / experts), i % experts);
     context.fillRect(...at);
     if (load[i] === 0) continue;
-    // The square root: rare experts are seen beside frequent ones.
-    context.globalAlpha = 0.14 + 0.86 * Math.sqrt(load[i] / most);
+    context.globalAlpha = 0.1 + 0.9 * (load[i] / most);
     context.fillStyle = full;
     context.fillRect(...at);
   }
@@ -87,8 +83,9 @@ export function paint(canvas: HTMLCanvasElement, heat: Heat, colour: (name: stri
 }
 
 /** The cell under a point of the canvas, in CSS pixels; null beside all. */
-export function cellAt(canvas: HTMLCanvasElement, { layers, experts }: Heat, x: number, y: number): Cell | null {
+export function cellAt(canvas: HTMLCanvasElement, heat: Heat, x: number, y: number): Cell | null {
+  const { layers, experts } = heat;
   const expert = Math.floor(((x - LEFT) * experts) / (canvas.clientWidth - LEFT));
-  const layer = Math.floor(y / rowHeight(experts, canvas.clientWidth));
+  const layer = Math.floor(y / rowHeight(heat));
   return expert >= 0 && expert < experts && layer >= 0 && layer < layers.length ? { layer, expert } : null;
 }

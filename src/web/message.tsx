@@ -50,6 +50,7 @@ export function MessageView({ conversation, message, busy, waitUntil, traced, on
       {message.toolCalls.map((call, i) => (
         <div class="tool" key={i}>
           <p class="tool-name">{say("toolCall", { name: call.name })}</p>
+          {/* biome-ignore lint/a11y/noNoninteractiveTabindex: it scrolls, which the keyboard needs a place for */}
           <pre tabIndex={0}>{indented(call.arguments)}</pre>
         </div>
       ))}
@@ -177,7 +178,8 @@ function Branches({ conversation, message }: Pick<MessageParts, "conversation" |
   const at = all.findIndex((m) => m.id === message.id);
   const go = (to: number) => session.put(show(session.find(conversation.id) ?? conversation, all[to]));
   return (
-    <span class="branches" role="group" aria-label={say("branch", { index: at + 1, count: all.length })}>
+    <span class="branches">
+      <span class="unseen">{say("branch", { index: at + 1, count: all.length })}</span>
       <Act icon="left" label={say("branchPrevious")} disabled={at === 0} onClick={() => go(at - 1)} />
       <span aria-hidden="true">
         {at + 1}/{all.length}

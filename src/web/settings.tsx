@@ -1,5 +1,5 @@
 /** The controls of one conversation: system prompt and sampling. */
-import { useId } from "preact/hooks";
+import { useEffect, useId, useState } from "preact/hooks";
 import { type Controls, type Conversation, DEFAULT_CONTROLS } from "./conversation.ts";
 import { Icon } from "./icons.tsx";
 import { usePage } from "./page.ts";
@@ -59,31 +59,8 @@ export function Settings({ conversation, onChange, onClose }: SettingsParts) {
         <fieldset class="controls">
           <legend>{say("sampling")}</legend>
           <p class="hint">{say("samplingHint")}</p>
-          {ROWS.map(({ name, hint, min, max, step }) => (
-            <div key={name} class="control">
-              <label for={`${id}-${name}`}>{say(name)}</label>
-              <input
-                id={`${id}-${name}`}
-                type="number"
-                inputMode="decimal"
-                min={min}
-                max={max}
-                step={step}
-                placeholder={say("byModel")}
-                aria-describedby={`${id}-${name}-hint`}
-                value={controls[name] ?? ""}
-                onChange={(event) => {
-                  const { value, valueAsNumber } = event.currentTarget;
-                  const whole = step === 1 ? Math.round(valueAsNumber) : valueAsNumber;
-                  const within = value === "" || Number.isNaN(whole) ? null : Math.min(max, Math.max(min, whole));
-                  event.currentTarget.value = within === null ? "" : String(within);
-                  set({ [name]: within });
-                }}
-              />
-              <p class="hint" id={`${id}-${name}-hint`}>
-                {say(hint)}
-              </p>
-            </div>
+          {ROWS.map((row) => (
+            <Control key={row.name} row={row} value={controls[row.name]} onChange={(value) => set({ [row.name]: value })} />
           ))}
           <button type="button" onClick={() => set(DEFAULT_CONTROLS)}>
             {say("reset")}
@@ -91,5 +68,45 @@ export function Settings({ conversation, onChange, onClose }: SettingsParts) {
         </fieldset>
       </div>
     </aside>
+  );
+}
+
+interface ControlParts {
+  readonly row: ControlRow;
+  readonly value: number | null;
+  readonly onChange: (value: number | null) => void;
+}
+
+/** What is typed takes effect, within the range, when the field is left. */
+function Control({ row: { name, hint, min, max, step }, value, onChange }: ControlParts) {
+  const { say } = usePage();
+  const id = useId();
+  const [text, setText] = useState("");
+  useEffect(() => setText(value === null ? "" : String(value)), [value]);
+  return (
+    <div class="control">
+      <label for={id}>{say(name)}</label>
+      <input
+        id={id}
+        type="number"
+        inputMode="decimal"
+        min={min}
+        max={max}
+        step={step}
+        placeholder={say("byModel")}
+        aria-describedby={`${id}-hint`}
+        value={text}
+        onInput={(event) => setText(event.currentTarget.value)}
+        onChange={({ currentTarget: { valueAsNumber } }) => {
+          const number = step === 1 ? Math.round(valueAsNumber) : valueAsNumber;
+          const within = Number.isNaN(number) ? null : Math.min(max, Math.max(min, number));
+          setText(within === null ? "" : String(within));
+          onChange(within);
+        }}
+      />
+      <p class="hint" id={`${id}-hint`}>
+        {say(hint)}
+      </p>
+    </div>
   );
 }

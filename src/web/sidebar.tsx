@@ -39,8 +39,8 @@ export function Sidebar({ open, current, atStatus, preferences, onPreferences, o
 
   return (
     <>
-      {open && <div class="veil" onClick={onClose} role="presentation" />}
-      <header class="side" data-open={open || undefined} aria-label={say("navigation")}>
+      {open && <button type="button" class="veil" tabIndex={-1} aria-label={say("close")} onClick={onClose} />}
+      <header class="side" data-open={open || undefined}>
         <div class="brand">
           <Mark />
           <h1>mixtape</h1>

@@ -61,7 +61,8 @@ export function Status({ onMenu }: { readonly onMenu: () => void }) {
           {say(ready === null ? "statusChecking" : ready === "unreachable" ? "unreachable" : ready ? "statusReady" : "statusNotReady")}
         </p>
       </header>
-      <div class="scroll">
+      {/* biome-ignore lint/a11y/noNoninteractiveTabindex: it scrolls, which the keyboard needs a place for */}
+      <section class="scroll" tabIndex={0} aria-label={say("statusTitle")}>
         <div class="status-body">
           {problem !== null && ready !== "unreachable" && (
             <p class="notice" role="alert">
@@ -75,7 +76,7 @@ export function Status({ onMenu }: { readonly onMenu: () => void }) {
             ))}
           </div>
         </div>
-      </div>
+      </section>
     </div>
   );
 }
@@ -155,8 +156,10 @@ function Plot({ chart, data }: { readonly chart: Chart; readonly data: uPlot.Ali
         axes: [
           {
             ...axis,
+            size: 28,
             space: 70,
-            values: (_, at) => at.map((t) => new Date(t * 1000).toLocaleTimeString(language, { hour: "2-digit", minute: "2-digit" })),
+            values: (_, at) =>
+              at.map((t) => new Date(t * 1000).toLocaleTimeString(language, { hour: "2-digit", minute: "2-digit", hour12: false })),
           },
           { ...axis, size: 58, space: 34, values: (_, at) => at.map((v) => formatValue(v, chart.unit, language)) },
         ],

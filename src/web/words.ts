@@ -4,9 +4,7 @@ export const LANGUAGES = { en: "English", zh: "中文" } as const;
 export type Language = keyof typeof LANGUAGES;
 
 export const WORDS = {
-  appTagline: { en: "A private service for mixture-of-experts models", zh: "混合专家模型的私有服务" },
   skipToMain: { en: "Skip to the conversation", zh: "跳到对话内容" },
-  navigation: { en: "Conversations and settings of the page", zh: "对话与页面设置" },
   openNavigation: { en: "Open the list of conversations", zh: "打开对话列表" },
   close: { en: "Close", zh: "关闭" },
   cancel: { en: "Cancel", zh: "取消" },
@@ -125,8 +123,8 @@ export const WORDS = {
   routing: { en: "Experts", zh: "专家" },
   routingTitle: { en: "Which experts answered", zh: "哪些专家参与了回答" },
   routingExplained: {
-    en: "Each row is a layer, each column an expert. The darker a cell, the more tokens used that expert. Outlined: the chosen token.",
-    zh: "每行是一层，每列是一个专家。颜色越深，使用该专家的词元越多。描边表示所选词元。",
+    en: "Each row is a layer, each column an expert. The stronger its colour, the more tokens used that expert. Outlined: those of the chosen token.",
+    zh: "每行是一层，每列是一个专家。颜色越强，使用该专家的词元越多。描边表示所选词元的专家。",
   },
   routingEmpty: {
     en: "Experts are shown here for answers that are written while this view is open.",

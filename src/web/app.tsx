@@ -1,6 +1,6 @@
 /** The page's frame: what is shown where, by its address (`#/c/ID`, `#/status`), and the keys that work everywhere. */
 import type { ComponentType } from "preact";
-import { useCallback, useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Chat } from "./chat.tsx";
 import type { Client } from "./client.ts";
 import { type Conversation, shownMessages } from "./conversation.ts";
@@ -50,7 +50,7 @@ export function App({ session, client, vault, preferences: first }: AppParts) {
   );
   const { say } = page;
 
-  useEffect(() => applyPreferences(preferences), [preferences]);
+  useLayoutEffect(() => applyPreferences(preferences), [preferences]);
   useEffect(() => void session.load(), [session]);
   useEffect(() => {
     session.wantRouting = panel === "experts";

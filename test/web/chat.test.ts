@@ -314,7 +314,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     await check();
     const [file] = await Promise.all([page.waitForEvent("download"), page.getByRole("button", { name: "Export" }).click()]);
     await page.getByLabel("Add the conversations of a file").setInputFiles(await file.path());
-    await page.getByText("Conversations added: 1.").waitFor();
+    await page.getByRole("banner").getByText("Conversations added: 1.").waitFor();
     await page.reload();
     await answered(page);
     await check();
@@ -386,6 +386,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     await page.getByText(zh ? "English" : "中文", { exact: true }).click();
     await page.getByRole("heading", { name: zh ? "Status of the server" : "服务器状态" }).waitFor();
     await page.getByRole("radio", { name: zh ? "Light" : "深色" }).check({ force: true });
+    expect(await page.evaluate(() => document.documentElement.dataset["theme"])).toBe(zh ? "light" : "dark");
     expect(await barriers()).toEqual([]);
     expect(errors).toEqual([]);
   });

@@ -30,8 +30,14 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
     await say("Find me a hotel in London.");
     await page.getByRole("button", { name: "Answer again" }).waitFor();
 
-    const asked = { model: "default", messages: [{ role: "user", content: "Find me a hotel in London." }], temperature: 0 } as const;
-    const [wanted] = (await running.client.chat.completions.create({ ...asked, max_completion_tokens: 24 })).choices;
+    const ask = (max: number) =>
+      running.client.chat.completions.create({
+        model: "default",
+        messages: [{ role: "user", content: "Find me a hotel in London." }],
+        temperature: 0,
+        max_completion_tokens: max,
+      });
+    const [wanted] = (await ask(24)).choices;
     const text = await page.locator(".prose").innerText();
     expect(text.replace(/\s+/g, " ")).toBe(wanted.message.content?.trim().replace(/\s+/g, " "));
 
@@ -39,7 +45,7 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
     const rows = page.getByRole("table", { name: "Experts of this token" }).getByRole("row");
     expect(await rows.count()).toBe(1 + 7);
     await page.getByRole("img", { name: /^Heat map of 7 layers by 32 experts over \d+ tokens/ }).waitFor();
-    const tokens = page.getByRole("option");
+    const tokens = page.getByRole("listbox").getByRole("option");
     expect((await tokens.allInnerTexts()).join("").replace(/\s/g, "")).toContain(text.replace(/\s/g, "").slice(0, 10));
     await tokens.first().click();
     const weights = (await page.locator(".choices tbody tr").first().locator(".weight-value").allInnerTexts()).map(Number);
@@ -63,15 +69,16 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
     await page.getByRole("link", { name: "Status" }).click();
     await page.getByRole("status").getByText("Ready", { exact: true }).waitFor();
     // Every chart finds its metric: what the server tells by the names that the page looks for.
+    const soon = { timeout: 8000 };
     const requests = page.getByRole("region", { name: "Requests" }).getByRole("definition");
-    await expect.poll(() => requests.allInnerTexts()).toEqual(["0", "0"]);
+    await expect.poll(() => requests.allInnerTexts(), soon).toEqual(["0", "0"]);
     await expect
       .poll(() => page.getByRole("region", { name: "KV cache in use" }).getByRole("definition").innerText())
       .toMatch(/^[\d.]+ %$/);
-    await running.client.chat.completions.create({ ...asked, max_completion_tokens: 8 });
+    await ask(8);
     for (const name of ["Time to first token", "Time of a step"])
       await expect
-        .poll(() => page.getByRole("region", { name }).getByRole("definition").first().innerText(), { timeout: 8000 })
+        .poll(() => page.getByRole("region", { name }).getByRole("definition").first().innerText(), soon)
         .toMatch(/\d m?s$/);
     await expect
       .poll(() => page.getByRole("region", { name: "Prompt tokens from" }).getByRole("definition").innerText())

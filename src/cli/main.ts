@@ -14,6 +14,7 @@ import { examples } from "./options.ts";
 import { addPull } from "./pull.ts";
 import { addQuantize } from "./quantize.ts";
 import { addRouting } from "./routing.ts";
+import { addServe } from "./serve.ts";
 import { addVerify } from "./verify.ts";
 
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
@@ -39,7 +40,7 @@ const program = new Command("mixtape")
       "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
   );
 
-for (const add of [addChat, addGenerate, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench]) add(program);
+for (const add of [addChat, addGenerate, addServe, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench]) add(program);
 
 quietOnClosedPipe();
 try {

@@ -71,6 +71,14 @@ export type ResponseFormat =
   | { readonly kind: "json" }
   | { readonly kind: "schema"; readonly schema: Readonly<Record<string, unknown>> };
 
+/** Told how an answer goes by what computes it: for metrics and budgets. */
+export interface Observer {
+  /** Once, with the first token: tokens of the prompt, and of them those that the prefix cache had. */
+  prompt(tokens: number, cachedTokens: number): void;
+  /** For each token of the answer, when it is there. */
+  token(): void;
+}
+
 /** One answer that is wanted. A request for several is several of these. */
 export interface CompletionRequest {
   readonly prompt: Prompt;
@@ -86,6 +94,7 @@ export interface CompletionRequest {
   /** Caller's id. */
   readonly owner: string;
   readonly signal: AbortSignal;
+  readonly observer?: Observer;
 }
 
 export interface TokenLogprob {

@@ -10,6 +10,7 @@ import { addExport } from "./export.ts";
 import { fail, quietOnClosedPipe } from "./failure.ts";
 import { addGenerate } from "./generate.ts";
 import { addInfo } from "./info.ts";
+import { addKeys } from "./keys.ts";
 import { examples } from "./options.ts";
 import { addPull } from "./pull.ts";
 import { addQuantize } from "./quantize.ts";
@@ -32,6 +33,7 @@ const program = new Command("mixtape")
     examples(
       ["mixtape chat", "talk with the model that comes along"],
       ['mixtape generate "你好" --greedy', "continue a text"],
+      ["mixtape serve", "answer many users over HTTP"],
       ['mixtape routing "你好" --svg routing.svg', "see which experts a prompt uses"],
       ["mixtape generate --help", "the options of a command"],
     ) +
@@ -40,7 +42,8 @@ const program = new Command("mixtape")
       "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
   );
 
-for (const add of [addChat, addGenerate, addServe, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench]) add(program);
+for (const add of [addChat, addGenerate, addServe, addKeys, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench])
+  await add(program);
 
 quietOnClosedPipe();
 try {

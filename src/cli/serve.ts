@@ -1,73 +1,15 @@
-/** `mixtape serve`: a server in the foreground, from its settings to its last answer. Every setting of a config file is a flag. */
-import { existsSync } from "node:fs";
-import { basename, resolve } from "node:path";
-import { type Command, InvalidArgumentError, Option } from "commander";
-import { z } from "zod";
-import { type Config, configJsonSchema, configSchema, readConfig, readConfigFile } from "../server/config.ts";
+/** `mixtape serve`: a server in the foreground, from its settings to its last answer. */
+import type { Command } from "commander";
+import type { Config } from "../server/config.ts";
 import type { Server } from "../server/server.ts";
-import { UsageError } from "./failure.ts";
-import { DTYPES, examples, whole } from "./options.ts";
+import { examples } from "./options.ts";
+import type { ServeFlags } from "./settings.ts";
 import { colours, notice } from "./terminal.ts";
 
-interface ServeFlags extends Readonly<Record<string, unknown>> {
-  readonly config?: string;
-  readonly printConfigSchema?: boolean;
-  readonly model?: readonly { readonly name: string; readonly path: string }[];
-  readonly dtype?: string;
-  readonly threads?: number;
-  readonly kvCacheTokens?: number;
-}
-
-/** Settings in the order of the help. */
-const GROUPS: Readonly<Record<string, readonly (keyof Config)[]>> = {
-  "Network options:": ["host", "port", "grpcPort", "grpcHost", "tlsCert", "tlsKey", "corsOrigins", "allowedHosts", "trustProxy"],
-  "Key options:": ["keyFile", "usageFile", "insecureNoAuth"],
-  "Memory options:": ["memoryBudgetBytes", "idleUnloadSeconds", "offline"],
-  "Limits:": [
-    "maxRunning",
-    "maxQueued",
-    "maxPerKey",
-    "queueTimeoutSeconds",
-    "maxBodyBytes",
-    "maxJsonDepth",
-    "maxHeaderBytes",
-    "maxConnections",
-    "maxPromptTokens",
-    "maxCompletionTokens",
-  ],
-  "Timeouts:": ["headersTimeoutSeconds", "requestTimeoutSeconds", "keepAliveTimeoutSeconds", "stallTimeoutSeconds", "drainTimeoutSeconds"],
-  "What is served and told besides:": [
-    "web",
-    "docs",
-    "metrics",
-    "metricsPort",
-    "metricsHost",
-    "metricsTokenFile",
-    "logLevel",
-    "logContent",
-  ],
-};
-
-export function addServe(program: Command): void {
-  const command = program
-    .command("serve")
-    .description("Serve models to many users: OpenAI's API over HTTP, gRPC, and a web page.")
-    .optionsGroup("Options:")
-    .option("-c, --config <file>", "settings as YAML or JSON; flags go before them")
-    .option("--print-config-schema", "print the JSON schema of that file")
-    .optionsGroup("Model options:")
-    .addOption(
-      new Option("-m, --model <[name=]path>", "a folder, a GGUF file, a hub id, or default (repeatable; the first is loaded at once)")
-        .argParser(collectModel)
-        .default(undefined, "the model that comes along"),
-    )
-    .addOption(new Option("--dtype <format>", "format of the weights in memory (default: auto)").choices(DTYPES))
-    .option("--threads <n>", "threads that compute (default: one a core)", whole(1))
-    .option("--kv-cache-tokens <n>", "tokens that the KV cache of a model has room for", whole(32));
-  for (const [group, fields] of Object.entries(GROUPS)) {
-    command.optionsGroup(group);
-    for (const field of fields) command.addOption(flagOf(field));
-  }
+export async function addServe(program: Command): Promise<void> {
+  const command = program.command("serve").description("Serve models to many users: OpenAI's API over HTTP, gRPC, and a web page.");
+  // The flags are made of the schema of the settings; other commands do not wait until its library is loaded.
+  if (process.argv.includes("serve")) (await import("./settings.ts")).addSettings(command);
   command
     .addHelpText(
       "after",
@@ -84,29 +26,17 @@ export function addServe(program: Command): void {
 
 async function serve(flags: ServeFlags): Promise<void> {
   if (flags.printConfigSchema) {
+    const { configJsonSchema } = await import("../server/config.ts");
     process.stdout.write(`${JSON.stringify(configJsonSchema(), null, 2)}\n`);
     return;
   }
+  const [{ settings }, { createServer }] = await Promise.all([import("./settings.ts"), import("../server/server.ts")]);
   const config = await settings(flags);
-  const { createServer } = await import("../server/server.ts");
   const server = await createServer(config);
   const ended = untilSignalled(server);
   await server.listen();
   announce(config, server);
   await ended;
-}
-
-/** The file's settings with the flags' over them. */
-async function settings(flags: ServeFlags): Promise<Config> {
-  const { config: file, model, dtype, threads, kvCacheTokens, printConfigSchema: _, ...rest } = flags;
-  const inFile = file === undefined ? {} : await readConfigFile(file);
-  const fromFlags = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined));
-  const how = Object.fromEntries(Object.entries({ dtype, threads, kvCacheTokens }).filter(([, value]) => value !== undefined));
-  const named = model ?? (inFile["models"] === undefined ? [{ name: "default", path: "default" }] : undefined);
-  if (named === undefined && Object.keys(how).length > 0)
-    throw new UsageError(`${file} names the models, so it also says how each is run; or name them with --model`);
-  const models = named?.map((each) => ({ ...each, ...how }));
-  return readConfig({ ...inFile, ...fromFlags, ...(models ? { models } : {}) }, file ?? "flags");
 }
 
 /** Tells on standard error what there is; standard output is the log. */
@@ -128,56 +58,4 @@ function untilSignalled(server: Server): Promise<void> {
     };
     process.on("SIGTERM", leave).on("SIGINT", leave).on("SIGHUP", server.reload);
   });
-}
-
-/** The flag of a setting: its name, kind, help and default all come from the schema. */
-function flagOf(field: keyof Config): Option {
-  const schema: z.ZodType = configSchema.shape[field];
-  const { inner, fallback } = unwrap(schema);
-  const name = field.replace(/[A-Z]/g, (c) => `-${c.toLowerCase()}`);
-  const help = `${lowerFirst(schema.description ?? "")}${fallback === undefined || fallback === null || typeof fallback === "boolean" || Array.isArray(fallback) ? "" : ` (default: ${fallback})`}`;
-  if (inner instanceof z.ZodBoolean && fallback === true) return new Option(`--no-${name}`, `don't ${help}`).default(undefined);
-  if (inner instanceof z.ZodBoolean) return new Option(`--${name}`, help);
-  if (inner instanceof z.ZodNumber) return new Option(`--${name} <n>`, help).argParser((text) => checked(schema, numeric(text)));
-  if (inner instanceof z.ZodEnum) return new Option(`--${name} <name>`, help).choices(inner.options.map(String));
-  if (inner instanceof z.ZodArray)
-    return new Option(`--${name} <text>`, `${help} (repeatable)`).argParser<readonly unknown[]>(
-      (text, before = []) => checked(schema, [...before, text]) as readonly unknown[],
-    );
-  if (inner instanceof z.ZodUnion)
-    return new Option(`--${name} <list>`, help).argParser((text) => checked(schema, text === "true" || text.split(",")));
-  return new Option(`--${name} <text>`, help).argParser((text) => checked(schema, text));
-}
-
-/** What a schema is under its default and its null. */
-function unwrap(schema: z.ZodType): { readonly inner: z.ZodType; readonly fallback: unknown } {
-  let inner = schema;
-  let fallback: unknown;
-  for (;;) {
-    if (inner instanceof z.ZodDefault) fallback = inner.def.defaultValue;
-    else if (!(inner instanceof z.ZodNullable) && !(inner instanceof z.ZodOptional)) return { inner, fallback };
-    inner = inner.def.innerType as z.ZodType;
-  }
-}
-
-function checked(schema: z.ZodType, value: unknown): unknown {
-  const result = schema.safeParse(value);
-  if (!result.success) throw new InvalidArgumentError(`${result.error.issues[0].message}.`);
-  return result.data;
-}
-
-function numeric(text: string): number {
-  if (!/^\d+(\.\d+)?$/.test(text)) throw new InvalidArgumentError("It must be a number.");
-  return Number(text);
-}
-
-function collectModel(text: string, before: ServeFlags["model"] = []): ServeFlags["model"] {
-  const [, given, path] = /^(?:([^=]+)=)?(.+)$/.exec(text) ?? [];
-  if (path === undefined) throw new InvalidArgumentError("It must be like name=path, or a path.");
-  const name = given ?? (existsSync(path) ? basename(resolve(path), ".gguf") : path);
-  return [...before, { name, path }];
-}
-
-function lowerFirst(text: string): string {
-  return /^[A-Z][a-z ]/.test(text) ? text[0].toLowerCase() + text.slice(1) : text;
 }

@@ -83,8 +83,8 @@ export async function settings(flags: ServeFlags): Promise<Config> {
 function flagOf(field: keyof Config): Option {
   const schema: z.ZodType = configSchema.shape[field];
   const { inner, fallback } = unwrap(schema);
-  const name = field.replace(/[A-Z]/g, (c) => `-${c.toLowerCase()}`);
-  const help = `${lowerFirst(schema.description ?? "")}${fallback === undefined || fallback === null || typeof fallback === "boolean" || Array.isArray(fallback) ? "" : ` (default: ${fallback})`}`;
+  const name = flagName(field);
+  const help = `${helpOf(schema)}${fallback === undefined || fallback === null || typeof fallback === "boolean" || Array.isArray(fallback) ? "" : ` (default: ${fallback})`}`;
   if (inner instanceof z.ZodBoolean && fallback === true) return new Option(`--no-${name}`, `don't ${help}`).default(undefined);
   if (inner instanceof z.ZodBoolean) return new Option(`--${name}`, help);
   if (inner instanceof z.ZodNumber) return new Option(`--${name} <n>`, help).argParser((text) => checked(schema, numeric(text)));
@@ -127,6 +127,15 @@ function collectModel(text: string, before: ServeFlags["model"] = []): ServeFlag
   return [...before, { name, path }];
 }
 
-function lowerFirst(text: string): string {
+/** A setting's sentence as help: other settings that it names are flags there. */
+function helpOf(schema: z.ZodType): string {
+  const text = (schema.description ?? "").replace(/\b[a-z]+([A-Z][a-z]+)+\b/g, (word) =>
+    word in configSchema.shape ? `--${flagName(word)}` : word,
+  );
   return /^[A-Z][a-z ]/.test(text) ? text[0].toLowerCase() + text.slice(1) : text;
+}
+
+/** `maxQueued` as `max-queued`. */
+function flagName(field: string): string {
+  return field.replace(/[A-Z]/g, (c) => `-${c.toLowerCase()}`);
 }

@@ -12,7 +12,7 @@ const modelSchema = z.strictObject({
     .string()
     .regex(/^[\w.:/@-]{1,200}$/, "must be letters, digits and . : / @ _ - only")
     .describe("Name that clients ask for"),
-  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or `default`, the model that comes along"),
+  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the model that comes along"),
   dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
   threads: count(1).max(1024).optional().describe("Threads that compute; default: one a core"),
   device: z.enum(["auto", "cpu", "reference"]).default("auto").describe("Where to compute"),
@@ -38,16 +38,16 @@ export const configSchema = z.strictObject({
   memoryBudgetBytes: count(1)
     .optional()
     .describe("Memory that loaded models and their KV caches may take; default: four fifths of the machine's or container's"),
-  idleUnloadSeconds: seconds.nullable().default(null).describe("Unload a model that nobody used for so long; null: never"),
+  idleUnloadSeconds: seconds.nullable().default(null).describe("Unload a model that nobody used for so long; without it never"),
   offline: z.boolean().default(false).describe("Never fetch a model from the hub"),
 
-  keyFile: z.string().min(1).nullable().default(null).describe("API keys, as `mixtape keys` writes them; null: no keys"),
+  keyFile: z.string().min(1).nullable().default(null).describe("API keys, as 'mixtape keys' writes them; without it no keys are asked for"),
   usageFile: z
     .string()
     .min(1)
     .nullable()
     .default(null)
-    .describe("Where the tokens that keys used today are kept; null: beside the key file, with .usage added"),
+    .describe("Where the tokens that keys used today are kept; default: beside the key file, with .usage added"),
   insecureNoAuth: z.boolean().default(false).describe("Allow any address without keys: whoever reaches the port may use the server"),
   tlsCert: z.string().min(1).nullable().default(null).describe("Certificate chain, PEM; needs tlsKey"),
   tlsKey: z.string().min(1).nullable().default(null).describe("Private key, PEM; needs tlsCert"),
@@ -66,7 +66,7 @@ export const configSchema = z.strictObject({
 
   maxRunning: count(1).default(256).describe("Requests that are computed at once"),
   maxQueued: count(0).default(64).describe("Requests that may wait beyond those; more are answered 429 at once"),
-  maxPerKey: count(1).nullable().default(null).describe("Requests of one key, running and waiting; null: no limit of its own"),
+  maxPerKey: count(1).nullable().default(null).describe("Requests of one key, running and waiting; without it no limit of its own"),
   queueTimeoutSeconds: seconds.default(10).describe("How long a request may wait before it is answered 429"),
   maxBodyBytes: count(1024)
     .default(2 * 2 ** 20)
@@ -76,8 +76,8 @@ export const configSchema = z.strictObject({
     .default(16 * 1024)
     .describe("Size of a request's headers"),
   maxConnections: count(1).default(4096).describe("Open connections; more are closed at once"),
-  maxPromptTokens: count(1).nullable().default(null).describe("Length of a prompt; null: what the model takes"),
-  maxCompletionTokens: count(1).nullable().default(null).describe("Length of an answer; null: what the model's positions allow"),
+  maxPromptTokens: count(1).nullable().default(null).describe("Length of a prompt; default: what the model takes"),
+  maxCompletionTokens: count(1).nullable().default(null).describe("Length of an answer; default: what the model's positions allow"),
 
   headersTimeoutSeconds: seconds.default(15).describe("Time to send the headers of a request"),
   requestTimeoutSeconds: seconds.default(60).describe("Time to send a whole request, waiting in the queue included"),
@@ -88,11 +88,11 @@ export const configSchema = z.strictObject({
   logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info").describe("Least level that is logged"),
   logContent: z.boolean().default(false).describe("Log prompts and answers too"),
   metrics: z.boolean().default(true).describe("Serve metrics for Prometheus at /metrics"),
-  metricsPort: port.nullable().default(null).describe("A port of its own for /metrics; null: that of HTTP"),
+  metricsPort: port.nullable().default(null).describe("A port of its own for /metrics; default: that of HTTP"),
   metricsHost: z.string().min(1).default("127.0.0.1").describe("Address of metricsPort"),
   metricsTokenFile: z.string().min(1).nullable().default(null).describe("File with a token that /metrics asks for, instead of any API key"),
-  grpcPort: port.nullable().default(null).describe("Port of gRPC; null: no gRPC"),
-  grpcHost: z.string().min(1).nullable().default(null).describe("Address of gRPC; null: as host"),
+  grpcPort: port.nullable().default(null).describe("Port of gRPC; without it no gRPC; 0: any free one"),
+  grpcHost: z.string().min(1).nullable().default(null).describe("Address of gRPC; default: that of HTTP"),
   web: z.boolean().default(true).describe("Serve the web page at /"),
   docs: z.boolean().default(true).describe("Serve the description of the API at /docs"),
 });

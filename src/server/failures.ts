@@ -17,10 +17,12 @@ export interface Failure {
 }
 
 /** Codes of Fastify's own errors, by ours. */
-const FRAMEWORK: Readonly<Record<string, ErrorCode>> = {
-  FST_ERR_CTP_BODY_TOO_LARGE: "request_too_large",
-  FST_ERR_CTP_INVALID_MEDIA_TYPE: "unsupported_media_type",
-  FST_ERR_NOT_FOUND: "not_found",
+const FRAMEWORK: Readonly<Record<string, readonly [ErrorCode, string]>> = {
+  FST_ERR_CTP_BODY_TOO_LARGE: ["request_too_large", "the request's body is too large"],
+  FST_ERR_CTP_INVALID_MEDIA_TYPE: [
+    "unsupported_media_type",
+    "the request's body must be JSON, with the header 'Content-Type: application/json'",
+  ],
 };
 
 export function failureOf(error: unknown): Failure {
@@ -44,8 +46,7 @@ function translate(error: unknown): ServerError {
   }
   const { statusCode, code, message } = error instanceof Error ? (error as Error & { statusCode?: number; code?: string }) : {};
   const mapped = code === undefined ? undefined : FRAMEWORK[code];
-  if (mapped !== undefined)
-    return new ServerError(mapped, mapped === "request_too_large" ? "the request's body is too large" : (message ?? ""));
+  if (mapped) return new ServerError(...mapped);
   // Fastify's other refusals (a broken URL, a length that does not match) are the client's, and their texts are fixed.
   if (code?.startsWith("FST_ERR_") && statusCode !== undefined && statusCode >= 400 && statusCode < 500)
     return new ServerError("invalid_request", message ?? "the request can't be read");

@@ -6,7 +6,7 @@ import cors from "@fastify/cors";
 import helmet from "@fastify/helmet";
 import swagger from "@fastify/swagger";
 import swaggerUi from "@fastify/swagger-ui";
-import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from "fastify";
+import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest, LogController } from "fastify";
 import { jsonSchemaTransform, serializerCompiler, validatorCompiler } from "fastify-type-provider-zod";
 import { parseBody } from "./body.ts";
 import { type Config, isLoopback } from "./config.ts";
@@ -44,7 +44,7 @@ export async function createHttp({ config, log, metrics, responses, certificate,
   };
   const app = Fastify({
     loggerInstance: log,
-    disableRequestLogging: true,
+    logController: new LogController({ disableRequestLogging: true }), // the hooks below do it, without what is private
     genReqId: requestId,
     bodyLimit: config.maxBodyBytes,
     requestTimeout: config.requestTimeoutSeconds * 1000,
@@ -200,6 +200,9 @@ function answer(error: unknown, request: FastifyRequest, reply: FastifyReply): v
     reply.raw.destroy(); // an answer that is under way can't become an error any more; its reader sees that it broke off
     return;
   }
+  // Fastify would close the connection under a client that still sends its body, which then sees a reset and not the answer.
+  // What comes is thrown away instead, until the time for a request is over.
+  if (failure.status < 500) reply.removeHeader("connection");
   void reply
     .code(failure.status)
     .headers(failure.headers)

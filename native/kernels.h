@@ -4,7 +4,7 @@
 #include <cstdint>
 
 // Codes as in src/graph/plan.ts. Of GGUF's formats (32 numbers a block, row by row), which files hold and no kernel reads.
-enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, INT8 = 4, INT8ROW = 5, INT4 = 6, BF16PAIR = 7, Q8_0 = 100, Q4_0 = 101 };
+enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, INT8 = 4, INT8ROW = 5, INT4 = 6, BF16PAIR = 7, INT8KV = 8, Q8_0 = 100, Q4_0 = 101 };
 
 struct Tensor {
   void* data;           // first (or only) part
@@ -80,3 +80,5 @@ constexpr int INT8_BLOCK_BYTES = TILE_ROWS * GROUP + TILE_ROWS * 2, INT4_BLOCK_B
 constexpr int block_bytes(Dtype dtype) { return dtype == INT8 ? INT8_BLOCK_BYTES : INT4_BLOCK_BYTES; }
 constexpr int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
 constexpr int64_t int8_row_bytes(int64_t k) { return groups_of(k) * (GROUP + 12); }
+// A cached key or value of `dim` numbers.
+constexpr int64_t int8_kv_bytes(int64_t dim) { return groups_of(dim) * (GROUP + 4); }

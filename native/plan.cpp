@@ -15,6 +15,7 @@ size_t resize(Tensor& t, const int32_t* record, const std::vector<int64_t>& size
     n *= t.dims[d];
   }
   if (t.dtype == INT8ROW) return static_cast<size_t>(t.dims[0] * int8_row_bytes(t.dims[1]));
+  if (t.dtype == INT8KV) return static_cast<size_t>(t.dims[0] * t.dims[1] * t.dims[2] * int8_kv_bytes(t.dims[3]));
   return static_cast<size_t>(n) * (t.dtype == F16 || t.dtype == BF16 ? 2 : 4);
 }
 

@@ -1,5 +1,7 @@
 // Attention over the paged KV cache, block by block with a running softmax (https://arxiv.org/abs/2205.14135), so that
-// memory does not grow with the context. Keys lie transposed within a block: lanes are neighbouring tokens.
+// memory does not grow with the context. Keys lie transposed within a block: lanes are neighbouring tokens. This file has
+// the cache in floats and how the work is shared out; attention_int8.inl the cache in bytes.
+
 
 namespace ISA {
 
@@ -17,10 +19,21 @@ static inline int64_t page_of(const Tensor& pages, int64_t sequence, int64_t pos
   return block < blocks ? block : -1;
 }
 
+// One head of a token: `key` and `value` [dim] to their places in a block, keys transposed.
 template <class T>
-static void write_cache(const Operands& o, const Worker& worker) {
+static void put_numbers(const float* key, const float* value, int64_t dim, int64_t t, T* keys, T* values) {
+  for (int64_t d = 0; d < dim; d++) put(keys + d * BLOCK_TOKENS + t, key[d]);
+  for (int64_t d = 0; d < dim; d++) put(values + t * dim + d, value[d]);
+}
+
+// Keys in bytes lie by tokens, others by dims.
+static inline int64_t head_width(const Tensor& keys) { return keys.dims[keys.dtype == INT8KV ? 3 : 2]; }
+
+template <class T>
+static void write_cache(const Operands& o, const Worker& worker, int64_t head_elements, void (*put_head)(const float*, const float*, int64_t, int64_t, T*, T*)) {
   const Tensor &k = o.in(0), &v = o.in(1), &keys = o.in(2), &values = o.in(3), &segments = o.in(4), &pages = o.in(5);
-  const int64_t heads = keys.dims[1], dim = keys.dims[2], n = heads * dim;
+  const int64_t heads = keys.dims[1], dim = head_width(keys);
+  if (dim > MAX_DIM) return worker.fail("cacheWrite: head width %lld is beyond %lld", dim, MAX_DIM);
   for (int64_t s = 0; s < segments.rows(); s++) {
     const int32_t* segment = segments.as<int32_t>() + s * 3;  // first row, rows, position of the first row
     int64_t begin, end;
@@ -28,31 +41,31 @@ static void write_cache(const Operands& o, const Worker& worker) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t position = segment[2] + i, block = page_of(pages, s, position, keys.dims[0]);
       if (block < 0) { worker.fail("internal: cacheWrite: position %lld of sequence %lld has no page", position, s); continue; }
-      const int64_t t = position % BLOCK_TOKENS;
-      const float *k_row = k.as<float>() + (segment[0] + i) * n, *v_row = v.as<float>() + (segment[0] + i) * n;
-      T *k_block = keys.as<T>() + block * n * BLOCK_TOKENS, *v_block = values.as<T>() + block * n * BLOCK_TOKENS;
-      for (int64_t c = 0; c < n; c++) put(k_block + c * BLOCK_TOKENS + t, k_row[c]);
-      for (int64_t h = 0; h < heads; h++)
-        for (int64_t d = 0; d < dim; d++) put(v_block + (h * BLOCK_TOKENS + t) * dim + d, v_row[h * dim + d]);
+      for (int64_t h = 0; h < heads; h++) {
+        const int64_t from = ((segment[0] + i) * heads + h) * dim, to = (block * heads + h) * head_elements;
+        put_head(k.as<float>() + from, v.as<float>() + from, dim, position % BLOCK_TOKENS, keys.as<T>() + to, values.as<T>() + to);
+      }
     }
   }
 }
 
-static void cache_write(const Operands& o, const Worker& worker) {
-  if (o.in(2).dtype == F16) write_cache<f16>(o, worker);
-  else write_cache<float>(o, worker);
-}
-
-// One pass of up to QUERIES query vectors over the context of their sequence.
+// One pass of up to `most` query vectors of a KV head over the context of their sequence.
 template <class T>
 struct Pass {
-  const float* query[QUERIES];
-  float* out[QUERIES];
-  int64_t last[QUERIES];  // the last position that each may see
+  using Element = T;
+  static constexpr int most = QUERIES;
+  const T *keys, *values;  // of the head, in block 0
+  const int32_t* pages;
+  int64_t dim, block_stride;
   int count;
+  const float* query[most];
+  float* out[most];
+  int64_t last[most];  // the last position that each may see; ascending
+
+  static int64_t head_elements(int64_t dim) { return dim * BLOCK_TOKENS; }
 
   template <int Q>
-  void run(const T* keys, const T* values, const Tensor& pages, int64_t sequence, int64_t dim, int64_t block_stride, float scale) const {
+  void pass(float scale) const {
     float m[Q], l[Q], acc[Q][MAX_DIM];
     int64_t end = 0;
     for (int q = 0; q < Q; q++) {
@@ -62,12 +75,12 @@ struct Pass {
     }
     constexpr int V = BLOCK_TOKENS / W;
     for (int64_t t0 = 0; t0 < end; t0 += BLOCK_TOKENS) {
-      const int64_t at = pages.as<int32_t>()[sequence * pages.dims[1] + t0 / BLOCK_TOKENS] * block_stride;
+      const int64_t at = pages[t0 / BLOCK_TOKENS] * block_stride;
       float p[Q][BLOCK_TOKENS];
       const T* k = keys + at;
       // The cache is read once a step, from memory: the next block is fetched while this one is computed.
       const bool more = t0 + BLOCK_TOKENS < end;
-      const int64_t next = more ? pages.as<int32_t>()[sequence * pages.dims[1] + t0 / BLOCK_TOKENS + 1] * block_stride : at;
+      const int64_t next = more ? pages[t0 / BLOCK_TOKENS + 1] * block_stride : at;
       const T *next_k = keys + next, *next_v = values + next;
       for (int v = 0; v < V; v += 2) {
         constexpr int U = V < 2 ? V : 2;
@@ -122,34 +135,54 @@ struct Pass {
       for (int64_t d = 0; d < dim; d++) out[q][d] = acc[q][d] / l[q];
   }
 
-  template <int Q = QUERIES, class... A>
-  void dispatch(A... a) const {
+  template <int Q = most>
+  void run(float scale) const {
     if constexpr (Q > 1) {
-      if (count != Q) return dispatch<Q - 1>(a...);
+      if (count != Q) return run<Q - 1>(scale);
     }
-    run<Q>(a...);
+    pass<Q>(scale);
   }
 };
 
-template <class T>
+}  // namespace ISA
+
+#include "attention_int8.inl"
+
+namespace ISA {
+
+static void cache_write(const Operands& o, const Worker& worker) {
+  const int64_t dim = head_width(o.in(2));
+  switch (o.in(2).dtype) {
+    case INT8KV: return write_cache(o, worker, Int8Pass::head_elements(dim), put_int8);
+    case F16: return write_cache(o, worker, Pass<f16>::head_elements(dim), put_numbers<f16>);
+    default: return write_cache(o, worker, Pass<float>::head_elements(dim), put_numbers<float>);
+  }
+}
+
+template <class P>
 static void attend(const Operands& o, const Worker& worker) {
   const Tensor &q = o.in(0), &keys = o.in(1), &values = o.in(2), &segments = o.in(3), &pages = o.in(4), &y = o.out(0);
-  const int64_t kv_heads = keys.dims[1], dim = keys.dims[2], width = q.dims[1], share = width / dim / kv_heads;
+  const int64_t kv_heads = keys.dims[1], dim = head_width(keys), width = q.dims[1], share = width / dim / kv_heads;
   if (dim > MAX_DIM) return worker.fail("attention: head width %lld is beyond %lld", dim, MAX_DIM);
   const float scale = 1 / __builtin_sqrtf(static_cast<float>(dim));
   int64_t task = 0;
+  P pass;
   for (int64_t s = 0; s < segments.rows(); s++) {
     const int32_t* segment = segments.as<int32_t>() + s * 3;
     for (int64_t position = segment[2]; position < segment[2] + segment[1]; position++)
       if (page_of(pages, s, position, keys.dims[0]) < 0) return worker.fail("internal: attention: position %lld of sequence %lld has no page", position, s);
     // Queries of a KV head: rows x the heads that share it, in passes. A lone token's heads are spread over the team.
     const int64_t queries = segment[1] * share;
-    int64_t size = QUERIES;
+    int64_t size = P::most;
     if (segments.rows() * kv_heads * ((queries + size - 1) / size) < worker.count) size = min(size, (queries * kv_heads + worker.count - 1) / worker.count);
     for (int64_t h = 0; h < kv_heads; h++)
       for (int64_t first = 0; first < queries; first += size) {
         if (task++ % worker.count != worker.index) continue;
-        Pass<T> pass;
+        const int64_t head = P::head_elements(dim);
+        pass.keys = keys.as<typename P::Element>() + h * head;
+        pass.values = values.as<typename P::Element>() + h * head;
+        pass.pages = pages.as<int32_t>() + s * pages.dims[1];
+        pass.dim = dim, pass.block_stride = kv_heads * head;
         pass.count = static_cast<int>(min(size, queries - first));
         for (int i = 0; i < pass.count; i++) {
           const int64_t row = (first + i) / share, at = (segment[0] + row) * width + (h * share + (first + i) % share) * dim;
@@ -157,15 +190,17 @@ static void attend(const Operands& o, const Worker& worker) {
           pass.out[i] = y.as<float>() + at;
           pass.last[i] = segment[2] + row;
         }
-        const int64_t head = h * dim * BLOCK_TOKENS;
-        pass.dispatch(keys.as<T>() + head, values.as<T>() + head, pages, s, dim, kv_heads * dim * BLOCK_TOKENS, scale);
+        pass.run(scale);
       }
   }
 }
 
 static void attention(const Operands& o, const Worker& worker) {
-  if (o.in(1).dtype == F16) attend<f16>(o, worker);
-  else attend<float>(o, worker);
+  switch (o.in(1).dtype) {
+    case INT8KV: return attend<Int8Pass>(o, worker);
+    case F16: return attend<Pass<f16>>(o, worker);
+    default: return attend<Pass<float>>(o, worker);
+  }
 }
 
 }  // namespace ISA

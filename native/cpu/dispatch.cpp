@@ -15,6 +15,7 @@ DECLARE(avx512bf16)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 DECLARE(neon)
+DECLARE(neoni8mm)
 #endif
 
 std::vector<const KernelTable*> available_kernels() {
@@ -32,7 +33,9 @@ std::vector<const KernelTable*> available_kernels() {
   if (fma && (a >> 4 & 1)) found.push_back(&avxvnni::TABLE);  // GCC 12 has no name for it
   if (fma) found.push_back(&avx2::TABLE);
 #elif defined(__aarch64__)
-  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP) & HWCAP_FPHP)) found.push_back(&neon::TABLE);
+  const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP) & HWCAP_FPHP);
+  if (dot && (getauxval(AT_HWCAP2) & HWCAP2_I8MM)) found.push_back(&neoni8mm::TABLE);
+  if (dot) found.push_back(&neon::TABLE);
 #endif
   found.push_back(&scalar::TABLE);
   return found;

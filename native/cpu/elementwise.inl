@@ -32,12 +32,7 @@ static void silu_mul(const Operands& o, const Worker& worker) {
   float* y = o.out(0).as<float>();
   int64_t begin, end;
   worker.share(o.out(0).rows() * o.out(0).width(), 64, begin, end);
-  int64_t i = begin;
-  for (; i + W <= end; i += W) {
-    const vf g = load(gate + i);
-    store(y + i, g / (1.f + exp(-g)) * load(up + i));
-  }
-  for (; i < end; i++) y[i] = gate[i] / (1.f + exp(-gate[i])) * up[i];
+  silu_times(gate + begin, up + begin, y + begin, end - begin);
 }
 
 // Cosine and sine of each pair's angle, side by side, as float32 computes them in the reference.
@@ -56,14 +51,17 @@ static void angles(const Operands& o, const Worker& worker) {
 static void rope(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &table = o.in(1), &y = o.out(0);
   const int64_t n = x.dims[1], dim = table.dims[1];
+  const int64_t heads = n / dim;
   int64_t begin, end;
-  worker.share(x.rows() * n / 2, 16, begin, end);
-  for (int64_t p = begin; p < end; p++) {
-    const int64_t at = p * 2, r = at / n, i = at % n % dim;
-    const float c = table.as<float>()[r * dim + i], s = table.as<float>()[r * dim + i + 1];
-    const float a = x.as<float>()[at], b = x.as<float>()[at + 1];
-    y.as<float>()[at] = a * c - b * s;
-    y.as<float>()[at + 1] = b * c + a * s;
+  worker.share(x.rows() * heads, 1, begin, end);
+  for (int64_t h = begin; h < end; h++) {
+    const float *turn = table.as<float>() + h / heads * dim, *in = x.as<float>() + h * dim;
+    float* out = y.as<float>() + h * dim;
+    for (int64_t i = 0; i < dim; i += 2) {
+      const float c = turn[i], s = turn[i + 1], a = in[i], b = in[i + 1];
+      out[i] = a * c - b * s;
+      out[i + 1] = b * c + a * s;
+    }
   }
 }
 

@@ -2,11 +2,14 @@
 
 namespace ISA {
 
+constexpr int64_t MAX_EXPERTS = 4096;
+
 static void choose(const float* logits, const float* bias, int64_t count, int64_t k, float norm_min, int32_t* experts, float* weights) {
-  // Probabilities are recomputed from the logits where they are needed: no scratch, and k is small.
+  float p[MAX_EXPERTS];
   float top = logits[0], total = 0;
   for (int64_t e = 1; e < count; e++) top = max(top, logits[e]);
-  for (int64_t e = 0; e < count; e++) total += expf(logits[e] - top);
+  for (int64_t e = 0; e < count; e++) total += p[e] = expf(logits[e] - top);
+  for (int64_t e = 0; e < count; e++) p[e] /= total;
   float kept = 0;
   for (int64_t j = 0; j < k; j++) {
     int64_t best = -1;
@@ -15,11 +18,11 @@ static void choose(const float* logits, const float* bias, int64_t count, int64_
       bool taken = false;
       for (int64_t i = 0; i < j; i++) taken |= experts[i] == e;
       if (taken) continue;
-      const float score = expf(logits[e] - top) / total + bias[e];
+      const float score = p[e] + bias[e];
       if (best < 0 || score > best_score) best = e, best_score = score;
     }
     experts[j] = static_cast<int32_t>(best);
-    weights[j] = expf(logits[best] - top) / total;
+    weights[j] = p[best];
     kept += weights[j];
   }
   for (int64_t j = 0; j < k; j++) weights[j] /= max(kept, norm_min);
@@ -28,11 +31,19 @@ static void choose(const float* logits, const float* bias, int64_t count, int64_
 static void route(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &gate = o.in(1), &bias = o.in(2), &logits = o.out(0), &experts = o.out(1), &weights = o.out(2);
   const int64_t count = gate.dims[0], hidden = gate.dims[1], k = experts.dims[1];
-  for (int64_t r = worker.index; r < x.rows(); r += worker.count) {
-    float* row = logits.as<float>() + r * count;
-    panel<RowMajor<float, float>>(gate.data, 0, count, hidden, 1, [&](int64_t) { return x.as<float>() + r * hidden; }, [&](int64_t) { return row; }, nullptr);
-    choose(row, bias.as<float>(), count, k, static_cast<float>(o.params[1]), experts.as<int32_t>() + r * k, weights.as<float>() + r * k);
-  }
+  if (count > MAX_EXPERTS) return worker.fail("route: %lld experts are beyond %lld", count, MAX_EXPERTS);
+  // Many rows are spread over the team; of a few, the experts are.
+  const bool by_rows = x.rows() >= 4 * worker.count;
+  using F = RowMajor<float, float>;
+  int64_t begin, end, first = 0, last = count;
+  worker.share(x.rows(), 1, begin, end);
+  if (!by_rows) worker.share(count, F::tile, first, last);
+  const int64_t r0 = by_rows ? begin : 0, rows = by_rows ? end - begin : x.rows();
+  panel<F>(gate.data, first, last, hidden, rows, [&](int64_t r) { return x.as<float>() + (r0 + r) * hidden; },
+           [&](int64_t r) { return logits.as<float>() + (r0 + r) * count; }, nullptr);
+  if (!by_rows) worker.wait();
+  for (int64_t r = begin; r < end; r++)
+    choose(logits.as<float>() + r * count, bias.as<float>(), count, k, static_cast<float>(o.params[1]), experts.as<int32_t>() + r * k, weights.as<float>() + r * k);
 }
 
 static void group(const Operands& o, const Worker& worker) {
@@ -53,27 +64,47 @@ static void group(const Operands& o, const Worker& worker) {
   at[0] = 0;
 }
 
+// Calls visit(expert, begin, end, slots, rows) for this thread's share of a product with an expert for each slot: weight
+// rows [begin, end) of the expert, for `rows` slots. Work is laid end to end, each expert's tiles as long as it has rows,
+// and each thread takes an equal stretch.
+template <class Visit>
+static inline void share_experts(const Tensor& order, const Tensor& offsets, int64_t n, int tile, const Worker& worker, Visit visit) {
+  const int64_t experts = offsets.rows() - 1, tiles = (n + tile - 1) / tile, work = tiles * order.rows();
+  const int32_t *at = offsets.as<int32_t>(), *slot = order.as<int32_t>();
+  const int64_t from = work * worker.index / worker.count, to = work * (worker.index + 1) / worker.count;
+  for (int64_t e = 0; e < experts; e++) {
+    const int64_t rows = at[e + 1] - at[e], start = at[e] * tiles;
+    if (!rows || start >= to) continue;
+    // A tile belongs to the thread in whose stretch it begins.
+    auto first_tile = [&](int64_t edge) { return edge <= start ? 0 : min(tiles, (edge - start + rows - 1) / rows); };
+    const int64_t begin = first_tile(from) * tile, end = min(first_tile(to) * tile, n);
+    if (begin < end) visit(e, begin, end, slot + at[e], rows);
+  }
+}
+
 static void grouped_linear(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &w = o.in(1), &order = o.in(2), &offsets = o.in(3), &y = o.out(0);
   const float* bias = o.has(4) ? o.in(4).as<float>() : nullptr;
-  const int64_t experts = w.dims[0], n = w.dims[1], k = w.dims[2], slots = static_cast<int64_t>(o.params[0]);
-  const int32_t *at = offsets.as<int32_t>(), *slot = order.as<int32_t>();
+  const int64_t n = w.dims[1], k = w.dims[2], slots = static_cast<int64_t>(o.params[0]);
   with_format(w, [&](auto format) {
     using F = decltype(format);
-    // Work is laid end to end, each expert's tiles as long as it has rows, and each thread takes an equal stretch.
-    const int64_t tiles = (n + F::tile - 1) / F::tile, work = tiles * order.rows();
-    const int64_t from = work * worker.index / worker.count, to = work * (worker.index + 1) / worker.count;
-    for (int64_t e = 0; e < experts; e++) {
-      const int64_t rows = at[e + 1] - at[e], start = at[e] * tiles;
-      if (!rows || start >= to) continue;
-      // A tile belongs to the thread in whose stretch it begins.
-      auto first_tile = [&](int64_t edge) { return edge <= start ? 0 : min(tiles, (edge - start + rows - 1) / rows); };
-      const int64_t begin = first_tile(from) * F::tile, end = min(first_tile(to) * F::tile, n);
-      if (begin >= end) continue;
-      const int32_t* mine = slot + at[e];
-      panel<F>(w.parts[e], begin, end, k, rows, [&](int64_t r) { return reinterpret_cast<const typename F::X*>(x.as<int8_t>() + mine[r] / slots * F::x_bytes(k)); },
-               [&](int64_t r) { return y.as<float>() + mine[r] * n; }, bias ? bias + e * n : nullptr);
-    }
+    share_experts(order, offsets, n, F::tile, worker, [&](int64_t e, int64_t begin, int64_t end, const int32_t* slot, int64_t rows) {
+      panel<F>(w.parts[e], begin, end, k, rows, [&](int64_t r) { return reinterpret_cast<const typename F::X*>(x.as<int8_t>() + slot[r] / slots * F::x_bytes(k)); },
+               [&](int64_t r) { return y.as<float>() + slot[r] * n; }, bias ? bias + e * n : nullptr);
+    });
+  });
+}
+
+static void grouped_gated_linear(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &gate = o.in(1), &up = o.in(2), &order = o.in(3), &offsets = o.in(4), &y = o.out(0);
+  const int64_t n = gate.dims[1], k = gate.dims[2], slots = static_cast<int64_t>(o.params[0]);
+  with_format(gate, [&](auto format) {
+    using F = decltype(format);
+    share_experts(order, offsets, n, F::tile, worker, [&](int64_t e, int64_t begin, int64_t end, const int32_t* slot, int64_t rows) {
+      gated_panel<F>(gate.parts[e], up.parts[e], begin, end, k, rows,
+                     [&](int64_t r) { return reinterpret_cast<const typename F::X*>(x.as<int8_t>() + slot[r] / slots * F::x_bytes(k)); },
+                     [&](int64_t r) { return y.as<float>() + slot[r] * n; });
+    });
   });
 }
 
@@ -85,6 +116,12 @@ static void combine(const Operands& o, const Worker& worker) {
   for (int64_t i = begin; i < end;) {
     const int64_t r = i / n, stop = min(end, (r + 1) * n);
     const float* w = weights.as<float>() + r * k;
+    for (; i + W <= stop; i += W) {
+      const float* s = slots.as<float>() + r * k * n + i % n;
+      vf total = {};
+      for (int64_t j = 0; j < k; j++) total += w[j] * load(s + j * n);
+      store(y.as<float>() + i, total);
+    }
     for (; i < stop; i++) {
       const float* s = slots.as<float>() + r * k * n + i % n;
       float total = 0;

@@ -17,6 +17,8 @@ static const KernelEntry ENTRIES[] = {
     {"toInt8", to_int8_rows},
     {"linear", linear},
     {"groupedLinear", grouped_linear},
+    {"gatedLinear", gated_linear},
+    {"groupedGatedLinear", grouped_gated_linear},
     {"add", add},
     {"siluMul", silu_mul},
     {"angles", angles},

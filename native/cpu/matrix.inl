@@ -21,7 +21,7 @@ struct Dot<bf16, bf16> {
 template <class X_, class WT>
 struct RowMajor {
   using X = X_;
-  static constexpr int tile = 4;
+  static constexpr int tile = 4, wide = 1;
   static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 3;  // so that the accumulators fit the registers
 
   static int64_t x_bytes(int64_t k) { return k * sizeof(X) * Dot<X, WT>::numbers; }
@@ -43,7 +43,7 @@ struct RowMajor {
   }
 
   // y[r][0 .. rows) = x[r] . w[n0 .. n0 + rows)
-  template <int R>
+  template <int R, int>
   static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
     const WT* w = static_cast<const WT*>(weights) + n0 * k;
     if (n == tile) return block<R, tile>(x, w, k, y, bias);
@@ -55,7 +55,8 @@ struct RowMajor {
   }
 };
 
-// Block formats (src/tensor/quantized.ts): tiles of 16 weight rows, lanes being rows, activations broadcast.
+// Block formats (src/tensor/quantized.ts): tiles of 16 weight rows, lanes being rows, activations broadcast. N tiles pass
+// together where that keeps the products busy: what is read of an activation then serves N of them.
 struct Blocks {
   using X = int8_t;  // a row: groups of 64 bytes, their scales, the sums of each 32
   static constexpr int tile = TILE_ROWS;
@@ -70,11 +71,11 @@ struct Blocks {
     return v;
   }
 
-  template <int R>
-  static void finish(const vf (&total)[R][parts], int64_t n, float* const* y, const float* bias) {
+  template <int R, int V>
+  static void finish(const vf (&total)[R][V], int64_t n, float* const* y, const float* bias) {
     for (int r = 0; r < R; r++) {
-      if (n == tile) {
-        for (int p = 0; p < parts; p++) store(y[r] + p * W, bias ? total[r][p] + load(bias + p * W) : total[r][p]);
+      if (n == V * W) {
+        for (int v = 0; v < V; v++) store(y[r] + v * W, bias ? total[r][v] + load(bias + v * W) : total[r][v]);
       } else {
         for (int64_t i = 0; i < n; i++) y[r][i] = total[r][i / W][i % W] + (bias ? bias[i] : 0);
       }
@@ -82,74 +83,127 @@ struct Blocks {
   }
 };
 
-struct Int8Blocks : Blocks {
-  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 1;
-
-  template <int R>
-  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
-    const int64_t groups = groups_of(k);
-    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT8_BLOCK_BYTES;
-    vf total[R][parts] = {};
-    for (int64_t g = 0; g < groups; g++, block += INT8_BLOCK_BYTES) {
-      vi acc[R][parts];
-      for (int r = 0; r < R; r++) {
-        const int32_t* s = sums(x[r], groups) + 2 * g;
-        for (int p = 0; p < parts; p++) acc[r][p] = splat(Dot8::offset ? -128 * (s[0] + s[1]) : 0);
-      }
-      for (int q = 0; q < GROUP / 4; q++)
-        for (int p = 0; p < parts; p++) {
-          const typename Dot8::Weights w = Dot8::load(block + (q * TILE_ROWS + p * W) * 4);
-          for (int r = 0; r < R; r++) acc[r][p] = Dot8::add(acc[r][p], w, four(x[r] + g * GROUP + q * 4));
-        }
-      const f16* row_scales = reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP);
-      for (int p = 0; p < parts; p++) {
-        const vf s = load(row_scales + p * W);
-        for (int r = 0; r < R; r++) total[r][p] += to_float(acc[r][p]) * (s * scales(x[r], groups)[g]);
-      }
+// Adds to `acc` the products of R activation rows, from column `c` on, with STEPS vectors of weights of 4 columns each;
+// weights(q) is the q-th. Two rows at a time, by 8 columns, where an instruction multiplies pairs of rows.
+template <int R, int STEPS, class D = Dot8, class At>
+static inline void products(vi* acc, const int8_t* const* x, int64_t c, At weights) {
+  if constexpr (D::pairs && R > 1) {
+    typename D::Pair sums[R / 2];
+    for (int q = 0; q < STEPS; q += 2) {
+      const auto first = weights(q), second = weights(q + 1);
+      for (int p = 0; p < R / 2; p++) sums[p].add(first, second, x[2 * p] + c + q * 4, x[2 * p + 1] + c + q * 4);
     }
-    finish<R>(total, n, y, bias);
+    for (int p = 0; p < R / 2; p++) acc[2 * p] += sums[p].of_first(), acc[2 * p + 1] += sums[p].of_second();
+    if constexpr (R % 2) products<1, STEPS>(acc + R - 1, x + R - 1, c, weights);
+  } else {
+#pragma GCC unroll 16
+    for (int q = 0; q < STEPS; q++) {
+      const auto w = weights(q);
+      for (int r = 0; r < R; r++) acc[r] = D::add(acc[r], w, Blocks::four(x[r] + c + q * 4));
+    }
   }
-};
+}
 
-struct Int4Blocks : Blocks {
-  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 1;
+// Scale: f16 in weights, float in the KV cache.
+template <class Scale>
+struct Int8Tiles : Blocks {
+  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 4, wide = W == 16 ? 2 : 1;
+  static constexpr int64_t bytes = TILE_ROWS * GROUP + TILE_ROWS * sizeof(Scale);
 
-  template <int R>
+  template <int R, int N>
   static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+    constexpr int V = N * parts, U = W == 16 ? N : 1;  // vectors of weight rows, and those whose sums are under way at once
     const int64_t groups = groups_of(k);
-    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT4_BLOCK_BYTES;
-    vf total[R][parts] = {};
-    for (int64_t g = 0; g < groups; g++, block += INT4_BLOCK_BYTES)
-      for (int p = 0; p < parts; p++) {
-        vi low[R], high[R];  // columns 0 to 31 of the block, and 32 to 63
+    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * bytes;
+    vf total[R][V] = {};
+    for (int64_t g = 0; g < groups; g++, block += bytes)
+      for (int v = 0; v < V; v += U) {
+        const uint8_t* at[U];
+        vi acc[R][U];
+        for (int u = 0; u < U; u++) at[u] = block + (v + u) / parts * groups * bytes;
         for (int r = 0; r < R; r++) {
           const int32_t* s = sums(x[r], groups) + 2 * g;
-          low[r] = splat(-8 * s[0]), high[r] = splat(-8 * s[1]);
+          for (int u = 0; u < U; u++) acc[r][u] = splat(Dot8::offset ? -128 * (s[0] + s[1]) : 0);
         }
-        for (int q = 0; q < HALF / 4; q++) {
-          typename Dot8::Weights a, b;
-          Dot8::load_nibbles(block + (q * TILE_ROWS + p * W) * 4, a, b);
-          for (int r = 0; r < R; r++) {
-            const X* at = x[r] + g * GROUP + q * 4;
-            low[r] = Dot8::add_small(low[r], a, four(at));
-            high[r] = Dot8::add_small(high[r], b, four(at + HALF));
+        if constexpr (U == 1) {
+          products<R, GROUP / 4>(acc[0], x, g * GROUP, [&](int q) { return Dot8::load(at[0] + (q * TILE_ROWS + v % parts * W) * 4); });
+        } else {
+#pragma GCC unroll 16
+          for (int q = 0; q < GROUP / 4; q++) {
+            typename Dot8::Weights w[U];
+            for (int u = 0; u < U; u++) w[u] = Dot8::load(at[u] + (q * TILE_ROWS + (v + u) % parts * W) * 4);
+            for (int r = 0; r < R; r++) {
+              const int32_t a = four(x[r] + g * GROUP + q * 4);
+              for (int u = 0; u < U; u++) acc[r][u] = Dot8::add(acc[r][u], w[u], a);
+            }
           }
         }
-        const f16* row_scales = reinterpret_cast<const f16*>(block + TILE_ROWS * GROUP / 2);
-        const vf s_low = load(row_scales + p * W), s_high = load(row_scales + TILE_ROWS + p * W);
-        for (int r = 0; r < R; r++) total[r][p] += (to_float(low[r]) * s_low + to_float(high[r]) * s_high) * scales(x[r], groups)[g];
+        for (int u = 0; u < U; u++) {
+          const vf s = load(reinterpret_cast<const Scale*>(at[u] + TILE_ROWS * GROUP) + (v + u) % parts * W);
+          for (int r = 0; r < R; r++) total[r][v + u] += to_float(acc[r][u]) * (s * scales(x[r], groups)[g]);
+        }
+      }
+    finish<R>(total, n, y, bias);
+  }
+};
+using Int8Blocks = Int8Tiles<f16>;
+
+struct Int4Blocks : Blocks {
+  static constexpr int max_rows = W == 8 ? 2 : 4, wide = W == 16 ? 2 : 1;
+
+  template <int R, int N>
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+    constexpr int V = N * parts, U = W == 16 ? N : 1;
+    const int64_t groups = groups_of(k);
+    const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT4_BLOCK_BYTES;
+    vf total[R][V] = {};
+    for (int64_t g = 0; g < groups; g++, block += INT4_BLOCK_BYTES)
+      for (int v = 0; v < V; v += U) {
+        const uint8_t* at[U];
+        vi low[R][U], high[R][U];  // columns 0 to 31 of the block, and 32 to 63
+        for (int u = 0; u < U; u++) at[u] = block + (v + u) / parts * groups * INT4_BLOCK_BYTES;
+        for (int r = 0; r < R; r++) {
+          const int32_t* s = sums(x[r], groups) + 2 * g;
+          for (int u = 0; u < U; u++) low[r][u] = splat(-8 * s[0]), high[r][u] = splat(-8 * s[1]);
+        }
+        if constexpr (Dot8::pairs && R > 1) {
+          auto nibbles = [&](int q, bool upper) {
+            typename Dot8::Weights lower_half, upper_half;
+            Dot8::load_nibbles(at[0] + (q * TILE_ROWS + v % parts * W) * 4, lower_half, upper_half);
+            return upper ? upper_half : lower_half;
+          };
+          products<R, HALF / 4>(low[0], x, g * GROUP, [&](int q) { return nibbles(q, false); });
+          products<R, HALF / 4>(high[0], x, g * GROUP + HALF, [&](int q) { return nibbles(q, true); });
+        } else {
+#pragma GCC unroll 8
+          for (int q = 0; q < HALF / 4; q++) {
+            typename Dot8::Weights a[U], b[U];
+            for (int u = 0; u < U; u++) Dot8::load_nibbles(at[u] + (q * TILE_ROWS + (v + u) % parts * W) * 4, a[u], b[u]);
+            for (int r = 0; r < R; r++) {
+              const X* from = x[r] + g * GROUP + q * 4;
+              const int32_t first = four(from), second = four(from + HALF);
+              for (int u = 0; u < U; u++) low[r][u] = Dot8::add_small(low[r][u], a[u], first), high[r][u] = Dot8::add_small(high[r][u], b[u], second);
+            }
+          }
+        }
+        for (int u = 0; u < U; u++) {
+          const f16* row_scales = reinterpret_cast<const f16*>(at[u] + TILE_ROWS * GROUP / 2) + (v + u) % parts * W;
+          const vf s_low = load(row_scales), s_high = load(row_scales + TILE_ROWS);
+          for (int r = 0; r < R; r++)
+            total[r][v + u] += (to_float(low[r][u]) * s_low + to_float(high[r][u]) * s_high) * scales(x[r], groups)[g];
+        }
       }
     finish<R>(total, n, y, bias);
   }
 };
 
-// Calls F::run with the number of rows as a constant.
-template <class F, int R = F::max_rows>
+// Calls F::run on N tiles with the number of rows as a constant.
+template <class F, int N, int R = F::max_rows>
 static inline void run_rows(int rows, const typename F::X* const* x, const void* w, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
   if constexpr (R > 1) {
-    if (rows != R) return run_rows<F, R - 1>(rows, x, w, n0, n, k, y, bias);
+    if (rows != R) return run_rows<F, N, R - 1>(rows, x, w, n0, n, k, y, bias);
   }
-  F::template run<R>(x, w, n0, n, k, y, bias);
+  F::template run<R, N>(x, w, n0, n, k, y, bias);
 }
 
 // Weight rows [begin, end) times `rows` activation rows. Blocks of weight rows stay in the cache while all activation
@@ -163,11 +217,25 @@ static inline void panel(const void* w, int64_t begin, int64_t end, int64_t k, i
       const typename F::X* x[F::max_rows];
       float* y[F::max_rows];
       for (int r = 0; r < count; r++) x[r] = x_at(r0 + r);
-      for (int64_t n = n0; n < min(n0 + weight_rows, end); n += F::tile) {
+      // A lone row is bound by memory, which is fastest when a thread reads one run of weights: tile by tile then.
+      const int64_t stop = min(n0 + weight_rows, end), wide = F::wide * F::tile;
+      for (int64_t n = n0, step; n < stop; n += step) {
+        step = count > 1 && stop - n >= wide ? wide : F::tile;
         for (int r = 0; r < count; r++) y[r] = y_at(r0 + r) + n;
-        run_rows<F>(count, x, w, n, min(F::tile, end - n), k, y, bias ? bias + n : nullptr);
+        if (step > F::tile) run_rows<F, F::wide>(count, x, w, n, step, k, y, bias ? bias + n : nullptr);
+        else run_rows<F, 1>(count, x, w, n, min(F::tile, stop - n), k, y, bias ? bias + n : nullptr);
       }
     }
+}
+
+// y = silu(gate) * up
+static inline void silu_times(const float* gate, const float* up, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const vf g = load(gate + i);
+    store(y + i, g / (1.f + exp(-g)) * load(up + i));
+  }
+  for (; i < n; i++) y[i] = gate[i] / (1.f + exp(-gate[i])) * up[i];
 }
 
 // visit(format) with the format that multiplies `weight` by activations.
@@ -181,6 +249,36 @@ static inline void with_format(const Tensor& weight, Visit visit) {
     case INT4: return visit(Int4Blocks{});
     default: return;  // the op table lets no other format through
   }
+}
+
+// silu(gate) * up of weight rows [begin, end): both products of a few rows, while the activations are at hand.
+template <class F, class XAt, class YAt>
+static inline void gated_panel(const void* gate, const void* up, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at) {
+  constexpr int64_t weight_rows = 32;
+  for (int64_t n0 = begin; n0 < end; n0 += weight_rows) {
+    const int64_t stop = min(n0 + weight_rows, end);
+    for (int64_t r0 = 0; r0 < rows; r0 += F::max_rows) {
+      const int64_t count = min(F::max_rows, rows - r0);
+      alignas(64) float g[F::max_rows][weight_rows], u[F::max_rows][weight_rows];
+      auto x = [&](int64_t r) { return x_at(r0 + r); };
+      panel<F>(gate, n0, stop, k, count, x, [&](int64_t r) { return g[r] - n0; }, nullptr);
+      panel<F>(up, n0, stop, k, count, x, [&](int64_t r) { return u[r] - n0; }, nullptr);
+      for (int64_t r = 0; r < count; r++) silu_times(g[r], u[r], y_at(r0 + r) + n0, stop - n0);
+    }
+  }
+}
+
+static void gated_linear(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &gate = o.in(1), &up = o.in(2), &y = o.out(0);
+  const int64_t k = gate.dims[1];
+  with_format(gate, [&](auto format) {
+    using F = decltype(format);
+    int64_t begin, end;
+    worker.share(gate.dims[0], F::tile, begin, end);
+    const int8_t* xs = x.as<int8_t>();
+    gated_panel<F>(gate.data, up.data, begin, end, k, x.rows(), [&](int64_t r) { return reinterpret_cast<const typename F::X*>(xs + r * F::x_bytes(k)); },
+                   [&](int64_t r) { return y.as<float>() + r * y.dims[1]; });
+  });
 }
 
 static void linear(const Operands& o, const Worker& worker) {
@@ -227,14 +325,13 @@ static void quantize_row(const float* x, int64_t k, int8_t* row) {
     for (int i = 0; i < GROUP; i += W) tops = max(tops, max(load(in + i), -load(in + i)));
     const float top = largest(tops), inverse = top > 0 ? 127.f / top : 0.f;
     for (int half = 0; half < 2; half++) {
-      int32_t total = 0;
-      for (int i = half * HALF; i < (half + 1) * HALF; i++) {
-        // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number, ties to even.
-        const int32_t steps = static_cast<int32_t>(in[i] * inverse + 12582912.f - 12582912.f);
-        row[g * GROUP + i] = static_cast<int8_t>(steps);
+      vi total = {};
+      for (int i = half * HALF; i < (half + 1) * HALF; i += W) {
+        const vi steps = round_steps(load(in + i) * inverse);
+        store_bytes(row + g * GROUP + i, steps);
         total += steps;
       }
-      sums[2 * g + half] = total;
+      sums[2 * g + half] = static_cast<int32_t>(sum(to_float(total)));  // small whole numbers: exact
     }
     scales[g] = top / 127.f;
   }

@@ -4,7 +4,7 @@ namespace ISA {
 
 // Columns, as in src/graph/ops.ts.
 enum { TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, FLOATS };
-enum { TOP_K, NGRAM, SEED_LOW, SEED_HIGH, STEP, HISTORY_START, HISTORY_COUNT, PROMPT_COUNT, BIAS_START, BIAS_COUNT, INTS };
+enum { TOP_K, NGRAM, SEED_LOW, SEED_HIGH, STEP, HISTORY_START, HISTORY_COUNT, PROMPT_COUNT, BIAS_START, BIAS_COUNT, MASK, INTS };
 
 // Sifts heap[i] down; the heap has the largest logit on top, the lowest id first among equals.
 static void sift(const float* x, int32_t* heap, int64_t n, int64_t i) {
@@ -109,6 +109,13 @@ static void process_logits(const Operands& o, const Worker& worker) {
     for (int64_t i = n[BIAS_START]; i < n[BIAS_START] + n[BIAS_COUNT]; i++) {
       const int32_t id = o.in(4).as<int32_t>()[i];
       if (id >= 0 && id < vocab) x[id] += o.in(5).as<float>()[i];
+    }
+    if (n[MASK] >= 0) {
+      const Tensor& masks = o.in(6);
+      if (n[MASK] >= masks.rows()) { worker.fail("internal: processLogits: mask %lld of %lld", n[MASK], masks.rows()); continue; }
+      const uint32_t* allowed = masks.as<uint32_t>() + n[MASK] * masks.dims[1];
+      for (int64_t i = 0; i < vocab; i++)
+        if (!(allowed[i / 32] >> (i % 32) & 1)) x[i] = -INFINITY;
     }
     penalize(x, vocab, o.in(3).as<int32_t>() + n[HISTORY_START], f, n, scratch.as<int32_t>() + r * vocab);
     if (f[TEMPERATURE] > 0) {

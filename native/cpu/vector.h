@@ -12,6 +12,8 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef int8_t vb_unaligned __attribute__((vector_size(W), aligned(1), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint16_t vh_unaligned __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
@@ -54,7 +56,7 @@ static inline float scalar(f16 h) {
 
 }  // namespace ISA
 
-// load(const f16*), to_f16, sum, largest, DotBf16, Dot8: what the instruction set does in its own way.
+// load(const f16*), to_f16, store_bytes (the low byte of each lane), sum, largest, DotBf16, Dot8: what the instruction set does in its own way.
 #include ISA_PRIMITIVES
 
 namespace ISA {
@@ -78,6 +80,22 @@ static inline vf exp(vf x) {
   return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
+// The nearest whole numbers, ties to even, of numbers below 2^22: 1.5 * 2^23 + x has them as its last bits.
+static inline vi round_steps(vf x) { return (vi)(x + 12582912.f) - 0x4b400000; }
+
 static inline float exp(float x) { return exp(splat(x))[0]; }
+
+// 2^x to about 2 units in the last place, for x from -126 to 0; below, 2^-126.
+static inline vf exp2(vf x) {
+  x = max(x, splat(-126.f));
+  const vf magic = splat(12582912.f), n = x + magic, r = x - (n - magic);
+  vf p = splat(1.32765e-3f);
+  p = p * r + 9.67554e-3f;
+  p = p * r + 5.550713e-2f;
+  p = p * r + 2.402212e-1f;
+  p = p * r + 6.9314697e-1f;
+  p = p * r + 1.f;
+  return (vf)((vi)p + ((vi)n << 23));
+}
 
 }  // namespace ISA

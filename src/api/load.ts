@@ -1,5 +1,6 @@
 /** From a model folder to an engine that is ready to run: opens files, checks them, chooses formats, loads weights. */
 import type { Backend, WeightSource } from "../backend/backend.ts";
+import { physicalCores } from "../backend/cores.ts";
 import { nativeBackend } from "../backend/native.ts";
 import { referenceBackend } from "../backend/reference.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
@@ -7,8 +8,9 @@ import { locate } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
 import { type ErnieConfig, readConfig } from "../model/config.ts";
 import { parameterDtype, parameters } from "../model/ernie.ts";
-import type { Dtype } from "../tensor/dtype.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
+import { thisMachine, warningsFor } from "./room.ts";
 
 /** Formats of the weight matrices; `auto` takes each as it is stored. Norms, biases and the router are float32 always. */
 export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8" | "int4";
@@ -31,21 +33,36 @@ const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
   q4: "int4",
 };
 
+/** What `kv_cache_dtype` may be, as the engine names it. */
+const KV_DTYPES = { fp32: "f32", fp16: "f16", int8: "int8kv" } as const satisfies Record<string, KvDtype>;
+export type KvCacheDtype = keyof typeof KV_DTYPES;
+
+/** What options call a format of the cache. */
+export function kvCacheName(dtype: KvDtype): KvCacheDtype {
+  return (Object.keys(KV_DTYPES) as KvCacheDtype[]).find((name) => KV_DTYPES[name] === dtype) as KvCacheDtype;
+}
+
 export interface LoadOptions {
   /** Default `auto`. */
   readonly dtype?: WeightDtype | (string & {});
-  /** Threads that compute; default: as many as there are cores. */
+  /** Threads that compute; default: one a physical core. */
   readonly threads?: number;
   /** `auto` and `cpu` are the native CPU backend; `reference` is the slow one in TypeScript that defines every op. Default `auto`. */
   readonly device?: "auto" | "cpu" | "reference" | (string & {});
   /** An instruction set by name (`scalar`, `avx2`, ...); default: the environment's `MIXTAPE_ISA`, else the best there is. */
   readonly isa?: string;
-  /** Format of the KV cache: `fp32` or `fp16`. Default: fp32 for fp32 weights, else fp16. */
-  readonly kv_cache_dtype?: "fp32" | "fp16";
-  /** Tokens that the KV cache has room for. Default: 16 full sequences, or as many as fit half of the free memory. */
+  /** Format of the KV cache: `fp32`, `fp16` or `int8`. Default: fp32 for fp32 weights, int8 for int8 and int4, else fp16. */
+  readonly kv_cache_dtype?: KvCacheDtype;
+  /** Tokens that the KV cache has room for. Default: 16 full sequences, or as many as fit half of the memory that the weights leave. */
   readonly kv_cache_tokens?: number;
   /** Tokens of a prompt that one step computes at most. Default 512. */
   readonly chunk_size?: number;
+  /** Keep what full blocks of the KV cache hold, for prompts that begin alike. Default true. */
+  readonly prefix_cache?: boolean;
+  /** Requests that are computed at the same time; others wait. Default 512. */
+  readonly max_sequences?: number;
+  /** Told what will make the model slow on this machine: weights larger than memory, more threads than cores. Default: a warning of the process. */
+  readonly warning_callback?: (message: string) => void;
 }
 
 export interface LoadedModel {
@@ -81,15 +98,19 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   });
   const backend = openBackend(options);
   try {
+    const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
+    for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
     const engine = new Engine({
       config,
       backend,
       weights: await backend.load(weights),
       dtypeOf: (name) => dtypes.get(name) as Dtype,
-      kvDtype: options.kv_cache_dtype && (options.kv_cache_dtype === "fp32" ? "f32" : "f16"),
+      kvDtype: options.kv_cache_dtype && KV_DTYPES[options.kv_cache_dtype],
       kvTokens: options.kv_cache_tokens,
       maxRows: options.chunk_size,
+      prefixCache: options.prefix_cache,
+      maxSequences: options.max_sequences,
     });
     return { config, checkpoint, engine, backend, weights };
   } catch (error) {
@@ -99,7 +120,8 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
 }
 
 function checkCache({ kv_cache_dtype: dtype = "fp32", kv_cache_tokens = 1, chunk_size = 1 }: LoadOptions): void {
-  if (dtype !== "fp32" && dtype !== "fp16") throw new RangeError(`kv_cache_dtype '${dtype}' is not known; known are fp32, fp16`);
+  if (!Object.hasOwn(KV_DTYPES, dtype))
+    throw new RangeError(`kv_cache_dtype '${dtype}' is not known; known are ${Object.keys(KV_DTYPES).join(", ")}`);
   for (const [name, value] of Object.entries({ kv_cache_tokens, chunk_size }))
     if (!Number.isSafeInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
 }

@@ -4,7 +4,7 @@ import { type DownloadProgress, type ResolveOptions, resolveModel } from "../che
 import type { Inspection } from "../engine/engine.ts";
 import type { GeneratedToken, Request } from "../engine/sequence.ts";
 import type { ErnieConfig } from "../model/config.ts";
-import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { StopStrings } from "../tokenizer/stops.ts";
 import { type GenerationOptions, type ModelInputs, type ResolvedGeneration, type Row, readRows, resolveGeneration } from "./generation.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "./load.ts";
 
@@ -153,7 +153,8 @@ export class CausalLM {
     const { streamer, top_logprobs = 0, tokenizer } = options;
     if (!Number.isInteger(top_logprobs) || top_logprobs < 0 || top_logprobs > this.config.vocabSize)
       throw new RangeError(`top_logprobs is ${top_logprobs}; it must be a whole number from 0 to the vocabulary's size`);
-    const stops = tokenizer && settings.stopStrings.length ? new StopStrings(tokenizer, settings.stopStrings) : null;
+    const stops = tokenizer && settings.stopStrings.length ? new StopStrings(settings.stopStrings) : null;
+    const text = tokenizer?.detokenizer({ skip_special_tokens: false });
     const tokens: GeneratedToken[] = [];
     const top: { id: number; logprob: number }[][] = [];
     let finish: "stop" | "length" = "length";
@@ -173,7 +174,7 @@ export class CausalLM {
         if (logits) top.push(likeliest(logits, top_logprobs));
         streamer?.put([token.id]);
         finish = token.finish ?? finish;
-        if (stops?.reached(token.id)) {
+        if (stops && text && stops.push(text.push([token.id])).stopped) {
           finish = "stop";
           break;
         }
@@ -225,7 +226,7 @@ export class CausalLM {
 }
 
 /** The n largest logits with their log-probabilities. */
-function likeliest(logits: Float32Array, n: number): { id: number; logprob: number }[] {
+export function likeliest(logits: Float32Array, n: number): { id: number; logprob: number }[] {
   let ids: number[] = []; // best first; for a few one pass is enough, while sorting a large vocabulary holds the event loop
   if (n > 100) ids = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, n);
   else
@@ -239,23 +240,4 @@ function likeliest(logits: Float32Array, n: number): { id: number; logprob: numb
   const top = logits[ids[0]];
   const total = Math.log(logits.reduce((sum, x) => sum + Math.exp(x - top), 0)) + top;
   return ids.map((id) => ({ id, logprob: logits[id] - total }));
-}
-
-/** Watches an answer's text for the strings that end it. */
-class StopStrings {
-  readonly #stops: readonly string[];
-  readonly #detokenizer: ReturnType<Tokenizer["detokenizer"]>;
-  #tail = "";
-
-  constructor(tokenizer: Tokenizer, stops: readonly string[]) {
-    this.#stops = stops;
-    this.#detokenizer = tokenizer.detokenizer({ skip_special_tokens: false });
-  }
-
-  reached(id: number): boolean {
-    this.#tail += this.#detokenizer.push([id]);
-    if (this.#stops.some((s) => this.#tail.includes(s))) return true;
-    this.#tail = this.#tail.slice(-Math.max(...this.#stops.map((s) => s.length))); // enough to see one that is under way
-    return false;
-  }
 }

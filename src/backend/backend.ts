@@ -1,6 +1,6 @@
 /** What an engine asks of whoever computes. A backend runs planned programs; it knows ops and memory, not models. */
 import type { Plan } from "../graph/plan.ts";
-import type { Dtype } from "../tensor/dtype.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 
@@ -55,7 +55,7 @@ export interface Backend {
   readonly name: string;
   readonly threads: number;
   load(sources: readonly WeightSource[]): Promise<Weights>;
-  state(dtype: "f32" | "f16", elements: number): State;
+  state(dtype: KvDtype, shape: readonly number[]): State;
   /** Throws when an op has no kernel here, naming it. */
   prepare(plan: Plan, weights: Weights, states: ReadonlyMap<string, State>): Program;
   dispose(): void;

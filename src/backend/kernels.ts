@@ -1,7 +1,7 @@
 /** The reference backend's kernels: one function an op, the definition of what it computes. */
 import { type OpName, type Params, SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops.ts";
 import { type Dtype, roundBf16 } from "../tensor/dtype.ts";
-import { GROUP } from "../tensor/quantized.ts";
+import { GROUP, roundActivations } from "../tensor/quantized.ts";
 import type { Numbers } from "./backend.ts";
 
 export interface Operand {
@@ -42,16 +42,7 @@ export const KERNELS: Record<OpName, Kernel> = {
 
   toInt8([x], [y]) {
     const [rows, k] = x.dims;
-    for (let r = 0; r < rows; r++)
-      for (let g = 0; g < k; g += GROUP) {
-        const group = x.data.subarray(r * k + g, r * k + Math.min(g + GROUP, k));
-        let top = 0;
-        for (const v of group) top = Math.max(top, Math.abs(v));
-        const inverse = top > 0 ? Math.fround(127 / top) : 0;
-        group.forEach((v, i) => {
-          y.data[r * k + g + i] = roundEven(Math.fround(v * inverse)) * Math.fround(top / 127);
-        });
-      }
+    for (let r = 0; r < rows; r++) y.data.set(rounded(x.data.subarray(r * k, (r + 1) * k), GROUP), r * k);
   },
 
   linear([x, w, bias], [y]) {
@@ -71,12 +62,29 @@ export const KERNELS: Record<OpName, Kernel> = {
       }
   },
 
+  gatedLinear([x, gate, up], [y]) {
+    const [n, k] = gate.dims;
+    for (let r = 0; r < x.dims[0]; r++)
+      for (let j = 0; j < n; j++) y.data[r * n + j] = gated(dot(x.data, r * k, gate.data, j * k, k), dot(x.data, r * k, up.data, j * k, k));
+  },
+
+  groupedGatedLinear([x, gate, up, order, offsets], [y], { slots }) {
+    const [experts, n, k] = gate.dims;
+    for (let e = 0; e < experts; e++)
+      for (let i = offsets.data[e]; i < offsets.data[e + 1]; i++) {
+        const slot = order.data[i];
+        const at = Math.floor(slot / slots) * k;
+        for (let j = 0; j < n; j++)
+          y.data[slot * n + j] = gated(dot(x.data, at, gate.data, (e * n + j) * k, k), dot(x.data, at, up.data, (e * n + j) * k, k));
+      }
+  },
+
   add([a, b], [y]) {
     for (let i = 0; i < y.data.length; i++) y.data[i] = a.data[i] + b.data[i];
   },
 
   siluMul([gate, up], [y]) {
-    for (let i = 0; i < y.data.length; i++) y.data[i] = (gate.data[i] / (1 + Math.exp(-gate.data[i]))) * up.data[i];
+    for (let i = 0; i < y.data.length; i++) y.data[i] = gated(gate.data[i], up.data[i]);
   },
 
   angles([positions], [y], { dim, theta }) {
@@ -103,30 +111,38 @@ export const KERNELS: Record<OpName, Kernel> = {
   },
 
   cacheWrite([k, v, keys, values, segments, pages]) {
-    const [, heads, dim, tokens] = keys.dims;
+    const [, heads, tokens, dim] = values.dims;
+    const inBytes = keys.dtype === "int8kv";
     forEachRow(segments, (s, row, position) => {
       const block = pageOf(pages, s, position, tokens) * heads * dim * tokens;
       const t = position % tokens;
-      for (let h = 0; h < heads; h++)
+      for (let h = 0; h < heads; h++) {
+        const at = (row * heads + h) * dim;
+        const [key, value] = [k, v].map(({ data }) => data.subarray(at, at + dim));
+        const put = inBytes ? [rounded(key, GROUP), rounded(value, dim)] : [key, value];
         for (let d = 0; d < dim; d++) {
-          keys.data[block + (h * dim + d) * tokens + t] = k.data[(row * heads + h) * dim + d];
-          values.data[block + (h * tokens + t) * dim + d] = v.data[(row * heads + h) * dim + d];
+          keys.data[block + keyAt(keys, h, d, t)] = put[0][d];
+          values.data[block + (h * tokens + t) * dim + d] = put[1][d];
         }
+      }
     });
   },
 
   attention([q, keys, values, segments, pages], [y]) {
-    const [, kvHeads, dim, tokens] = keys.dims;
+    const [, kvHeads, tokens, dim] = values.dims;
     const heads = q.dims[1] / dim;
+    const inBytes = keys.dtype === "int8kv";
     forEachRow(segments, (s, row, position) => {
       for (let h = 0; h < heads; h++) {
         const kv = Math.floor(h / (heads / kvHeads));
         const at = (row * heads + h) * dim;
+        const query = q.data.subarray(at, at + dim);
+        const met = inBytes ? rounded(query, GROUP) : query;
         const scores: number[] = [];
         for (let t = 0; t <= position; t++) {
           const block = pageOf(pages, s, t, tokens) * kvHeads * dim * tokens;
           let score = 0;
-          for (let d = 0; d < dim; d++) score += q.data[at + d] * keys.data[block + (kv * dim + d) * tokens + (t % tokens)];
+          for (let d = 0; d < dim; d++) score += met[d] * keys.data[block + keyAt(keys, kv, d, t % tokens)];
           scores.push(score / Math.sqrt(dim));
         }
         const p = softmax(scores);
@@ -186,12 +202,17 @@ export const KERNELS: Record<OpName, Kernel> = {
     });
   },
 
-  processLogits([logits, floats, ints, history, biasIds, biasValues], [y]) {
+  processLogits([logits, floats, ints, history, biasIds, biasValues, masks], [y]) {
     const [rows, vocab] = logits.dims;
     for (let r = 0; r < rows; r++) {
       const c = controls(floats, ints, r);
       const x = [...logits.data.subarray(r * vocab, (r + 1) * vocab)];
       for (let i = c.biasStart; i < c.biasStart + c.biasCount; i++) x[biasIds.data[i]] += biasValues.data[i];
+      if (c.mask >= 0)
+        for (let i = 0; i < vocab; i++) {
+          const word = masks.data[c.mask * masks.dims[1] + (i >> 5)];
+          if (!((word >> (i & 31)) & 1)) x[i] = Number.NEGATIVE_INFINITY;
+        }
       const seen = [...history.data.subarray(c.historyStart, c.historyStart + c.historyCount)];
       for (const id of new Set(seen)) x[id] = x[id] < 0 ? x[id] * c.repetitionPenalty : x[id] / c.repetitionPenalty;
       const generated = seen.slice(c.promptCount);
@@ -239,16 +260,15 @@ function dot(a: Numbers, i: number, b: Numbers, j: number, n: number): number {
   return sum;
 }
 
+function gated(gate: number, up: number): number {
+  return (gate / (1 + Math.exp(-gate))) * up;
+}
+
 function softmax(x: readonly number[]): number[] {
   const top = x.reduce((a, b) => Math.max(a, b));
   const e = x.map((v) => Math.exp(v - top));
   const total = e.reduce((a, b) => a + b);
   return e.map((v) => v / total);
-}
-
-function roundEven(x: number): number {
-  const low = Math.floor(x);
-  return x - low > 0.5 || (x - low === 0.5 && low % 2 !== 0) ? low + 1 : low;
 }
 
 /** Calls `visit(sequence, row, position)` for each row of a step; a segment is (first row, rows, position of the first). */
@@ -263,6 +283,17 @@ function pageOf(pages: Operand, sequence: number, position: number, tokens: numb
   const page = Math.floor(position / tokens);
   if (page >= pages.dims[1]) throw new Error(`internal: position ${position} of sequence ${sequence} has no page`);
   return pages.data[sequence * pages.dims[1] + page];
+}
+
+/** A key's number within its block: keys lie by dims, in bytes by tokens. */
+function keyAt({ dims, dtype }: Operand, head: number, d: number, t: number): number {
+  return (head * dims[2] + (dtype === "int8kv" ? t : d)) * dims[3] + (dtype === "int8kv" ? d : t);
+}
+
+function rounded(x: Numbers, span: number): Float32Array {
+  const copy = Float32Array.from(x);
+  roundActivations(copy, span);
+  return copy;
 }
 
 type Controls = Record<(typeof SAMPLING_FLOATS)[number] | (typeof SAMPLING_INTS)[number], number>;

@@ -1,12 +1,11 @@
 /** The CPU backend in C++: loads the addon and hands it plans. Knows how the addon is called, not what it computes. */
 import { createRequire } from "node:module";
-import { availableParallelism } from "node:os";
 import { bytesOf, DTYPE_CODES, type Plan } from "../graph/plan.ts";
 import type { Dtype } from "../tensor/dtype.ts";
-import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import type { Backend, Numbers, Program, Slice, State, WeightSource, Weights } from "./backend.ts";
+import { physicalCores } from "./cores.ts";
 
 /** What the addon holds for us; freed by its dispose call or with the last reference. */
 type Handle = { readonly __handle: unique symbol };
@@ -60,7 +59,7 @@ export function machineLimits(isa: string, threads: number): Promise<MachineLimi
 }
 
 export interface NativeOptions {
-  /** Threads that compute; default: as many as there are cores. */
+  /** Threads that compute; default: one a physical core. */
   readonly threads?: number;
   /** An instruction set by name; default: `MIXTAPE_ISA`, else the best there is. */
   readonly isa?: string;
@@ -70,7 +69,7 @@ export interface NativeOptions {
 export function nativeBackend(options: NativeOptions = {}): Backend {
   const addon = openAddon();
   const isa = options.isa ?? process.env.MIXTAPE_ISA ?? "";
-  const threads = options.threads ?? availableParallelism();
+  const threads = options.threads ?? physicalCores();
   if (!Number.isInteger(threads) || threads < 1 || threads > 1024)
     throw new RangeError(`threads: ${threads} is not a whole number from 1 to 1024`);
   const known = new Set(addon.ops(isa)); // throws on an unknown instruction set
@@ -93,8 +92,8 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
       return weights;
     },
 
-    state(dtype, elements): State {
-      const bytes = elements * ELEMENT_BYTES[dtype];
+    state(dtype, shape): State {
+      const bytes = bytesOf({ dtype, shape }, {});
       const handle = addon.memory(bytes);
       const state = { bytes, handle, dispose: () => addon.disposeMemory(handle) };
       return state;

@@ -31,7 +31,8 @@ export function referenceBackend(): Backend {
       return { names: [...values.keys()], mappedBytes: 0, ownedBytes, values, dispose: () => values.clear() };
     },
 
-    state(_dtype, count): ReferenceState {
+    state(_dtype, shape): ReferenceState {
+      const count = elements(shape);
       return { bytes: count * 4, values: new Float32Array(count), dispose() {} };
     },
 

@@ -2,8 +2,9 @@
 import { writeFile } from "node:fs/promises";
 import { cpus, totalmem } from "node:os";
 import { type Command, InvalidArgumentError, Option } from "commander";
+import type { KvCacheDtype } from "../api/load.ts";
 import { onInterrupt } from "./failure.ts";
-import { addModelOptions, DTYPES, examples, type ModelFlags, whole } from "./options.ts";
+import { addModelOptions, DTYPES, examples, KV_CACHE_DTYPES, loadOptions, type ModelFlags, whole } from "./options.ts";
 import type { Setting } from "./subject.ts";
 import { notice } from "./terminal.ts";
 
@@ -15,6 +16,7 @@ interface BenchFlags extends ModelFlags {
   readonly compare?: string;
   readonly compareThreads?: number;
   readonly compareDtype?: string;
+  readonly compareKvCacheDtype?: KvCacheDtype;
   readonly profile?: boolean;
   readonly json?: boolean;
   readonly svg?: string;
@@ -35,7 +37,8 @@ export function addBench(program: Command): void {
     .optionsGroup("Compare with, taking turns in every round:")
     .option("--compare <folder|id>", "another model")
     .option("--compare-threads <n>", "another number of threads", whole(1))
-    .addOption(new Option("--compare-dtype <format>", "another format of the weights").choices(DTYPES));
+    .addOption(new Option("--compare-dtype <format>", "another format of the weights").choices(DTYPES))
+    .addOption(new Option("--compare-kv-cache-dtype <format>", "another format of the cache").choices(KV_CACHE_DTYPES));
   addModelOptions(command)
     .addHelpText(
       "after",
@@ -60,16 +63,21 @@ async function bench(flags: BenchFlags): Promise<void> {
   const status = statusLine();
   try {
     const { signal } = interrupt;
-    const { model, dtype, threads, device } = flags;
+    const { model } = flags;
+    const options = loadOptions(flags);
     const folder = await findFolder(model, flags, { signal });
-    const settings: Setting[] = [{ model, folder, dtype, threads, device }];
-    if (flags.compare !== undefined || flags.compareThreads !== undefined || flags.compareDtype !== undefined)
+    const settings: Setting[] = [{ model, folder, options }];
+    const { compareThreads, compareDtype, compareKvCacheDtype } = flags;
+    if ([flags.compare, compareThreads, compareDtype, compareKvCacheDtype].some((flag) => flag !== undefined))
       settings.push({
         model: flags.compare ?? model,
         folder: flags.compare === undefined ? folder : await findFolder(flags.compare, flags, { signal }),
-        dtype: flags.compareDtype ?? dtype,
-        threads: flags.compareThreads ?? threads,
-        device,
+        options: {
+          ...options,
+          dtype: compareDtype ?? options.dtype,
+          threads: compareThreads ?? options.threads,
+          kv_cache_dtype: compareKvCacheDtype ?? options.kv_cache_dtype,
+        },
       });
     const schedule = { ...flags, profile: flags.profile === true };
     const models = await measureInTurns(settings, schedule, signal, {

@@ -21,7 +21,7 @@ import { addVerify } from "./verify.ts";
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
 
 const program = new Command("mixtape")
-  .description("Run ERNIE-4.5 mixture-of-experts language models in the terminal.")
+  .description("Run and serve ERNIE-4.5 mixture-of-experts language models.")
   .version(version, "-V, --version", "print the version")
   .helpOption("-h, --help", "print help")
   .helpCommand("help [command]", "print the help of a command")
@@ -33,8 +33,8 @@ const program = new Command("mixtape")
     examples(
       ["mixtape chat", "talk with the model that comes along"],
       ['mixtape generate "你好" --greedy', "continue a text"],
-      ["mixtape serve", "answer many users over HTTP"],
       ['mixtape routing "你好" --svg routing.svg', "see which experts a prompt uses"],
+      ["mixtape serve", "answer many users over HTTP"],
       ["mixtape generate --help", "the options of a command"],
     ) +
       "\nEnvironment:\n" +
@@ -42,8 +42,8 @@ const program = new Command("mixtape")
       "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
   );
 
-for (const add of [addChat, addGenerate, addServe, addKeys, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench])
-  await add(program);
+const commands = [addChat, addGenerate, addServe, addKeys, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench];
+for (const add of commands) await add(program);
 
 quietOnClosedPipe();
 try {

@@ -3,7 +3,7 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import type { CausalLM } from "../api/model.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
-import type { HubFlags, ModelFlags } from "./options.ts";
+import { type HubFlags, loadOptions, type ModelFlags } from "./options.ts";
 import { downloadProgress } from "./progress.ts";
 import { notice } from "./terminal.ts";
 
@@ -47,6 +47,8 @@ export async function openTokenizer(folder: string): Promise<Tokenizer> {
 /** Loads the weights of a folder. The caller disposes of the model. */
 export async function openModel(folder: string, flags: ModelFlags): Promise<CausalLM> {
   const { AutoModelForCausalLM } = await import("../api/model.ts");
-  const { dtype, threads, device } = flags;
-  return AutoModelForCausalLM.from_pretrained(folder, { dtype, threads, device });
+  return AutoModelForCausalLM.from_pretrained(folder, {
+    ...loadOptions(flags),
+    warning_callback: (message) => notice(`mixtape: ${message}`),
+  });
 }

@@ -2,6 +2,7 @@
 import { randomInt } from "node:crypto";
 import { type Command, InvalidArgumentError, Option } from "commander";
 import type { GenerationOptions } from "../api/generation.ts";
+import type { KvCacheDtype, LoadOptions } from "../api/load.ts";
 import { displayWidth, padEnd } from "./terminal.ts";
 
 /** Which model, and how to run it. */
@@ -10,6 +11,9 @@ export interface ModelFlags extends HubFlags {
   readonly dtype?: string;
   readonly threads?: number;
   readonly device?: string;
+  readonly kvCacheDtype?: KvCacheDtype;
+  readonly kvCacheTokens?: number;
+  readonly chunkSize?: number;
 }
 
 /** Where files come from. */
@@ -37,6 +41,7 @@ export interface SamplingFlags {
 }
 
 export const DTYPES = ["auto", "fp32", "fp16", "bf16", "int8", "int4"] as const;
+export const KV_CACHE_DTYPES = ["fp32", "fp16", "int8"] as const satisfies readonly KvCacheDtype[];
 const SAMPLERS = ["temperature", "topK", "topP", "minP", "seed"] as const;
 
 /** Adds where files come from. */
@@ -61,9 +66,21 @@ export function addModelOption(command: Command): Command {
 export function addModelOptions(command: Command): Command {
   addModelOption(command)
     .addOption(new Option("--dtype <format>", "format of the weights in memory").choices(DTYPES).default("auto"))
-    .option("--threads <n>", "threads that compute (default: one a core)", whole(1))
+    .option("--threads <n>", "threads that compute (default: one a physical core)", whole(1))
     .addOption(new Option("--device <name>", "where to compute").choices(["auto", "cpu", "reference"]).default("auto"));
+  command
+    .addOption(
+      new Option("--kv-cache-dtype <format>", "format of cached keys and values (default: by the weights)").choices(KV_CACHE_DTYPES),
+    )
+    .option("--kv-cache-tokens <n>", "tokens that the cache has room for (default: by the free memory)", whole(1))
+    .option("--chunk-size <n>", "tokens of a prompt that one step computes at most (default: 512)", whole(1));
   return addHubOptions(command);
+}
+
+/** The library's options of how to run a model. */
+export function loadOptions(flags: ModelFlags): LoadOptions {
+  const { dtype, threads, device, kvCacheDtype, kvCacheTokens, chunkSize } = flags;
+  return { dtype, threads, device, kv_cache_dtype: kvCacheDtype, kv_cache_tokens: kvCacheTokens, chunk_size: chunkSize };
 }
 
 /** Adds how tokens are chosen. Defaults are the model's own, of its generation_config.json. */

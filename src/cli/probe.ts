@@ -3,7 +3,7 @@
  * so that its memory is the model's alone, and two of them can take turns. Run by `subject.ts`.
  */
 import { readFileSync } from "node:fs";
-import { type LoadedModel, loadModel } from "../api/load.ts";
+import { kvCacheName, type LoadedModel, type LoadOptions, loadModel } from "../api/load.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { GREEDY } from "../engine/sampling.ts";
 import { oneLine } from "./failure.ts";
@@ -11,7 +11,7 @@ import { bytesRead, type Operations, operations, type Work, workOf } from "./wor
 
 /** Seeds make token ids, the same for every model with the same vocabulary. */
 export type Request =
-  | { readonly kind: "load"; readonly folder: string; readonly dtype?: string; readonly threads?: number; readonly device?: string }
+  | { readonly kind: "load"; readonly folder: string; readonly options: LoadOptions }
   | { readonly kind: "prompt"; readonly tokens: number; readonly seed: number }
   | { readonly kind: "generate"; readonly context: number; readonly newTokens: number; readonly seed: number }
   | { readonly kind: "profile"; readonly of: "prompt" | "generation"; readonly tokens: number; readonly newTokens: number }
@@ -22,6 +22,7 @@ export interface Loaded {
   readonly threads: number;
   /** Format of most of the matrices' bytes. */
   readonly dtype: string;
+  readonly kvCacheDtype: string;
   readonly longest: number;
   readonly work: Work;
   /** From the call that loads until the model is ready, and until it has answered a short prompt. */
@@ -86,9 +87,9 @@ async function answer(request: Request): Promise<unknown> {
   }
 }
 
-async function load({ folder, dtype, threads, device }: Extract<Request, { kind: "load" }>): Promise<Loaded> {
+async function load({ folder, options }: Extract<Request, { kind: "load" }>): Promise<Loaded> {
   const start = performance.now();
-  model = await loadModel(folder, { dtype, threads, device });
+  model = await loadModel(folder, { ...options, warning_callback: (message) => process.stderr.write(`mixtape: ${message}\n`) });
   const readySeconds = (performance.now() - start) / 1000;
   const { config, engine, backend, weights } = model;
   await run(Math.min(FIRST_PROMPT, config.maxPositions - 1), 1, 0);
@@ -100,6 +101,7 @@ async function load({ folder, dtype, threads, device }: Extract<Request, { kind:
     isa: backend.name,
     threads: backend.threads,
     dtype: most,
+    kvCacheDtype: kvCacheName(engine.kvDtype),
     longest: Math.min(config.maxPositions, engine.cache.count * BLOCK_TOKENS),
     work: workOf(config, weights),
     readySeconds,

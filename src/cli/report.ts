@@ -41,8 +41,8 @@ export function report({ machine, rounds, models, comparison }: BenchResult): st
 }
 
 /** How a model ran, in a few words. */
-export function describeSetting({ model, dtype, threads }: Measured): string {
-  return `${model}, ${dtype}, ${threads} thread${threads === 1 ? "" : "s"}`;
+export function describeSetting({ model, dtype, kv_cache_dtype, threads }: Measured): string {
+  return `${model}, ${dtype}, cache ${kv_cache_dtype}, ${threads} thread${threads === 1 ? "" : "s"}`;
 }
 
 /** What the figures of prompts are held against: that of the arithmetic that most of the work is in. */

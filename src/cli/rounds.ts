@@ -23,6 +23,7 @@ export interface Measured {
   readonly model: string;
   readonly folder: string;
   readonly dtype: string;
+  readonly kv_cache_dtype: string;
   readonly isa: string;
   readonly threads: number;
   readonly parameters: { readonly total: number; readonly active: number };
@@ -177,7 +178,7 @@ class Run {
   }
 
   result({ promptLengths, contexts, newTokens }: Schedule, memory: MemoryUse, profile: Measured["profile"]): Measured {
-    const { isa, threads, dtype, work } = this.subject.loaded;
+    const { isa, threads, dtype, kvCacheDtype, work } = this.subject.loaded;
     const limit = (key: keyof MachineLimits) => spread(this.limits.map((l) => l[key]));
     const limits = {
       read_bytes_per_second: limit("readBytesPerSecond"),
@@ -193,6 +194,7 @@ class Run {
       model: this.#setting.model,
       folder: this.#setting.folder,
       dtype,
+      kv_cache_dtype: kvCacheDtype,
       isa,
       threads,
       parameters: work.parameters,

@@ -1,6 +1,6 @@
 /** `mixtape serve`: a server in the foreground, from its settings to its last answer. */
 import type { Command } from "commander";
-import type { Config } from "../server/config.ts";
+import type { ServeConfig } from "../server/config.ts";
 import type { Server } from "../server/server.ts";
 import { examples } from "./options.ts";
 import type { ServeFlags } from "./settings.ts";
@@ -14,10 +14,10 @@ export async function addServe(program: Command): Promise<void> {
     .addHelpText(
       "after",
       examples(
-        ["mixtape serve", "the model that comes along, on http://127.0.0.1:8000"],
+        ["mixtape serve", "the model that comes along, on http://127.0.0.1:8080"],
         ["mixtape serve -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int4", "another one"],
         ["mixtape serve -m small=default -m big=/models/21b", "two, by name"],
-        ["mixtape serve --host 0.0.0.0 --key-file keys.json", "to others, who need keys ('mixtape keys create')"],
+        ["mixtape serve --host 0.0.0.0 --keys keys.json", "to others, who need keys ('mixtape keys create')"],
         ["mixtape serve --config server.yaml", "settings of a file"],
       ),
     )
@@ -34,17 +34,16 @@ async function serve(flags: ServeFlags): Promise<void> {
   const config = await settings(flags);
   const server = await createServer(config);
   const ended = untilSignalled(server);
-  await server.listen();
-  announce(config, server);
+  announce(config, (await server.start()).url);
   await ended;
 }
 
 /** Tells on standard error what there is; standard output is the log. */
-function announce(config: Config, server: Server): void {
+function announce(config: ServeConfig, url: string): void {
   const { bold } = colours(process.stderr);
-  notice(`mixtape serves ${config.models.map(({ name }) => name).join(", ")} at ${bold(server.url)}`);
-  notice(`  API ${server.url}/v1${config.docs ? `, described at ${server.url}/docs` : ""}`);
-  notice(config.keyFile === null ? "  no API keys are asked for" : `  API keys are asked for, as in ${config.keyFile}`);
+  const names = config.models.map(({ name }) => name).join(", ");
+  notice(`mixtape serves ${names} at ${bold(url)} (${config.keys === undefined ? "no API keys asked for" : "API keys needed"})`);
+  notice(`  API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}`);
 }
 
 /** Resolves when the server has gone down. The first SIGTERM or Ctrl-C lets running requests end, the second leaves at once. */
@@ -54,7 +53,7 @@ function untilSignalled(server: Server): Promise<void> {
     const leave = () => {
       if (leaving) process.exit(1);
       leaving = true;
-      server.drain().then(resolve, reject);
+      server.stop().then(resolve, reject);
     };
     process.on("SIGTERM", leave).on("SIGINT", leave).on("SIGHUP", server.reload);
   });

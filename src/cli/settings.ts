@@ -3,9 +3,9 @@ import { existsSync } from "node:fs";
 import { basename, resolve } from "node:path";
 import { type Command, InvalidArgumentError, Option } from "commander";
 import { z } from "zod";
-import { type Config, configSchema, readConfig, readConfigFile } from "../server/config.ts";
+import { checkServeConfig, readServeConfig, ServeConfig } from "../server/config.ts";
 import { UsageError } from "./failure.ts";
-import { DTYPES, whole } from "./options.ts";
+import { DTYPES, KV_CACHE_DTYPES, whole } from "./options.ts";
 
 export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly config?: string;
@@ -13,37 +13,31 @@ export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly model?: readonly { readonly name: string; readonly path: string }[];
   readonly dtype?: string;
   readonly threads?: number;
+  readonly kvCacheDtype?: string;
   readonly kvCacheTokens?: number;
+  readonly tlsCert?: string;
+  readonly tlsKey?: string;
 }
 
 /** Settings in the order of the help. */
-const GROUPS: Readonly<Record<string, readonly (keyof Config)[]>> = {
-  "Network options:": ["host", "port", "grpcPort", "grpcHost", "tlsCert", "tlsKey", "corsOrigins", "allowedHosts", "trustProxy"],
-  "Key options:": ["keyFile", "usageFile", "insecureNoAuth"],
+const GROUPS: Readonly<Record<string, readonly (keyof ServeConfig & string)[]>> = {
+  "Network options:": ["host", "port", "grpcPort", "grpcHost", "corsOrigins", "allowedHosts", "trustProxy"],
+  "Key options:": ["keys", "usageFile", "insecureNoAuth"],
   "Memory options:": ["memoryBudgetBytes", "idleUnloadSeconds", "offline"],
   "Limits:": [
-    "maxRunning",
+    "maxInProgress",
+    "maxInProgressPerKey",
     "maxQueued",
-    "maxPerKey",
     "queueTimeoutSeconds",
     "maxBodyBytes",
     "maxJsonDepth",
     "maxHeaderBytes",
     "maxConnections",
     "maxPromptTokens",
-    "maxCompletionTokens",
+    "maxTokens",
   ],
   "Timeouts:": ["headersTimeoutSeconds", "requestTimeoutSeconds", "keepAliveTimeoutSeconds", "stallTimeoutSeconds", "drainTimeoutSeconds"],
-  "What is served and told besides:": [
-    "web",
-    "docs",
-    "metrics",
-    "metricsPort",
-    "metricsHost",
-    "metricsTokenFile",
-    "logLevel",
-    "logContent",
-  ],
+  "What is served and told besides:": ["web", "docs", "metrics", "metricsPort", "metricsHost", "metricsToken", "logLevel", "logContent"],
 };
 
 export function addSettings(command: Command): void {
@@ -53,35 +47,44 @@ export function addSettings(command: Command): void {
     .option("--print-config-schema", "print the JSON schema of that file")
     .optionsGroup("Model options:")
     .addOption(
-      new Option("-m, --model <[name=]path>", "a folder, a GGUF file, a hub id, or default (repeatable; the first is loaded at once)")
-        .argParser(collectModel)
-        .default(undefined, "the model that comes along"),
+      new Option("-m, --model <[name=]path>", "a folder, a GGUF file, a hub id, or default (repeatable; default: default)").argParser(
+        collectModel,
+      ),
     )
     .addOption(new Option("--dtype <format>", "format of the weights in memory (default: auto)").choices(DTYPES))
     .option("--threads <n>", "threads that compute (default: one a core)", whole(1))
+    .addOption(new Option("--kv-cache-dtype <format>", "format of cached keys and values").choices(KV_CACHE_DTYPES))
     .option("--kv-cache-tokens <n>", "tokens that the KV cache of a model has room for", whole(32));
   for (const [group, fields] of Object.entries(GROUPS)) {
     command.optionsGroup(group);
     for (const field of fields) command.addOption(flagOf(field));
   }
+  command
+    .optionsGroup("Network options:")
+    .option("--tls-cert <file>", "certificate chain, PEM; read again when it changes, and on SIGHUP")
+    .option("--tls-key <file>", "its private key, PEM");
 }
 
 /** The file's settings with the flags' over them. */
-export async function settings(flags: ServeFlags): Promise<Config> {
-  const { config: file, model, dtype, threads, kvCacheTokens, printConfigSchema: _, ...rest } = flags;
-  const inFile = file === undefined ? {} : await readConfigFile(file);
+export async function settings(flags: ServeFlags): Promise<ServeConfig> {
+  const { config: file, model, dtype, threads, kvCacheDtype, kvCacheTokens, tlsCert, tlsKey, printConfigSchema: _, ...rest } = flags;
+  const inFile = file === undefined ? {} : await readServeConfig(file);
   const fromFlags = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined));
-  const how = Object.fromEntries(Object.entries({ dtype, threads, kvCacheTokens }).filter(([, value]) => value !== undefined));
+  const how = Object.fromEntries(
+    Object.entries({ dtype, threads, kvCacheDtype, kvCacheTokens }).filter(([, value]) => value !== undefined),
+  );
   const named = model ?? (inFile["models"] === undefined ? [{ name: "default", path: "default" }] : undefined);
   if (named === undefined && Object.keys(how).length > 0)
     throw new UsageError(`${file} names the models, so it also says how each is run; or name them with --model`);
+  if ((tlsCert === undefined) !== (tlsKey === undefined)) throw new UsageError("--tls-cert and --tls-key go together");
+  const tls = tlsCert === undefined ? {} : { tls: { cert: tlsCert, key: tlsKey } };
   const models = named?.map((each) => ({ ...each, ...how }));
-  return readConfig({ ...inFile, ...fromFlags, ...(models ? { models } : {}) }, file ?? "flags");
+  return checkServeConfig({ ...inFile, ...fromFlags, ...tls, ...(models ? { models } : {}) }, file ?? "serve");
 }
 
 /** The flag of a setting: its name, kind, help and default all come from the schema. */
-function flagOf(field: keyof Config): Option {
-  const schema: z.ZodType = configSchema.shape[field];
+function flagOf(field: keyof ServeConfig & string): Option {
+  const schema: z.ZodType = ServeConfig.shape[field];
   const { inner, fallback } = unwrap(schema);
   const name = flagName(field);
   const help = `${helpOf(schema)}${fallback === undefined || fallback === null || typeof fallback === "boolean" || Array.isArray(fallback) ? "" : ` (default: ${fallback})`}`;
@@ -130,7 +133,7 @@ function collectModel(text: string, before: ServeFlags["model"] = []): ServeFlag
 /** A setting's sentence as help: other settings that it names are flags there. */
 function helpOf(schema: z.ZodType): string {
   const text = (schema.description ?? "").replace(/\b[a-z]+([A-Z][a-z]+)+\b/g, (word) =>
-    word in configSchema.shape ? `--${flagName(word)}` : word,
+    word in ServeConfig.shape ? `--${flagName(word)}` : word,
   );
   return /^[A-Z][a-z ]/.test(text) ? text[0].toLowerCase() + text.slice(1) : text;
 }

@@ -1,6 +1,7 @@
 /** A process that holds a model to be measured, seen from the command. Knows how it is started, asked and ended. */
 import { type ChildProcess, fork } from "node:child_process";
 import { fileURLToPath } from "node:url";
+import type { LoadOptions } from "../api/load.ts";
 import { UsageError } from "./failure.ts";
 import type { Loaded, MemoryUse, Profile, Reply, Request } from "./probe.ts";
 
@@ -9,9 +10,7 @@ export interface Setting {
   /** As the user named the model. */
   readonly model: string;
   readonly folder: string;
-  readonly dtype?: string;
-  readonly threads?: number;
-  readonly device?: string;
+  readonly options: LoadOptions;
 }
 
 /** What each request gives. */
@@ -37,13 +36,13 @@ export class Subject {
   }
 
   /** Starts a process and loads the model in it. Throws what keeps it from loading, in one line. */
-  static async start({ folder, dtype, threads, device }: Setting, signal: AbortSignal): Promise<Subject> {
+  static async start({ folder, options }: Setting, signal: AbortSignal): Promise<Subject> {
     signal.throwIfAborted();
     // The same ending as this file: it runs from the sources and as built.
     const probe = fileURLToPath(new URL(import.meta.url.endsWith(".ts") ? "probe.ts" : "probe.js", import.meta.url));
     const child = fork(probe, { stdio: ["ignore", "ignore", "inherit", "ipc"] });
     try {
-      return new Subject(child, signal, await ask(child, { kind: "load", folder, dtype, threads, device }, signal));
+      return new Subject(child, signal, await ask(child, { kind: "load", folder, options }, signal));
     } catch (error) {
       child.kill("SIGKILL");
       throw error;

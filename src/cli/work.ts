@@ -2,8 +2,9 @@
 import type { MachineLimits } from "../backend/native.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import { measure, type Size } from "../model/size.ts";
-import { type Dtype, ELEMENT_BYTES } from "../tensor/dtype.ts";
-import { blockBytes, isBlockDtype } from "../tensor/quantized.ts";
+import type { Dtype } from "../tensor/dtype.ts";
+import { isBlockDtype } from "../tensor/quantized.ts";
+import { storedBytes } from "../tensor/stored.ts";
 
 export interface LoadedWeight {
   readonly name: string;
@@ -35,7 +36,7 @@ export function workOf(config: ErnieConfig, weights: readonly LoadedWeight[]): W
   const heads = weights.filter((w) => w.name === head);
   return {
     parameters: measure(config).parameters,
-    weightBytes: weights.reduce((sum, w) => sum + bytesOf(w), 0),
+    weightBytes: weights.reduce((sum, w) => sum + storedBytes(w.dtype, w.shape), 0),
     // A row of the embedding is next to nothing, but the head is read whole.
     tokenBytes: [...layers, ...heads].reduce((sum, w) => sum + bytesRead(w, config, 1), 0),
     tokenOperations: operations(layers, config),
@@ -46,7 +47,7 @@ export function workOf(config: ErnieConfig, weights: readonly LoadedWeight[]): W
 /** Bytes of a weight that a step of `rows` tokens reads: of stacked experts those that are chosen, were all equally likely. */
 export function bytesRead(weight: LoadedWeight, { moe }: ErnieConfig, rows: number): number {
   const share = weight.shape.length === 3 && moe ? 1 - (1 - moe.chosen / moe.experts) ** rows : 1;
-  return bytesOf(weight) * share;
+  return storedBytes(weight.dtype, weight.shape) * share;
 }
 
 /** Operations of one token with these weights' matrices. */
@@ -72,11 +73,4 @@ export function promptLimit(work: Work, limits: MachineLimits, tokens: number): 
   const seconds =
     (each.int8 * tokens + once.int8) / limits.int8OpsPerSecond + (each.float * tokens + once.float) / limits.floatOpsPerSecond;
   return tokens / seconds;
-}
-
-function bytesOf({ dtype, shape }: LoadedWeight): number {
-  const count = shape.reduce((a, b) => a * b, 1);
-  if (!isBlockDtype(dtype)) return count * ELEMENT_BYTES[dtype as keyof typeof ELEMENT_BYTES];
-  const [n, k] = shape.slice(-2);
-  return (shape.length === 3 ? shape[0] : 1) * blockBytes(dtype, n, k);
 }

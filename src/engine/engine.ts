@@ -5,15 +5,22 @@
 import { freemem } from "node:os";
 import { setImmediate } from "node:timers/promises";
 import type { Backend, Numbers, Weights } from "../backend/backend.ts";
-import { type ErnieConfig, isMoeLayer } from "../model/config.ts";
-import type { Dtype } from "../tensor/dtype.ts";
-import { ELEMENT_BYTES } from "../tensor/dtype.ts";
-import type { SymbolValues } from "../tensor/shape.ts";
+import { kvShapes } from "../graph/graph.ts";
+import { bytesOf } from "../graph/plan.ts";
+import type { ErnieConfig } from "../model/config.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
+import { isBlockDtype } from "../tensor/quantized.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
-import { Programs, type Purpose } from "./programs.ts";
+import { type Inspection, inspect, meanHidden, type Wanted } from "./inspection.ts";
+import { Programs } from "./programs.ts";
 import { checkSampling, layOut } from "./sampling.ts";
 import { type BatchEntry, Scheduler } from "./scheduler.ts";
 import { type GeneratedToken, type Request, Sequence } from "./sequence.ts";
+import { type EngineStats, type StepReport, Tally } from "./stats.ts";
+import { Steps } from "./steps.ts";
+
+export type { Inspection, RoutedLayer } from "./inspection.ts";
+export type { EngineStats, StepReport } from "./stats.ts";
 
 export interface EngineOptions {
   readonly config: ErnieConfig;
@@ -21,68 +28,75 @@ export interface EngineOptions {
   readonly weights: Weights;
   /** The format that each parameter was loaded in. */
   readonly dtypeOf: (parameter: string) => Dtype;
-  /** Format of the KV cache. Default: f32 where the embeddings are f32, else f16. */
-  readonly kvDtype?: "f32" | "f16";
-  /** Tokens that the KV cache has room for, of all sequences together. Default: 16 full sequences, or as many as fit half of the free memory. */
+  /** Format of the KV cache. Default: f32 where the embeddings are f32, int8kv where they are int8, else f16. */
+  readonly kvDtype?: KvDtype;
+  /** Tokens that the KV cache has room for, of all sequences together. Default: 16 full sequences, or as many as fit half of the memory that the weights leave. */
   readonly kvTokens?: number;
   /** Rows of one step at most; longer prompts are computed in pieces. Default 512. */
   readonly maxRows?: number;
+  /** Sequences that are computed at the same time; others wait. Default 512. */
+  readonly maxSequences?: number;
+  /** Milliseconds that prompts may add to a step while others wait for their next token. Default 200. */
+  readonly promptMs?: number;
+  /** Keep what full blocks hold, for requests that begin alike. Default true. */
+  readonly prefixCache?: boolean;
 }
 
-/** Everything a model computes on the way from tokens to logits. */
-export interface Inspection {
-  /** [tokens, vocab] */
-  readonly logits: Float32Array;
-  /** [tokens, hidden] before each layer, then after the final norm. Empty unless asked for. */
-  readonly hiddenStates: readonly Float32Array[];
-  /** Of each mixture layer. Empty unless asked for. */
-  readonly routing: readonly RoutedLayer[];
-}
-
-export interface RoutedLayer {
-  readonly layer: number;
-  /** [tokens, experts] */
-  readonly logits: Float32Array;
-  /** [tokens, chosen], best first */
-  readonly experts: Int32Array;
-  /** [tokens, chosen] */
-  readonly weights: Float32Array;
-}
+/** However slow the machine: fewer rows of prompts in a step would hardly save time. */
+const LEAST_PROMPT_ROWS = 16;
 
 export class Engine {
   readonly config: ErnieConfig;
+  readonly kvDtype: KvDtype;
   /** Bytes of KV cache that one token takes. */
   readonly kvBytesPerToken: number;
+  /** Told of every step that has ended. For metrics; it must not throw. */
+  onStep: ((report: StepReport) => void) | null = null;
   readonly #backend: Backend;
   readonly #weights: Weights;
   readonly #programs: Programs;
+  readonly #steps: Steps;
   readonly #blocks: Blocks;
   readonly #scheduler: Scheduler;
   readonly #maxRows: number;
+  readonly #promptMs: number;
+  readonly #tally: Tally;
   #running = false;
-  #disposed = false;
-  /** Settles when the last step that was asked for has ended: steps run one at a time. */
-  #last: Promise<unknown> = Promise.resolve();
 
   constructor(options: EngineOptions) {
-    const { config, backend, weights, dtypeOf, maxRows = 512 } = options;
-    if (!Number.isInteger(maxRows) || maxRows < 1) throw new RangeError(`maxRows is ${maxRows}; it must be a whole number of at least 1`);
-    const kvDtype = options.kvDtype ?? (dtypeOf("model.embed_tokens.weight") === "f32" ? "f32" : "f16");
+    const { config, backend, weights, dtypeOf, maxRows = 512, maxSequences = 512, promptMs = 200, prefixCache = true } = options;
+    for (const [name, value] of Object.entries({ maxRows, maxSequences }))
+      if (!Number.isInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
+    const embedded = dtypeOf("model.embed_tokens.weight");
+    const kvDtype = options.kvDtype ?? (embedded === "f32" ? "f32" : isBlockDtype(embedded) ? "int8kv" : "f16");
     this.config = config;
-    this.kvBytesPerToken = 2 * config.layers * config.kvHeads * config.headDim * ELEMENT_BYTES[kvDtype];
-    const fits = Math.floor(freemem() / 2 / this.kvBytesPerToken);
+    this.kvDtype = kvDtype;
+    this.kvBytesPerToken = kvBytesPerToken(config, kvDtype);
+    const available = freemem(); // what files in the page cache take counts as free, the weights' too
+    const left = Math.max(available - weights.mappedBytes, available / 16); // a model larger than memory runs from disk
+    const fits = Math.floor(left / 2 / this.kvBytesPerToken);
     const kvTokens = options.kvTokens ?? Math.min(16 * config.maxPositions, Math.max(fits, BLOCK_TOKENS));
     this.#backend = backend;
     this.#weights = weights;
     this.#maxRows = maxRows;
+    this.#promptMs = promptMs;
     this.#blocks = new Blocks(Math.ceil(kvTokens / BLOCK_TOKENS));
-    this.#scheduler = new Scheduler(this.#blocks, maxRows);
+    this.#scheduler = new Scheduler(this.#blocks, { maxRows, maxSequences, prefixCache });
     this.#programs = new Programs(config, dtypeOf, backend, weights, { dtype: kvDtype, blocks: this.#blocks.count });
+    this.#steps = new Steps(this.#programs);
+    this.#tally = new Tally(this.#programs.mixtures.length, config.moe?.experts ?? 0);
   }
 
   /** Blocks of the cache that no sequence holds, and all of them. */
   get cache(): { free: number; count: number } {
     return { free: this.#blocks.free, count: this.#blocks.count };
+  }
+
+  /** What is going on, and what has been done since the start. */
+  stats(): EngineStats {
+    const { count, free, idle } = this.#blocks;
+    const { running, waiting, preemptions } = this.#scheduler;
+    return { running, waiting, blocks: { count, free, remembered: idle }, preemptions, ...this.#tally.totals() };
   }
 
   /**
@@ -103,41 +117,19 @@ export class Engine {
     return sequence.read();
   }
 
-  /** Runs `tokens` through the model and hands over logits, and on request hidden states and routing, of every position. */
-  async inspect(tokens: readonly number[], want: { hiddenStates?: boolean; routing?: boolean } = {}): Promise<Inspection> {
+  /**
+   * Runs `tokens` through the model and hands over what is wanted of every position: logits unless told otherwise, hidden
+   * states, routing. Waits for room in the cache.
+   */
+  async inspect(tokens: readonly number[], want: Wanted = {}): Promise<Inspection> {
     this.#check(tokens);
-    const { config } = this;
-    const purpose: Purpose = want.hiddenStates || want.routing ? "inspect" : "logits";
-    const pages: number[] = [];
-    if (!this.#blocks.cover(pages, tokens.length))
-      throw new Error(
-        `the KV cache is taken by running requests: ${this.#blocks.free} blocks of ${BLOCK_TOKENS} tokens are free, ${tokens.length} tokens were given; try again when they have ended`,
-      );
-    const n = tokens.length;
-    const moeLayers = Array.from({ length: config.layers }, (_, i) => i).filter((i) => isMoeLayer(config, i));
-    const [experts, chosen] = [config.moe?.experts ?? 0, config.moe?.chosen ?? 0];
-    const logits = new Float32Array(n * config.vocabSize);
-    const inspects = purpose === "inspect";
-    const hiddenStates = inspects ? Array.from({ length: config.layers + 1 }, () => new Float32Array(n * config.hiddenSize)) : [];
-    const routing = (inspects ? moeLayers : []).map((layer) => ({
-      layer,
-      logits: new Float32Array(n * experts),
-      experts: new Int32Array(n * chosen),
-      weights: new Float32Array(n * chosen),
-    }));
-    try {
-      for (let from = 0; from < n; from += this.#maxRows) {
-        const to = Math.min(n, from + this.#maxRows);
-        const part = <T extends Numbers>(all: T, width: number) => all.subarray(from * width, to * width) as T;
-        const outputs: Numbers[] = [part(logits, config.vocabSize), ...hiddenStates.map((h) => part(h, config.hiddenSize))];
-        for (const r of routing) outputs.push(part(r.logits, experts), part(r.experts, chosen), part(r.weights, chosen));
-        const picked = Int32Array.from({ length: to - from }, (_, i) => i);
-        await this.#step(purpose, [{ ids: tokens.slice(from, to), start: from, pages }], picked, [], outputs);
-      }
-    } finally {
-      this.#blocks.release(pages);
-    }
-    return { logits, hiddenStates: want.hiddenStates ? hiddenStates : [], routing: want.routing ? routing : [] };
+    return this.#withPages(tokens.length, (pages) => inspect(this.#steps, this.#programs, tokens, pages, this.#maxRows, want));
+  }
+
+  /** The mean over all positions of the hidden state after the final norm, [hidden]: an embedding of the text. */
+  async embed(tokens: readonly number[]): Promise<Float32Array> {
+    this.#check(tokens);
+    return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.config, tokens, pages, this.#maxRows));
   }
 
   /** Seconds by op of all steps so far, and how many calls of it the traced programs have; with `rows`, of steps of about so many rows alone. */
@@ -152,9 +144,8 @@ export class Engine {
 
   /** Ends all requests with an error and frees weights, cache and threads. */
   async dispose(): Promise<void> {
-    if (this.#disposed) return;
-    this.#disposed = true;
-    await this.#last.catch(() => {}); // its caller hears of a failure
+    if (this.#steps.disposed) return;
+    await this.#steps.dispose();
     this.#programs.dispose();
     this.#weights.dispose();
     this.#backend.dispose();
@@ -164,15 +155,18 @@ export class Engine {
     if (this.#running) return;
     this.#running = true;
     while (this.#scheduler.busy) {
-      const batch = this.#scheduler.next();
+      const batch = this.#scheduler.next(this.#promptRows());
       if (batch.length === 0) {
         // Nobody is left, or `inspect` holds the blocks that the others wait for, and needs the event loop to give them back.
-        await this.#last.catch(() => {});
+        await this.#steps.idle();
         await setImmediate();
         continue;
       }
       try {
-        this.#settle(batch, await this.#generate(batch));
+        const start = performance.now();
+        const { tokens, rows } = await this.#generate(batch);
+        const report = this.#settle(batch, tokens, rows, (performance.now() - start) / 1000);
+        this.onStep?.(report);
       } catch (error) {
         for (const { sequence } of batch) {
           sequence.fail(error);
@@ -183,48 +177,98 @@ export class Engine {
     this.#running = false;
   }
 
-  async #generate(batch: readonly BatchEntry[]): Promise<GeneratedToken[]> {
-    const sampled = batch.filter((e) => e.samples).map((e) => e.sequence);
-    const wantLogits = sampled.some((s) => s.request.wantLogits);
-    const { vocabSize } = this.config;
-    const ids = new Int32Array(sampled.length);
-    const logprobs = new Float32Array(sampled.length);
-    const logits = new Float32Array(wantLogits ? sampled.length * vocabSize : 0);
-    let row = -1;
-    const picked = Int32Array.from(
-      batch.flatMap((e) => {
-        row += e.count;
-        return e.samples ? [row] : [];
-      }),
-    );
-    const controls = layOut(sampled.map((s) => ({ sampling: s.request.sampling, tokens: s.tokens, promptCount: s.promptCount })));
-    await this.#step(
-      wantLogits ? "sample+logits" : "sample",
-      batch.map(({ sequence: s, count }) => ({ ids: s.tokens.slice(s.cached, s.cached + count), start: s.cached, pages: s.pages })),
-      picked,
-      [controls.floats, controls.ints, controls.history, controls.biasIds, controls.biasValues],
-      wantLogits ? [ids, logprobs, logits] : [ids, logprobs],
-    );
-    return sampled.map((s, i) => ({
-      id: ids[i],
-      logprob: logprobs[i],
-      ...(s.request.wantLogits ? { logits: logits.slice(i * vocabSize, (i + 1) * vocabSize) } : {}),
-    }));
+  /** Rows of prompts that a step may add while others generate, by how long a row took lately. */
+  #promptRows(): number {
+    const fits = Math.floor(this.#promptMs / 1000 / this.#tally.secondsPerPromptRow);
+    return Math.min(this.#maxRows, Math.max(LEAST_PROMPT_ROWS, Number.isFinite(fits) ? fits : this.#maxRows));
   }
 
-  #settle(batch: readonly BatchEntry[], tokens: readonly GeneratedToken[]): void {
-    let next = 0;
+  async #generate(batch: readonly BatchEntry[]): Promise<{ tokens: GeneratedToken[]; rows: number }> {
+    const sampled = batch.filter((e) => e.samples).map((e) => e.sequence);
+    const wantLogits = sampled.some((s) => s.request.wantLogits);
+    const wantRouting = sampled.some((s) => s.request.wantRouting) || this.#tally.wantsRouting;
+    const { vocabSize, moe } = this.config;
+    let rows = 0;
+    const picked = Int32Array.from(
+      batch.flatMap((e) => {
+        rows += e.count;
+        return e.samples ? [rows - 1] : [];
+      }),
+    );
+    const ids = new Int32Array(sampled.length);
+    const logprobs = new Float32Array(sampled.length);
+    const outputs: Numbers[] = [ids, logprobs];
+    const logits = new Float32Array(wantLogits ? sampled.length * vocabSize : 0);
+    if (wantLogits) outputs.push(logits);
+    const chosen = moe?.chosen ?? 0;
+    const routed = (wantRouting ? this.#programs.mixtures : []).map(() => {
+      const layer = { experts: new Int32Array(rows * chosen), weights: new Float32Array(rows * chosen) };
+      outputs.push(layer.experts, layer.weights);
+      return layer;
+    });
+    const constrained = sampled.some((s) => s.request.constraint);
+    const masks = constrained ? await Promise.all(sampled.map((s) => s.request.constraint?.next() ?? null)) : [];
+    const controls = layOut(
+      sampled.map((s, i) => ({ sampling: s.request.sampling, tokens: s.tokens, promptCount: s.promptCount, mask: masks[i] })),
+    );
+    await this.#steps.run(
+      `sample${wantLogits ? "+logits" : ""}${wantRouting ? "+routing" : ""}`,
+      batch.map(({ sequence: s, count }) => ({ ids: s.tokens.slice(s.cached, s.cached + count), start: s.cached, pages: s.pages })),
+      picked,
+      [controls.floats, controls.ints, controls.history, controls.biasIds, controls.biasValues, controls.masks],
+      outputs,
+    );
+    if (wantRouting) this.#tally.route(routed.map((layer) => layer.experts));
+    const tokens = sampled.map((s, i): GeneratedToken => {
+      const at = picked[i] * chosen;
+      const row = <T extends Numbers>(of: (layer: (typeof routed)[number]) => T, out: T): T => {
+        routed.forEach((layer, l) => {
+          out.set(of(layer).subarray(at, at + chosen), l * chosen);
+        });
+        return out;
+      };
+      return {
+        id: ids[i],
+        logprob: logprobs[i],
+        ...(s.request.wantLogits ? { logits: logits.slice(i * vocabSize, (i + 1) * vocabSize) } : {}),
+        ...(s.request.wantRouting
+          ? {
+              routing: {
+                experts: row((layer) => layer.experts, new Int32Array(routed.length * chosen)),
+                weights: row((layer) => layer.weights, new Float32Array(routed.length * chosen)),
+              },
+            }
+          : {}),
+      };
+    });
+    return { tokens, rows };
+  }
+
+  #settle(batch: readonly BatchEntry[], tokens: readonly GeneratedToken[], rows: number, seconds: number): StepReport {
+    let [next, promptTokens, cachedTokens] = [0, 0, 0];
     for (const { sequence, count, samples } of batch) {
-      sequence.cached += count;
+      const reading = Math.max(0, Math.min(sequence.promptCount - sequence.cached, count));
+      promptTokens += reading;
+      const first = samples && sequence.tokens.length === sequence.promptCount;
+      this.#scheduler.settle(sequence, count);
       if (!samples) continue;
       const token = tokens[next++];
+      if (first) cachedTokens += sequence.reused ?? 0;
       if (sequence.done) continue; // its reader left meanwhile
+      sequence.request.constraint?.accept(token.id);
       const stops = sequence.request.stopIds?.includes(token.id);
       const answered = sequence.tokens.length + 1 - sequence.promptCount;
       const full = answered >= sequence.request.maxNewTokens || sequence.tokens.length + 1 >= this.#longest;
-      sequence.append({ ...token, ...(stops ? { finish: "stop" } : full ? { finish: "length" } : {}) });
+      sequence.append({
+        ...token,
+        ...(first ? { cachedTokens: sequence.reused ?? 0 } : {}),
+        ...(stops ? { finish: "stop" } : full ? { finish: "length" } : {}),
+      });
       if (sequence.done) this.#scheduler.remove(sequence);
     }
+    const report = { seconds, rows, sequences: batch.length, promptTokens, cachedTokens, generatedTokens: tokens.length };
+    this.#tally.add(report);
+    return report;
   }
 
   /** Positions that one sequence can have. */
@@ -232,49 +276,23 @@ export class Engine {
     return Math.min(this.config.maxPositions, this.#blocks.count * BLOCK_TOKENS);
   }
 
-  /** Runs one step once those before it have ended. Inputs are in the order in which `programs.ts` declares them. */
-  #step(
-    purpose: Purpose,
-    parts: readonly Part[],
-    picked: Int32Array,
-    controls: readonly Numbers[],
-    outputs: readonly Numbers[],
-  ): Promise<void> {
-    const rows = parts.reduce((n, p) => n + p.ids.length, 0);
-    const widest = Math.max(...parts.map((p) => p.pages.length));
-    const ids = new Int32Array(rows);
-    const positions = new Int32Array(rows);
-    const segments = new Int32Array(parts.length * 3);
-    const pages = new Int32Array(parts.length * widest).fill(-1);
-    let row = 0;
-    parts.forEach((p, s) => {
-      ids.set(p.ids, row);
-      segments.set([row, p.ids.length, p.start], s * 3);
-      pages.set(p.pages, s * widest);
-      for (let i = 0; i < p.ids.length; i++) positions[row + i] = p.start + i;
-      row += p.ids.length;
-    });
-    const [, , history, biases] = controls;
-    const sizes: SymbolValues = {
-      rows,
-      outs: picked.length,
-      sequences: parts.length,
-      pages: widest,
-      history: history?.length ?? 0,
-      biases: biases?.length ?? 0,
-    };
-    const run = this.#last
-      .catch(() => {}) // whoever ran that step hears of its failure
-      .then(() => {
-        if (this.#disposed) throw new Error("the model has been disposed of");
-        return this.#programs.for(purpose, rows).program.run(sizes, [ids, positions, segments, pages, picked, ...controls], outputs);
-      });
-    this.#last = run;
-    return run;
+  /** Lends pages for `tokens`, once there are enough. */
+  async #withPages<T>(tokens: number, use: (pages: readonly number[]) => Promise<T>): Promise<T> {
+    const pages: number[] = [];
+    while (!this.#blocks.cover(pages, tokens)) {
+      await this.#steps.idle();
+      await setImmediate(); // requests that have ended give their blocks back
+      if (this.#steps.disposed) throw new Error("the model has been disposed of");
+    }
+    try {
+      return await use(pages);
+    } finally {
+      this.#blocks.release(pages);
+    }
   }
 
   #check(tokens: readonly number[]): void {
-    if (this.#disposed) throw new Error("the model has been disposed of");
+    if (this.#steps.disposed) throw new Error("the model has been disposed of");
     const { vocabSize, maxPositions } = this.config;
     if (tokens.length === 0) throw new RangeError("the prompt is empty: at least one token is needed");
     const wrong = tokens.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabSize);
@@ -290,10 +308,8 @@ export class Engine {
   }
 }
 
-/** The tokens of one sequence in a step. */
-interface Part {
-  readonly ids: readonly number[];
-  /** Position of the first. */
-  readonly start: number;
-  readonly pages: readonly number[];
+/** Bytes of KV cache that one token takes. */
+export function kvBytesPerToken({ layers, kvHeads, headDim }: ErnieConfig, dtype: KvDtype): number {
+  const { keys, values } = kvShapes(dtype, 1, kvHeads, headDim, BLOCK_TOKENS);
+  return (layers * (bytesOf({ dtype, shape: keys }, {}) + bytesOf({ dtype, shape: values }, {}))) / BLOCK_TOKENS;
 }

@@ -1,16 +1,24 @@
 /** The planned programs of one model: traced and planned when first needed, for a few sizes, then reused. */
 import type { Backend, Program, State, Weights } from "../backend/backend.ts";
-import { Graph, type KvCache, type Tensor } from "../graph/graph.ts";
+import { Graph, type KvCache, kvShapes, type Tensor } from "../graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops.ts";
 import { type Plan, plan } from "../graph/plan.ts";
-import type { ErnieConfig } from "../model/config.ts";
+import { type ErnieConfig, isMoeLayer } from "../model/config.ts";
 import { bindWeights, type Forward, forward } from "../model/ernie.ts";
-import type { Dtype } from "../tensor/dtype.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { symbol } from "../tensor/shape.ts";
 import { BLOCK_TOKENS } from "./blocks.ts";
 
-/** What a program hands over: sampled tokens (`logits` too), or what the model computes on the way. */
-export type Purpose = "sample" | "sample+logits" | "logits" | "inspect";
+/** What a program hands over: sampled tokens (and what they came from), or what the model computes on the way. */
+export type Purpose =
+  | `sample${"" | "+logits"}${"" | "+routing"}`
+  | "logits"
+  | "logits+routing"
+  | "routing"
+  /** The hidden states after the final norm. */
+  | "hidden"
+  /** Logits, all hidden states, routing. */
+  | "inspect";
 
 /** A program, and the plan that it runs. */
 export interface Prepared {
@@ -19,14 +27,18 @@ export interface Prepared {
 }
 
 export interface KvLayout {
-  readonly dtype: "f32" | "f16";
+  readonly dtype: KvDtype;
   readonly blocks: number;
 }
 
 const UNBOUNDED = 2 ** 31 - 1; // sizes that take no arena memory
 
 export class Programs {
-  readonly #config: ErnieConfig;
+  readonly config: ErnieConfig;
+  /** Indices of the layers that are mixtures. */
+  readonly mixtures: readonly number[];
+  /** Words of a mask over the vocabulary. */
+  readonly maskWords: number;
   readonly #dtypeOf: (parameter: string) => Dtype;
   readonly #backend: Backend;
   readonly #weights: Weights;
@@ -35,14 +47,15 @@ export class Programs {
   readonly #prepared = new Map<string, Prepared>();
 
   constructor(config: ErnieConfig, dtypeOf: (parameter: string) => Dtype, backend: Backend, weights: Weights, kv: KvLayout) {
-    this.#config = config;
+    this.config = config;
+    this.mixtures = Array.from({ length: config.layers }, (_, i) => i).filter((i) => isMoeLayer(config, i));
+    this.maskWords = Math.ceil(config.vocabSize / 32);
     this.#dtypeOf = dtypeOf;
     this.#backend = backend;
     this.#weights = weights;
     this.#kv = kv;
     for (let i = 0; i < config.layers; i++)
-      for (const name of [`keys.${i}`, `values.${i}`])
-        this.#states.set(name, backend.state(kv.dtype, kv.blocks * config.kvHeads * config.headDim * BLOCK_TOKENS));
+      for (const [kind, shape] of Object.entries(this.#kvShapes)) this.#states.set(`${kind}.${i}`, backend.state(kv.dtype, shape));
   }
 
   /** A program with room for `rows` rows; made once for each power of two. */
@@ -54,8 +67,12 @@ export class Programs {
     return made;
   }
 
+  get #kvShapes() {
+    return kvShapes(this.#kv.dtype, this.#kv.blocks, this.config.kvHeads, this.config.headDim, BLOCK_TOKENS);
+  }
+
   #prepare(purpose: Purpose, rows: number): Prepared {
-    const config = this.#config;
+    const { config } = this;
     const g = new Graph();
     const weights = bindWeights(g, config, this.#dtypeOf);
     const inputs = {
@@ -65,33 +82,59 @@ export class Programs {
       pages: g.input("pages", [symbol("sequences"), symbol("pages")], "i32"),
       picked: g.input("picked", [symbol("outs")], "i32"),
     };
-    const { kvHeads, headDim } = config;
+    const shapes = this.#kvShapes;
     const caches = Array.from(
       { length: config.layers },
       (_, i): KvCache => ({
-        keys: g.state(`keys.${i}`, [this.#kv.blocks, kvHeads, headDim, BLOCK_TOKENS], this.#kv.dtype),
-        values: g.state(`values.${i}`, [this.#kv.blocks, kvHeads, BLOCK_TOKENS, headDim], this.#kv.dtype),
+        keys: g.state(`keys.${i}`, shapes.keys, this.#kv.dtype),
+        values: g.state(`values.${i}`, shapes.values, this.#kv.dtype),
       }),
     );
     const traced = forward(g, config, weights, inputs, caches);
-    const outputs = purpose.startsWith("sample")
-      ? this.#sampled(g, traced.logits, purpose === "sample+logits")
-      : outputsOf(traced, purpose);
-    const capacity = { rows, outs: rows, sequences: UNBOUNDED, pages: UNBOUNDED, history: UNBOUNDED, biases: UNBOUNDED };
+    const outputs = this.#outputs(g, traced, purpose);
+    const capacity = { rows, outs: rows, sequences: UNBOUNDED, pages: UNBOUNDED, history: UNBOUNDED, biases: UNBOUNDED, masks: UNBOUNDED };
     const planned = plan(g, outputs, capacity);
     return { program: this.#backend.prepare(planned, this.#weights, this.#states), plan: planned };
   }
 
-  #sampled(g: Graph, logits: Tensor, withLogits: boolean): Tensor[] {
+  #outputs(g: Graph, { logits, hiddenStates, routing }: Forward, purpose: Purpose): Tensor[] {
+    const choices = routing.flatMap((r) => [r.experts, r.weights]);
+    const all = routing.flatMap((r) => [r.logits, r.experts, r.weights]);
+    switch (purpose) {
+      case "sample":
+        return this.#sampled(g, logits);
+      case "sample+logits":
+        return [...this.#sampled(g, logits), logits];
+      case "sample+routing":
+        return [...this.#sampled(g, logits), ...choices];
+      case "sample+logits+routing":
+        return [...this.#sampled(g, logits), logits, ...choices];
+      case "logits":
+        return [logits];
+      case "logits+routing":
+        return [logits, ...all];
+      case "routing":
+        return all;
+      case "hidden":
+        return hiddenStates.slice(-1);
+      case "inspect":
+        return [logits, ...hiddenStates, ...all];
+      default:
+        return purpose satisfies never;
+    }
+  }
+
+  #sampled(g: Graph, logits: Tensor): Tensor[] {
     const sampling = {
       floats: g.input("floats", [symbol("outs"), SAMPLING_FLOATS.length], "f32"),
       ints: g.input("ints", [symbol("outs"), SAMPLING_INTS.length], "i32"),
       history: g.input("history", [symbol("history")], "i32"),
       biasIds: g.input("biasIds", [symbol("biases")], "i32"),
       biasValues: g.input("biasValues", [symbol("biases")], "f32"),
+      masks: g.input("masks", [symbol("masks"), this.maskWords], "i32"),
     };
     const { ids, logprobs } = g.sample(logits, g.processLogits(logits, sampling), sampling);
-    return withLogits ? [ids, logprobs, logits] : [ids, logprobs];
+    return [ids, logprobs];
   }
 
   /** The weights that each op reads, by name, in a program that was prepared. Empty before the first. */
@@ -128,10 +171,4 @@ export class Programs {
 
 function capacityFor(rows: number): number {
   return 2 ** Math.ceil(Math.log2(rows));
-}
-
-/** Logits; of the purpose "inspect" then the hidden states, then logits, experts and weights of each mixture layer. */
-function outputsOf({ logits, hiddenStates, routing }: Forward, purpose: Purpose): Tensor[] {
-  if (purpose === "logits") return [logits];
-  return [logits, ...hiddenStates, ...routing.flatMap((r) => [r.logits, r.experts, r.weights])];
 }

@@ -74,6 +74,8 @@ export interface SampledRow {
   /** Prompt and answer so far. */
   readonly tokens: readonly number[];
   readonly promptCount: number;
+  /** Bits of the ids that are allowed; null or absent: all. */
+  readonly mask?: Int32Array | null;
 }
 
 /** The controls of a step, in the layout of the ops `processLogits` and `sample`. */
@@ -83,6 +85,7 @@ export interface Controls {
   readonly history: Int32Array;
   readonly biasIds: Int32Array;
   readonly biasValues: Float32Array;
+  readonly masks: Int32Array;
 }
 
 export function layOut(rows: readonly SampledRow[]): Controls {
@@ -90,7 +93,8 @@ export function layOut(rows: readonly SampledRow[]): Controls {
   const ints = new Int32Array(rows.length * SAMPLING_INTS.length);
   const history: number[] = [];
   const biases: [number, number][] = [];
-  rows.forEach(({ sampling: s, tokens, promptCount }, r) => {
+  const masks: Int32Array[] = [];
+  rows.forEach(({ sampling: s, tokens, promptCount, mask }, r) => {
     const looksBack = s.repetitionPenalty !== 1 || s.presencePenalty !== 0 || s.frequencyPenalty !== 0 || s.noRepeatNgram > 0;
     const seen = looksBack ? tokens : [];
     const row: Record<(typeof SAMPLING_FLOATS)[number] | (typeof SAMPLING_INTS)[number], number> = {
@@ -103,6 +107,7 @@ export function layOut(rows: readonly SampledRow[]): Controls {
       promptCount: Math.min(promptCount, seen.length),
       biasStart: biases.length,
       biasCount: s.logitBias.size,
+      mask: mask ? masks.push(mask) - 1 : -1,
     };
     floats.set(
       SAMPLING_FLOATS.map((name) => row[name]),
@@ -121,5 +126,16 @@ export function layOut(rows: readonly SampledRow[]): Controls {
     history: Int32Array.from(history),
     biasIds: Int32Array.from(biases, ([id]) => id),
     biasValues: Float32Array.from(biases, ([, bias]) => bias),
+    masks: joined(masks),
   };
+}
+
+function joined(masks: readonly Int32Array[]): Int32Array {
+  const all = new Int32Array(masks.reduce((n, mask) => n + mask.length, 0));
+  let at = 0;
+  for (const mask of masks) {
+    all.set(mask, at);
+    at += mask.length;
+  }
+  return all;
 }

@@ -1,5 +1,14 @@
 /** One request while it is served: its tokens, its cache pages, and its reader. Knows no text and no schedule. */
+import { BLOCK_TOKENS, ROOT } from "./blocks.ts";
 import type { Sampling } from "./sampling.ts";
+
+/** Narrows the choice of each next token, as structured output does. */
+export interface Constraint {
+  /** Allowed ids as bits: id & 31 of word id >> 5, ceil(vocab / 32) words; null: all. Called once before each new token. */
+  next(): Int32Array | null | Promise<Int32Array | null>;
+  /** Told each token that was chosen, in order; never twice, also where a sequence is computed again. */
+  accept(id: number): void;
+}
 
 export interface Request {
   /** The prompt; at least one token. */
@@ -11,8 +20,19 @@ export interface Request {
   readonly stopIds?: readonly number[];
   /** Hand over the unprocessed logits [vocab] with each token. Default false. */
   readonly wantLogits?: boolean;
+  /** Hand over which experts each token used. Default false. */
+  readonly wantRouting?: boolean;
+  readonly constraint?: Constraint;
+  /** Whose request it is: owners take turns. Default: one owner for all. */
+  readonly owner?: string;
   /** Aborting it ends the request between two steps. */
   readonly signal?: Pick<AbortSignal, "aborted" | "reason">;
+}
+
+/** Which experts computed one position: [mixture layers, chosen], best first. */
+export interface TokenRouting {
+  readonly experts: Int32Array;
+  readonly weights: Float32Array;
 }
 
 export interface GeneratedToken {
@@ -20,11 +40,17 @@ export interface GeneratedToken {
   /** Natural logarithm of its probability by the model alone, before bias, penalties and temperature. */
   readonly logprob: number;
   readonly logits?: Float32Array;
+  /** Of the position that this token was predicted from. */
+  readonly routing?: TokenRouting;
+  /** On the first token: how many of the prompt's tokens the cache held already. */
+  readonly cachedTokens?: number;
   /** Set on the last one: an end token was chosen, or there is no room for more. */
   readonly finish?: "stop" | "length";
 }
 
 export class Sequence {
+  readonly request: Request;
+  readonly owner: string;
   /** Prompt and answer. */
   readonly tokens: number[];
   readonly promptCount: number;
@@ -32,7 +58,11 @@ export class Sequence {
   readonly pages: number[] = [];
   /** How many of `tokens` have their keys and values in the cache. */
   cached = 0;
-  readonly request: Request;
+  /** How many pages are remembered in the prefix cache, and the entry that their chain ends with. */
+  chained = 0;
+  entry = ROOT;
+  /** Prompt tokens that the cache held when the sequence first got blocks; null before. */
+  reused: number | null = null;
   /** Tokens that the reader has not taken yet. */
   readonly #events: GeneratedToken[] = [];
   #done = false;
@@ -41,6 +71,7 @@ export class Sequence {
 
   constructor(request: Request) {
     this.request = request;
+    this.owner = request.owner ?? "";
     this.tokens = [...request.tokens];
     this.promptCount = request.tokens.length;
   }
@@ -51,6 +82,15 @@ export class Sequence {
 
   get done(): boolean {
     return this.#done;
+  }
+
+  /** Begins, or begins again, with blocks that hold the first of its tokens. */
+  start(pages: readonly number[], entry: number): void {
+    this.pages.push(...pages);
+    this.chained = pages.length;
+    this.entry = entry;
+    this.cached = pages.length * BLOCK_TOKENS;
+    this.reused ??= Math.min(this.cached, this.promptCount);
   }
 
   /** Appends a token; the sequence is done when it ends the answer. */
@@ -69,7 +109,17 @@ export class Sequence {
   }
 
   /** The answer as it is made. Leaving the loop early cancels the request. */
-  async *read(): AsyncGenerator<GeneratedToken, void, undefined> {
+  read(): AsyncGenerator<GeneratedToken, void, undefined> {
+    const reader = this.#read();
+    const leave = reader.return.bind(reader);
+    reader.return = (value) => {
+      this.#done = true; // a generator that was never started would not run its `finally`
+      return leave(value);
+    };
+    return reader;
+  }
+
+  async *#read(): AsyncGenerator<GeneratedToken, void, undefined> {
     try {
       for (;;) {
         for (let token = this.#events.shift(); token; token = this.#events.shift()) yield token;

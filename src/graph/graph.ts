@@ -2,7 +2,7 @@
  * A graph is a list of op calls in execution order. Tracing a model's forward appends to it; nothing runs, and it holds
  * no data and knows no backend.
  */
-import type { Dtype } from "../tensor/dtype.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { type Dim, type Shape, showShape } from "../tensor/shape.ts";
 import { OPS, type OpName, type Params } from "./ops.ts";
 
@@ -92,6 +92,11 @@ export class Graph {
    */
   groupedLinear = (x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, slots: number, bias?: Tensor) =>
     this.#one("groupedLinear", [this.#activations(x, weight), weight, order, offsets, bias], { slots });
+  /** `silu(x . gate^T) * (x . up^T)` in one pass (https://arxiv.org/abs/2002.05202): x [rows, k], gate and up [n, k] to [rows, n]. */
+  gatedLinear = (x: Tensor, gate: Tensor, up: Tensor) => this.#one("gatedLinear", [this.#activations(x, gate), gate, up]);
+  /** The same of each expert slot with the matrices of its expert, as `groupedLinear`. */
+  groupedGatedLinear = (x: Tensor, gate: Tensor, up: Tensor, order: Tensor, offsets: Tensor, slots: number) =>
+    this.#one("groupedGatedLinear", [this.#activations(x, gate), gate, up, order, offsets], { slots });
   add = (a: Tensor, b: Tensor) => this.#one("add", [a, b]);
   /** `silu(gate) * up` (https://arxiv.org/abs/2002.05202). */
   siluMul = (gate: Tensor, up: Tensor) => this.#one("siluMul", [gate, up]);
@@ -122,7 +127,15 @@ export class Graph {
   gather = (x: Tensor, index: Tensor) => this.#one("gather", [x, index]);
   /** Applies each row's logits processors; see `engine/sampling.ts` for the columns of the controls. */
   processLogits = (logits: Tensor, sampling: SamplingInputs) =>
-    this.#one("processLogits", [logits, sampling.floats, sampling.ints, sampling.history, sampling.biasIds, sampling.biasValues]);
+    this.#one("processLogits", [
+      logits,
+      sampling.floats,
+      sampling.ints,
+      sampling.history,
+      sampling.biasIds,
+      sampling.biasValues,
+      sampling.masks,
+    ]);
   /** Chooses a token a row, greedily or at random, and gives its log-probability by the unprocessed logits. */
   sample = (logits: Tensor, processed: Tensor, sampling: SamplingInputs) => {
     const [ids, logprobs] = this.call("sample", [logits, processed, sampling.floats, sampling.ints]);
@@ -141,7 +154,7 @@ export class Graph {
 }
 
 export interface KvCache {
-  /** [blocks, kv heads, head width, block tokens]: transposed, so that scores of neighbouring tokens lie side by side. */
+  /** [blocks, kv heads, head width, block tokens]: transposed, so that scores of neighbouring tokens lie side by side; of int8kv as `values`. */
   readonly keys: Tensor;
   /** [blocks, kv heads, block tokens, head width] */
   readonly values: Tensor;
@@ -154,6 +167,20 @@ export interface SamplingInputs {
   readonly history: Tensor;
   readonly biasIds: Tensor;
   readonly biasValues: Tensor;
+  /** [masks, words]: bits of the ids that are allowed. */
+  readonly masks: Tensor;
+}
+
+/** Shapes of a cache of so many blocks. */
+export function kvShapes(
+  dtype: KvDtype,
+  blocks: number,
+  heads: number,
+  width: number,
+  tokens: number,
+): { keys: number[]; values: number[] } {
+  const values = [blocks, heads, tokens, width];
+  return { keys: dtype === "int8kv" ? values : [blocks, heads, width, tokens], values };
 }
 
 export type { Dim };

@@ -25,7 +25,7 @@ export interface Op {
 
 /** Columns of the sampling controls [outs, n], in order. Kernels index by these positions. */
 export const SAMPLING_FLOATS = ["temperature", "topP", "minP", "repetitionPenalty", "presencePenalty", "frequencyPenalty"] as const;
-/** `history*` and `bias*` are ranges in the concatenated lists; `prompt` counts the prompt's tokens in the history. `seed` and `step` drive the random draw. */
+/** `mask` is a row of the masks, -1 for none. `history*` and `bias*` are ranges in the concatenated lists; `prompt` counts the prompt's tokens in the history. `seed` and `step` drive the random draw. */
 export const SAMPLING_INTS = [
   "topK",
   "noRepeatNgram",
@@ -37,6 +37,7 @@ export const SAMPLING_INTS = [
   "promptCount",
   "biasStart",
   "biasCount",
+  "mask",
 ] as const;
 
 const MATRIX_INPUTS: Partial<Record<Dtype, Dtype>> = { f32: "f32", f16: "f32", bf16: "bf16pair", int8: "int8row", int4: "int8row" };
@@ -60,12 +61,25 @@ function biasFits(bias: Tensor | undefined, shape: Shape): boolean {
   return !bias || (bias.dtype === "f32" && sameShape(bias.shape, shape));
 }
 
-function cacheFits(keys: Tensor, values: Tensor, segments: Tensor, pages: Tensor): boolean {
-  const [blocks, heads, dim, tokens] = keys.shape;
+/** Two matrices of the same shape and format, and activations for them. */
+function gatesFit(x: Tensor | undefined, gate: Tensor | undefined, up: Tensor | undefined, rank: number): boolean {
   return (
-    keys.shape.length === 4 &&
+    x?.shape.length === 2 &&
+    gate?.shape.length === rank &&
+    up !== undefined &&
+    gate.dtype === up.dtype &&
+    sameShape(gate.shape, up.shape) &&
+    x.dtype === MATRIX_INPUTS[gate.dtype] &&
+    sameDim(x.shape[1], gate.shape[rank - 1])
+  );
+}
+
+function cacheFits(keys: Tensor, values: Tensor, segments: Tensor, pages: Tensor): boolean {
+  const [blocks, heads, tokens, dim] = values.shape;
+  return (
+    values.shape.length === 4 &&
     keys.dtype === values.dtype &&
-    sameShape(values.shape, [blocks, heads, tokens, dim]) &&
+    sameShape(keys.shape, keys.dtype === "int8kv" ? values.shape : [blocks, heads, dim, tokens]) &&
     matches(segments, "i32", 2) &&
     sameDim(segments.shape[1], 3) &&
     matches(pages, "i32", 2) &&
@@ -113,6 +127,22 @@ export const OPS = {
         : null,
     gradient: null,
   },
+  gatedLinear: {
+    params: [],
+    outputs: ([x, gate, up]) => (gatesFit(x, gate, up, 2) ? [f32(x.shape[0], gate.shape[0])] : null),
+    gradient: null,
+  },
+  groupedGatedLinear: {
+    params: ["slots"],
+    outputs: ([x, gate, up, order, offsets], { slots }) =>
+      gatesFit(x, gate, up, 3) &&
+      matches(order, "i32", 1) &&
+      sameDim(order.shape[0], times(x.shape[0], slots)) &&
+      matches(offsets, "i32", 1)
+        ? [f32(order.shape[0], gate.shape[1])]
+        : null,
+    gradient: null,
+  },
   add: { params: [], outputs: sameAs, gradient: (_g, _c, [dy]) => [dy, dy] },
   siluMul: { params: [], outputs: sameAs, gradient: null },
   angles: {
@@ -138,7 +168,7 @@ export const OPS = {
       matches(v, "f32", 2) &&
       sameShape(k.shape, v.shape) &&
       cacheFits(keys, values, segments, pages) &&
-      k.shape[1] === Number(keys.shape[1]) * Number(keys.shape[2])
+      k.shape[1] === Number(values.shape[1]) * Number(values.shape[3])
         ? []
         : null,
     gradient: null,
@@ -148,7 +178,7 @@ export const OPS = {
     outputs: ([q, keys, values, segments, pages]) =>
       matches(q, "f32", 2) &&
       cacheFits(keys, values, segments, pages) &&
-      Number(q.shape[1]) % (Number(keys.shape[1]) * Number(keys.shape[2])) === 0
+      Number(q.shape[1]) % (Number(values.shape[1]) * Number(values.shape[3])) === 0
         ? [f32(...q.shape)]
         : null,
     gradient: null,
@@ -188,8 +218,13 @@ export const OPS = {
   /** The second output is scratch. */
   processLogits: {
     params: [],
-    outputs: ([logits, floats, ints, history, biasIds, biasValues]) =>
-      samplingFits(logits, floats, ints) && matches(history, "i32", 1) && matches(biasIds, "i32", 1) && matches(biasValues, "f32", 1)
+    outputs: ([logits, floats, ints, history, biasIds, biasValues, masks]) =>
+      samplingFits(logits, floats, ints) &&
+      matches(history, "i32", 1) &&
+      matches(biasIds, "i32", 1) &&
+      matches(biasValues, "f32", 1) &&
+      matches(masks, "i32", 2) &&
+      masks.shape[1] === Math.ceil(Number(logits.shape[1]) / 32)
         ? [f32(...logits.shape), i32(...logits.shape)]
         : null,
     gradient: null,

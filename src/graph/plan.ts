@@ -4,7 +4,7 @@
  */
 import type { Dtype } from "../tensor/dtype.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
-import { int8RowBytes } from "../tensor/quantized.ts";
+import { int8KvBytes, int8RowBytes } from "../tensor/quantized.ts";
 import { elements, type SymbolValues, sizeOf } from "../tensor/shape.ts";
 import type { Graph, Tensor } from "./graph.ts";
 import { OPS } from "./ops.ts";
@@ -16,7 +16,17 @@ export const ARENA_UNIT = 64;
 
 const PLACES = { arena: 0, weight: 1, state: 2, input: 3, output: 4 } as const;
 /** Numbers that stand for dtypes in programs; `native/kernels.h` has the same. */
-export const DTYPE_CODES: Readonly<Record<Dtype, number>> = { f32: 0, f16: 1, bf16: 2, i32: 3, int8: 4, int8row: 5, int4: 6, bf16pair: 7 };
+export const DTYPE_CODES: Readonly<Record<Dtype, number>> = {
+  f32: 0,
+  f16: 1,
+  bf16: 2,
+  i32: 3,
+  int8: 4,
+  int8row: 5,
+  int4: 6,
+  bf16pair: 7,
+  int8kv: 8,
+};
 
 export interface Plan {
   readonly graph: Graph;
@@ -99,8 +109,9 @@ export function plan(graph: Graph, outputs: readonly Tensor[], capacity: SymbolV
 }
 
 /** Bytes that `t` takes when its symbols have `sizes`. */
-export function bytesOf(t: Tensor, sizes: SymbolValues): number {
+export function bytesOf(t: Pick<Tensor, "dtype" | "shape">, sizes: SymbolValues): number {
   if (t.dtype === "int8row") return sizeOf(t.shape[0], sizes) * int8RowBytes(sizeOf(t.shape[1], sizes));
+  if (t.dtype === "int8kv") return elements(t.shape.slice(0, 3), sizes) * int8KvBytes(sizeOf(t.shape[3], sizes));
   if (t.dtype === "bf16pair") return elements(t.shape, sizes) * 2 * ELEMENT_BYTES.bf16;
   if (t.dtype === "int8" || t.dtype === "int4") throw new Error("internal: only weights are in blocks, and they bring their own memory");
   return elements(t.shape, sizes) * ELEMENT_BYTES[t.dtype];

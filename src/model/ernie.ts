@@ -118,9 +118,8 @@ function visitParameters<T>(config: ErnieConfig, visit: (p: ErnieParameter) => T
     up: matrix(`${prefix}.up_proj`, width, hidden),
     down: matrix(`${prefix}.down_proj`, hidden, width),
   });
-  const stacked = (name: string, count: number, out: number, into: number) => ({
-    weight: visit({ name: `${name}.weight`, shape: [count, out, into], experts: count, kind: "matrix" }),
-  });
+  const stacked = (name: string, count: number, out: number, into: number) =>
+    visit({ name: `${name}.weight`, shape: [count, out, into], experts: count, kind: "matrix" });
 
   const embed = visit({ name: "model.embed_tokens.weight", shape: [config.vocabSize, hidden], kind: "matrix" });
   const layers = Array.from({ length: config.layers }, (_, i) => {

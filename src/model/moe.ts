@@ -13,8 +13,8 @@ export interface MoeWeights {
   readonly router: Tensor;
   /** [experts], float32 always; decides who is chosen, not with what weight (https://arxiv.org/abs/2408.15664). */
   readonly bias: Tensor;
-  /** Matrices [experts, out, in]. */
-  readonly experts: MlpWeights;
+  /** Matrices [experts, out, in]; they have no biases. */
+  readonly experts: { readonly gate: Tensor; readonly up: Tensor; readonly down: Tensor };
   /** The shared experts, fused into one MLP; null where there are none. */
   readonly shared: MlpWeights | null;
   readonly chosen: number;
@@ -32,16 +32,17 @@ export interface Routing {
 }
 
 /** SwiGLU: down(silu(gate(x)) * up(x)). */
-export function mlp(g: Graph, x: Tensor, w: MlpWeights): Tensor {
-  return linear(g, g.siluMul(linear(g, x, w.gate), linear(g, x, w.up)), w.down);
+export function mlp(g: Graph, x: Tensor, { gate, up, down }: MlpWeights): Tensor {
+  const plain = !gate.bias && !up.bias;
+  return linear(g, plain ? g.gatedLinear(x, gate.weight, up.weight) : g.siluMul(linear(g, x, gate), linear(g, x, up)), down);
 }
 
 /** x [rows, hidden] to [rows, hidden], and how it was routed. */
 export function moe(g: Graph, x: Tensor, w: MoeWeights): { y: Tensor; routing: Routing } {
   const routing = g.route(x, w.router, w.bias, w.chosen, w.normMin);
   const { order, offsets } = g.group(routing.experts, Number(w.router.shape[0]));
-  const expert = (input: Tensor, m: Linear, slots: number) => g.groupedLinear(input, m.weight, order, offsets, slots, m.bias);
-  const h = g.siluMul(expert(x, w.experts.gate, w.chosen), expert(x, w.experts.up, w.chosen)); // [chosen * rows, width]
-  const routed = g.combine(expert(h, w.experts.down, 1), routing.weights);
+  const { gate, up, down } = w.experts;
+  const h = g.groupedGatedLinear(x, gate, up, order, offsets, w.chosen); // [chosen * rows, width]
+  const routed = g.combine(g.groupedLinear(h, down, order, offsets, 1), routing.weights);
   return { y: w.shared ? g.add(routed, mlp(g, x, w.shared)) : routed, routing };
 }

@@ -14,43 +14,47 @@ const modelSchema = z.strictObject({
     .describe("Name that clients ask for"),
   path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the model that comes along"),
   dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
-  threads: count(1).max(1024).optional().describe("Threads that compute; default: one a core"),
+  threads: count(1).max(1024).optional().describe("Threads that compute; default: one a physical core"),
   device: z.enum(["auto", "cpu", "reference"]).default("auto").describe("Where to compute"),
-  kvCacheDtype: z.enum(["fp32", "fp16"]).optional().describe("Format of the KV cache; default: fp32 for fp32 weights, else fp16"),
+  kvCacheDtype: z.enum(["fp32", "fp16", "int8"]).optional().describe("Format of the KV cache; default: by the weights"),
   kvCacheTokens: count(32)
     .optional()
-    .describe("Tokens that the KV cache has room for; default: 16 full sequences, or what a quarter of the memory budget holds"),
+    .describe(
+      "Tokens that the KV cache has room for; default: what half of the free memory holds, or a quarter of the memory budget; 16 full sequences at most",
+    ),
   chunkSize: count(1).max(65_536).optional().describe("Rows of one step at most; default 512"),
-  preload: z.boolean().optional().describe("Load before the server is ready; default: true for the first model"),
+  preload: z.boolean().default(true).describe("Load it before the server is ready, and keep it; else load it when it is asked for"),
 });
 
 /** One model that is served. */
 export type ModelConfig = z.infer<typeof modelSchema>;
 
-export const configSchema = z.strictObject({
+export const ServeConfig = z.strictObject({
   host: z.string().min(1).default("127.0.0.1").describe("Address to listen on; anything but loopback needs keys"),
-  port: port.default(8000).describe("Port of HTTP; 0: any free one"),
+  port: port.default(8080).describe("Port of HTTP; 0: any free one"),
   models: z
     .array(modelSchema)
     .min(1)
-    .default([{ name: "default", path: "default", dtype: "auto", device: "auto" }])
-    .describe("Models by name; the first is loaded before the server is ready, the others when they are asked for"),
+    .default([{ name: "default", path: "default", dtype: "auto", device: "auto", preload: true }])
+    .describe("Models by name"),
   memoryBudgetBytes: count(1)
-    .optional()
-    .describe("Memory that loaded models and their KV caches may take; default: four fifths of the machine's or container's"),
-  idleUnloadSeconds: seconds.nullable().default(null).describe("Unload a model that nobody used for so long; without it never"),
+    .nullable()
+    .default(null)
+    .describe("Memory that loaded models and their KV caches may take; without it no limit"),
+  idleUnloadSeconds: seconds.default(600).describe("Unload models that are not preloaded when nobody used them for so long"),
   offline: z.boolean().default(false).describe("Never fetch a model from the hub"),
 
-  keyFile: z.string().min(1).nullable().default(null).describe("API keys, as 'mixtape keys' writes them; without it no keys are asked for"),
+  keys: z.string().min(1).optional().describe("File of API keys, as 'mixtape keys' makes it; without it no keys are asked for"),
   usageFile: z
     .string()
     .min(1)
-    .nullable()
-    .default(null)
-    .describe("Where the tokens that keys used today are kept; default: beside the key file, with .usage added"),
+    .optional()
+    .describe("Where the tokens that keys used today are kept; default: beside keys, with .usage added"),
   insecureNoAuth: z.boolean().default(false).describe("Allow any address without keys: whoever reaches the port may use the server"),
-  tlsCert: z.string().min(1).nullable().default(null).describe("Certificate chain, PEM; needs tlsKey"),
-  tlsKey: z.string().min(1).nullable().default(null).describe("Private key, PEM; needs tlsCert"),
+  tls: z
+    .strictObject({ cert: z.string().min(1).describe("Certificate chain, PEM"), key: z.string().min(1).describe("Private key, PEM") })
+    .optional()
+    .describe("Files of the certificate; read again when they change, and on SIGHUP"),
   corsOrigins: z
     .array(z.string().regex(/^https?:\/\/[^/\s]+$/, "must be an origin like https://chat.example.com"))
     .default([])
@@ -64,12 +68,12 @@ export const configSchema = z.strictObject({
     .default(false)
     .describe("Take the client's address from X-Forwarded-For: true, or the addresses of the proxies to believe"),
 
-  maxRunning: count(1).default(256).describe("Requests that are computed at once"),
-  maxQueued: count(0).default(64).describe("Requests that may wait beyond those; more are answered 429 at once"),
-  maxPerKey: count(1).nullable().default(null).describe("Requests of one key, running and waiting; without it no limit of its own"),
+  maxInProgress: count(1).default(256).describe("Requests that are in progress at once"),
+  maxQueued: count(0).default(0).describe("Requests that may wait for one of those to end; more are answered 429 at once"),
+  maxInProgressPerKey: count(1).default(128).describe("Requests of one key in progress and waiting"),
   queueTimeoutSeconds: seconds.default(10).describe("How long a request may wait before it is answered 429"),
   maxBodyBytes: count(1024)
-    .default(2 * 2 ** 20)
+    .default(4 * 2 ** 20)
     .describe("Size of a request's body"),
   maxJsonDepth: count(8).max(1000).default(100).describe("Nesting of a request's JSON"),
   maxHeaderBytes: count(1024)
@@ -77,10 +81,10 @@ export const configSchema = z.strictObject({
     .describe("Size of a request's headers"),
   maxConnections: count(1).default(4096).describe("Open connections; more are closed at once"),
   maxPromptTokens: count(1).nullable().default(null).describe("Length of a prompt; default: what the model takes"),
-  maxCompletionTokens: count(1).nullable().default(null).describe("Length of an answer; default: what the model's positions allow"),
+  maxTokens: count(1).nullable().default(null).describe("Length of an answer; default: what the model's positions allow"),
 
   headersTimeoutSeconds: seconds.default(15).describe("Time to send the headers of a request"),
-  requestTimeoutSeconds: seconds.default(60).describe("Time to send a whole request, waiting in the queue included"),
+  requestTimeoutSeconds: seconds.default(30).describe("Time to send a whole request, waiting in the queue included"),
   keepAliveTimeoutSeconds: seconds.default(72).describe("How long a connection may be idle between requests"),
   stallTimeoutSeconds: seconds.default(30).describe("How long a client may take none of a waiting answer before it is cut off"),
   drainTimeoutSeconds: z.number().min(0).max(86_400).default(30).describe("After SIGTERM, how long running requests may go on"),
@@ -90,7 +94,7 @@ export const configSchema = z.strictObject({
   metrics: z.boolean().default(true).describe("Serve metrics for Prometheus at /metrics"),
   metricsPort: port.nullable().default(null).describe("A port of its own for /metrics; default: that of HTTP"),
   metricsHost: z.string().min(1).default("127.0.0.1").describe("Address of metricsPort"),
-  metricsTokenFile: z.string().min(1).nullable().default(null).describe("File with a token that /metrics asks for, instead of any API key"),
+  metricsToken: z.string().min(16).optional().describe("Bearer token that /metrics asks for, instead of any API key"),
   grpcPort: port.nullable().default(null).describe("Port of gRPC; without it no gRPC; 0: any free one"),
   grpcHost: z.string().min(1).nullable().default(null).describe("Address of gRPC; default: that of HTTP"),
   web: z.boolean().default(true).describe("Serve the web page at /"),
@@ -98,7 +102,7 @@ export const configSchema = z.strictObject({
 });
 
 /** All of a server's settings, complete and checked. */
-export type Config = z.infer<typeof configSchema>;
+export type ServeConfig = z.infer<typeof ServeConfig>;
 
 /** The settings are wrong; the message is one line and names the field, what was seen and what is allowed. */
 export class ServerConfigError extends Error {
@@ -106,20 +110,19 @@ export class ServerConfigError extends Error {
 }
 
 /** Checks settings and fills in defaults. `source` names them in errors. Throws ServerConfigError. */
-export function readConfig(raw: unknown, source: string): Config {
-  const result = configSchema.safeParse(raw);
+export function checkServeConfig(raw: unknown, source = "config"): ServeConfig {
+  const result = ServeConfig.safeParse(raw);
   if (!result.success) throw new ServerConfigError(`${source}: ${result.error.issues.map(describeIssue).join("; ")}`);
   const config = result.data;
   const names = config.models.map(({ name }) => name);
   const twice = names.find((name, i) => names.indexOf(name) !== i);
   if (twice !== undefined) throw new ServerConfigError(`${source}: models: two are named ${JSON.stringify(twice)}; a name means one model`);
-  if ((config.tlsCert === null) !== (config.tlsKey === null))
-    throw new ServerConfigError(`${source}: tlsCert and tlsKey belong together, and only one is given`);
+  checkExposure(config, source);
   return config;
 }
 
 /** The settings of a file, unchecked: YAML, or JSON by the name's ending. Throws ServerConfigError. */
-export async function readConfigFile(file: string): Promise<Readonly<Record<string, unknown>>> {
+export async function readServeConfig(file: string): Promise<Readonly<Record<string, unknown>>> {
   let text: string;
   try {
     text = await readFile(file, "utf8");
@@ -138,13 +141,13 @@ export async function readConfigFile(file: string): Promise<Readonly<Record<stri
     );
   }
   if (typeof value !== "object" || value === null || Array.isArray(value))
-    throw new ServerConfigError(`${file}: not a list of settings like {"port": 8000}`);
+    throw new ServerConfigError(`${file}: not a list of settings like {"port": 8080}`);
   return value as Record<string, unknown>;
 }
 
 /** JSON schema of a config file, for editors and validators. */
 export function configJsonSchema(): object {
-  return z.toJSONSchema(configSchema, { io: "input", target: "draft-2020-12" });
+  return z.toJSONSchema(ServeConfig, { io: "input", target: "draft-2020-12" });
 }
 
 const LOOPBACK = /^(localhost|127(\.\d{1,3}){3}|::1|\[::1\])$/i;
@@ -155,28 +158,24 @@ export function isLoopback(host: string): boolean {
 }
 
 /** Throws ServerConfigError where the server would be open to others without keys. */
-export function checkExposure(config: Config): void {
-  if (config.keyFile !== null || config.insecureNoAuth) return;
-  const open = (
-    [
-      ["host", config.host],
-      ["grpcHost", config.grpcPort === null ? null : config.grpcHost],
-    ] as const
-  ).find(([, host]) => host !== null && !isLoopback(host));
-  if (open)
+function checkExposure(config: ServeConfig, source: string): void {
+  if (config.keys !== undefined || config.insecureNoAuth) return;
+  const hosts = [config.host, config.grpcPort === null ? null : config.grpcHost];
+  const open = hosts.find((host) => host !== null && !isLoopback(host));
+  if (open !== undefined)
     throw new ServerConfigError(
-      `${open[0]} is ${open[1]}, which others can reach, and there are no API keys: make some with 'mixtape keys create' and pass --key-file, or accept it with --insecure-no-auth`,
+      `${source}: ${open} can be reached from other machines, and there are no keys: make some with 'mixtape keys create' and pass --keys, or say --insecure-no-auth`,
     );
 }
 
 function describeIssue(issue: z.core.$ZodIssue): string {
   const at = issue.path.length ? formatPath(issue.path) : "";
   if (issue.code === "unrecognized_keys")
-    return `${at ? `${at}: ` : ""}unknown field${issue.keys.length > 1 ? "s" : ""} ${issue.keys.join(", ")}`;
+    return issue.keys.map((key) => `${formatPath([...issue.path, key])}: there is no such option`).join("; ");
   return `${at}: ${issue.message}`;
 }
 
 /** A path into JSON as people write it: `messages[2].content`. */
-export function formatPath(path: readonly PropertyKey[]): string {
+function formatPath(path: readonly PropertyKey[]): string {
   return path.map((part, i) => (typeof part === "number" ? `[${part}]` : i === 0 ? String(part) : `.${String(part)}`)).join("");
 }

@@ -9,12 +9,12 @@ import swaggerUi from "@fastify/swagger-ui";
 import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest, LogController } from "fastify";
 import { jsonSchemaTransform, serializerCompiler, validatorCompiler } from "fastify-type-provider-zod";
 import { parseBody } from "./body.ts";
-import { type Config, isLoopback } from "./config.ts";
+import { isLoopback, type ServeConfig } from "./config.ts";
 import { ERRORS, ServerError } from "./errors.ts";
-import { failureOf } from "./failures.ts";
 import { bearerToken, type Gate } from "./gate.ts";
 import type { Logger } from "./logs.ts";
 import type { Metrics } from "./metrics.ts";
+import { errorBody } from "./replies.ts";
 import type { Responses } from "./responses.ts";
 import type { Caller } from "./served.ts";
 import type { Certificate } from "./tls.ts";
@@ -27,7 +27,7 @@ declare module "fastify" {
 }
 
 export interface HttpParts {
-  readonly config: Config;
+  readonly config: ServeConfig;
   readonly log: Logger;
   readonly metrics: Metrics;
   readonly responses: Responses;
@@ -39,8 +39,9 @@ export interface HttpParts {
 export async function createHttp({ config, log, metrics, responses, certificate, version }: HttpParts): Promise<FastifyInstance> {
   const http = {
     maxHeaderSize: config.maxHeaderBytes,
-    headersTimeout: config.headersTimeoutSeconds * 1000,
-    connectionsCheckingInterval: 1000,
+    headersTimeout: Math.min(config.headersTimeoutSeconds, config.requestTimeoutSeconds) * 1000,
+    // Requests that do not arrive in time are looked for as often as matters to that time.
+    connectionsCheckingInterval: Math.min(1000, config.requestTimeoutSeconds * 500),
   };
   const app = Fastify({
     loggerInstance: log,
@@ -66,7 +67,7 @@ export async function createHttp({ config, log, metrics, responses, certificate,
   app.setErrorHandler(answer);
   app.decorateRequest("caller");
 
-  const knownHosts = config.keyFile === null && isLoopback(config.host) ? config.allowedHosts : null;
+  const knownHosts = config.keys === undefined && isLoopback(config.host) ? config.allowedHosts : null;
   app.addHook("onRequest", async (request, reply) => {
     responses.add(reply.raw);
     reply.header("x-request-id", request.id);
@@ -74,7 +75,7 @@ export async function createHttp({ config, log, metrics, responses, certificate,
   });
   app.addHook("onResponse", async (request, reply) => {
     const route = request.routeOptions.url ?? "unknown";
-    metrics.answered(request.method, route, reply.statusCode, reply.elapsedTime / 1000);
+    metrics.request(route, reply.statusCode, reply.elapsedTime / 1000);
     const what = { req: request, res: reply, ms: Math.round(reply.elapsedTime), caller: request.caller?.id, ip: request.ip };
     request.log[route === "/health" || route === "/ready" || route === "/metrics" ? "debug" : "info"](what, "answered");
   });
@@ -116,7 +117,7 @@ export async function createHttp({ config, log, metrics, responses, certificate,
         openapi: "3.1.0",
         info: { title: "mixtape", version, description: "Language models behind OpenAI's API." },
         components: { securitySchemes: { key: { type: "http", scheme: "bearer" } } },
-        ...(config.keyFile === null ? {} : { security: [{ key: [] }] }),
+        ...(config.keys === undefined ? {} : { security: [{ key: [] }] }),
       },
       transform: jsonSchemaTransform,
     });
@@ -192,23 +193,18 @@ function checkHost(request: FastifyRequest, allowed: readonly string[]): void {
 }
 
 function answer(error: unknown, request: FastifyRequest, reply: FastifyReply): void {
-  const failure = failureOf(error);
-  if (failure.internal) request.log.error({ err: error }, "failed");
+  const { status, body, headers, code } = errorBody(error);
+  if (status >= 500) request.log.error({ err: error }, "a request failed");
   // The texts of refusals may repeat what the user sent.
-  else request.log.debug({ code: failure.body.error.code, param: failure.body.error.param }, "refused");
+  else request.log.debug({ code, param: body.error.param }, "a request was refused");
   if (reply.raw.headersSent) {
     reply.raw.destroy(); // an answer that is under way can't become an error any more; its reader sees that it broke off
     return;
   }
   // Fastify would close the connection under a client that still sends its body, which then sees a reset and not the answer.
   // What comes is thrown away instead, until the time for a request is over.
-  if (failure.status < 500) reply.removeHeader("connection");
-  void reply
-    .code(failure.status)
-    .headers(failure.headers)
-    .type("application/json; charset=utf-8")
-    .serializer(JSON.stringify)
-    .send(failure.body);
+  if (status < 500) reply.removeHeader("connection");
+  void reply.code(status).headers(headers).type("application/json; charset=utf-8").serializer(JSON.stringify).send(body);
 }
 
 /** Answers paths that are not there, and methods that a path does not have. */

@@ -34,13 +34,28 @@ export class KeyFileError extends Error {
 }
 
 /**
- * Makes a key of 256 random bits. Its text is not kept: a hash is. A single round of SHA-256 is right here, and a slow hash
- * for passwords would be wrong: nobody can try 2^256 keys, while every request would pay for the slowness.
+ * Makes a key of 256 random bits and adds it to a file, which is made if it is not there. The key's text is not kept: a hash
+ * is. A single round of SHA-256 is right here, and a slow hash for passwords would be wrong: nobody can try 2^256 keys, while
+ * every request would pay for the slowness.
  */
-export function createKey(terms: KeyTerms): { readonly secret: string; readonly key: ApiKey } {
+export async function createKey(file: string, terms: KeyTerms): Promise<{ readonly secret: string; readonly key: ApiKey }> {
   const secret = `mxt_${randomBytes(32).toString("base64url")}`;
   const id = `key_${randomBytes(6).toString("hex")}`;
-  return { secret, key: { id, ...terms, hash: digest(secret).toString("hex"), created: new Date().toISOString(), revoked: null } };
+  const key = { id, ...terms, hash: digest(secret).toString("hex"), created: new Date().toISOString(), revoked: null };
+  await changeKeys(file, (keys) => [...keys, key]);
+  return { secret, key };
+}
+
+/** Makes a key invalid: that of this id, or all valid ones of this name. Throws KeyFileError where there is none. */
+export async function revokeKey(file: string, idOrName: string): Promise<readonly ApiKey[]> {
+  const matches = ({ id, name, revoked }: ApiKey) => revoked === null && (id === idOrName || name === idOrName);
+  const found: ApiKey[] = [];
+  await changeKeys(file, (keys) => {
+    found.push(...keys.filter(matches));
+    if (found.length === 0) throw new KeyFileError(`${file}: there is no key '${idOrName}' that is valid`);
+    return keys.map((key) => (found.includes(key) ? { ...key, revoked: new Date().toISOString() } : key));
+  });
+  return found;
 }
 
 /** Why a key may not be used now; null if it may. */
@@ -102,7 +117,7 @@ export async function readKeys(file: string): Promise<readonly ApiKey[]> {
  * Changes a key file, or makes it, readable by its owner alone. It is whole at any time: the new one is written beside it and
  * takes its name. Writers wait for each other. Throws KeyFileError.
  */
-export async function changeKeys(file: string, change: (keys: readonly ApiKey[]) => readonly ApiKey[]): Promise<void> {
+async function changeKeys(file: string, change: (keys: readonly ApiKey[]) => readonly ApiKey[]): Promise<void> {
   const temporary = `${file}.new`;
   const handle = await takeTurn(file, temporary);
   try {

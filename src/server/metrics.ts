@@ -1,74 +1,156 @@
-/** What operators see: numbers for Prometheus. Every name is used by the dashboard in deploy/grafana. Knows no route and no model's content. */
+/** What operators watch, in Prometheus' text format. Names are those of deploy/grafana/mixtape.json. */
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
+import type { Engine } from "../engine/engine.ts";
 import type { ErrorCode } from "./errors.ts";
-import type { Observer, ServedModel } from "./served.ts";
+import type { ServedModel, Usage } from "./served.ts";
+import type { Observer } from "./services.ts";
 
-const LATENCY = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120];
-const SHORT = [0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56];
-const POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024];
+const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
+const ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
-/** What is asked at the moment when the numbers are wanted. */
 export interface Sources {
-  inProgress(): { readonly running: number; readonly queued: number };
-  models(): Iterable<ServedModel>;
+  /** Those in memory. */
+  readonly models: () => readonly ServedModel[];
+  readonly admission: { readonly running: number; readonly queued: number };
 }
 
-interface Reporting {
-  onStep?: (report: { readonly seconds: number; readonly rows: number; readonly sequences: number }) => void;
-}
-
-export class Metrics {
-  readonly #registry = new Registry();
+export class Metrics implements Observer {
+  readonly registry = new Registry();
   readonly #requests: Counter;
   readonly #seconds: Histogram;
   readonly #refusals: Counter;
   readonly #queue: Histogram;
   readonly #firstToken: Histogram;
-  readonly #betweenTokens: Histogram;
-  readonly #promptTokens: Counter;
-  readonly #cachedTokens: Counter;
-  readonly #generatedTokens: Counter;
-  readonly #stepSeconds: Histogram;
-  readonly #stepRows: Histogram;
-  readonly #stepSequences: Histogram;
-  #sources: Sources = { inProgress: () => ({ running: 0, queued: 0 }), models: () => [] };
+  readonly #nextToken: Histogram;
+  readonly #tokens: Counter;
+  readonly #steps: Histogram;
+  readonly #rows: Histogram;
+  readonly #sequences: Histogram;
+  readonly #watched = new WeakSet<Engine>();
 
-  constructor() {
-    const registers = [this.#registry];
-    collectDefaultMetrics({ register: this.#registry });
-    const counter = (name: string, help: string, ...labelNames: string[]) => new Counter({ name, help, labelNames, registers });
-    const histogram = (name: string, help: string, buckets: number[], ...labelNames: string[]) =>
-      new Histogram({ name, help, labelNames, buckets, registers });
-    this.#requests = counter("mixtape_requests_total", "HTTP requests answered", "method", "route", "status");
-    this.#seconds = histogram("mixtape_request_seconds", "Time from a request's headers to the end of its answer", LATENCY, "route");
-    this.#refusals = counter("mixtape_refusals_total", "Requests not let in, by reason", "code");
-    this.#queue = histogram("mixtape_queue_seconds", "Time that admitted requests waited for a place", LATENCY);
-    this.#firstToken = histogram("mixtape_time_to_first_token_seconds", "Time from a request to its first token", LATENCY, "model");
-    this.#betweenTokens = histogram("mixtape_time_between_tokens_seconds", "Time from one token of an answer to the next", SHORT, "model");
-    this.#promptTokens = counter("mixtape_prompt_tokens_total", "Tokens of prompts", "model");
-    this.#cachedTokens = counter("mixtape_cached_prompt_tokens_total", "Tokens of prompts that the prefix cache had", "model");
-    this.#generatedTokens = counter("mixtape_generated_tokens_total", "Tokens of answers", "model");
-    this.#stepSeconds = histogram("mixtape_step_seconds", "Time of one step of the model", SHORT, "model");
-    this.#stepRows = histogram("mixtape_step_rows", "Tokens computed in one step", POWERS, "model");
-    this.#stepSequences = histogram("mixtape_step_sequences", "Requests that shared one step", POWERS, "model");
-    this.#gaugeSources(registers);
+  /** @param sources asked whenever somebody reads the metrics */
+  constructor({ models, admission }: Sources) {
+    const registers = [this.registry];
+    const labelNames = ["model"];
+    collectDefaultMetrics({ register: this.registry, prefix: "mixtape_" });
+    this.#requests = new Counter({
+      name: "mixtape_requests_total",
+      help: "Requests by route and status.",
+      labelNames: ["route", "status"],
+      registers,
+    });
+    this.#seconds = new Histogram({
+      name: "mixtape_request_seconds",
+      help: "From a request's head to the end of its answer.",
+      labelNames: ["route"],
+      buckets: SECONDS,
+      registers,
+    });
+    this.#refusals = new Counter({
+      name: "mixtape_refusals_total",
+      help: "Requests that were not let in, by the code of the error.",
+      labelNames: ["code"],
+      registers,
+    });
+    this.#queue = new Histogram({
+      name: "mixtape_queue_seconds",
+      help: "How long requests waited that were let in.",
+      buckets: SECONDS,
+      registers,
+    });
+    const counted = (name: string, help: string, of: () => number) =>
+      new Gauge({
+        name,
+        help,
+        registers,
+        collect() {
+          this.set(of());
+        },
+      });
+    counted("mixtape_requests_in_progress", "Requests that are answered.", () => admission.running);
+    counted("mixtape_requests_queued", "Requests that wait to be let in.", () => admission.queued);
+    this.#firstToken = new Histogram({
+      name: "mixtape_time_to_first_token_seconds",
+      help: "From a request to its answer's first text, waiting included.",
+      labelNames,
+      buckets: SECONDS,
+      registers,
+    });
+    this.#nextToken = new Histogram({
+      name: "mixtape_time_between_tokens_seconds",
+      help: "Between two pieces of an answer's text.",
+      labelNames,
+      buckets: SECONDS,
+      registers,
+    });
+    this.#tokens = new Counter({
+      name: "mixtape_tokens_total",
+      help: "Tokens of prompts, those of them from the prefix cache, and of answers.",
+      labelNames: ["model", "kind"],
+      registers,
+    });
+    this.#steps = new Histogram({
+      name: "mixtape_step_seconds",
+      help: "Time of a step of the model.",
+      labelNames,
+      buckets: SECONDS,
+      registers,
+    });
+    this.#rows = new Histogram({ name: "mixtape_step_rows", help: "Tokens that a step computes.", labelNames, buckets: ROWS, registers });
+    this.#sequences = new Histogram({
+      name: "mixtape_step_sequences",
+      help: "Requests that share a step.",
+      labelNames,
+      buckets: ROWS,
+      registers,
+    });
+    const gauge = (name: string, help: string, of: (stats: ReturnType<Engine["stats"]>) => number) =>
+      new Gauge({
+        name,
+        help,
+        labelNames,
+        registers,
+        collect() {
+          this.reset();
+          for (const { name: model, engine } of models()) this.set({ model }, of(engine.stats()));
+        },
+      });
+    gauge("mixtape_sequences_running", "Requests that have cache blocks.", (s) => s.running);
+    gauge("mixtape_sequences_waiting", "Requests that wait for theirs.", (s) => s.waiting);
+    gauge("mixtape_kv_blocks", "Blocks of the KV cache, of 32 tokens each.", (s) => s.blocks.count);
+    gauge("mixtape_kv_blocks_held", "Those that requests hold.", (s) => s.blocks.count - s.blocks.free);
+    gauge("mixtape_kv_blocks_remembered", "Those that nobody holds and the prefix cache remembers.", (s) => s.blocks.remembered);
+    gauge("mixtape_preemptions", "Requests that gave their blocks up to others so far.", (s) => s.preemptions);
+    new Gauge({
+      name: "mixtape_expert_load",
+      help: "How often an expert was chosen, in the steps that are looked at (every sixteenth).",
+      labelNames: ["model", "layer", "expert"],
+      registers,
+      collect() {
+        this.reset();
+        for (const { name: model, engine } of models())
+          engine.stats().expertLoad.forEach((load, layer) => {
+            load.forEach((count, expert) => {
+              this.set({ model, layer, expert }, count);
+            });
+          });
+      },
+    });
   }
 
-  set sources(sources: Sources) {
-    this.#sources = sources;
+  /** Follows an engine's steps. */
+  watch({ name: model, engine }: ServedModel): void {
+    if (this.#watched.has(engine)) return;
+    this.#watched.add(engine);
+    engine.onStep = ({ seconds, rows, sequences }) => {
+      this.#steps.observe({ model }, seconds);
+      this.#rows.observe({ model }, rows);
+      this.#sequences.observe({ model }, sequences);
+    };
   }
 
-  get contentType(): string {
-    return this.#registry.contentType;
-  }
-
-  /** In the text format of Prometheus. */
-  text(): Promise<string> {
-    return this.#registry.metrics();
-  }
-
-  answered(method: string, route: string, status: number, seconds: number): void {
-    this.#requests.inc({ method, route, status });
+  request(route: string, status: number, seconds: number): void {
+    this.#requests.inc({ route, status });
     this.#seconds.observe({ route }, seconds);
   }
 
@@ -80,55 +162,17 @@ export class Metrics {
     this.#queue.observe(seconds);
   }
 
-  /** Counts the steps of a model from now on. */
-  attach({ name: model, engine }: ServedModel): void {
-    (engine as Reporting).onStep = ({ seconds, rows, sequences }) => {
-      this.#stepSeconds.observe({ model }, seconds);
-      this.#stepRows.observe({ model }, rows);
-      this.#stepSequences.observe({ model }, sequences);
-    };
+  firstToken(model: string, seconds: number): void {
+    this.#firstToken.observe({ model }, seconds);
   }
 
-  /** Watches one answer; `charge` is told of tokens as they are used. */
-  observe(model: string, charge: (tokens: number) => void): Observer {
-    let last = performance.now();
-    let first = true;
-    return {
-      prompt: (tokens, cachedTokens) => {
-        this.#promptTokens.inc({ model }, tokens);
-        this.#cachedTokens.inc({ model }, cachedTokens);
-        charge(tokens);
-      },
-      token: () => {
-        const now = performance.now();
-        (first ? this.#firstToken : this.#betweenTokens).observe({ model }, (now - last) / 1000);
-        this.#generatedTokens.inc({ model });
-        charge(1);
-        first = false;
-        last = now;
-      },
-    };
+  nextToken(model: string, seconds: number): void {
+    this.#nextToken.observe({ model }, seconds);
   }
 
-  #gaugeSources(registers: Registry[]): void {
-    const self = this;
-    const gauge = (name: string, help: string, labelNames: string[], collect: (this: Gauge) => void) =>
-      new Gauge({ name, help, labelNames, registers, collect });
-    gauge("mixtape_requests_in_progress", "Requests inside, by whether they are computed or wait", ["state"], function () {
-      const { running, queued } = self.#sources.inProgress();
-      this.set({ state: "running" }, running);
-      this.set({ state: "queued" }, queued);
-    });
-    gauge("mixtape_kv_blocks", "Blocks of the KV cache, by what they are used for", ["model", "state"], function () {
-      this.reset();
-      for (const { name, engine } of self.#sources.models()) {
-        this.set({ model: name, state: "free" }, engine.cache.free);
-        this.set({ model: name, state: "used" }, engine.cache.count - engine.cache.free);
-      }
-    });
-    gauge("mixtape_models_loaded", "1 for each model in memory", ["model"], function () {
-      this.reset();
-      for (const { name } of self.#sources.models()) this.set({ model: name }, 1);
-    });
+  answered(model: string, { promptTokens, cachedTokens, completionTokens }: Usage): void {
+    this.#tokens.inc({ model, kind: "prompt" }, promptTokens);
+    this.#tokens.inc({ model, kind: "cached" }, cachedTokens);
+    this.#tokens.inc({ model, kind: "completion" }, completionTokens);
   }
 }

@@ -1,11 +1,14 @@
 /** Routes for those who run the server: is it alive, is it ready, what are its numbers. */
 import { createHash, timingSafeEqual } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { once } from "node:events";
+import { createServer, type Server } from "node:http";
 import type { FastifyInstance } from "fastify";
-import { type Config, ServerConfigError } from "./config.ts";
+import type { ModelCatalog } from "./catalog.ts";
+import type { ServeConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
 import { bearerToken, type Gate } from "./gate.ts";
 import type { Metrics } from "./metrics.ts";
+import { errorBody } from "./replies.ts";
 
 /** Where the server is in its life. */
 export interface State {
@@ -14,47 +17,57 @@ export interface State {
 
 export interface OperationsParts {
   readonly state: State;
-  readonly config: Config;
+  readonly config: ServeConfig;
   readonly gate: Gate;
+  readonly catalog: ModelCatalog;
   readonly metrics: Metrics;
 }
 
-export async function registerOperations(app: FastifyInstance, { state, config, gate, metrics }: OperationsParts): Promise<void> {
-  app.get("/health", { schema: { summary: "Whether the process lives", tags: ["operations"], security: [] } }, async () => ({
-    status: "ok",
-  }));
-  app.get("/ready", { schema: { summary: "Whether requests may be sent here", tags: ["operations"], security: [] } }, async () => {
-    if (state.phase === "ready") return { status: "ready" };
-    const why = state.phase === "starting" ? "models are being loaded" : "the server is going down";
-    throw new ServerError("not_ready", why, { retryAfterSeconds: 1 });
+export async function registerOperations(app: FastifyInstance, { state, config, gate, catalog, metrics }: OperationsParts): Promise<void> {
+  const described = (summary: string) => ({ schema: { tags: ["operations"], summary } });
+  app.get("/health", described("The process lives"), async () => ({ status: "ok" }));
+  app.get("/ready", described("Its models are loaded, and it takes requests"), async (_request, reply) => {
+    const ready = state.phase === "ready" && catalog.ready;
+    reply.code(ready ? 200 : 503);
+    return { status: ready ? "ready" : state.phase === "draining" ? "draining" : "loading" };
   });
   if (!config.metrics || config.metricsPort !== null) return;
-  const check = metricsCheck(config, gate);
-  app.get("/metrics", { schema: { summary: "Numbers for Prometheus", tags: ["operations"] } }, async (request, reply) => {
+  const check = metricsCheck(config.metricsToken, gate);
+  app.get("/metrics", described("Numbers for Prometheus"), async (request, reply) => {
     check(request.headers.authorization);
-    return reply.type(metrics.contentType).send(await metrics.text());
+    return reply.type(metrics.registry.contentType).send(await metrics.registry.metrics());
   });
 }
 
+/** Serves the numbers on a port of their own. */
+export async function serveMetrics(config: ServeConfig & { readonly metricsPort: number }, gate: Gate, metrics: Metrics): Promise<Server> {
+  const check = metricsCheck(config.metricsToken, gate);
+  const server = createServer((request, response) => {
+    const answer = async (): Promise<[status: number, type: string, text: string]> => {
+      if (request.url?.split("?", 1)[0] !== "/metrics") throw new ServerError("not_found", "there is only /metrics here");
+      check(request.headers.authorization);
+      return [200, metrics.registry.contentType, await metrics.registry.metrics()];
+    };
+    answer()
+      .catch((error: unknown): [number, string, string] => {
+        const { status, body } = errorBody(error);
+        return [status, "application/json", JSON.stringify(body)];
+      })
+      .then(([status, type, text]) => response.writeHead(status, { "content-type": type }).end(text));
+  });
+  server.listen(config.metricsPort, config.metricsHost);
+  await once(server, "listening");
+  return server;
+}
+
 /** Who may see the numbers: with a token of their own its holders; else whoever has a key, where there are keys. */
-export function metricsCheck({ metricsTokenFile }: Config, gate: Gate | null): (authorization: string | undefined) => void {
-  if (metricsTokenFile === null) return (authorization) => void gate?.authenticate(bearerToken(authorization));
-  const expected = digest(readToken(metricsTokenFile));
+export function metricsCheck(token: string | undefined, gate: Gate): (authorization: string | undefined) => void {
+  if (token === undefined) return (authorization) => void gate.authenticate(bearerToken(authorization));
+  const expected = digest(token);
   return (authorization) => {
     if (!timingSafeEqual(digest(bearerToken(authorization) ?? ""), expected))
       throw new ServerError("invalid_api_key", "the metrics need their own token: send the header 'Authorization: Bearer …'");
   };
-}
-
-function readToken(file: string): string {
-  let token: string;
-  try {
-    token = readFileSync(file, "utf8").trim();
-  } catch (cause) {
-    throw new ServerConfigError(`${file}: the metrics' token can't be read (${(cause as Error).message})`, { cause });
-  }
-  if (token.length < 16) throw new ServerConfigError(`${file}: the metrics' token has ${token.length} characters; it needs at least 16`);
-  return token;
 }
 
 function digest(text: string): Buffer {

@@ -7,6 +7,7 @@ import type { Sampling } from "../engine/sampling.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import type { Message } from "../tokenizer/template.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import type { Grammars } from "./grammar.ts";
 
 /** A loaded model under the name that clients know it by. */
 export interface ServedModel {
@@ -16,6 +17,7 @@ export interface ServedModel {
   readonly config: ErnieConfig;
   readonly tokenizer: Tokenizer;
   readonly engine: Engine;
+  readonly grammars: Grammars;
   /** generation_config.json: defaults of the sampling controls. */
   readonly generationConfig: Readonly<Record<string, unknown>>;
 }
@@ -71,14 +73,6 @@ export type ResponseFormat =
   | { readonly kind: "json" }
   | { readonly kind: "schema"; readonly schema: Readonly<Record<string, unknown>> };
 
-/** Told how an answer goes by what computes it: for metrics and budgets. */
-export interface Observer {
-  /** Once, with the first token: tokens of the prompt, and of them those that the prefix cache had. */
-  prompt(tokens: number, cachedTokens: number): void;
-  /** For each token of the answer, when it is there. */
-  token(): void;
-}
-
 /** One answer that is wanted. A request for several is several of these. */
 export interface CompletionRequest {
   readonly prompt: Prompt;
@@ -94,7 +88,6 @@ export interface CompletionRequest {
   /** Caller's id. */
   readonly owner: string;
   readonly signal: AbortSignal;
-  readonly observer?: Observer;
 }
 
 export interface TokenLogprob {

@@ -1,18 +1,23 @@
 /** Puts the server together: HTTP, who may come in, models, routes, and how it starts and goes down. Knows no route's content. */
 import { readFileSync } from "node:fs";
+import type { Server as HttpServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import type { FastifyInstance } from "fastify";
+import type { DestinationStream } from "pino";
 import { ModelCatalog } from "./catalog.ts";
-import { type Config, checkExposure, isLoopback } from "./config.ts";
+import { isLoopback, type ServeConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
 import { Gate } from "./gate.ts";
 import { createHttp, guard } from "./http.ts";
-import { createLogger, type Logger } from "./logs.ts";
+import { registerInspection } from "./inspect.ts";
+import { createLogger } from "./logs.ts";
 import { Metrics } from "./metrics.ts";
-import { registerOperations, type State } from "./operations.ts";
+import { registerOpenAi } from "./openai.ts";
+import { registerOperations, type State, serveMetrics } from "./operations.ts";
 import { registerPage } from "./page.ts";
 import { Responses } from "./responses.ts";
-import { Certificate } from "./tls.ts";
+import type { Services } from "./services.ts";
+import { Certificate, type KeyPair } from "./tls.ts";
 
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
 
@@ -23,46 +28,51 @@ export interface Server {
   readonly catalog: ModelCatalog;
   readonly gate: Gate;
   /** Listens, then loads the models that it is not ready without. Rejects, and is closed, when either fails. */
-  listen(): Promise<void>;
-  /** `http://127.0.0.1:8000`; empty before `listen`. */
-  readonly url: string;
-  /** Reads keys of TLS again. */
+  start(): Promise<{ readonly url: string }>;
+  /** Reads the files of TLS again. */
   reload(): void;
   /** Stops accepting, lets running requests end, and closes; those that last longer than `drainTimeoutSeconds` are cut off. */
-  drain(): Promise<void>;
-  /** Cuts everything off and frees all. */
-  close(): Promise<void>;
+  stop(): Promise<void>;
 }
 
-/** Throws ServerConfigError or KeyFileError when the settings can't work. `log`: default JSON lines on standard output. */
-export async function createServer(config: Config, log: Logger = createLogger(config.logLevel)): Promise<Server> {
-  checkExposure(config);
-  const metrics = new Metrics();
-  const certificate = config.tlsCert === null || config.tlsKey === null ? null : new Certificate(config.tlsCert, config.tlsKey, log);
+/**
+ * Throws ServerConfigError, KeyFileError or the like when the settings can't work.
+ * @param logTo where log lines go; default: standard output
+ */
+export async function createServer(config: ServeConfig, logTo?: DestinationStream): Promise<Server> {
+  const log = createLogger(config.logLevel, logTo);
+  const certificate = config.tls ? new Certificate(config.tls, log) : null;
   const gate = await Gate.open({
-    keyFile: config.keyFile,
-    usageFile: config.usageFile,
+    keyFile: config.keys ?? null,
+    usageFile: config.usageFile ?? null,
     limits: {
-      running: config.maxRunning,
+      running: config.maxInProgress,
       queued: config.maxQueued,
-      perOwner: config.maxPerKey,
+      perOwner: config.maxInProgressPerKey,
       queueSeconds: config.queueTimeoutSeconds,
     },
     log,
   });
-  const catalog = new ModelCatalog({
-    models: config.models,
-    memoryBudgetBytes: config.memoryBudgetBytes ?? null,
+  const catalog = new ModelCatalog(config.models, {
     idleUnloadSeconds: config.idleUnloadSeconds,
+    memoryBudgetBytes: config.memoryBudgetBytes,
     offline: config.offline,
-    log,
-    onLoad: (model) => metrics.attach(model),
+    onEvent: (what, name, detail) => {
+      log[what === "failed" ? "error" : "info"]({ model: name, ...detail }, `model ${what}`);
+      if (what === "loaded") for (const model of catalog.loaded()) metrics.watch(model);
+    },
   });
-  metrics.sources = { inProgress: () => gate.admission, models: () => catalog.loaded() };
+  const metrics = new Metrics({ models: () => catalog.loaded(), admission: gate.admission });
+  const services: Services = {
+    catalog,
+    observer: metrics,
+    maxTokens: config.maxTokens,
+    account: (caller, { promptTokens, completionTokens }) => gate.charge(caller.id, promptTokens + completionTokens),
+  };
   const responses = new Responses(config.stallTimeoutSeconds, () => log.warn("cut off a client that took nothing of its answer"));
   const app = await createHttp({ config, log, metrics, responses, certificate, version });
   const state: State = { phase: "starting" };
-  await registerOperations(app, { state, config, gate, metrics });
+  await registerOperations(app, { state, config, gate, catalog, metrics });
   await app.register(async (scope) => {
     scope.addHook("onRequest", async (_request, reply) => {
       if (state.phase !== "draining") return;
@@ -70,58 +80,67 @@ export async function createServer(config: Config, log: Logger = createLogger(co
       throw new ServerError("not_ready", "the server is going down; another may answer", { retryAfterSeconds: 1 });
     });
     guard(scope, gate, metrics);
+    registerOpenAi(scope, services, ({ caller }) => caller);
+    registerInspection(scope, services, ({ caller }) => caller);
   });
-  if (config.web && !(await registerPage(app))) log.warn("the web page is not built, so it is not served");
-  if (certificate)
-    certificate.onChange = (pair) => (app.server as unknown as { setSecureContext(pair: object): void }).setSecureContext(pair);
+  if (config.web && !(await registerPage(app))) log.debug("the web page is not built, so it is not served");
+  if (certificate) certificate.onChange = (pair) => (app.server as unknown as SecureServer).setSecureContext(pair);
 
-  let closing: Promise<void> | null = null;
-  const close = (): Promise<void> => {
-    closing ??= (async () => {
-      state.phase = "draining";
-      app.server.closeAllConnections();
-      await app.close();
-      responses.close();
-      certificate?.close();
-      await gate.close();
-      await catalog.close();
-    })();
-    return closing;
+  let metricsServer: HttpServer | null = null;
+  const close = async (): Promise<void> => {
+    state.phase = "draining";
+    metricsServer?.close();
+    metricsServer?.closeAllConnections();
+    app.server.closeAllConnections();
+    await app.close();
+    responses.close();
+    certificate?.close();
+    await gate.close();
+    await catalog.close();
   };
+  let stopping: Promise<void> | null = null;
   return {
     app,
     catalog,
     gate,
-    get url() {
-      const address = app.server.address() as AddressInfo | null;
-      if (address === null) return "";
-      const host = address.family === "IPv6" ? `[${address.address}]` : address.address;
-      return `${certificate ? "https" : "http"}://${host}:${address.port}`;
-    },
-    async listen() {
+    async start() {
       try {
         await app.listen({ host: config.host, port: config.port });
-        if (config.keyFile === null && !isLoopback(config.host)) log.warn("anybody who reaches this address may use the server");
+        if (config.keys === undefined && !isLoopback(config.host)) log.warn("anybody who reaches this address may use the server");
+        const { metricsPort } = config;
+        if (config.metrics && metricsPort !== null) metricsServer = await serveMetrics({ ...config, metricsPort }, gate, metrics);
         await catalog.preload();
         if (state.phase === "starting") state.phase = "ready";
+        return { url: urlOf(app, certificate !== null) };
       } catch (error) {
-        await close();
+        stopping ??= close();
+        await stopping;
         throw error;
       }
     },
     reload: () => certificate?.reload(),
-    async drain() {
-      if (state.phase !== "draining") {
+    stop() {
+      stopping ??= (async () => {
         state.phase = "draining";
-        log.info({ running: responses.count }, "draining");
+        log.info({ responses: responses.count }, "draining");
         gate.admission.close();
-        app.server.close();
+        app.server.close(); // no new connections; those that are there end with their answers
         app.server.closeIdleConnections();
         const cut = await responses.drain(config.drainTimeoutSeconds);
         log[cut ? "warn" : "info"]({ cut }, "drained");
-      }
-      await close();
+        await close();
+      })();
+      return stopping;
     },
-    close,
   };
+}
+
+/** What TLS servers have besides. */
+interface SecureServer {
+  setSecureContext(pair: KeyPair): void;
+}
+
+function urlOf(app: FastifyInstance, secure: boolean): string {
+  const { address, port, family } = app.server.address() as AddressInfo;
+  return `http${secure ? "s" : ""}://${family === "IPv6" ? `[${address}]` : address}:${port}`;
 }

@@ -21,12 +21,12 @@ export class Certificate {
   #onChange: (pair: KeyPair) => void = () => {};
 
   /** Throws ServerConfigError when the files can't be read or don't belong together. */
-  constructor(certFile: string, keyFile: string, log: Logger) {
-    this.#certFile = certFile;
-    this.#keyFile = keyFile;
+  constructor({ cert, key }: { readonly cert: string; readonly key: string }, log: Logger) {
+    this.#certFile = cert;
+    this.#keyFile = key;
     this.#log = log;
-    this.#current = read(certFile, keyFile);
-    for (const file of [certFile, keyFile]) watchFile(file, { interval: RELOAD_MS, persistent: false }, this.reload);
+    this.#current = read(cert, key);
+    for (const file of [cert, key]) watchFile(file, { interval: RELOAD_MS, persistent: false }, this.reload);
   }
 
   get current(): KeyPair {

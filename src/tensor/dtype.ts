@@ -6,8 +6,12 @@
  * - `bf16pair`: activations as the sum of two bfloat16 numbers, a row's first ones before its second ones; exact to 2^-17.
  *   Products with bfloat16 weights take it: rounding activations to one would change which experts are chosen.
  * - `int8row`: activations quantised row by row, in groups of 64 (see `quantized.ts`); lives inside a step only.
+ * - `int8kv`: keys and values in the cache, [blocks, heads, tokens, head width] (see `quantized.ts`).
  */
-export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "int8row" | "bf16pair";
+export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "int8row" | "bf16pair" | "int8kv";
+
+/** Formats of the KV cache. */
+export type KvDtype = "f32" | "f16" | "int8kv";
 
 /** Bytes of one element; block formats have no single element. */
 export const ELEMENT_BYTES = { f32: 4, f16: 2, bf16: 2, i32: 4 } as const satisfies Partial<Record<Dtype, number>>;

@@ -15,6 +15,10 @@
  *
  * Activations (`int8row`), a matrix [rows, k]: per row, groups of 64 signed bytes, then a float32 scale a group, then the
  * int32 sums of each 32 bytes (they cancel the middle of the weights).
+ *
+ * The KV cache (`int8kv`): a block of 32 tokens of a head takes 68 bytes a token and 64 columns, the head's width padded
+ * to whole groups. Keys: two tiles of 16 tokens as in `int8`, but with float32 scales. Values: tiles of 16 columns, each
+ * 8 vectors of 16 columns x 4 tokens, each byte 128 + a whole number from -127 to 127; then a float32 scale a token.
  */
 import { fromF16, roundEven, toF16 } from "./dtype.ts";
 
@@ -41,6 +45,21 @@ export function blockBytes(dtype: BlockDtype, n: number, k: number): number {
 /** Bytes of one row of `k` activations in `int8row`. */
 export function int8RowBytes(k: number): number {
   return Math.ceil(k / GROUP) * (GROUP + 12);
+}
+
+/** Bytes of one cached key or value of a head of `width` numbers in `int8kv`. */
+export function int8KvBytes(width: number): number {
+  return Math.ceil(width / GROUP) * (GROUP + 4);
+}
+
+/** Rounds activations in place to the nearest of 255 steps; each `span` numbers share a scale, that of the largest. */
+export function roundActivations(x: Float32Array, span: number): void {
+  for (let g = 0; g < x.length; g += span) {
+    const group = x.subarray(g, g + span);
+    const top = group.reduce((most, v) => Math.max(most, Math.abs(v)), 0);
+    const inverse = top > 0 ? Math.fround(127 / top) : 0;
+    for (let i = 0; i < group.length; i++) group[i] = roundEven(Math.fround(group[i] * inverse)) * Math.fround(top / 127);
+  }
 }
 
 /** Where column `c` of row `r` of a matrix with `k` columns lies: its byte (of int4, and which nibble), and its scale's byte. */

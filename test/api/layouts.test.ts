@@ -243,7 +243,7 @@ describe("faults are one line that names what is wrong", () => {
     [{ threads: 0 }, "threads: 0 is not a whole number from 1 to 1024"],
     [{ threads: 1.5 }, "threads: 1.5 is not a whole number"],
     [{ isa: "sse9" }, "sse9"],
-    [{ kv_cache_dtype: "int8" as "fp16" }, "kv_cache_dtype 'int8' is not known; known are fp32, fp16"],
+    [{ kv_cache_dtype: "int4" as "fp16" }, "kv_cache_dtype 'int4' is not known; known are fp32, fp16, int8"],
     [{ kv_cache_tokens: 0 }, "kv_cache_tokens is 0; it must be a whole number of at least 1"],
     [{ kv_cache_tokens: Number.NaN }, "kv_cache_tokens is NaN"],
     [{ chunk_size: 0 }, "chunk_size is 0; it must be a whole number of at least 1"],

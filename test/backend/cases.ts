@@ -2,8 +2,9 @@
 
 import type { Numbers } from "../../src/backend/backend.ts";
 import { GREEDY, layOut, type Sampling } from "../../src/engine/sampling.ts";
-import { Graph, type Tensor } from "../../src/graph/graph.ts";
+import { Graph, kvShapes, type Tensor } from "../../src/graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops.ts";
+import type { KvDtype } from "../../src/tensor/dtype.ts";
 import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
 
 export type MatrixDtype = "f32" | "f16" | "bf16" | "int8" | "int4";
@@ -15,7 +16,7 @@ export interface Case {
   readonly sizes: SymbolValues;
   readonly inputs: ReadonlyMap<string, Numbers>;
   readonly weights: ReadonlyMap<string, { readonly dtype: MatrixDtype; readonly shape: readonly number[]; readonly values: Float32Array }>;
-  readonly states: ReadonlyMap<string, { readonly dtype: "f32" | "f16"; readonly elements: number }>;
+  readonly states: ReadonlyMap<string, { readonly dtype: KvDtype; readonly shape: readonly number[] }>;
   /** Largest difference allowed, as a share of the largest value. */
   readonly tolerance: number;
 }
@@ -36,7 +37,7 @@ class Builder {
   readonly g = new Graph();
   readonly inputs = new Map<string, Numbers>();
   readonly weights = new Map<string, { dtype: MatrixDtype; shape: readonly number[]; values: Float32Array }>();
-  readonly states = new Map<string, { dtype: "f32" | "f16"; elements: number }>();
+  readonly states = new Map<string, { dtype: KvDtype; shape: readonly number[] }>();
   #seed = 1;
 
   /** Activations [rows, n], or whatever `values` holds. */
@@ -61,8 +62,8 @@ class Builder {
     return this.g.weight(name, shape, dtype);
   }
 
-  state(name: string, shape: number[], dtype: "f32" | "f16"): Tensor {
-    this.states.set(name, { dtype, elements: shape.reduce((a, b) => a * b) });
+  state(name: string, shape: number[], dtype: KvDtype): Tensor {
+    this.states.set(name, { dtype, shape });
     return this.g.state(name, shape, dtype);
   }
 
@@ -93,7 +94,8 @@ function linears(): Case[] {
         const b = new Builder();
         const bias = i % 2 ? b.weight("bias", [n]) : undefined;
         const y = b.g.linear(b.rows("x", rows, k), b.weight("w", [n, k], dtype), bias);
-        return b.done(`linear ${dtype} rows ${rows} [${n},${k}]${bias ? " bias" : ""}`, [y], { rows }, LINEAR_TOLERANCE[dtype]);
+        const gated = b.g.gatedLinear(b.rows("z", rows, k), b.weight("gate", [n, k], dtype), b.weight("up", [n, k], dtype));
+        return b.done(`linear ${dtype} rows ${rows} [${n},${k}]${bias ? " bias" : ""}`, [y, gated], { rows }, LINEAR_TOLERANCE[dtype]);
       }),
     ),
   );
@@ -115,10 +117,18 @@ function groupedLinears(): Case[] {
         const { order, offsets } = b.g.group(b.input("experts", [symbol("rows"), slots], chosen), experts);
         const h = b.g.groupedLinear(b.rows("x", rows, k), b.weight("up", [experts, n, k], dtype), order, offsets, slots);
         const y = b.g.groupedLinear(h, b.weight("down", [experts, k, n], dtype), order, offsets, 1, b.weight("bias", [experts, k]));
+        const gated = b.g.groupedGatedLinear(
+          b.rows("z", rows, k),
+          b.weight("gate", [experts, n, k], dtype),
+          b.weight("open", [experts, n, k], dtype),
+          order,
+          offsets,
+          slots,
+        );
         const weights = b.input("weights", [symbol("rows"), slots], noise(rows * slots, 99));
         return b.done(
           `groupedLinear ${dtype} rows ${rows} experts ${experts}`,
-          [h, b.g.combine(y, weights)],
+          [h, b.g.combine(y, weights), gated],
           { rows },
           dtype === "f32" || dtype === "f16" ? 2e-6 : 4e-3,
         );
@@ -209,6 +219,7 @@ function attentions(): Case[] {
   const kinds = [
     ["f32", 2e-6],
     ["f16", 2e-3],
+    ["int8kv", 1e-3],
   ] as const;
   return kinds.flatMap(([dtype, tolerance]) =>
     [
@@ -217,7 +228,7 @@ function attentions(): Case[] {
       [5, 5, 33],
       [10, 2, 128],
     ].flatMap(([heads, kvHeads, dim]) =>
-      [[1], [7, 1], [31, 33, 2], [100]].map((counts) => {
+      [[1], [7, 1], [31, 33, 2], [100], [257]].map((counts) => {
         const b = new Builder();
         const rows = counts.reduce((a, c) => a + c);
         const pagesEach = Math.ceil(Math.max(...counts) / 32);
@@ -232,10 +243,8 @@ function attentions(): Case[] {
           [symbol("sequences"), symbol("pages")],
           Int32Array.from({ length: counts.length * pagesEach }, (_, i) => blocks - 1 - i),
         );
-        const cache = {
-          keys: b.state("keys", [blocks, kvHeads, dim, 32], dtype),
-          values: b.state("values", [blocks, kvHeads, 32, dim], dtype),
-        };
+        const shapes = kvShapes(dtype, blocks, kvHeads, dim, 32);
+        const cache = { keys: b.state("keys", shapes.keys, dtype), values: b.state("values", shapes.values, dtype) };
         b.g.cacheWrite(b.rows("k", rows, kvHeads * dim), b.rows("v", rows, kvHeads * dim), cache, segments, pages);
         const y = b.g.attention(b.rows("q", rows, heads * dim), cache, segments, pages);
         return b.done(
@@ -277,7 +286,9 @@ function samplers(): Case[] {
     const b = new Builder();
     const outs = controls.length;
     const tokens = Array.from({ length: 40 }, (_, i) => (i * i) % vocab);
-    const laid = layOut(controls.map((c) => ({ sampling: { ...GREEDY, ...c }, tokens, promptCount: 20 })));
+    const laid = layOut(
+      controls.map((c, i) => ({ sampling: { ...GREEDY, ...c }, tokens, promptCount: 20, mask: i % 3 === 1 ? someOf(vocab, i) : null })),
+    );
     const logits = b.input(
       "logits",
       [symbol("outs"), vocab],
@@ -289,14 +300,20 @@ function samplers(): Case[] {
       history: b.input("history", [symbol("history")], laid.history),
       biasIds: b.input("biasIds", [symbol("biases")], laid.biasIds),
       biasValues: b.input("biasValues", [symbol("biases")], laid.biasValues),
+      masks: b.input("masks", [symbol("masks"), Math.ceil(vocab / 32)], laid.masks),
     };
     const processed = b.g.processLogits(logits, sampling);
     const { ids, logprobs } = b.g.sample(logits, processed, sampling);
     return b.done(
       `processLogits sample vocabulary ${vocab}`,
       [processed, ids, logprobs],
-      { outs, history: laid.history.length, biases: laid.biasIds.length },
+      { outs, history: laid.history.length, biases: laid.biasIds.length, masks: laid.masks.length / Math.ceil(vocab / 32) },
       1e-6,
     );
   });
+}
+
+/** A mask that allows about half of the ids. */
+function someOf(vocab: number, seed: number): Int32Array {
+  return Int32Array.from(noise(Math.ceil(vocab / 32), seed), (x) => Math.trunc(x * 2 ** 31));
 }

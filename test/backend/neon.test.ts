@@ -48,6 +48,8 @@ describe.skipIf(missing.length > 0)(`64-bit Arm in an emulator${why}`, () => {
   });
 
   test.each([
+    ["neoni8mm", 1],
+    ["neoni8mm", 2],
     ["neon", 1],
     ["neon", 2],
     ["scalar", 1],

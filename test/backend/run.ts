@@ -50,7 +50,7 @@ export function outputsOf(c: Case): Numbers[] {
 export async function runCase(c: Case, backend: Backend, sources: readonly WeightSource[]): Promise<Numbers[]> {
   const planned = planOf(c);
   const weights = await backend.load(sources);
-  const states = new Map([...c.states].map(([name, s]) => [name, backend.state(s.dtype, s.elements)]));
+  const states = new Map([...c.states].map(([name, s]) => [name, backend.state(s.dtype, s.shape)]));
   const program = backend.prepare(planned, weights, states);
   const outputs = outputsOf(c);
   await program.run(

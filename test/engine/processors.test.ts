@@ -26,11 +26,12 @@ async function sample(backend: Backend, logits: Float32Array, history: readonly 
     history: g.input("history", [symbol("history")], "i32"),
     biasIds: g.input("biasIds", [symbol("biases")], "i32"),
     biasValues: g.input("biasValues", [symbol("biases")], "f32"),
+    masks: g.input("masks", [symbol("masks"), Math.ceil(vocab / 32)], "i32"),
   };
   const raw = g.input("logits", [symbol("outs"), vocab], "f32");
   const processed = g.processLogits(raw, sampling);
   const { ids, logprobs } = g.sample(raw, processed, sampling);
-  const sizes = { outs, history: laid.history.length, biases: laid.biasIds.length };
+  const sizes = { outs, history: laid.history.length, biases: laid.biasIds.length, masks: 0 };
   const planned = plan(g, [processed, ids, logprobs], sizes);
   const weights = await backend.load([]);
   const program = backend.prepare(planned, weights, new Map());

@@ -13,6 +13,7 @@ static inline f16 to_f16(float x) {
   if (rest < 0x38800000) return f16{static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000))};
   return f16{static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13))};
 }
+static inline void store_bytes(int8_t* p, vi v) { *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(v, vb); }
 static inline float sum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 static inline float largest(vf v) { return max(max(v[0], v[2]), max(v[1], v[3])); }
 
@@ -25,6 +26,7 @@ struct DotBf16 {
 // Four unsigned bytes of each lane's weights times four signed bytes of activations, summed in int32.
 struct Dot8 {
   static constexpr bool offset = true;  // weights enter as 128 + w, so the caller starts from -128 x the activations' sum
+  static constexpr bool pairs = false;  // whether an instruction multiplies two rows by two
   struct Weights { uint8_t bytes[W * 4]; };
   static Weights load(const uint8_t* p) {
     Weights w;

@@ -5,10 +5,12 @@ namespace ISA {
 
 #if W == 16
 static inline vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+static inline void store_bytes(int8_t* p, vi v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v)); }
 static inline float sum(vf v) { return _mm512_reduce_add_ps(v); }
 static inline float largest(vf v) { return _mm512_reduce_max_ps(v); }
 #else
 static inline vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline void store_bytes(int8_t* p, vi v) { *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(v, vb); }
 static inline float sum(vf v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -36,6 +38,7 @@ struct DotBf16 {
 
 struct Dot8 {
   static constexpr bool offset = true;
+  static constexpr bool pairs = false;  // whether an instruction multiplies two rows by two
 #if W == 16
   using Weights = __m512i;
   static Weights load(const uint8_t* p) { return _mm512_loadu_si512(p); }

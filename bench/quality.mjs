@@ -1,0 +1,77 @@
+/**
+ * What rounding costs: perplexity over windows of a text, and how often the likeliest next token stays the same, of several
+ * settings of one model or several models beside the first of them. Each setting is MODEL[:DTYPE[:CACHE]].
+ *
+ *   npm run build && node bench/quality.mjs --text corpus.txt [--windows 24] [--length 1024] default:bf16:fp32 default:int8:fp16 default:int8:int8
+ */
+import { readFileSync } from "node:fs";
+import { parseArgs } from "node:util";
+import { AutoModelForCausalLM, AutoTokenizer } from "../dist/index.js";
+
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    text: { type: "string", multiple: true, default: [] },
+    windows: { type: "string", default: "24" },
+    length: { type: "string", default: "1024" },
+    json: { type: "boolean", default: false },
+  },
+});
+if (!values.text.length || !positionals.length) throw new Error("usage: quality.mjs --text FILE... MODEL[:DTYPE[:CACHE]]...");
+const length = Number(values.length);
+const wanted = Number(values.windows);
+
+const tokenizer = await AutoTokenizer.from_pretrained(positionals[0].split(":")[0]);
+const windows = [];
+const each = Math.ceil(wanted / values.text.length); // as many of each text
+for (const file of values.text) {
+  const ids = tokenizer.encode(readFileSync(file, "utf8").slice(0, each * length * 8), { add_special_tokens: false });
+  for (let i = 0; i < each && (i + 1) * length <= ids.length; i++) windows.push(ids.slice(i * length, (i + 1) * length));
+}
+
+/** Sum of negative log-likelihoods, and the likeliest token at each position. */
+function judge(logits, ids, vocab) {
+  let nll = 0;
+  const best = new Int32Array(ids.length - 1);
+  for (let t = 0; t + 1 < ids.length; t++) {
+    const row = logits.subarray(t * vocab, (t + 1) * vocab);
+    let top = 0;
+    for (let i = 1; i < vocab; i++) if (row[i] > row[top]) top = i;
+    let sum = 0;
+    for (let i = 0; i < vocab; i++) sum += Math.exp(row[i] - row[top]);
+    nll += Math.log(sum) + row[top] - row[ids[t + 1]];
+    best[t] = top;
+  }
+  return { nll, best };
+}
+
+const results = [];
+let base;
+for (const setting of positionals) {
+  const [model, dtype = "auto", cache] = setting.split(":");
+  const loaded = await AutoModelForCausalLM.from_pretrained(model, {
+    dtype,
+    ...(cache ? { kv_cache_dtype: cache } : {}),
+    kv_cache_tokens: length,
+  });
+  let [nll, tokens, same] = [0, 0, 0];
+  const choices = [];
+  for (const [w, ids] of windows.entries()) {
+    const { logits } = await loaded.forward({ input_ids: [ids] });
+    const judged = judge(logits.data, ids, logits.dims[2]);
+    nll += judged.nll;
+    tokens += ids.length - 1;
+    choices.push(judged.best);
+    if (base) for (let t = 0; t < judged.best.length; t++) same += judged.best[t] === base.choices[w][t] ? 1 : 0;
+  }
+  await loaded.dispose();
+  const perplexity = Math.exp(nll / tokens);
+  base ??= { perplexity, choices };
+  const result = { setting, perplexity, change: perplexity / base.perplexity - 1, same: choices === base.choices ? 1 : same / tokens };
+  results.push(result);
+  if (!values.json)
+    console.log(
+      `${setting.padEnd(44)} perplexity ${perplexity.toFixed(4).padStart(10)}  ${(100 * result.change).toFixed(3).padStart(8)} %   same next token ${(100 * result.same).toFixed(2)} %`,
+    );
+}
+if (values.json) console.log(JSON.stringify({ windows: windows.length, length, results }));

@@ -1,0 +1,47 @@
+/** Whether a model fits this machine: what to refuse before it is loaded, and what to warn of. Loads nothing. */
+import { freemem, totalmem } from "node:os";
+import type { WeightSource } from "../backend/backend.ts";
+import { storedBytes } from "../tensor/stored.ts";
+
+export interface Machine {
+  /** Bytes that this process may use, and those of them that are free or hold only pages of files. */
+  readonly memory: number;
+  readonly free: number;
+  /** Physical cores. */
+  readonly cores: number;
+}
+
+/** This machine, or as much of it as the process's control group grants. */
+export function thisMachine(cores: number): Machine {
+  const granted = process.constrainedMemory?.() || Number.POSITIVE_INFINITY; // 0: none known
+  const memory = Math.min(totalmem(), granted);
+  return { memory, free: Math.min(freemem(), memory), cores };
+}
+
+/**
+ * Warnings about a model that will run all the same, but slowly.
+ * @throws RangeError when copies of weights in another format would not fit memory
+ */
+export function warningsFor(weights: readonly WeightSource[], threads: number, { memory, free, cores }: Machine): string[] {
+  let [mapped, copied] = [0, 0];
+  for (const { stored, dtype, shape, parts } of weights) {
+    if (stored === dtype) mapped += parts.reduce((sum, part) => sum + part.bytes, 0);
+    else copied += storedBytes(dtype, shape);
+  }
+  if (copied > free)
+    throw new RangeError(
+      `converting the weights takes ${gib(copied)} GiB of memory, and ${gib(free)} GiB are free; write the model in that format first (mixtape quantize), which takes little memory, and load the result`,
+    );
+  const warnings: string[] = [];
+  if (mapped + copied > memory)
+    warnings.push(
+      `the weights are ${gib(mapped + copied)} GiB and there are ${gib(memory)} GiB of memory: they are read from the disk again and again, many times slower; a smaller format (mixtape quantize --dtype int4) may fit`,
+    );
+  if (threads > cores)
+    warnings.push(`${threads} threads on ${cores} core${cores === 1 ? "" : "s"}: they wait for each other; ${cores} would be faster`);
+  return warnings;
+}
+
+function gib(bytes: number): string {
+  return (bytes / 2 ** 30).toFixed(1);
+}

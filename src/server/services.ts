@@ -1,0 +1,73 @@
+/** What routes of every protocol stand on: models, callers, limits, accounts. Implemented by `server.ts` and its parts. */
+import { complete, promptOf } from "./completion.ts";
+import { ServerError } from "./errors.ts";
+import type { Caller, Catalog, CompletionEvent, CompletionRequest, ServedModel, Usage } from "./served.ts";
+
+/** Told what happens, for metrics. */
+export interface Observer {
+  /** An answer's first token, its following ones, and its end. */
+  firstToken(model: string, seconds: number): void;
+  nextToken(model: string, seconds: number): void;
+  answered(model: string, usage: Usage): void;
+}
+
+export interface Services {
+  readonly catalog: Catalog;
+  readonly observer: Observer;
+  /** Answers with so many tokens at most, whatever was asked for; null: no limit. */
+  readonly maxTokens: number | null;
+  /** Takes what was used off the caller's budget. */
+  account(caller: Caller, usage: Usage): void;
+}
+
+/** Lends a model to `use` while it runs. Throws ServerError when the caller may not use it, or there is none of this name. */
+export async function withModel<T>(services: Services, caller: Caller, name: string, use: (model: ServedModel) => Promise<T>): Promise<T> {
+  if (caller.models && !caller.models.includes(name))
+    throw new ServerError("model_not_allowed", `this key may not use the model '${name}'; it may use ${caller.models.join(", ")}`, {
+      param: "model",
+    });
+  const { model, release } = await services.catalog.use(name);
+  try {
+    return await use(model);
+  } finally {
+    release();
+  }
+}
+
+/** Generates an answer, and lets metrics and the caller's account know. */
+export async function* answer(
+  services: Services,
+  caller: Caller,
+  model: ServedModel,
+  request: CompletionRequest,
+): AsyncGenerator<CompletionEvent, void, undefined> {
+  const { observer, maxTokens } = services;
+  const limited = maxTokens === null ? request : { ...request, maxTokens: Math.min(request.maxTokens ?? maxTokens, maxTokens) };
+  let last = performance.now();
+  let pieces = 0;
+  let ended = false;
+  try {
+    for await (const event of complete(model, limited)) {
+      if (event.kind === "text" || event.kind === "toolCall") {
+        const now = performance.now();
+        if (pieces === 0) observer.firstToken(model.name, (now - last) / 1000);
+        else observer.nextToken(model.name, (now - last) / 1000);
+        pieces++;
+        last = now;
+      } else if (event.kind === "end") {
+        ended = true;
+        services.account(caller, event.usage);
+        observer.answered(model.name, event.usage);
+      }
+      yield event;
+    }
+  } finally {
+    // Who leaves before the end has used tokens too: the prompt's, and at least one for each piece of text.
+    if (!ended && pieces > 0) {
+      const promptTokens = promptOf(model.tokenizer, request.prompt).tokens.length;
+      const usage = { promptTokens, cachedTokens: 0, completionTokens: pieces, reasoningTokens: 0 };
+      services.account(caller, usage);
+      observer.answered(model.name, usage);
+    }
+  }
+}

@@ -1,0 +1,225 @@
+/** What clients and the system do to a server: it answers or refuses, loses nothing, and lives on. */
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { existsSync } from "node:fs";
+import { connect } from "node:net";
+import { join } from "node:path";
+import fc from "fast-check";
+import { expect, onTestFinished, test } from "vitest";
+import { createKey } from "../../src/server/keys.ts";
+import { binary, temporary } from "../cli/run.ts";
+import { engineOf, post, startHere } from "./start.ts";
+
+const CHAT = "/v1/chat/completions";
+const ENDLESS = {
+  model: "default",
+  messages: [{ role: "user", content: "Hello" }],
+  max_tokens: 3000,
+  stream: true,
+  logit_bias: { "2": -100, "5": -100 },
+};
+
+/** Reads a stream up to its first piece of text. */
+async function begun(response: Response) {
+  const reader = (response.body as ReadableStream<Uint8Array>).getReader();
+  let text = "";
+  while (!/"content":"[^"]/.test(text)) text += Buffer.from((await reader.read()).value ?? []).toString();
+  return reader;
+}
+
+test("a thousand clients that vanish mid-stream leave nothing behind", async () => {
+  const running = await startHere();
+  const engine = await engineOf(running);
+  const vanish = async () => {
+    const leave = new AbortController();
+    const response = await fetch(running.url + CHAT, {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify(ENDLESS),
+      signal: leave.signal,
+    });
+    await begun(response);
+    leave.abort();
+  };
+  const wave = async (n: number) => {
+    for (let i = 0; i < n; i += 20) await Promise.all(Array.from({ length: 20 }, vanish));
+    await expect.poll(() => engine.stats().running + engine.stats().waiting, { timeout: 10_000 }).toBe(0);
+    expect(engine.cache.free).toBe(engine.cache.count);
+    global.gc?.();
+    return process.memoryUsage().rss;
+  };
+  const before = await wave(300);
+  const after = await wave(700);
+  expect(after - before).toBeLessThan(64 * 2 ** 20);
+}, 120_000);
+
+test("bodies that are too large, too deep, not JSON, not UTF-8, or of another type", async () => {
+  const { url } = await startHere({ maxBodyBytes: 64 * 1024 });
+  const status = async (body: string | Uint8Array, headers: Record<string, string> = { "content-type": "application/json" }) => {
+    const response = await fetch(url + CHAT, { method: "POST", headers, body: body as string });
+    const { error } = (await response.json()) as { error: { code: string } };
+    return [response.status, error.code];
+  };
+  expect(await status(`{"model":"default","messages":[${"[".repeat(30_000)}${"]".repeat(30_000)}]}`)).toEqual([400, "invalid_request"]);
+  expect(await status("x".repeat(70_000))).toEqual([413, "request_too_large"]);
+  expect(await status('{"model":')).toEqual([400, "invalid_request"]);
+  expect(await status("")).toEqual([400, "invalid_request"]);
+  expect(await status("a=b", { "content-type": "application/x-www-form-urlencoded" })).toEqual([415, "unsupported_media_type"]);
+  expect(await status('{"__proto__":{"x":1},"model":"default","messages":[{"role":"user","content":"x"}]}')).toEqual([
+    400,
+    "invalid_request",
+  ]);
+  const broken = Buffer.concat([
+    Buffer.from('{"model":"nope\xff'),
+    Buffer.from([0xff, 0xfe]),
+    Buffer.from('","messages":[{"role":"user","content":"x"}]}'),
+  ]);
+  expect((await status(broken))[0]).toBe(404); // bytes that are no text become U+FFFD: there is no model of that name
+});
+
+test("a body of 100 MB is refused while it is still being sent", async () => {
+  const { url } = await startHere();
+  const { port, hostname } = new URL(url);
+  const socket = connect(Number(port), hostname);
+  onTestFinished(() => void socket.destroy());
+  await once(socket, "connect");
+  socket.on("error", () => {}); // the server closes while we write
+  let answer = "";
+  socket.setEncoding("utf8").on("data", (part: string) => {
+    answer += part;
+  });
+  socket.write(`POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100000000\r\n\r\n`);
+  socket.write("x".repeat(1000));
+  await expect.poll(() => answer, { timeout: 5000 }).toMatch(/^HTTP\/1\.1 413 /);
+});
+
+test("ten thousand random requests: never a 500", async () => {
+  const { server } = await startHere();
+  const json = fc.jsonValue({ maxDepth: 3 });
+  const near = fc.record(
+    {
+      model: fc.oneof({ weight: 5, arbitrary: fc.constant("default") }, json),
+      messages: fc.oneof(
+        fc.array(fc.record({ role: fc.constantFrom("user", "system", "assistant", "tool", "x"), content: fc.oneof(fc.string(), json) }), {
+          maxLength: 3,
+        }),
+        json,
+      ),
+      prompt: fc.oneof(fc.string({ maxLength: 20 }), fc.array(fc.integer({ min: -5, max: 30_000 }), { maxLength: 5 }), json),
+      input: fc.oneof(fc.string({ maxLength: 20 }), json),
+      max_tokens: fc.oneof({ weight: 6, arbitrary: fc.constant(1) }, fc.constantFrom(0, -1, 1.5, "1", null)),
+      temperature: fc.oneof(fc.double(), json),
+      top_p: fc.oneof(fc.double(), json),
+      n: fc.oneof({ weight: 5, arbitrary: fc.constant(1) }, fc.integer({ min: -1, max: 2 })),
+      stop: fc.oneof(fc.string(), fc.array(fc.string(), { maxLength: 5 }), json),
+      logit_bias: fc.oneof(fc.dictionary(fc.string({ maxLength: 4 }), fc.integer()), json),
+      logprobs: fc.oneof(fc.boolean(), fc.integer({ min: 0, max: 3 })),
+      seed: fc.oneof(fc.integer(), fc.maxSafeInteger()),
+      tools: json,
+      stream: fc.boolean(),
+      text: fc.string({ maxLength: 20 }),
+      tokens: fc.oneof(fc.array(fc.integer({ min: -1, max: 30_000 }), { maxLength: 5 }), json),
+    },
+    { requiredKeys: ["model"] },
+  );
+  const routes = [CHAT, "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize", "/v1/routing"];
+  const payload = fc.oneof(
+    { weight: 8, arbitrary: near.map((v) => JSON.stringify(v)) },
+    json.map((v) => JSON.stringify(v)),
+    fc.string(),
+  );
+  const samples = fc.sample(fc.tuple(fc.constantFrom(...routes), payload), { numRuns: 10_000, seed: 1 });
+  const bad: unknown[] = [];
+  for (let i = 0; i < samples.length; i += 100)
+    await Promise.all(
+      samples.slice(i, i + 100).map(async ([url, body]) => {
+        const { statusCode, payload: answer } = await server.app.inject({
+          method: "POST",
+          url,
+          headers: { "content-type": "application/json" },
+          payload: body,
+        });
+        if (statusCode >= 500 || /"code":"internal"/.test(answer)) bad.push([url, body, answer.slice(0, 300)]);
+      }),
+    );
+  expect(bad.slice(0, 3)).toEqual([]);
+}, 120_000);
+
+test("half a request is ended when its time is up, and nobody else waits for it", async () => {
+  const { url } = await startHere({ requestTimeoutSeconds: 1 });
+  const { port, hostname } = new URL(url);
+  const socket = connect(Number(port), hostname);
+  onTestFinished(() => void socket.destroy());
+  await once(socket, "connect");
+  let answer = "";
+  socket.setEncoding("utf8").on("data", (part: string) => {
+    answer += part;
+  });
+  const closed = once(socket, "close");
+  socket.write(`POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"mod`);
+  expect((await post(url, "/tokenize", { model: "default", text: "hi" })).status).toBe(200);
+  await closed;
+  expect(answer).toMatch(/^HTTP\/1\.1 408 /);
+}, 60_000);
+
+test("a reader that does not read is waited for, not buffered for", async () => {
+  const running = await startHere();
+  const { port, hostname } = new URL(running.url);
+  const socket = connect(Number(port), hostname);
+  onTestFinished(() => void socket.destroy());
+  await once(socket, "connect");
+  const body = JSON.stringify({ ...ENDLESS, logprobs: true, top_logprobs: 20, max_tokens: 700 });
+  socket.pause();
+  socket.write(
+    `POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
+  );
+  const engine = await engineOf(running);
+  await expect.poll(() => engine.stats().generatedTokens, { timeout: 30_000 }).toBeGreaterThan(300);
+  expect((await post(running.url, "/tokenize", { model: "default", text: "hi" })).status).toBe(200);
+  let read = 0;
+  socket.on("data", (part) => {
+    read += part.length;
+  });
+  socket.resume();
+  await expect.poll(() => engine.stats().running, { timeout: 30_000 }).toBe(0);
+  await expect.poll(() => read, { timeout: 30_000 }).toBeGreaterThan(1e6);
+}, 90_000);
+
+/** The command itself, once it is ready; its output so far. */
+async function serve(args: readonly string[]) {
+  if (!existsSync(binary)) throw new Error("dist is not built; run npm run build");
+  const child = spawn(process.execPath, [binary, "serve", "--port", "0", ...args], { stdio: ["ignore", "pipe", "pipe"] });
+  onTestFinished(() => void child.kill("SIGKILL"));
+  let output = "";
+  for (const stream of [child.stdout, child.stderr])
+    stream.setEncoding("utf8").on("data", (part: string) => {
+      output += part;
+    });
+  await expect.poll(() => output, { timeout: 20_000 }).toMatch(/mixtape serves .* at http/);
+  const url = /at (http\S+) /.exec(output)?.[1] ?? "";
+  return { child, url, output: () => output };
+}
+
+test("SIGTERM: no new requests, streams under way end whole, then exit 0", async () => {
+  const { child, url } = await serve([]);
+  const response = await post(url, CHAT, { ...ENDLESS, max_tokens: 600 });
+  const reader = await begun(response);
+  child.kill("SIGTERM");
+  await expect.poll(async () => (await post(url, CHAT, ENDLESS).catch(() => ({ status: 503 }))).status, { timeout: 5000 }).toBe(503);
+  let text = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) text += Buffer.from(part.value).toString();
+  expect(text).toMatch(/"finish_reason":"length"[\s\S]*data: \[DONE\]\n\n$/);
+  expect(child.exitCode ?? (await once(child, "exit"))[0]).toBe(0);
+}, 60_000);
+
+test("SIGKILL under load leaves a key file that opens", async () => {
+  const keys = join(temporary(), "keys.json");
+  const { secret } = await createKey(keys, { name: "a", expires: null, models: null, requestsPerMinute: null, tokensPerDay: 1e9 });
+  const first = await serve(["--keys", keys]);
+  const authorization = { authorization: `Bearer ${secret}` };
+  await begun(await post(first.url, CHAT, ENDLESS, authorization));
+  first.child.kill("SIGKILL");
+  await once(first.child, "exit");
+  const second = await serve(["--keys", keys]);
+  expect((await post(second.url, CHAT, { ...ENDLESS, stream: false, max_tokens: 2 }, authorization)).status).toBe(200);
+}, 60_000);

@@ -1,0 +1,140 @@
+/** Who may ask and how much: keys, rates, budgets, room; and what the server says to those who may not. */
+import { readFileSync, statSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import OpenAI from "openai";
+import { expect, test } from "vitest";
+import { checkServeConfig } from "../../src/server/config.ts";
+import { createKey, type KeyTerms, readKeys, revokeKey } from "../../src/server/keys.ts";
+import { temporary } from "../cli/run.ts";
+import { engineOf, post, startHere } from "./start.ts";
+
+const FREE: KeyTerms = { name: "alice", expires: null, models: null, requestsPerMinute: null, tokensPerDay: null };
+const BODY = { model: "default", messages: [{ role: "user", content: "Hello" }], max_tokens: 2 };
+const asked = (url: string, secret: string | null) =>
+  post(url, "/v1/chat/completions", BODY, secret === null ? {} : { authorization: `Bearer ${secret}` });
+
+test("keys: only hashes are stored, for the owner's eyes; the right key opens, others do not", async () => {
+  const file = join(temporary(), "keys.json");
+  const { secret } = await createKey(file, FREE);
+  expect(secret).toMatch(/^mxt_[\w-]{43}$/);
+  expect(readFileSync(file, "utf8")).not.toContain(secret);
+  expect(statSync(file).mode & 0o777).toBe(0o600);
+  const { url } = await startHere({ keys: file });
+  expect((await asked(url, secret)).status).toBe(200);
+  for (const wrong of [null, "", "mxt_wrong", `${secret}x`, secret.slice(0, -1)]) {
+    const response = await asked(url, wrong);
+    expect(response.status).toBe(401);
+    expect((await response.json()) as object).toMatchObject({ error: { code: "invalid_api_key", type: "authentication_error" } });
+  }
+  expect((await fetch(`${url}/v1/models`)).status).toBe(401);
+  for (const open of ["/health", "/ready"]) expect((await fetch(url + open)).status).toBe(200);
+});
+
+test("a key that is made or revoked while the server runs counts within seconds", async () => {
+  const file = join(temporary(), "keys.json");
+  const { secret } = await createKey(file, FREE);
+  const { url } = await startHere({ keys: file });
+  expect((await asked(url, secret)).status).toBe(200);
+  const later = await createKey(file, { ...FREE, name: "bob" });
+  await expect.poll(async () => (await asked(url, later.secret)).status, { timeout: 5000, interval: 200 }).toBe(200);
+  await revokeKey(file, "alice");
+  await expect.poll(async () => (await asked(url, secret)).status, { timeout: 5000, interval: 200 }).toBe(401);
+  await expect(revokeKey(file, "alice")).rejects.toThrow("there is no key 'alice' that is valid");
+});
+
+test("expired keys, keys of other models, and broken files", async () => {
+  const file = join(temporary(), "keys.json");
+  const old = await createKey(file, { ...FREE, name: "old", expires: "2020-01-01T00:00:00.000Z" });
+  const other = await createKey(file, { ...FREE, name: "other", models: ["another"] });
+  const { url } = await startHere({ keys: file });
+  expect((await asked(url, old.secret)).status).toBe(401);
+  expect((await asked(url, other.secret)).status).toBe(403);
+  const list = await fetch(`${url}/v1/models`, { headers: { authorization: `Bearer ${other.secret}` } });
+  expect(((await list.json()) as { data: object[] }).data).toEqual([]);
+  writeFileSync(file, '{"version": 1, "keys": [{"id": 3}]}');
+  await expect(readKeys(file)).rejects.toThrow(/keys\.json: keys\.0\.id/);
+  writeFileSync(file, "{");
+  await expect(readKeys(file)).rejects.toThrow(/broken JSON/);
+});
+
+test("a rate: so many requests a minute, then 429 and when to come back", async () => {
+  const file = join(temporary(), "keys.json");
+  const { secret } = await createKey(file, { ...FREE, requestsPerMinute: 3 });
+  const { url } = await startHere({ keys: file });
+  for (const left of ["2", "1", "0"]) {
+    const response = await asked(url, secret);
+    expect([response.status, response.headers.get("x-ratelimit-remaining-requests")]).toEqual([200, left]);
+  }
+  const refused = await asked(url, secret);
+  expect(refused.status).toBe(429);
+  expect(Number(refused.headers.get("retry-after"))).toBeGreaterThan(10);
+  expect((await refused.json()) as object).toMatchObject({ error: { code: "rate_limit_exceeded" } });
+});
+
+test("a budget: what was used is remembered over a restart", async () => {
+  const file = join(temporary(), "keys.json");
+  const { secret, key } = await createKey(file, { ...FREE, tokensPerDay: 5 });
+  const first = await startHere({ keys: file });
+  expect((await asked(first.url, secret)).status).toBe(200);
+  const refused = await asked(first.url, secret);
+  expect([refused.status, ((await refused.json()) as { error: { code: string } }).error.code]).toEqual([429, "budget_exceeded"]);
+  await first.server.stop();
+  expect(JSON.parse(readFileSync(`${file}.usage`, "utf8")).tokens[key.id]).toBeGreaterThan(5);
+  const second = await startHere({ keys: file });
+  expect((await asked(second.url, secret)).status).toBe(429);
+});
+
+test("more requests than there is room for are refused at once, and those under way are not disturbed", async () => {
+  const running = await startHere({ maxInProgress: 4 });
+  const engine = await engineOf(running);
+  const long = { ...BODY, max_tokens: 400, stream: true, logit_bias: { "2": -100, "5": -100 } };
+  const streams = await Promise.all(Array.from({ length: 4 }, () => post(running.url, "/v1/chat/completions", long)));
+  expect(streams.map((s) => s.status)).toEqual([200, 200, 200, 200]);
+  for (let i = 0; i < 12; i++) {
+    const start = performance.now();
+    const refused = await post(running.url, "/v1/chat/completions", BODY);
+    expect(refused.status).toBe(429);
+    expect(Number(refused.headers.get("retry-after"))).toBeGreaterThanOrEqual(1);
+    await refused.arrayBuffer();
+    expect(performance.now() - start).toBeLessThan(1000);
+  }
+  for (const s of streams) expect(await s.text()).toMatch(/data: \[DONE\]\n\n$/);
+  expect((await post(running.url, "/v1/chat/completions", BODY)).status).toBe(200);
+  expect(engine.cache.free).toBe(engine.cache.count);
+});
+
+test("neither prompts nor answers nor keys are in the log", async () => {
+  const file = join(temporary(), "keys.json");
+  const { secret } = await createKey(file, FREE);
+  const lines: string[] = [];
+  const { url } = await startHere({ keys: file }, (line) => lines.push(line));
+  const word = "Xylophonist";
+  const body = { ...BODY, messages: [{ role: "user", content: `${word} ${word}` }] };
+  const response = await post(url, "/v1/chat/completions?x=1", body, { authorization: `Bearer ${secret}` });
+  const answer = ((await response.json()) as { choices: { message: { content: string } }[] }).choices[0].message.content;
+  await post(url, "/v1/chat/completions", `{"model":"default","messages":"${word}"}`, { authorization: `Bearer ${secret}` });
+  await post(url, "/v1/chat/completions", body, { authorization: `Bearer ${word}` });
+  const log = lines.join("");
+  expect(log).toContain(response.headers.get("x-request-id") as string);
+  for (const text of [word, secret, secret.slice(0, 20)]) expect(log).not.toContain(text);
+  if (answer.length > 4) expect(log).not.toContain(answer);
+});
+
+test("an address that others can reach needs keys", () => {
+  expect(() => checkServeConfig({ host: "0.0.0.0" })).toThrow(/0\.0\.0\.0 can be reached from other machines, and there are no keys/);
+  expect(checkServeConfig({ host: "0.0.0.0", insecureNoAuth: true }).port).toBe(8080);
+  expect(() => checkServeConfig({ prot: 1 }, "my.yaml")).toThrow("my.yaml: prot: there is no such option");
+  expect(() => checkServeConfig({ port: "x" }, "my.yaml")).toThrow(/^my\.yaml: port: /);
+});
+
+test("metrics: what was asked is counted; with a token only for those who have it", async () => {
+  const { url } = await startHere({ metricsToken: "0123456789abcdef" });
+  const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "x" });
+  await client.chat.completions.create({ model: "default", messages: [{ role: "user", content: "Hello" }], max_tokens: 3 });
+  expect((await fetch(`${url}/metrics`)).status).toBe(401);
+  const text = await (await fetch(`${url}/metrics`, { headers: { authorization: "Bearer 0123456789abcdef" } })).text();
+  expect(text).toMatch(/mixtape_requests_total\{route="\/v1\/chat\/completions",status="200"\} 1/);
+  expect(text).toMatch(/mixtape_tokens_total\{model="default",kind="completion"\} [123]\n/);
+  expect(text).toMatch(/mixtape_time_to_first_token_seconds_count\{model="default"\} 1/);
+  expect(text).toMatch(/mixtape_expert_load\{model="default",layer="0",expert="\d+"\} [1-9]/);
+});

@@ -1,0 +1,46 @@
+/** A server on the model that comes along, on a free port of this machine, and what tests ask it with. */
+import OpenAI from "openai";
+import { onTestFinished } from "vitest";
+import { checkServeConfig } from "../../src/server/config.ts";
+import { createServer, type Server } from "../../src/server/server.ts";
+
+export interface Running {
+  readonly server: Server;
+  readonly url: string;
+  readonly client: OpenAI;
+}
+
+/** Starts one; `log` gets every log line. */
+export async function start(config: object = {}, log?: (line: string) => void): Promise<Running> {
+  const checked = checkServeConfig({
+    port: 0,
+    logLevel: log ? "info" : "silent",
+    models: [{ name: "default", path: "default", kvCacheTokens: 32768 }],
+    ...config,
+  });
+  const server = await createServer(checked, log && { write: log });
+  const { url } = await server.start();
+  return { server, url, client: new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0 }) };
+}
+
+/** Starts one that ends with the test. */
+export async function startHere(config: object = {}, log?: (line: string) => void): Promise<Running> {
+  const running = await start({ drainTimeoutSeconds: 2, ...config }, log);
+  onTestFinished(() => running.server.stop());
+  return running;
+}
+
+/** The engine of the model that comes along: to see that nothing is left behind. */
+export async function engineOf({ server }: Running) {
+  const { model, release } = await server.catalog.use("default");
+  release();
+  return model.engine;
+}
+
+export async function post(url: string, path: string, body: unknown, headers: Record<string, string> = {}): Promise<Response> {
+  return fetch(`${url}${path}`, {
+    method: "POST",
+    headers: { "content-type": "application/json", ...headers },
+    body: typeof body === "string" ? body : JSON.stringify(body),
+  });
+}

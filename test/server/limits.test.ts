@@ -52,7 +52,7 @@ test("expired keys, keys of other models, and broken files", async () => {
   const list = await fetch(`${url}/v1/models`, { headers: { authorization: `Bearer ${other.secret}` } });
   expect(((await list.json()) as { data: object[] }).data).toEqual([]);
   writeFileSync(file, '{"version": 1, "keys": [{"id": 3}]}');
-  await expect(readKeys(file)).rejects.toThrow(/keys\.json: keys\.0\.id/);
+  await expect(readKeys(file)).rejects.toThrow(/keys\.json: not a key file: keys\.0\.id/);
   writeFileSync(file, "{");
   await expect(readKeys(file)).rejects.toThrow(/broken JSON/);
 });

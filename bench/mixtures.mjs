@@ -3,7 +3,7 @@
  * with more experts, of other formats, and memory and time of long inputs. Random weights of true widths. Writes the tables
  * and plots of docs/mixtures.md; each part is kept in bench/results/mixtures.json, so that parts can be measured apart.
  *
- *   npm run build && node bench/mixtures.mjs [--folder DIR] [--only dense,experts,formats,lengths] [--rounds 5] [--big MODEL]
+ *   npm run build && node bench/mixtures.mjs [--folder DIR] [--only dense,experts,formats,lengths,contexts] [--rounds 5] [--big MODEL]
  *
  * --folder keeps the models (20 GB); --big is what `lengths` reads long inputs with, else the 21B's shape in int4 is made (12 GB);
  * without --only everything is measured, with --only none the document is written again.
@@ -17,7 +17,8 @@ import * as echarts from "echarts";
 import { machineLimits } from "../dist/backend/native.js";
 import { measureInTurns } from "../dist/cli/rounds.js";
 import { Subject } from "../dist/cli/subject.js";
-import { quantize } from "../dist/index.js";
+import { GREEDY } from "../dist/engine/sampling.js";
+import { AutoModelForCausalLM, quantize } from "../dist/index.js";
 import { readConfig } from "../dist/model/config.js";
 import { parameters } from "../dist/model/ernie.js";
 import { PRESETS } from "../dist/model/presets.js";
@@ -25,7 +26,7 @@ import { PRESETS } from "../dist/model/presets.js";
 const { values: flags } = parseArgs({
   options: {
     folder: { type: "string" },
-    only: { type: "string", default: "dense,experts,formats,lengths" },
+    only: { type: "string", default: "dense,experts,formats,lengths,contexts" },
     rounds: { type: "string", default: "5" },
     "new-tokens": { type: "string", default: "24" },
     big: { type: "string" },
@@ -121,28 +122,43 @@ const PARTS = {
     for (const dtype of ["bf16", "int8", "int4"]) settings.push({ label: dtype, folder: await make("formats-4", mixture(4), dtype) });
     return compare(settings);
   },
+  /** The prefix cache holds the context, so that only generation takes time, and contexts can take turns. */
+  async contexts() {
+    const model = flags.big ?? (await make("21b-a3b", PRESETS["21b-a3b"], "int4"));
+    const { engine, config } = await AutoModelForCausalLM.from_pretrained(model, { ...options, kv_cache_tokens: 9216 });
+    const contexts = [16, 512, 1024, 2048, 4096, 8192];
+    const ids = Array.from({ length: contexts.at(-1) }, (_, i) => 20 + ((i * 7919) % (config.vocabSize - 20)));
+    const gap = async (context) => {
+      const times = [];
+      for await (const _ of engine.submit({ tokens: ids.slice(0, context), sampling: GREEDY, maxNewTokens: newTokens }))
+        times.push(performance.now());
+      const gaps = times.slice(1).map((t, i) => t - times[i]);
+      return gaps.sort((a, b) => a - b)[gaps.length >> 1];
+    };
+    await gap(ids.length); // reads all of it once
+    const measured = new Map(contexts.map((context) => [context, []]));
+    for (let round = 0; round < rounds; round++)
+      for (const context of contexts) measured.get(context).push({ own: await gap(context), none: await gap(16) });
+    await engine.dispose();
+    return contexts.slice(1).map((tokens) => {
+      const pairs = measured.get(tokens);
+      const slower = pairs.map(({ own, none }) => own / none - 1).sort((a, b) => a - b);
+      const own = pairs.map((p) => p.own).sort((a, b) => a - b);
+      return { tokens, ms: own[own.length >> 1], slower: { median: slower[slower.length >> 1], least: slower[0], most: slower.at(-1) } };
+    });
+  },
   async lengths() {
     const model = flags.big ?? (await make("21b-a3b", PRESETS["21b-a3b"], "int4"));
     const subject = await Subject.start({ model, folder: model, options: { ...options, kv_cache_tokens: 17408 } }, signal);
     try {
-      await subject.ask({ kind: "prompt", tokens: 512, seed: 1 });
-      await subject.ask({ kind: "prompt", tokens: 512, seed: 2 });
+      for (let seed = 1; seed <= 5; seed++) await subject.ask({ kind: "prompt", tokens: 512, seed: -seed }); // until all weights are mapped
       const list = [];
       for (const tokens of [512, 1024, 2048, 4096, 8192, 16384]) {
         process.stderr.write(`  ${tokens} tokens\n`);
         const short = await subject.ask({ kind: "prompt", tokens: 512, seed: tokens }); // beside it, for the ratio
         const seconds = await subject.ask({ kind: "prompt", tokens, seed: 3 });
-        const generate = await subject.ask({ kind: "generate", context: 16, newTokens, seed: tokens });
         const { privateBytes } = await subject.ask({ kind: "memory" });
-        list.push({ tokens, seconds, ratio: seconds / tokens / (short / 512), privateBytes, shortGeneration: newTokens / generate });
-      }
-      for (const each of list) {
-        if (each.tokens > 8192) continue; // a generation is measured behind a prompt of that length, read anew
-        process.stderr.write(`  generation after ${each.tokens} tokens\n`);
-        const own = await subject.ask({ kind: "generate", context: each.tokens, newTokens, seed: 4 });
-        const none = await subject.ask({ kind: "generate", context: 16, newTokens, seed: 4 });
-        each.generation = newTokens / own;
-        each.generationLoss = 1 - none / own;
+        list.push({ tokens, seconds, ratio: seconds / tokens / (short / 512), privateBytes });
       }
       return list;
     } finally {
@@ -239,23 +255,13 @@ function document() {
     "lengths",
     "Memory and time of long inputs",
     "The 21B's shape, 28 layers, int4 with an int8 cache, read in steps of 512 tokens. Private memory is all that is not the mapped file: cache, activations, the process. The ratio is the time of a token beside that in a prompt of 512 read just before.",
-    [
-      "prompt",
-      "seconds",
-      "tokens/s",
-      "time of a token, ratio to 512",
-      "private memory",
-      "generation after it, tokens/s",
-      "lost beside no context",
-    ],
+    ["prompt", "seconds", "tokens/s", "time of a token, ratio to 512", "private memory"],
     (r) => [
       r.tokens.toLocaleString("en"),
       r.seconds.toFixed(1),
       (r.tokens / r.seconds).toFixed(1),
       `${r.ratio.toFixed(2)} x`,
       `${(r.privateBytes / 2 ** 30).toFixed(2)} GiB`,
-      r.generation ? r.generation.toFixed(1) : "",
-      r.generation ? `${(100 * r.generationLoss).toFixed(0)} %` : "",
     ],
     (rows) => ({
       title: { text: "A prompt's tokens a second, and private memory, by length" },
@@ -270,6 +276,17 @@ function document() {
         { type: "line", name: "private memory, GiB", yAxisIndex: 1, data: rows.map((r) => Number((r.privateBytes / 2 ** 30).toFixed(2))) },
       ],
     }),
+  );
+  say(
+    "contexts",
+    "Generation after long contexts",
+    "The same model; the time of a token beside that after 16 tokens, measured in turns, round by round.",
+    ["context", "ms a token", "more than after 16 tokens"],
+    (r) => [
+      r.tokens.toLocaleString("en"),
+      r.ms.toFixed(1),
+      `${(100 * r.slower.median).toFixed(1)} % (${(100 * r.slower.least).toFixed(1)} to ${(100 * r.slower.most).toFixed(1)})`,
+    ],
   );
   return `${lines.join("\n")}\n`;
 }

@@ -14,11 +14,14 @@ const FORBIDDEN = [
   ["backend", "../engine/engine.ts"],
   ["model", "../backend/native.ts"],
   ["engine", "../tokenizer/tokenizer.ts"],
+  ["server", "../cli/serve.ts"],
+  ["web", "../server/served.ts"],
 ];
 const ALLOWED = [
   ["graph", "../tensor/shape.ts"],
   ["model", "../graph/graph.ts"],
   ["engine", "../model/ernie.ts"],
+  ["server", "../engine/engine.ts"],
 ];
 
 test("imports against the layers are errors, the others are not", () => {

@@ -103,10 +103,14 @@ function start(model) {
       child.once("message", resolve);
       child.once("exit", (code) => reject(new Error(`${model}: its process ended with ${code}`)));
     });
-  return { ready: answer(), ask: () => {
+  return {
+    ready: answer(),
+    ask: () => {
       child.send("round");
       return answer();
-    }, stop: () => child.kill("SIGKILL") };
+    },
+    stop: () => child.kill("SIGKILL"),
+  };
 }
 
 async function main() {

@@ -142,9 +142,7 @@ export function resolveGeneration(options: GenerationOptions, defaults: Record<s
   const maxLength = whole("max_length", pick("max_length"), 1);
   return {
     sampling,
-    stopIds:
-      eos ??
-      (defaults["eos_token_id"] != null ? readIds(defaults["eos_token_id"], "generation_config.json: eos_token_id") : config.eosTokenIds),
+    stopIds: eos ?? endTokenIds(defaults, config),
     stopStrings,
     answers,
     maxNewTokens(promptLength) {
@@ -155,6 +153,12 @@ export function resolveGeneration(options: GenerationOptions, defaults: Record<s
       return maxLength - promptLength;
     },
   };
+}
+
+/** Ids that end an answer: those of generation_config.json, else of config.json. */
+export function endTokenIds(defaults: Readonly<Record<string, unknown>>, config: ErnieConfig): readonly number[] {
+  const eos = defaults["eos_token_id"];
+  return eos == null ? config.eosTokenIds : readIds(eos, "generation_config.json: eos_token_id");
 }
 
 /** Prompts as `generate` and `forward` take them: rows of ids, and which of them count. */

@@ -33,6 +33,7 @@ const program = new Command("mixtape")
     examples(
       ["mixtape chat", "talk with the model that comes along"],
       ['mixtape generate "你好" --greedy', "continue a text"],
+      ["mixtape serve", "an OpenAI-compatible service and a page to chat, on this machine"],
       ['mixtape routing "你好" --svg routing.svg', "see which experts a prompt uses"],
       ["mixtape serve", "answer many users over HTTP"],
       ["mixtape generate --help", "the options of a command"],

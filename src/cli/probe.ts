@@ -89,7 +89,11 @@ async function answer(request: Request): Promise<unknown> {
 
 async function load({ folder, options }: Extract<Request, { kind: "load" }>): Promise<Loaded> {
   const start = performance.now();
-  model = await loadModel(folder, { ...options, warning_callback: (message) => process.stderr.write(`mixtape: ${message}\n`) });
+  model = await loadModel(folder, {
+    ...options,
+    prefix_cache: false,
+    warning_callback: (message) => process.stderr.write(`mixtape: ${message}\n`),
+  });
   const readySeconds = (performance.now() - start) / 1000;
   const { config, engine, backend, weights } = model;
   await run(Math.min(FIRST_PROMPT, config.maxPositions - 1), 1, 0);

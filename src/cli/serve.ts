@@ -34,16 +34,16 @@ async function serve(flags: ServeFlags): Promise<void> {
   const config = await settings(flags);
   const server = await createServer(config);
   const ended = untilSignalled(server);
-  announce(config, (await server.start()).url);
+  announce(config, await server.start());
   await ended;
 }
 
 /** Tells on standard error what there is; standard output is the log. */
-function announce(config: ServeConfig, url: string): void {
+function announce(config: ServeConfig, { url, grpcPort }: Awaited<ReturnType<Server["start"]>>): void {
   const { bold } = colours(process.stderr);
   const names = config.models.map(({ name }) => name).join(", ");
   notice(`mixtape serves ${names} at ${bold(url)} (${config.keys === undefined ? "no API keys asked for" : "API keys needed"})`);
-  notice(`  API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}`);
+  notice(`  API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}${grpcPort === null ? "" : `; gRPC on port ${grpcPort}`}`);
 }
 
 /** Resolves when the server has gone down. The first SIGTERM or Ctrl-C lets running requests end, the second leaves at once. */

@@ -1,11 +1,12 @@
 /** Models by name: loaded when first asked for, shared by all who use them, unloaded when idle or when room is needed. */
+import { endTokenIds } from "../api/generation.ts";
 import { loadModel } from "../api/load.ts";
 import { resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { kvBytesPerToken } from "../engine/engine.ts";
-import { readConfig, readIds } from "../model/config.ts";
+import { readConfig } from "../model/config.ts";
 import { measure } from "../model/size.ts";
 import type { ModelConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
@@ -127,8 +128,6 @@ export class ModelCatalog implements Catalog {
       });
       entry.bytes = weightBytes + engine.cache.count * BLOCK_TOKENS * engine.kvBytesPerToken;
       const generationConfig = checkpoint.generationConfig ?? {};
-      const eos = generationConfig["eos_token_id"];
-      const stopIds = eos == null ? config.eosTokenIds : readIds(eos, "generation_config.json: eos_token_id");
       entry.model = {
         name,
         created: entry.created,
@@ -136,7 +135,7 @@ export class ModelCatalog implements Catalog {
         tokenizer,
         engine,
         generationConfig,
-        grammars: new Grammars(tokenizer, config.vocabSize, stopIds),
+        grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(generationConfig, config)),
       };
       onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes });
       return entry.model;

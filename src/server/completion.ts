@@ -2,9 +2,11 @@
  * One answer: from a request to a stream of events. Renders and encodes the prompt, lets the engine generate, and turns ids
  * into whole characters, reasoning, tool calls and what else was asked for. Knows no protocol.
  */
+import { endTokenIds } from "../api/generation.ts";
 import { likeliest } from "../api/model.ts";
+import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import type { Constraint, GeneratedToken } from "../engine/sequence.ts";
-import { isMoeLayer, readIds } from "../model/config.ts";
+import { isMoeLayer } from "../model/config.ts";
 import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { ServerError } from "./errors.ts";
@@ -26,7 +28,7 @@ export async function* complete(model: ServedModel, request: CompletionRequest):
   const { engine, tokenizer, config } = model;
   const dialect = dialectOf(tokenizer);
   const { tokens, text: rendered } = promptOf(tokenizer, request.prompt, dialect);
-  const longest = Math.min(config.maxPositions, engine.cache.count * 32);
+  const longest = Math.min(config.maxPositions, engine.cache.count * BLOCK_TOKENS);
   if (tokens.length === 0)
     throw new ServerError("invalid_request", "the prompt is empty: at least one token is needed", { param: promptParam(request.prompt) });
   if (tokens.length >= longest)
@@ -61,7 +63,8 @@ export async function* complete(model: ServedModel, request: CompletionRequest):
     }
   }
 
-  const stopIds = stopIdsOf(model);
+  const stopIds = endTokenIds(model.generationConfig, config);
+  const constraint = await constrained(model, request);
   const stream = engine.submit({
     tokens,
     sampling: request.sampling,
@@ -70,7 +73,7 @@ export async function* complete(model: ServedModel, request: CompletionRequest):
     wantLogits: (request.logprobs ?? 0) > 0,
     wantRouting: request.routing && layers.length > 0,
     owner: request.owner,
-    ...(await constrained(model, request)),
+    ...(constraint ? { constraint } : {}),
     signal: anyOf(request.signal, leave.signal),
   });
   try {
@@ -97,6 +100,7 @@ export async function* complete(model: ServedModel, request: CompletionRequest):
     yield { kind: "end", reason: finish, usage };
   } finally {
     leave.abort();
+    constraint?.dispose();
   }
 }
 
@@ -145,12 +149,7 @@ function promptParam(prompt: Prompt): string {
   return prompt.kind === "chat" ? "messages" : "prompt";
 }
 
-function stopIdsOf({ generationConfig, config }: ServedModel): number[] {
-  const eos = generationConfig["eos_token_id"];
-  return eos == null ? [...config.eosTokenIds] : readIds(eos, "generation_config.json: eos_token_id");
-}
-
-async function constrained(model: ServedModel, { format, prompt }: CompletionRequest): Promise<{ constraint?: Constraint }> {
+async function constrained(model: ServedModel, { format, prompt }: CompletionRequest): Promise<(Constraint & { dispose(): void }) | null> {
   let shape: Shape | null = null;
   let param = "response_format";
   if (format.kind === "json") shape = { kind: "json" };
@@ -163,7 +162,7 @@ async function constrained(model: ServedModel, { format, prompt }: CompletionReq
     shape = { kind: "calls", tools, several: toolChoice === "required" && !prompt.oneToolCall };
     param = "tools";
   }
-  return shape ? { constraint: await model.grammars.constraint(shape, param) } : {};
+  return shape && model.grammars.constraint(shape, param);
 }
 
 function logprobOf(tokenizer: Tokenizer, { id, logprob, logits }: GeneratedToken, alternatives: number): CompletionEvent {

@@ -39,20 +39,26 @@ export class Grammars {
     this.#stopIds = [...stopIds];
   }
 
-  /** @throws ServerError `invalid_request` naming `param` when the schema cannot be enforced */
-  async constraint(shape: Shape, param: string): Promise<Constraint> {
+  /** The caller disposes of it, also where the answer did not come to its end. @throws ServerError `invalid_request` naming `param` when the schema cannot be enforced */
+  async constraint(shape: Shape, param: string): Promise<Constraint & { dispose(): void }> {
     const grammar = await this.#find(shape, param);
     const { xgrammar } = await this.#open();
     const matcher = await xgrammar.GrammarMatcher.createGrammarMatcher(grammar, this.#stopIds);
+    let over = false;
+    const dispose = () => {
+      if (!over) matcher.dispose();
+      over = true;
+    };
     return {
       async next() {
-        return matcher.isTerminated() ? null : await matcher.getNextTokenBitmask();
+        return over ? null : await matcher.getNextTokenBitmask();
       },
       accept(id) {
-        if (!matcher.isTerminated() && !matcher.acceptToken(id))
-          throw new Error(`internal: the grammar refuses token ${id}, which its mask allowed`);
-        if (matcher.isTerminated()) matcher.dispose();
+        if (over) return;
+        if (!matcher.acceptToken(id)) throw new Error(`internal: the grammar refuses token ${id}, which its mask allowed`);
+        if (matcher.isTerminated()) dispose();
       },
+      dispose,
     };
   }
 
@@ -70,9 +76,14 @@ export class Grammars {
     this.#compiled.delete(key);
     const compiling = known ?? this.#compile(shape);
     this.#compiled.set(key, compiling);
-    for (const [oldest] of this.#compiled) {
+    for (const [oldest, grammar] of this.#compiled) {
       if (this.#compiled.size <= KEPT) break;
       this.#compiled.delete(oldest);
+      // Matchers that still use it hold what they need.
+      grammar.then(
+        (g) => g.dispose(),
+        () => {},
+      );
     }
     try {
       return await compiling;

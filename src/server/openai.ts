@@ -6,7 +6,7 @@ import { promptOf } from "./completion.ts";
 import { ServerError } from "./errors.ts";
 import { errorBody } from "./replies.ts";
 import { ChatBody, CompletionBody, chatRequest, completionRequest, EmbeddingBody, promptsOf } from "./schemas.ts";
-import type { Caller, CompletionEvent, CompletionRequest, FinishReason, ServedModel, TokenLogprob, Usage } from "./served.ts";
+import type { Caller, CompletionEvent, CompletionRequest, FinishReason, TokenLogprob, Usage } from "./served.ts";
 import { answer, type Services, withModel } from "./services.ts";
 import { EventStream } from "./sse.ts";
 
@@ -371,5 +371,3 @@ function unitLength(v: Float32Array): Float32Array {
 function now(): number {
   return Math.floor(Date.now() / 1000);
 }
-
-export type { ServedModel };

@@ -8,6 +8,7 @@ import { ModelCatalog } from "./catalog.ts";
 import { isLoopback, type ServeConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
 import { Gate } from "./gate.ts";
+import { type Grpc, startGrpc } from "./grpc.ts";
 import { createHttp, guard } from "./http.ts";
 import { registerInspection } from "./inspect.ts";
 import { createLogger } from "./logs.ts";
@@ -28,7 +29,7 @@ export interface Server {
   readonly catalog: ModelCatalog;
   readonly gate: Gate;
   /** Listens, then loads the models that it is not ready without. Rejects, and is closed, when either fails. */
-  start(): Promise<{ readonly url: string }>;
+  start(): Promise<{ readonly url: string; readonly grpcPort: number | null }>;
   /** Reads the files of TLS again. */
   reload(): void;
   /** Stops accepting, lets running requests end, and closes; those that last longer than `drainTimeoutSeconds` are cut off. */
@@ -87,8 +88,11 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
   if (certificate) certificate.onChange = (pair) => (app.server as unknown as SecureServer).setSecureContext(pair);
 
   let metricsServer: HttpServer | null = null;
+  let grpc: Grpc | null = null;
   const close = async (): Promise<void> => {
     state.phase = "draining";
+    await grpc?.close(0);
+    grpc = null;
     metricsServer?.close();
     metricsServer?.closeAllConnections();
     app.server.closeAllConnections();
@@ -109,9 +113,17 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
         if (config.keys === undefined && !isLoopback(config.host)) log.warn("anybody who reaches this address may use the server");
         const { metricsPort } = config;
         if (config.metrics && metricsPort !== null) metricsServer = await serveMetrics({ ...config, metricsPort }, gate, metrics);
+        if (config.grpcPort !== null)
+          grpc = await startGrpc(config.grpcHost ?? config.host, config.grpcPort, {
+            services,
+            admit: (secret) => gate.admit(secret),
+            onError: (err) => log.error({ err }, "a call failed"),
+            ...(certificate ? { tls: certificate.current } : {}),
+            maxMessageBytes: config.maxBodyBytes,
+          });
         await catalog.preload();
         if (state.phase === "starting") state.phase = "ready";
-        return { url: urlOf(app, certificate !== null) };
+        return { url: urlOf(app, certificate !== null), grpcPort: grpc?.port ?? null };
       } catch (error) {
         stopping ??= close();
         await stopping;
@@ -126,7 +138,10 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
         gate.admission.close();
         app.server.close(); // no new connections; those that are there end with their answers
         app.server.closeIdleConnections();
+        const calls = grpc?.close(config.drainTimeoutSeconds * 1000);
         const cut = await responses.drain(config.drainTimeoutSeconds);
+        await calls;
+        grpc = null;
         log[cut ? "warn" : "info"]({ cut }, "drained");
         await close();
       })();

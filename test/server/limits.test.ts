@@ -1,5 +1,7 @@
 /** Who may ask and how much: keys, rates, budgets, room; and what the server says to those who may not. */
+import { spawnSync } from "node:child_process";
 import { readFileSync, statSync, writeFileSync } from "node:fs";
+import { get } from "node:https";
 import { join } from "node:path";
 import OpenAI from "openai";
 import { expect, test } from "vitest";
@@ -137,4 +139,67 @@ test("metrics: what was asked is counted; with a token only for those who have i
   expect(text).toMatch(/mixtape_tokens_total\{model="default",kind="completion"\} [123]\n/);
   expect(text).toMatch(/mixtape_time_to_first_token_seconds_count\{model="default"\} 1/);
   expect(text).toMatch(/mixtape_expert_load\{model="default",layer="0",expert="\d+"\} [1-9]/);
+});
+
+test.skipIf(spawnSync("openssl", ["version"]).error)("TLS: over HTTPS with a certificate of one's own (needs openssl)", async () => {
+  const folder = temporary();
+  const [cert, key] = [join(folder, "tls.crt"), join(folder, "tls.key")];
+  const made = spawnSync("openssl", [
+    "req",
+    "-x509",
+    "-newkey",
+    "rsa:2048",
+    "-nodes",
+    "-keyout",
+    key,
+    "-out",
+    cert,
+    "-days",
+    "2",
+    "-subj",
+    "/CN=localhost",
+  ]);
+  expect(made.status, String(made.stderr)).toBe(0);
+  const { url } = await startHere({ tls: { cert, key } });
+  expect(url).toMatch(/^https:/);
+  const status = await new Promise((resolve, reject) => {
+    get(`${url}/ready`, { ca: readFileSync(cert), servername: "localhost" }, (response) => resolve(response.statusCode)).on(
+      "error",
+      reject,
+    );
+  });
+  expect(status).toBe(200);
+});
+
+test("several models: loaded when asked for, the idle one unloaded where the budget needs its room", async () => {
+  const bytes = statSync(new URL("../../models/small-moe/model.safetensors", import.meta.url)).size;
+  const models = ["a", "b", "c"].map((name) => ({ name, path: "default", preload: false, kvCacheTokens: 1024 }));
+  const { url, server } = await startHere({ models, memoryBudgetBytes: Math.floor(2.5 * (bytes + 1024 * 2048)) });
+  const loaded = () => server.catalog.list().flatMap((m) => (m.loaded ? [m.name] : []));
+  expect(loaded()).toEqual([]);
+  for (const [model, after] of [
+    ["a", ["a"]],
+    ["b", ["a", "b"]],
+    ["a", ["a", "b"]],
+    ["c", ["a", "c"]], // b was used longest ago
+  ] as const) {
+    expect((await post(url, "/v1/chat/completions", { ...BODY, model })).status).toBe(200);
+    expect(loaded()).toEqual(after);
+  }
+  const busy = await Promise.all(["a", "c"].map((name) => server.catalog.use(name)));
+  expect((await post(url, "/v1/chat/completions", { ...BODY, model: "b" })).status).toBe(429);
+  for (const { release } of busy) release();
+  expect((await post(url, "/v1/chat/completions", { ...BODY, model: "b" })).status).toBe(200);
+});
+
+test("a model that cannot be loaded is 503, says so in the log alone, and can be asked for again", async () => {
+  const lines: string[] = [];
+  const models = [{ name: "gone", path: "/no/such/folder", preload: false }];
+  const { url } = await startHere({ models }, (line) => lines.push(line));
+  for (let i = 0; i < 2; i++) {
+    const response = await post(url, "/v1/chat/completions", { ...BODY, model: "gone" });
+    expect(response.status).toBe(503);
+    expect(await response.text()).not.toContain("/no/such/folder");
+  }
+  expect(lines.join("")).toContain("/no/such/folder: no such folder");
 });

@@ -1,0 +1,262 @@
+/**
+ * The server under load: streams at once, each compared with what it says alone; what happens beyond the room there is; the
+ * second turn of a long conversation; and models without a tokenizer on the engine alone. Server and clients share the machine.
+ *
+ *   npm run build && node bench/serving.mjs [--users 1,8,32,256] [--new-tokens 100] [--rounds 3] [--engine MODEL] [--json]
+ */
+import { spawn } from "node:child_process";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+import autocannon from "autocannon";
+import { AutoModelForCausalLM } from "../dist/index.js";
+
+const { values: flags } = parseArgs({
+  options: {
+    users: { type: "string", default: "1,8,32,256" },
+    "new-tokens": { type: "string", default: "100" },
+    rounds: { type: "string", default: "3" },
+    engine: { type: "string" },
+    threads: { type: "string", default: "2" },
+    json: { type: "boolean", default: false },
+  },
+});
+const newTokens = Number(flags["new-tokens"]);
+const rounds = Number(flags.rounds);
+const cli = fileURLToPath(new URL("../bin/mixtape.js", import.meta.url));
+const sorted = (list) => [...list].sort((a, b) => a - b);
+const quantile = (list, q) => sorted(list)[Math.min(list.length - 1, Math.floor(q * list.length))] ?? Number.NaN;
+const median = (list) => quantile(list, 0.5);
+const results = {};
+
+/** A server of its own, and what it says of itself. */
+async function serve(args = []) {
+  const child = spawn(process.execPath, [cli, "serve", "--port", "0", "--log-level", "error", "--threads", flags.threads, ...args], {
+    stdio: ["ignore", "ignore", "pipe"],
+  });
+  let said = "";
+  for await (const part of child.stderr) {
+    said += part;
+    if (/ at http/.test(said)) break;
+  }
+  child.stderr.resume();
+  const url = / at (http\S+) /.exec(said)[1];
+  return { url, stop: () => child.kill("SIGKILL"), figures: async () => parse(await (await fetch(`${url}/metrics`)).text()) };
+}
+
+function parse(text) {
+  return new Map([...text.matchAll(/^([a-z_0-9]+)(?:\{[^}]*\})? (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
+}
+
+const TOPICS = ["hotel", "train", "museum", "river", "poem", "spreadsheet", "restaurant", "taxi"];
+const question = (i) => `Tell me about the ${TOPICS[i % TOPICS.length]} number ${i % 16}.`;
+
+/** One streamed answer: its text, when each piece came, and the status. */
+async function ask(url, content, more = {}) {
+  const start = performance.now();
+  const response = await fetch(`${url}/v1/chat/completions`, {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({
+      model: "default",
+      messages: Array.isArray(content) ? content : [{ role: "user", content }],
+      temperature: 0,
+      max_tokens: newTokens,
+      stream: true,
+      logit_bias: { 2: -100, 5: -100 }, // nobody ends early
+      ...more,
+    }),
+  });
+  const times = [];
+  let [text, held] = ["", ""];
+  if (response.status !== 200) await response.arrayBuffer();
+  else
+    for await (const part of response.body.pipeThrough(new TextDecoderStream())) {
+      held += part;
+      const events = held.split("\n\n");
+      held = events.pop();
+      for (const event of events) {
+        const piece = /"content":"((?:[^"\\]|\\.)+)"/.exec(event)?.[1];
+        if (piece === undefined) continue;
+        text += piece;
+        times.push(performance.now() - start);
+      }
+    }
+  return { status: response.status, text, times, ms: performance.now() - start, retryAfter: response.headers.get("retry-after") };
+}
+
+async function crowd() {
+  const server = await serve();
+  try {
+    const alone = [];
+    for (let i = 0; i < 16; i++) alone.push((await ask(server.url, question(i))).text);
+    const table = [];
+    for (const users of flags.users.split(",").map(Number)) {
+      const each = [];
+      for (let round = 0; round < rounds; round++) {
+        const before = await server.figures();
+        const start = performance.now();
+        const answers = await Promise.all(Array.from({ length: users }, (_, i) => ask(server.url, question(i))));
+        const seconds = (performance.now() - start) / 1000;
+        const after = await server.figures();
+        const inSteps = after.get("mixtape_step_seconds_sum") - before.get("mixtape_step_seconds_sum");
+        each.push({
+          tokensPerSecond: (users * newTokens) / seconds,
+          same: answers.filter((a, i) => a.text === alone[i % 16]).length,
+          first: answers.map((a) => a.times[0]),
+          gaps: answers.flatMap((a) => a.times.slice(1).map((t, i) => t - a.times[i])),
+          outsideSteps: 1 - inSteps / seconds,
+          loopLagMs: 1000 * after.get("mixtape_nodejs_eventloop_lag_p99_seconds"),
+        });
+      }
+      table.push({
+        users,
+        tokensPerSecond: median(each.map((e) => e.tokensPerSecond)),
+        sameAsAlone: `${Math.min(...each.map((e) => e.same))} of ${users}`,
+        firstMs: {
+          median: median(each.flatMap((e) => e.first)),
+          p99: quantile(
+            each.flatMap((e) => e.first),
+            0.99,
+          ),
+        },
+        gapMs: {
+          median: median(each.flatMap((e) => e.gaps)),
+          p99: quantile(
+            each.flatMap((e) => e.gaps),
+            0.99,
+          ),
+        },
+        outsideSteps: median(each.map((e) => e.outsideSteps)),
+        loopLagMs: median(each.map((e) => e.loopLagMs)),
+      });
+    }
+    return table;
+  } finally {
+    server.stop();
+  }
+}
+
+/** Four times as many as there is room for. */
+async function overload() {
+  const room = 32;
+  const server = await serve(["--max-in-progress", String(room)]);
+  try {
+    const wave = (n) => Promise.all(Array.from({ length: n }, (_, i) => ask(server.url, question(i))));
+    await wave(room);
+    const [calm, full] = [[], []];
+    const refused = [];
+    for (let round = 0; round < rounds; round++) {
+      calm.push(median((await wave(room)).map((a) => a.ms)));
+      const answers = await wave(4 * room);
+      full.push(median(answers.filter((a) => a.status === 200).map((a) => a.ms)));
+      refused.push(...answers.filter((a) => a.status === 429));
+    }
+    return {
+      room,
+      asked: 4 * room,
+      refused: refused.length / rounds,
+      allSayWhen: refused.every((a) => Number(a.retryAfter) > 0),
+      refusedMs: {
+        median: median(refused.map((a) => a.ms)),
+        p99: quantile(
+          refused.map((a) => a.ms),
+          0.99,
+        ),
+      },
+      admittedSeconds: { at1x: median(calm) / 1000, at4x: median(full) / 1000 },
+    };
+  } finally {
+    server.stop();
+  }
+}
+
+/** The first token of a long conversation's second turn, beside a conversation as long that nobody has seen. */
+async function secondTurn() {
+  const server = await serve();
+  try {
+    const [fresh, known] = [[], []];
+    for (let round = 0; round < rounds; round++) {
+      const long = (seed) => `${seed} ${"The train leaves the station at nine and arrives in the evening. ".repeat(130)}`;
+      const turns = (seed, answer) => [
+        { role: "user", content: long(seed) },
+        { role: "assistant", content: answer },
+        { role: "user", content: "And then?" },
+      ];
+      const first = await ask(server.url, turns(`a${round}`, "x").slice(0, 1), { max_tokens: 8 });
+      known.push((await ask(server.url, turns(`a${round}`, first.text), { max_tokens: 2 })).times[0]);
+      fresh.push((await ask(server.url, turns(`b${round}`, first.text), { max_tokens: 2 })).times[0]);
+    }
+    return { freshMs: median(fresh), knownMs: median(known), ratio: median(fresh.map((f, i) => f / known[i])) };
+  } finally {
+    server.stop();
+  }
+}
+
+/** Requests that need no model: what HTTP itself costs. */
+async function plain() {
+  const server = await serve();
+  try {
+    const body = JSON.stringify({ model: "default", text: "Hello" });
+    const { requests, latency } = await autocannon({
+      url: `${server.url}/tokenize`,
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body,
+      connections: 32,
+      duration: 5,
+    });
+    return { requestsPerSecond: requests.average, latencyMs: { median: latency.p50, p99: latency.p99 } };
+  } finally {
+    server.stop();
+  }
+}
+
+/** Users of the engine alone, tokens a second. */
+async function engineOnly(model) {
+  const loaded = await AutoModelForCausalLM.from_pretrained(model, { threads: Number(flags.threads), kv_cache_tokens: 16384 });
+  const table = [];
+  for (const users of [1, 4, 16]) {
+    const input_ids = Array.from({ length: users }, (_, u) => Array.from({ length: 16 }, (_, i) => 300 + ((i * 7 + u * 131) % 5000)));
+    const options = { input_ids, max_new_tokens: 24, eos_token_id: null, do_sample: false };
+    await loaded.generate(options);
+    const speeds = [];
+    for (let round = 0; round < rounds; round++) {
+      const start = performance.now();
+      await loaded.generate(options);
+      speeds.push((users * 24 * 1000) / (performance.now() - start));
+    }
+    table.push({ users, tokensPerSecond: median(speeds) });
+  }
+  await loaded.dispose();
+  return table;
+}
+
+if (flags.engine) results.engine = await engineOnly(flags.engine);
+else {
+  results.crowd = await crowd();
+  results.overload = await overload();
+  results.secondTurn = await secondTurn();
+  results.plain = await plain();
+}
+if (flags.json) console.log(JSON.stringify(results, null, 1));
+else {
+  const f = (x, digits = 1) => x.toFixed(digits).padStart(8);
+  for (const r of results.engine ?? []) console.log(`${String(r.users).padStart(4)} users ${f(r.tokensPerSecond)} tokens/s`);
+  for (const r of results.crowd ?? [])
+    console.log(
+      `${String(r.users).padStart(4)} streams ${f(r.tokensPerSecond, 0)} tokens/s   as alone: ${r.sameAsAlone.padEnd(10)}  first token ${f(r.firstMs.median)} ms (p99 ${f(r.firstMs.p99)})   between tokens ${f(r.gapMs.median, 2)} ms (p99 ${f(r.gapMs.p99, 2)})   outside steps ${f(100 * r.outsideSteps)} %   loop late p99 ${f(r.loopLagMs)} ms`,
+    );
+  if (results.overload) {
+    const { room, asked, refused, allSayWhen, refusedMs, admittedSeconds: s } = results.overload;
+    console.log(
+      `room for ${room}, ${asked} ask: ${refused} get 429${allSayWhen ? " with Retry-After" : ""}, in ${f(refusedMs.median)} ms (p99 ${f(refusedMs.p99)}); admitted take ${s.at4x.toFixed(2)} s (${s.at1x.toFixed(2)} s without the others)`,
+    );
+    const { freshMs, knownMs, ratio } = results.secondTurn;
+    console.log(
+      `second turn of a long conversation: first token after ${f(knownMs)} ms, of one that is new ${f(freshMs)} ms: ${ratio.toFixed(1)} x`,
+    );
+    const { requestsPerSecond, latencyMs } = results.plain;
+    console.log(`/tokenize: ${f(requestsPerSecond, 0)} requests/s, ${latencyMs.median} ms (p99 ${latencyMs.p99})`);
+  }
+}
+process.exit(0);

@@ -49,7 +49,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     limits: {
       running: config.maxInProgress,
       queued: config.maxQueued,
-      perOwner: config.maxInProgressPerKey,
+      perOwner: config.keys === undefined ? null : config.maxInProgressPerKey,
       queueSeconds: config.queueTimeoutSeconds,
     },
     log,
@@ -68,6 +68,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     catalog,
     observer: metrics,
     maxTokens: config.maxTokens,
+    maxPromptTokens: config.maxPromptTokens,
     account: (caller, { promptTokens, completionTokens }) => gate.charge(caller.id, promptTokens + completionTokens),
   };
   const responses = new Responses(config.stallTimeoutSeconds, () => log.warn("cut off a client that took nothing of its answer"));

@@ -16,6 +16,8 @@ export interface Services {
   readonly observer: Observer;
   /** Answers with so many tokens at most, whatever was asked for; null: no limit. */
   readonly maxTokens: number | null;
+  /** Refuses longer prompts; null: those that the model can't take. */
+  readonly maxPromptTokens: number | null;
   /** Takes what was used off the caller's budget. */
   account(caller: Caller, usage: Usage): void;
 }
@@ -41,7 +43,14 @@ export async function* answer(
   model: ServedModel,
   request: CompletionRequest,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
-  const { observer, maxTokens } = services;
+  const { observer, maxTokens, maxPromptTokens } = services;
+  if (maxPromptTokens !== null) {
+    const { length } = promptOf(model.tokenizer, request.prompt).tokens;
+    if (length > maxPromptTokens)
+      throw new ServerError("context_length_exceeded", `the prompt has ${length} tokens; this server takes ${maxPromptTokens}`, {
+        param: request.prompt.kind === "chat" ? "messages" : "prompt",
+      });
+  }
   const limited = maxTokens === null ? request : { ...request, maxTokens: Math.min(request.maxTokens ?? maxTokens, maxTokens) };
   let last = performance.now();
   let pieces = 0;

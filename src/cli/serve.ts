@@ -42,8 +42,9 @@ async function serve(flags: ServeFlags): Promise<void> {
 function announce(config: ServeConfig, { url, grpcPort }: Awaited<ReturnType<Server["start"]>>): void {
   const { bold } = colours(process.stderr);
   const names = config.models.map(({ name }) => name).join(", ");
-  notice(`mixtape serves ${names} at ${bold(url)} (${config.keys === undefined ? "no API keys asked for" : "API keys needed"})`);
-  notice(`  API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}${grpcPort === null ? "" : `; gRPC on port ${grpcPort}`}`);
+  const keys = config.keys === undefined ? "no API keys asked for" : "API keys needed";
+  const grpc = grpcPort === null ? "" : `; gRPC on port ${grpcPort}`;
+  notice(`mixtape serves ${names} at ${bold(url)} (${keys}); API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}${grpc}`);
 }
 
 /** Resolves when the server has gone down. The first SIGTERM or Ctrl-C lets running requests end, the second leaves at once. */

@@ -35,21 +35,31 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
             ...head,
             object: "chat.completion",
             choices: answers.map((a, index) => ({ index, ...a.choice() })),
-            usage: usageOf(answers.map((a) => a.usage)),
+            usage: usageOf(
+              answers.map((a) => a.usage),
+              body.n ?? 1,
+            ),
           });
         }
         const chunk = { ...head, object: "chat.completion.chunk" };
         return stream(reply, async (out) => {
-          for (const index of requests.keys())
-            await out.send({
-              ...chunk,
-              choices: [{ index, delta: { role: "assistant", content: "" }, logprobs: null, finish_reason: null }],
-            });
+          const begun = new Set<number>();
           await each(requests, events, async (index, event) => {
             const choice = answers[index].delta(event);
+            const first = { index, delta: { role: "assistant", content: "" }, logprobs: null, finish_reason: null };
+            if (!begun.has(index)) await out.send({ ...chunk, choices: [first] });
+            begun.add(index);
             if (choice) await out.send({ ...chunk, choices: [{ index, ...choice }] });
           });
-          if (body.stream_options?.include_usage) await out.send({ ...chunk, choices: [], usage: usageOf(answers.map((a) => a.usage)) });
+          if (body.stream_options?.include_usage)
+            await out.send({
+              ...chunk,
+              choices: [],
+              usage: usageOf(
+                answers.map((a) => a.usage),
+                body.n ?? 1,
+              ),
+            });
         });
       }),
   );
@@ -69,7 +79,10 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
         return reply.send({
           ...head,
           choices: answers.map((a, index) => ({ index, ...a.choice() })),
-          usage: usageOf(answers.map((a) => a.usage)),
+          usage: usageOf(
+            answers.map((a) => a.usage),
+            body.n ?? 1,
+          ),
         });
       }
       return stream(reply, async (out) => {
@@ -79,7 +92,15 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
           const choice = answers[index].delta(event);
           if (choice) await out.send({ ...head, choices: [{ index, ...choice }] });
         });
-        if (body.stream_options?.include_usage) await out.send({ ...head, choices: [], usage: usageOf(answers.map((a) => a.usage)) });
+        if (body.stream_options?.include_usage)
+          await out.send({
+            ...head,
+            choices: [],
+            usage: usageOf(
+              answers.map((a) => a.usage),
+              body.n ?? 1,
+            ),
+          });
       });
     }),
   );
@@ -156,7 +177,10 @@ async function each(
   }
 }
 
-/** Streams what `write` sends. A failure before the first event is an ordinary error; later ones are an event. */
+/** How long a stream waits for its first event before it begins without one: proxies end what is silent for long. */
+const SILENCE_MS = 5000;
+
+/** Streams what `write` sends. A failure before the stream begins is an ordinary error; later ones are an event. */
 async function stream(reply: FastifyReply, write: (out: Pick<EventStream, "send">) => Promise<void>): Promise<FastifyReply> {
   let out: EventStream | null = null;
   const begin = () => {
@@ -166,6 +190,7 @@ async function stream(reply: FastifyReply, write: (out: Pick<EventStream, "send"
     }
     return out;
   };
+  const silent = setTimeout(begin, SILENCE_MS);
   try {
     await write({ send: (data) => begin().send(data) });
     await begin().send("[DONE]");
@@ -173,6 +198,8 @@ async function stream(reply: FastifyReply, write: (out: Pick<EventStream, "send"
     if (!out) throw error;
     reply.log.error({ err: error }, "an answer failed midway");
     await begin().send(errorBody(error).body, "error");
+  } finally {
+    clearTimeout(silent);
   }
   await begin().end();
   return reply;
@@ -187,14 +214,16 @@ function several(request: CompletionRequest, n: number): CompletionRequest[] {
 
 const NONE: Usage = { promptTokens: 0, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 };
 
-function usageOf(all: readonly Usage[]) {
-  const sum = (key: keyof Usage) => all.reduce((total, u) => total + u[key], 0);
-  const [prompt, completion] = [Math.max(...all.map((u) => u.promptTokens)), sum("completionTokens")]; // one prompt, however many answers
+/** @param n answers to each prompt, which stand together: a prompt counts once */
+function usageOf(all: readonly Usage[], n: number) {
+  const sum = (key: keyof Usage, of = all) => of.reduce((total, u) => total + u[key], 0);
+  const prompts = all.filter((_, i) => i % n === 0);
+  const [prompt, completion] = [sum("promptTokens", prompts), sum("completionTokens")];
   return {
     prompt_tokens: prompt,
     completion_tokens: completion,
     total_tokens: prompt + completion,
-    prompt_tokens_details: { cached_tokens: Math.max(...all.map((u) => u.cachedTokens)) },
+    prompt_tokens_details: { cached_tokens: sum("cachedTokens", prompts) },
     completion_tokens_details: { reasoning_tokens: sum("reasoningTokens") },
   };
 }

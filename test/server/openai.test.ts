@@ -284,7 +284,7 @@ describe("errors name the field, in OpenAI's shape", () => {
     ],
     [{ model: "default", messages: [{ role: "robot", content: "x" }] }, "messages[0].role", 400],
     [{ model: "default", messages, frobnicate: 1 }, "frobnicate", 400],
-    [{ model: "default", messages, logit_bias: { "999999": 1 } }, null, 400],
+    [{ model: "default", messages, logit_bias: { "999999": 1 } }, "logit_bias", 400],
     [{ model: "default", messages, stop: ["a", "b", "c", "d", "e"] }, "stop", 400],
     [{ model: "default", messages, tool_choice: "required" }, "tool_choice", 400],
     [{ model: "default", messages: [{ role: "user", content: "word ".repeat(5000) }] }, "messages", 400],

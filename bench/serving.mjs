@@ -8,7 +8,7 @@ import { spawn } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import autocannon from "autocannon";
-import { AutoModelForCausalLM } from "../dist/index.js";
+import { AutoModelForCausalLM, AutoTokenizer } from "../dist/index.js";
 
 const { values: flags } = parseArgs({
   options: {
@@ -34,11 +34,13 @@ async function serve(args = []) {
     stdio: ["ignore", "ignore", "pipe"],
   });
   let said = "";
-  for await (const part of child.stderr) {
-    said += part;
-    if (/ at http/.test(said)) break;
-  }
-  child.stderr.resume();
+  await new Promise((resolve, reject) => {
+    child.stderr.setEncoding("utf8").on("data", (part) => {
+      said += part;
+      if (/ at http\S+ /.test(said)) resolve();
+    });
+    child.once("exit", (code) => reject(new Error(`the server ended with ${code}: ${said}`)));
+  });
   const url = / at (http\S+) /.exec(said)[1];
   return { url, stop: () => child.kill("SIGKILL"), figures: async () => parse(await (await fetch(`${url}/metrics`)).text()) };
 }
@@ -192,6 +194,39 @@ async function secondTurn() {
   }
 }
 
+/** What HTTP and the routes cost: 32 streams through them beside the same 32 requests put to the engine itself, in turns. */
+async function overhead() {
+  const users = 32;
+  const server = await serve();
+  const tokenizer = await AutoTokenizer.from_pretrained("default");
+  const model = await AutoModelForCausalLM.from_pretrained("default", { threads: Number(flags.threads), kv_cache_tokens: 32768 });
+  try {
+    const logit_bias = new Map([2, 5].map((id) => [id, -100]));
+    const input_ids = Array.from({ length: users }, (_, i) =>
+      tokenizer.apply_chat_template([{ role: "user", content: question(i) }], { add_generation_prompt: true }),
+    );
+    const seconds = async (work) => {
+      const start = performance.now();
+      await work();
+      return (performance.now() - start) / 1000;
+    };
+    const alone = () => model.generate({ input_ids, max_new_tokens: newTokens, do_sample: false, eos_token_id: null, logit_bias });
+    const served = () => Promise.all(Array.from({ length: users }, (_, i) => ask(server.url, question(i))));
+    await alone();
+    await served();
+    const [engine, http] = [[], []];
+    for (let round = 0; round < 3 * rounds; round++) {
+      engine.push(await seconds(alone));
+      http.push(await seconds(served));
+    }
+    const speed = (list) => (users * newTokens) / median(list);
+    return { users, engineTokensPerSecond: speed(engine), servedTokensPerSecond: speed(http), share: 1 - median(engine) / median(http) };
+  } finally {
+    await model.dispose();
+    server.stop();
+  }
+}
+
 /** Requests that need no model: what HTTP itself costs. */
 async function plain() {
   const server = await serve();
@@ -235,6 +270,7 @@ if (flags.engine) results.engine = await engineOnly(flags.engine);
 else {
   results.crowd = await crowd();
   results.overload = await overload();
+  results.overhead = await overhead();
   results.secondTurn = await secondTurn();
   results.plain = await plain();
 }
@@ -250,6 +286,10 @@ else {
     const { room, asked, refused, allSayWhen, refusedMs, admittedSeconds: s } = results.overload;
     console.log(
       `room for ${room}, ${asked} ask: ${refused} get 429${allSayWhen ? " with Retry-After" : ""}, in ${f(refusedMs.median)} ms (p99 ${f(refusedMs.p99)}); admitted take ${s.at4x.toFixed(2)} s (${s.at1x.toFixed(2)} s without the others)`,
+    );
+    const o = results.overhead;
+    console.log(
+      `${o.users} streams over HTTP, client included: ${f(o.servedTokensPerSecond, 0)} tokens/s; the engine alone ${f(o.engineTokensPerSecond, 0)}: ${f(100 * o.share)} % of the time is not the engine's`,
     );
     const { freshMs, knownMs, ratio } = results.secondTurn;
     console.log(

@@ -28,8 +28,8 @@ const SERVICE = "mixtape.v1.Mixtape";
 
 export interface GrpcDeps {
   readonly services: Services;
-  /** Who has this key, and that there is room for the request. Throws ServerError. `release` when it is over. */
-  admit(secret: string | null): { caller: Caller; release(): void };
+  /** Who has this key, once there is room for the request. Rejects with ServerError. `release` when it is over. */
+  admit(secret: string | null): Promise<{ readonly caller: Caller; release(): void }>;
   /** Told of failures that clients get no text of. */
   onError(error: unknown): void;
   readonly tls?: { readonly cert: Buffer; readonly key: Buffer };
@@ -107,7 +107,7 @@ export async function startGrpc(host: string, port: number, deps: GrpcDeps): Pro
 
   async function served<T>(call: { metadata: Metadata }, act: (caller: Caller) => Promise<T>): Promise<T> {
     const [header] = call.metadata.get("authorization");
-    const { caller, release } = deps.admit(/^Bearer\s+(\S+)$/i.exec(String(header ?? ""))?.[1] ?? null);
+    const { caller, release } = await deps.admit(/^Bearer\s+(\S+)$/i.exec(String(header ?? ""))?.[1] ?? null);
     try {
       return await act(caller);
     } finally {

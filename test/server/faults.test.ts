@@ -69,66 +69,62 @@ test("bodies that are too large, too deep, not JSON, not UTF-8, or of another ty
     400,
     "invalid_request",
   ]);
-  const broken = Buffer.concat([
-    Buffer.from('{"model":"nope\xff'),
-    Buffer.from([0xff, 0xfe]),
-    Buffer.from('","messages":[{"role":"user","content":"x"}]}'),
-  ]);
-  expect((await status(broken))[0]).toBe(404); // bytes that are no text become U+FFFD: there is no model of that name
+  expect(await status(Buffer.from('{"model":"nope\xff\xfe"}', "latin1"))).toEqual([400, "invalid_request"]); // not UTF-8
 });
 
-test("a body of 100 MB is refused while it is still being sent", async () => {
-  const { url } = await startHere();
-  const { port, hostname } = new URL(url);
-  const socket = connect(Number(port), hostname);
-  onTestFinished(() => void socket.destroy());
-  await once(socket, "connect");
-  socket.on("error", () => {}); // the server closes while we write
-  let answer = "";
-  socket.setEncoding("utf8").on("data", (part: string) => {
-    answer += part;
-  });
-  socket.write(`POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100000000\r\n\r\n`);
-  socket.write("x".repeat(1000));
-  await expect.poll(() => answer, { timeout: 5000 }).toMatch(/^HTTP\/1\.1 413 /);
-});
+/** A body of each route that is right, and what its fields may be instead. */
+const RIGHT: Readonly<Record<string, object>> = {
+  [CHAT]: { model: "default", messages: [{ role: "user", content: "Hello" }], max_tokens: 1 },
+  "/v1/completions": { model: "default", prompt: "Hello", max_tokens: 1 },
+  "/v1/embeddings": { model: "default", input: "Hello" },
+  "/tokenize": { model: "default", text: "Hello" },
+  "/detokenize": { model: "default", tokens: [1, 2, 300] },
+  "/v1/routing": { model: "default", text: "Hello" },
+};
+
+function randomRequests(): fc.Arbitrary<readonly [route: string, body: string]> {
+  const json = fc.jsonValue({ maxDepth: 3 });
+  const number = fc.oneof(fc.double({ noNaN: true }), fc.integer({ min: -2, max: 3 }), json);
+  const role = fc.constantFrom("user", "system", "assistant", "tool", "x");
+  const fields: Readonly<Record<string, fc.Arbitrary<unknown>>> = {
+    model: json,
+    messages: fc.oneof(fc.array(fc.record({ role, content: fc.oneof(fc.string(), json) }), { maxLength: 3 }), json),
+    prompt: fc.oneof(fc.string({ maxLength: 20 }), fc.array(fc.integer({ min: -5, max: 30_000 }), { maxLength: 5 }), json),
+    input: fc.oneof(fc.string({ maxLength: 20 }), fc.array(fc.string({ maxLength: 5 }), { maxLength: 3 }), json),
+    text: fc.oneof(fc.string({ maxLength: 20, unit: "binary" }), json),
+    tokens: fc.oneof(fc.array(fc.integer({ min: -1, max: 30_000 }), { maxLength: 5 }), json),
+    max_tokens: fc.constantFrom(0, -1, 1.5, 2, "1", null),
+    temperature: number,
+    top_p: number,
+    presence_penalty: number,
+    n: fc.constantFrom(-1, 0, 1, 2, "1"),
+    stop: fc.oneof(fc.string(), fc.array(fc.string(), { maxLength: 5 }), json),
+    logit_bias: fc.oneof(fc.dictionary(fc.oneof(fc.string({ maxLength: 4 }), fc.nat(30_000).map(String)), fc.integer()), json),
+    logprobs: fc.oneof(fc.boolean(), fc.integer({ min: 0, max: 3 })),
+    seed: fc.oneof(fc.integer(), fc.maxSafeInteger(), json),
+    tools: json,
+    response_format: fc.oneof(fc.constant({ type: "json_object" }), json),
+    stream: fc.boolean(),
+    stream_options: json,
+    routing: fc.boolean(),
+  };
+  const changed = fc
+    .tuple(fc.constantFrom(...Object.keys(RIGHT)), fc.subarray(Object.keys(fields), { maxLength: 2 }))
+    .chain(([route, names]) =>
+      fc.record(Object.fromEntries(names.map((name) => [name, fields[name]]))).map((change) => {
+        return [route, JSON.stringify({ ...RIGHT[route], ...change })] as const;
+      }),
+    );
+  const text = fc.oneof(
+    json.map((value) => JSON.stringify(value)),
+    fc.string(),
+  );
+  return fc.oneof({ weight: 9, arbitrary: changed }, fc.tuple(fc.constantFrom(...Object.keys(RIGHT)), text));
+}
 
 test("ten thousand random requests: never a 500", async () => {
   const { server } = await startHere();
-  const json = fc.jsonValue({ maxDepth: 3 });
-  const near = fc.record(
-    {
-      model: fc.oneof({ weight: 5, arbitrary: fc.constant("default") }, json),
-      messages: fc.oneof(
-        fc.array(fc.record({ role: fc.constantFrom("user", "system", "assistant", "tool", "x"), content: fc.oneof(fc.string(), json) }), {
-          maxLength: 3,
-        }),
-        json,
-      ),
-      prompt: fc.oneof(fc.string({ maxLength: 20 }), fc.array(fc.integer({ min: -5, max: 30_000 }), { maxLength: 5 }), json),
-      input: fc.oneof(fc.string({ maxLength: 20 }), json),
-      max_tokens: fc.oneof({ weight: 6, arbitrary: fc.constant(1) }, fc.constantFrom(0, -1, 1.5, "1", null)),
-      temperature: fc.oneof(fc.double(), json),
-      top_p: fc.oneof(fc.double(), json),
-      n: fc.oneof({ weight: 5, arbitrary: fc.constant(1) }, fc.integer({ min: -1, max: 2 })),
-      stop: fc.oneof(fc.string(), fc.array(fc.string(), { maxLength: 5 }), json),
-      logit_bias: fc.oneof(fc.dictionary(fc.string({ maxLength: 4 }), fc.integer()), json),
-      logprobs: fc.oneof(fc.boolean(), fc.integer({ min: 0, max: 3 })),
-      seed: fc.oneof(fc.integer(), fc.maxSafeInteger()),
-      tools: json,
-      stream: fc.boolean(),
-      text: fc.string({ maxLength: 20 }),
-      tokens: fc.oneof(fc.array(fc.integer({ min: -1, max: 30_000 }), { maxLength: 5 }), json),
-    },
-    { requiredKeys: ["model"] },
-  );
-  const routes = [CHAT, "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize", "/v1/routing"];
-  const payload = fc.oneof(
-    { weight: 8, arbitrary: near.map((v) => JSON.stringify(v)) },
-    json.map((v) => JSON.stringify(v)),
-    fc.string(),
-  );
-  const samples = fc.sample(fc.tuple(fc.constantFrom(...routes), payload), { numRuns: 10_000, seed: 1 });
+  const samples = fc.sample(randomRequests(), { numRuns: 10_000, seed: 1 });
   const bad: unknown[] = [];
   const statuses = new Map<number, number>();
   for (let i = 0; i < samples.length; i += 100)
@@ -146,25 +142,8 @@ test("ten thousand random requests: never a 500", async () => {
     );
   expect(bad.slice(0, 3)).toEqual([]);
   expect(statuses.get(429)).toBe(undefined); // all of them were looked at
-  expect(statuses.get(200)).toBeGreaterThan(100);
+  expect(statuses.get(200)).toBeGreaterThan(1000);
 }, 120_000);
-
-test("half a request is ended when its time is up, and nobody else waits for it", async () => {
-  const { url } = await startHere({ requestTimeoutSeconds: 1 });
-  const { port, hostname } = new URL(url);
-  const socket = connect(Number(port), hostname);
-  onTestFinished(() => void socket.destroy());
-  await once(socket, "connect");
-  let answer = "";
-  socket.setEncoding("utf8").on("data", (part: string) => {
-    answer += part;
-  });
-  const closed = once(socket, "close");
-  socket.write(`POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"mod`);
-  expect((await post(url, "/tokenize", { model: "default", text: "hi" })).status).toBe(200);
-  await closed;
-  expect(answer).toMatch(/^HTTP\/1\.1 408 /);
-}, 60_000);
 
 test("a reader that does not read is waited for, not buffered for", async () => {
   const running = await startHere();
@@ -175,7 +154,7 @@ test("a reader that does not read is waited for, not buffered for", async () => 
   const body = JSON.stringify({ ...ENDLESS, logprobs: true, top_logprobs: 20, max_tokens: 700 });
   socket.pause();
   socket.write(
-    `POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
+    `POST ${CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
   );
   const engine = await engineOf(running);
   await expect.poll(() => engine.stats().generatedTokens, { timeout: 30_000 }).toBeGreaterThan(300);

@@ -2,7 +2,7 @@
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { Panel } from "./app.tsx";
 import { Composer } from "./composer.tsx";
-import { type Conversation, shownMessages } from "./conversation.ts";
+import { type Conversation, type Message, shownMessages } from "./conversation.ts";
 import { Icon, Mark } from "./icons.tsx";
 import { MessageView } from "./message.tsx";
 import { usePage, useView } from "./page.ts";
@@ -29,7 +29,7 @@ export function Chat({ conversation, panel, onPanel, onChange, onMenu, traced, o
   const [atEnd, setAtEnd] = useState(true);
   const messages = shownMessages(conversation);
   const running = view.running.has(conversation.id);
-  useSpoken(messages.at(-1)?.role === "assistant" ? (messages.at(-1)?.content ?? "") : "", running);
+  useSpoken(messages.at(-1) ?? null, running);
 
   const toEnd = () => scroller.current?.scrollTo({ top: scroller.current.scrollHeight });
   // What is written stays in sight, unless the reader has gone elsewhere.
@@ -118,14 +118,16 @@ export function Chat({ conversation, panel, onPanel, onChange, onMenu, traced, o
 }
 
 /** Tells a screen reader each sentence of the answer once it is whole, and that the answer has ended. */
-function useSpoken(content: string, running: boolean): void {
+function useSpoken(last: Message | null, running: boolean): void {
   const { announce, say } = usePage();
+  const content = last?.role === "assistant" ? last.content : "";
+  const complete = last?.end === "stop" || last?.end === "length";
   const told = useRef<number | null>(null);
   useEffect(() => {
     if (!running) {
       if (told.current !== null) {
         announce(content.slice(told.current).trim());
-        announce(say("answerDone"));
+        if (complete) announce(say("answerDone"));
       }
       told.current = null;
       return;
@@ -133,7 +135,7 @@ function useSpoken(content: string, running: boolean): void {
     const next = finishedSentences(content, Math.min(told.current ?? 0, content.length));
     announce(next.sentences);
     told.current = next.told;
-  }, [content, running, announce, say]);
+  }, [content, running, complete, announce, say]);
 }
 
 function Notices() {

@@ -78,9 +78,14 @@ export interface Conversation {
 
 const TITLE_CHARS = 60;
 
+/** Never used before. By hand: browsers have `randomUUID` only where the page came by TLS or from this machine. */
+export function newId(): string {
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 export function newConversation(from: Pick<Conversation, "model" | "system" | "controls">): Conversation {
   const { model, system, controls } = from;
-  return { id: crypto.randomUUID(), title: "", updated: Date.now(), model, system, controls, messages: [], shown: {} };
+  return { id: newId(), title: "", updated: Date.now(), model, system, controls, messages: [], shown: {} };
 }
 
 export function userMessage(parent: string | null, content: string): Message {
@@ -90,7 +95,7 @@ export function userMessage(parent: string | null, content: string): Message {
 /** An answer before its first token. */
 export function emptyAnswer(parent: string | null, model: string): Message {
   return {
-    id: crypto.randomUUID(),
+    id: newId(),
     parent,
     role: "assistant",
     content: "",

@@ -1,5 +1,5 @@
 /** Conversations as a file: what is exported, and what of a file, which may be anything, is let in. Knows no storage. */
-import { type Controls, type Conversation, DEFAULT_CONTROLS, type Figures, type Message, type ToolCall } from "./conversation.ts";
+import { type Controls, type Conversation, DEFAULT_CONTROLS, type Figures, type Message, newId, type ToolCall } from "./conversation.ts";
 
 const FORMAT = "mixtape-conversations";
 const VERSION = 1;
@@ -88,7 +88,7 @@ function readConversation(place: Place): Conversation {
     messages.push(message);
   }
   return {
-    id: crypto.randomUUID(),
+    id: newId(),
     title: place.field("title").text().slice(0, 500),
     updated: place.field("updated").number(),
     model: place.field("model").text(),

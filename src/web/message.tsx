@@ -1,6 +1,7 @@
 /** One message with what can be done to it. The model's text is shown as cleaned Markdown, the user's as it is. */
 
 import { useEffect, useId, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
+import { copyText } from "./clipboard.ts";
 import { fitHeight } from "./composer.tsx";
 import { type Conversation, type Figures, type Message, show, siblings } from "./conversation.ts";
 import { Icon, type IconName } from "./icons.tsx";
@@ -118,7 +119,7 @@ const Block = memo(({ html, copyLabel, copiedLabel, announce }: BlockParts) => {
       button.className = "quiet";
       button.textContent = copyLabel;
       button.addEventListener("click", async () => {
-        await navigator.clipboard.writeText(code.querySelector("code")?.textContent ?? "");
+        if (!(await copyText(code.querySelector("code")?.textContent ?? ""))) return;
         button.textContent = copiedLabel;
         announce(copiedLabel);
         setTimeout(() => (button.textContent = copyLabel), 1500);
@@ -161,7 +162,7 @@ function Copy({ text }: { readonly text: string }) {
       icon={copied ? "check" : "copy"}
       label={say(copied ? "copied" : "copy")}
       onClick={async () => {
-        await navigator.clipboard.writeText(text);
+        if (!(await copyText(text))) return;
         setCopied(true);
         announce(say("copied"));
         setTimeout(() => setCopied(false), 1500);

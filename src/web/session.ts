@@ -205,6 +205,7 @@ export class Session {
     this.put(again ? change(conversation, again.id, message) : append(conversation, message));
     const stop = new AbortController();
     this.#answers.set(id, stop);
+    this.#traces.set(message.id, null); // one written before, in the same place, is no longer true
     this.#set({ running: new Set(this.#answers.keys()) });
     void this.#write(id, message.id, this.#request(conversation, model, parent), stop.signal).finally(() => {
       this.#answers.delete(id);
@@ -258,7 +259,7 @@ export class Session {
         const failed = !signal.aborted;
         update({ ...answer.parts, end: failed ? "failed" : "stopped", error: failed ? describe(error) : null });
       }
-      if (answer.trace) {
+      if (answer.trace && this.find(id)) {
         this.#traced(message, answer.trace);
         await this.#library.saveTrace(id, message, answer.trace.stored()).catch((error: unknown) => this.#storageFailed(error));
       }

@@ -4,7 +4,10 @@ import { type Browser, type BrowserContextOptions, chromium, type Page } from "p
 import { onTestFinished } from "vitest";
 
 const CHROMIUM = "/usr/bin/chromium";
+/** A name for this machine under which a browser trusts it no more than any other. */
+export const ELSEWHERE = "mixtape.test";
 const FLAGS = [
+  `--host-resolver-rules=MAP ${ELSEWHERE} 127.0.0.1`,
   "--no-sandbox",
   "--disable-gpu",
   "--disable-quic",

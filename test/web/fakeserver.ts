@@ -15,7 +15,10 @@ const TYPES: Readonly<Record<string, string>> = {
   ".css": "text/css",
   ".svg": "image/svg+xml",
 };
-const POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'";
+const POLICY = ["default-src", "base-uri", "form-action", "frame-ancestors"]
+  .map((what) => `${what} 'none'`)
+  .concat(["script-src", "style-src", "img-src", "connect-src"].map((what) => `${what} 'self'`))
+  .join("; ");
 
 /** The body of a chat request, as far as scripts look at it. */
 export interface Asked {

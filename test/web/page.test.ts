@@ -77,9 +77,7 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
       .toMatch(/^[\d.]+ %$/);
     await ask(8);
     for (const name of ["Time to first token", "Time of a step"])
-      await expect
-        .poll(() => page.getByRole("region", { name }).getByRole("definition").first().innerText(), soon)
-        .toMatch(/\d m?s$/);
+      await expect.poll(() => page.getByRole("region", { name }).getByRole("definition").first().innerText(), soon).toMatch(/\d m?s$/);
     await expect
       .poll(() => page.getByRole("region", { name: "Prompt tokens from" }).getByRole("definition").innerText())
       .toMatch(/^[\d.]+ %$/);

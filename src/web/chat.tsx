@@ -46,18 +46,20 @@ export function Chat({ conversation, panel, onPanel, onChange, onMenu, traced, o
           <Icon name="menu" />
         </button>
         <h2 class="cut bar-title">{conversation.title || say("newChat")}</h2>
-        <select
-          class="model"
-          aria-label={say("model")}
-          value={model}
-          onChange={(event) => onChange({ ...conversation, model: event.currentTarget.value })}
-        >
-          {(view.models.length === 0 ? [model] : view.models).map((name) => (
-            <option key={name} value={name}>
-              {name}
-            </option>
-          ))}
-        </select>
+        {model !== "" && (
+          <select
+            class="model"
+            aria-label={say("model")}
+            value={model}
+            onChange={(event) => onChange({ ...conversation, model: event.currentTarget.value })}
+          >
+            {(view.models.length === 0 ? [model] : view.models).map((name) => (
+              <option key={name} value={name}>
+                {name}
+              </option>
+            ))}
+          </select>
+        )}
         <button
           type="button"
           class="quiet labelled"

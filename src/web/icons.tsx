@@ -24,7 +24,7 @@ const PATHS = {
   dark: "M19 14.5A7.5 7.5 0 0 1 9.5 5 7.5 7.5 0 1 0 19 14.5z",
   keyboard: "M3 7h18v10H3zM7 11h.01M11 11h.01M15 11h.01M8 14h8M18 11h.01",
   alert: "M12 4l9 16H3zM12 10v4M12 17h.01",
-  key: "M14 10a4 4 0 1 0-3.5 4L12 15.5V18h3v-3l-1.4-1.4M8 10h.01",
+  key: "M8 11a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM11 12l8-8M15.5 7.5l2.5 2.5",
 } as const;
 
 export type IconName = keyof typeof PATHS;

@@ -156,7 +156,15 @@ async function overload() {
       full.push(median(answers.filter((a) => a.status === 200).map((a) => a.ms)));
       refused.push(...answers.filter((a) => a.status === 429));
     }
+    // One after the other while the room is full: what a refusal costs, without the rush of so many new connections at once.
+    const running = wave(room);
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    const singly = [];
+    for (let i = 0; i < 3 * room; i++) singly.push(await ask(server.url, question(i)));
+    await running;
+    const aloneMs = singly.filter((a) => a.status === 429).map((a) => a.ms);
     return {
+      singlyRefusedMs: { count: aloneMs.length, median: median(aloneMs), p99: quantile(aloneMs, 0.99) },
       room,
       asked: 4 * room,
       refused: refused.length / rounds,
@@ -296,9 +304,9 @@ else {
       `${String(r.users).padStart(4)} streams ${f(r.tokensPerSecond, 0)} tokens/s   as alone: ${r.sameAsAlone.padEnd(10)}  first token ${f(r.firstMs.median)} ms (p99 ${f(r.firstMs.p99)})   between tokens ${f(r.gapMs.median, 2)} ms (p99 ${f(r.gapMs.p99, 2)})   outside steps ${f(100 * r.outsideSteps)} %   loop late p99 ${f(r.loopLagMs)} ms`,
     );
   if (results.overload) {
-    const { room, asked, refused, allSayWhen, refusedMs, admittedSeconds: s } = results.overload;
+    const { room, asked, refused, allSayWhen, refusedMs, singlyRefusedMs: one, admittedSeconds: s } = results.overload;
     console.log(
-      `room for ${room}, ${asked} ask: ${refused} get 429${allSayWhen ? " with Retry-After" : ""}, in ${f(refusedMs.median)} ms (p99 ${f(refusedMs.p99)}); admitted take ${s.at4x.toFixed(2)} s (${s.at1x.toFixed(2)} s without the others)`,
+      `room for ${room}, ${asked} ask: ${refused} get 429${allSayWhen ? " with Retry-After" : ""}, in ${f(refusedMs.median)} ms (p99 ${f(refusedMs.p99)}), one by one in ${f(one.median)} ms (p99 ${f(one.p99)}); admitted take ${s.at4x.toFixed(2)} s (${s.at1x.toFixed(2)} s without the others)`,
     );
     const o = results.overhead;
     console.log(

@@ -94,41 +94,55 @@ test("a body of 100 MB is refused while it is still being sent", async () => {
 });
 
 test("ten thousand random requests: never a 500", async () => {
-  const { server } = await startHere();
+  const { server } = await startHere({ maxTokens: 3 });
   const json = fc.jsonValue({ maxDepth: 3 });
-  const near = fc.record(
-    {
-      model: fc.oneof({ weight: 5, arbitrary: fc.constant("default") }, json),
-      messages: fc.oneof(
-        fc.array(fc.record({ role: fc.constantFrom("user", "system", "assistant", "tool", "x"), content: fc.oneof(fc.string(), json) }), {
-          maxLength: 3,
-        }),
-        json,
-      ),
-      prompt: fc.oneof(fc.string({ maxLength: 20 }), fc.array(fc.integer({ min: -5, max: 30_000 }), { maxLength: 5 }), json),
-      input: fc.oneof(fc.string({ maxLength: 20 }), json),
-      max_tokens: fc.oneof({ weight: 6, arbitrary: fc.constant(1) }, fc.constantFrom(0, -1, 1.5, "1", null)),
-      temperature: fc.oneof(fc.double(), json),
-      top_p: fc.oneof(fc.double(), json),
-      n: fc.oneof({ weight: 5, arbitrary: fc.constant(1) }, fc.integer({ min: -1, max: 2 })),
-      stop: fc.oneof(fc.string(), fc.array(fc.string(), { maxLength: 5 }), json),
-      logit_bias: fc.oneof(fc.dictionary(fc.string({ maxLength: 4 }), fc.integer()), json),
-      logprobs: fc.oneof(fc.boolean(), fc.integer({ min: 0, max: 3 })),
-      seed: fc.oneof(fc.integer(), fc.maxSafeInteger()),
-      tools: json,
-      stream: fc.boolean(),
-      text: fc.string({ maxLength: 20 }),
-      tokens: fc.oneof(fc.array(fc.integer({ min: -1, max: 30_000 }), { maxLength: 5 }), json),
+  /** Mostly what is right, now and then anything. */
+  const mostly = <T>(right: fc.Arbitrary<T>) => fc.oneof({ weight: 12, arbitrary: right }, { weight: 1, arbitrary: json });
+  const text = fc.string({ maxLength: 20 });
+  const ids = fc.array(fc.integer({ min: -1, max: 20_600 }), { maxLength: 5 });
+  const message = fc.record({ role: fc.constantFrom("user", "system", "assistant", "user", "tool"), content: mostly(text) });
+  const sampling = {
+    max_tokens: mostly(fc.constant(1)),
+    temperature: mostly(fc.double({ min: 0, max: 2, noNaN: true })),
+    top_p: mostly(fc.double({ min: 0, max: 1, noNaN: true })),
+    top_k: mostly(fc.nat(50)),
+    n: mostly(fc.integer({ min: 1, max: 2 })),
+    stop: mostly(fc.oneof(text, fc.array(text, { maxLength: 5 }))),
+    logit_bias: mostly(fc.dictionary(fc.nat(21_000).map(String), fc.integer({ min: -101, max: 100 }), { maxKeys: 2 })),
+    seed: mostly(fc.maxSafeInteger()),
+    presence_penalty: mostly(fc.double({ min: -2, max: 2, noNaN: true })),
+    repetition_penalty: mostly(fc.double({ min: -0.1, max: 2, noNaN: true })),
+    stream: fc.boolean(),
+    routing: fc.boolean(),
+  };
+  const bodies: Record<string, Record<string, fc.Arbitrary<unknown>>> = {
+    [CHAT]: {
+      ...sampling,
+      messages: mostly(fc.array(message, { minLength: 1, maxLength: 3 })),
+      logprobs: mostly(fc.boolean()),
+      top_logprobs: mostly(fc.nat(3)),
+      tools: mostly(fc.constant([])),
+      response_format: mostly(fc.constant({ type: "json_object" })),
     },
-    { requiredKeys: ["model"] },
-  );
-  const routes = [CHAT, "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize", "/v1/routing"];
-  const payload = fc.oneof(
-    { weight: 8, arbitrary: near.map((v) => JSON.stringify(v)) },
-    json.map((v) => JSON.stringify(v)),
-    fc.string(),
-  );
-  const samples = fc.sample(fc.tuple(fc.constantFrom(...routes), payload), { numRuns: 10_000, seed: 1 });
+    "/v1/completions": { ...sampling, prompt: mostly(fc.oneof(text, ids)), logprobs: mostly(fc.nat(3)), echo: mostly(fc.boolean()) },
+    "/v1/embeddings": {
+      input: mostly(fc.oneof(text, ids, fc.array(text, { maxLength: 3 }))),
+      encoding_format: mostly(fc.constant("base64")),
+    },
+    "/tokenize": { text: mostly(text) },
+    "/detokenize": { tokens: mostly(ids) },
+    "/v1/routing": { text: mostly(text), messages: mostly(fc.array(message, { maxLength: 2 })) },
+  };
+  const request = fc.constantFrom(...Object.keys(bodies)).chain((url) => {
+    const known: Record<string, fc.Arbitrary<unknown>> = { ...bodies[url], model: mostly(fc.constant("default")) };
+    const needed = ["model", "messages", "prompt", "input", "text", "tokens"].filter(
+      (key) => key in known && (url !== "/v1/routing" || key !== "messages"),
+    );
+    const [fields, whole] = [["model"], needed].map((requiredKeys) => fc.record(known, { requiredKeys }));
+    const payload = fc.oneof({ weight: 6, arbitrary: whole }, { weight: 2, arbitrary: fields }, json).map((v) => JSON.stringify(v));
+    return fc.tuple(fc.constant(url), fc.oneof({ weight: 20, arbitrary: payload }, fc.string()));
+  });
+  const samples = fc.sample(request, { numRuns: 10_000, seed: 1 });
   const bad: unknown[] = [];
   const statuses = new Map<number, number>();
   for (let i = 0; i < samples.length; i += 100)
@@ -146,7 +160,7 @@ test("ten thousand random requests: never a 500", async () => {
     );
   expect(bad.slice(0, 3)).toEqual([]);
   expect(statuses.get(429)).toBe(undefined); // all of them were looked at
-  expect(statuses.get(200)).toBeGreaterThan(100);
+  expect(statuses.get(200)).toBeGreaterThan(1000);
 }, 120_000);
 
 test("half a request is ended when its time is up, and nobody else waits for it", async () => {

@@ -168,6 +168,21 @@ describe("calls", () => {
     expect([said, calls, end.reason]).toEqual([text, [], reason]);
   });
 
+  test("cut off before its name is left out", async () => {
+    const {
+      answer: said,
+      calls,
+      end,
+    } = await answer(plain, `ok ${CALL}`, auto, { maxTokens: plain.encode('ok <tool_call>\n{"na').length });
+    expect([said, calls, end.reason]).toEqual(["ok", [], "length"]);
+  });
+
+  test("with marks and brackets in its texts is one call", async () => {
+    const args = '{"city": "}</t\\"<tool_call>{", "more": [1, {"z": "]"}]}';
+    const { calls } = await answer(plain, `<tool_call>{"name": "weather", "arguments": ${args}}</tool_call>`, auto);
+    expect(calls.map((call) => call.arguments)).toEqual([args]);
+  });
+
   test("cut off by the length says so", async () => {
     const { calls, end } = await answer(plain, CALL, auto, { maxTokens: plain.encode(CALL).length - 6 });
     expect(calls).toHaveLength(1);

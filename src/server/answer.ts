@@ -153,10 +153,11 @@ export class Answer {
     return [{ kind: "toolCall", index: this.#calls, ...first, arguments: progress.arguments }];
   }
 
-  /** A call that is none is the text that it is. One that was told already stays as it was told. */
+  /** A call that is none is the text that it is, unless the length cut it off. One that was told already stays as it was told. */
   #endCall(whole: boolean): CompletionEvent[] {
     const call = this.#call ?? new CallReader(this.#toolNames);
     this.#call = null;
+    if (!call.told && !whole && this.#reason === "length") return [];
     if (!call.told) return this.#say(`${TAGS.call[0]}${call.raw}${whole ? TAGS.call[1] : ""}`);
     this.#calls++;
     if (this.#request.prompt.kind === "chat" && this.#request.prompt.oneToolCall) {

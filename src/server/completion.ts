@@ -73,7 +73,9 @@ export function promptOf(tokenizer: Tokenizer, prompt: Prompt): EncodedPrompt {
           ...prompt.templateVariables,
           ...(dialect.takesTools && tools.length > 0 ? { tools: describe(tools) } : {}),
           add_generation_prompt: true,
-          // The prompt is ids of this text, whatever the variables say; and what a user writes is text, never a special token.
+          // Variables are the template's alone: they change neither it nor what is made of its text. What a user writes is text,
+          // never a special token.
+          chat_template: undefined,
           tokenize: true,
           return_dict: false,
           split_special_tokens: true,

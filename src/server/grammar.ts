@@ -3,6 +3,7 @@
  * `grammar/` says how they are followed. Knows no request.
  */
 import { createHash } from "node:crypto";
+import { setImmediate } from "node:timers/promises";
 import type { Constraint } from "../engine/sequence.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { TAGS } from "./dialect.ts";
@@ -41,6 +42,7 @@ export class Grammars {
   readonly #insides: Insides = new Map();
   /** Made when first needed: it reads the whole vocabulary. */
   #trie: Promise<Trie> | null = null;
+  #turn: Promise<void> = Promise.resolve();
   /** The most recently used last. */
   readonly #kept = new Map<string, Automaton>();
 
@@ -60,7 +62,7 @@ export class Grammars {
     const automaton = this.#find(shape, param, insideReasoning, await this.#trie);
     let state: State = automaton.start;
     return {
-      next: () => automaton.mask(state),
+      next: () => state.mask ?? this.#inTurn(() => automaton.mask(state)),
       accept: (id) => {
         if (this.#endIds.includes(id)) return; // nothing follows
         const next = automaton.accept(state, id);
@@ -68,6 +70,16 @@ export class Grammars {
         state = next;
       },
     };
+  }
+
+  /** Masks that are not known yet are found one by one, and others get their turn between two. */
+  #inTurn<T>(find: () => T): Promise<T> {
+    const found = this.#turn.then(find);
+    this.#turn = found.then(
+      () => setImmediate(),
+      () => setImmediate(),
+    );
+    return found;
   }
 
   #find(shape: Shape, param: string, insideReasoning: boolean, trie: Trie): Automaton {

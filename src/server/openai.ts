@@ -28,6 +28,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
         const requests = several(base, body.n ?? 1);
         const head = { id: `chatcmpl-${randomUUID()}`, created: now(), model: model.name };
         const answers = requests.map(() => new ChatAnswer());
+        const usage = () => usageOf(answers, body.n ?? 1);
         const events = (i: number) => answer(services, callerOf(request), model, requests[i]);
         if (!body.stream) {
           await each(requests, events, (i, event) => answers[i].take(event));
@@ -35,10 +36,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
             ...head,
             object: "chat.completion",
             choices: answers.map((a, index) => ({ index, ...a.choice() })),
-            usage: usageOf(
-              answers.map((a) => a.usage),
-              body.n ?? 1,
-            ),
+            usage: usage(),
           });
         }
         const chunk = { ...head, object: "chat.completion.chunk" };
@@ -55,10 +53,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
             await out.send({
               ...chunk,
               choices: [],
-              usage: usageOf(
-                answers.map((a) => a.usage),
-                body.n ?? 1,
-              ),
+              usage: usage(),
             });
         });
       }),
@@ -73,16 +68,14 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
       const echoes = requests.map((r) => (body.echo ? model.tokenizer.decode(promptOf(model.tokenizer, r.prompt).tokens as number[]) : ""));
       const head = { id: `cmpl-${randomUUID()}`, object: "text_completion", created: now(), model: model.name };
       const answers = requests.map((_, i) => new TextAnswer(echoes[i]));
+      const usage = () => usageOf(answers, body.n ?? 1);
       const events = (i: number) => answer(services, callerOf(request), model, requests[i]);
       if (!body.stream) {
         await each(requests, events, (i, event) => answers[i].take(event));
         return reply.send({
           ...head,
           choices: answers.map((a, index) => ({ index, ...a.choice() })),
-          usage: usageOf(
-            answers.map((a) => a.usage),
-            body.n ?? 1,
-          ),
+          usage: usage(),
         });
       }
       return stream(reply, async (out) => {
@@ -96,10 +89,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
           await out.send({
             ...head,
             choices: [],
-            usage: usageOf(
-              answers.map((a) => a.usage),
-              body.n ?? 1,
-            ),
+            usage: usage(),
           });
       });
     }),
@@ -215,7 +205,8 @@ function several(request: CompletionRequest, n: number): CompletionRequest[] {
 const NONE: Usage = { promptTokens: 0, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 };
 
 /** @param n answers to each prompt, which stand together: a prompt counts once */
-function usageOf(all: readonly Usage[], n: number) {
+function usageOf(answers: readonly { readonly usage: Usage }[], n: number) {
+  const all = answers.map((answer) => answer.usage);
   const sum = (key: keyof Usage, of = all) => of.reduce((total, u) => total + u[key], 0);
   const prompts = all.filter((_, i) => i % n === 0);
   const [prompt, completion] = [sum("promptTokens", prompts), sum("completionTokens")];

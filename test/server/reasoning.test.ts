@@ -168,6 +168,21 @@ describe("calls", () => {
     expect([said, calls, end.reason]).toEqual([text, [], reason]);
   });
 
+  test("cut off before its name is left out", async () => {
+    const {
+      answer: said,
+      calls,
+      end,
+    } = await answer(plain, `ok ${CALL}`, auto, { maxTokens: plain.encode('ok <tool_call>\n{"na').length });
+    expect([said, calls, end.reason]).toEqual(["ok", [], "length"]);
+  });
+
+  test("with marks and brackets in its texts is one call", async () => {
+    const args = '{"city": "}</t\\"<tool_call>{", "more": [1, {"z": "]"}]}';
+    const { calls } = await answer(plain, `<tool_call>{"name": "weather", "arguments": ${args}}</tool_call>`, auto);
+    expect(calls.map((call) => call.arguments)).toEqual([args]);
+  });
+
   test("cut off by the length says so", async () => {
     const { calls, end } = await answer(plain, CALL, auto, { maxTokens: plain.encode(CALL).length - 6 });
     expect(calls).toHaveLength(1);
@@ -213,6 +228,11 @@ describe("prompts", () => {
     for (const part of ['"name":"weather"', "<tool_list>", '{"name": "weather", "arguments": {"city":"Rome"}}', "<tool_output>\nsunny"])
       expect(text).toContain(part);
     expect(promptOf(plain, chat({ messages: conversation })).tokens.length).toBeGreaterThan(20);
+  });
+
+  test("variables are the template's alone: they do not replace it", () => {
+    const own = { chat_template: "{% for i in range(10) %}x{% endfor %}", tokenize: false, split_special_tokens: false };
+    expect(promptOf(plain, chat({ templateVariables: own }))).toEqual(promptOf(plain, chat()));
   });
 
   test("what a user writes is never a special token", () => {

@@ -17,7 +17,7 @@ export function Experts({ answer, onClose }: ExpertsParts) {
   useView(session);
   const id = useId();
   const trace = answer ? session.trace(answer.id) : null;
-  const known = answer ? session.experts(answer.model) : null;
+  const known = answer && trace ? session.experts(answer.model) : null;
   return (
     <aside class="panel experts" aria-labelledby={id}>
       <header class="panel-head">

@@ -191,7 +191,7 @@ export class Session {
         this.#experts.set(model, shape?.experts ?? 0);
         this.#set({ traced: this.#view.traced + 1 });
       },
-      () => this.#experts.delete(model), // a dense model, or a busy server: asked again with the next answer
+      () => {}, // a busy server: asked again with the next answer
     );
     return null;
   }
@@ -201,6 +201,7 @@ export class Session {
     const conversation = this.find(id);
     if (!conversation || this.#answers.has(id)) return;
     const model = this.modelOf(conversation);
+    if (this.#experts.get(model) === 0) this.#experts.delete(model);
     const message = again ? { ...emptyAnswer(parent, model), id: again.id } : emptyAnswer(parent, model);
     this.put(again ? change(conversation, again.id, message) : append(conversation, message));
     const stop = new AbortController();
@@ -215,7 +216,9 @@ export class Session {
 
   #request(conversation: Conversation, model: string, parent: string | null): ChatRequest {
     const { system, controls } = conversation;
-    const said = messagesUpTo(conversation, parent).map(({ role, content }): ChatMessage => ({ role, content }));
+    // An answer that failed before its first word is not one that the model gave.
+    const real = messagesUpTo(conversation, parent).filter((m) => m.role === "user" || m.content !== "");
+    const said = real.map(({ role, content }): ChatMessage => ({ role, content }));
     return {
       model,
       messages: system.trim() === "" ? said : [{ role: "system", content: system }, ...said],

@@ -4,7 +4,6 @@ import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import "./style/status.css";
 import { CHARTS, type Chart, type Reading, type Unit } from "./charts.ts";
-import { ClientError } from "./client.ts";
 import { coloursOf } from "./heatmap.ts";
 import { Icon } from "./icons.tsx";
 import { readMetrics } from "./metrics.ts";
@@ -22,7 +21,7 @@ interface State {
 }
 
 export function Status({ onMenu }: { readonly onMenu: () => void }) {
-  const { client, session, say } = usePage();
+  const { client, say } = usePage();
   const [state, setState] = useState<State>({ ready: null, readings: [], problem: null });
   useEffect(() => {
     const left = new AbortController();
@@ -33,7 +32,6 @@ export function Status({ onMenu }: { readonly onMenu: () => void }) {
         const [ready, metrics] = await Promise.allSettled([client.ready(left.signal), client.text("metrics", left.signal)]);
         if (left.signal.aborted) return;
         const reading = metrics.status === "fulfilled" ? [{ at: Date.now() / 1000, samples: readMetrics(metrics.value) }] : [];
-        if (metrics.status === "rejected" && metrics.reason instanceof ClientError && metrics.reason.kind === "key") void session.connect();
         setState(({ readings }) => ({
           ready: ready.status === "fulfilled" ? ready.value : "unreachable",
           readings: [...readings, ...reading].slice(-KEPT),
@@ -47,7 +45,7 @@ export function Status({ onMenu }: { readonly onMenu: () => void }) {
       left.abort();
       clearTimeout(timer);
     };
-  }, [client, session]);
+  }, [client]);
 
   const { ready, readings, problem } = state;
   return (

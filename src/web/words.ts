@@ -151,7 +151,6 @@ export const WORDS = {
   statusChecking: { en: "Asking", zh: "查询中" },
   statusNoMetrics: { en: "The server does not tell its figures: {reason}", zh: "服务器未提供指标：{reason}" },
   statusLast: { en: "The last five minutes, every two seconds", zh: "最近五分钟，每两秒更新" },
-  statusNow: { en: "now", zh: "当前" },
   statusNoData: { en: "nothing yet", zh: "暂无数据" },
   chartThroughput: { en: "Tokens per second", zh: "每秒词元数" },
   chartRequests: { en: "Requests", zh: "请求" },

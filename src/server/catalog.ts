@@ -1,6 +1,6 @@
 /** Models by name: loaded when first asked for, shared by all who use them, unloaded when idle or when room is needed. */
 import { endTokenIds } from "../api/generation.ts";
-import { loadModel } from "../api/load.ts";
+import { type LoadedModel, loadModel } from "../api/load.ts";
 import { resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
@@ -117,7 +117,7 @@ export class ModelCatalog implements Catalog {
       const folder = await resolvePretrained(path, { local_files_only: this.#options.offline || undefined });
       const { weightBytes, kvTokens } = await this.#reserve(entry, folder);
       const tokenizer = await openTokenizer(folder);
-      const { config, checkpoint, engine } = await loadModel(folder, {
+      const { config, checkpoint, engine, weights } = await loadModel(folder, {
         dtype,
         threads,
         kv_cache_dtype: kvCacheDtype,
@@ -134,6 +134,7 @@ export class ModelCatalog implements Catalog {
         config,
         tokenizer,
         engine,
+        dtype: mainFormat(weights),
         generationConfig,
         grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(generationConfig, config)),
       };
@@ -194,6 +195,14 @@ export class ModelCatalog implements Catalog {
     this.#options.onEvent("unloaded", entry.config.name, { bytes: entry.bytes });
     entry.bytes = 0;
   }
+}
+
+/** The format that most of the numbers have, as options call it. */
+function mainFormat(weights: LoadedModel["weights"]): string {
+  const counts = new Map<string, number>();
+  for (const { dtype, shape } of weights) counts.set(dtype, (counts.get(dtype) ?? 0) + shape.reduce((a, b) => a * b, 1));
+  const [[main]] = [...counts].sort(([, a], [, b]) => b - a);
+  return main.replace(/^f(?=\d)/, "fp");
 }
 
 interface Footprint {

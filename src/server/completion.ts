@@ -109,9 +109,14 @@ function refusing(param: string, encode: () => number[]): number[] {
   }
 }
 
+/** Tokens of prompt and answer together at most. */
+export function contextLength({ config, engine }: Pick<ServedModel, "config" | "engine">): number {
+  return Math.min(config.maxPositions, engine.cache.count * BLOCK_TOKENS);
+}
+
 /** Tokens that the answer may have. Throws ServerError where the prompt leaves none. */
-function roomFor({ config, engine }: ServedModel, promptTokens: number, { maxTokens, prompt }: CompletionRequest): number {
-  const longest = Math.min(config.maxPositions, engine.cache.count * BLOCK_TOKENS);
+function roomFor(model: ServedModel, promptTokens: number, { maxTokens, prompt }: CompletionRequest): number {
+  const longest = contextLength(model);
   const param = prompt.kind === "chat" ? "messages" : "prompt";
   if (promptTokens === 0) throw new ServerError("invalid_request", "the prompt is empty: at least one token is needed", { param });
   if (promptTokens >= longest)

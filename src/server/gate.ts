@@ -72,13 +72,6 @@ export class Gate {
     return this.admission.enter(caller.id, signal);
   }
 
-  /** Authenticates and lets in, for protocols that do both at once. */
-  async admit(secret: string | null): Promise<{ readonly caller: Caller; release(): void }> {
-    const caller = this.authenticate(secret);
-    const place = await this.enter(caller);
-    return { caller, release: place.leave };
-  }
-
   /** What the caller's key has left; null where it has no limits. */
   allowance(caller: Caller): Allowance | null {
     const key = this.#keyOf(caller);

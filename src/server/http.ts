@@ -1,5 +1,4 @@
 /** HTTP itself: timeouts, sizes, headers, ids, errors and logs, the same for every route. Knows no route's content. */
-import { randomUUID } from "node:crypto";
 import { type IncomingMessage, STATUS_CODES } from "node:http";
 import type { Socket } from "node:net";
 import cors from "@fastify/cors";
@@ -12,7 +11,7 @@ import { parseBody } from "./body.ts";
 import { isLoopback, type ServeConfig } from "./config.ts";
 import { ERRORS, ServerError } from "./errors.ts";
 import { bearerToken, type Gate } from "./gate.ts";
-import type { Logger } from "./logs.ts";
+import { type Logger, requestId } from "./logs.ts";
 import type { Metrics } from "./metrics.ts";
 import { errorBody } from "./replies.ts";
 import type { Responses } from "./responses.ts";
@@ -46,7 +45,7 @@ export async function createHttp({ config, log, metrics, responses, certificate,
   const app = Fastify({
     loggerInstance: log,
     logController: new LogController({ disableRequestLogging: true }), // the hooks below do it, without what is private
-    genReqId: requestId,
+    genReqId: (request: IncomingMessage) => requestId(request.headers["x-request-id"]),
     bodyLimit: config.maxBodyBytes,
     requestTimeout: config.requestTimeoutSeconds * 1000,
     keepAliveTimeout: config.keepAliveTimeoutSeconds * 1000,
@@ -171,12 +170,6 @@ function duration(seconds: number): string {
   const whole = Math.ceil(seconds);
   const [h, m, s] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
   return `${h ? `${h}h` : ""}${h || m ? `${m}m` : ""}${s}s`;
-}
-
-/** The caller's own id where it is harmless in a log, so that it can follow its request; else a new one. */
-function requestId(request: IncomingMessage): string {
-  const given = request.headers["x-request-id"];
-  return typeof given === "string" && /^[\w.-]{1,128}$/.test(given) ? given : randomUUID();
 }
 
 /** A page elsewhere can point its own name at this machine; its requests still carry that name. */

@@ -1,4 +1,5 @@
 /** The server's log: JSON lines with request ids. It never sees prompts, answers or keys, unless content is asked for. */
+import { randomUUID } from "node:crypto";
 import pino, { type DestinationStream, type Logger } from "pino";
 
 export type { Logger };
@@ -22,4 +23,9 @@ export function createLogger(level: string, destination?: DestinationStream): Lo
     },
     destination ?? pino.destination({ sync: false, fd: 1 }),
   );
+}
+
+/** The caller's own id of its request where it is harmless in a log, so that it can follow it; else a new one. */
+export function requestId(given: unknown): string {
+  return typeof given === "string" && /^[\w.-]{1,128}$/.test(given) ? given : randomUUID();
 }

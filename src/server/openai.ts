@@ -2,6 +2,7 @@
 import { randomUUID } from "node:crypto";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
+import { embed } from "./analysis.ts";
 import { promptOf } from "./completion.ts";
 import { ServerError } from "./errors.ts";
 import { errorBody } from "./replies.ts";
@@ -131,11 +132,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
           throw new ServerError("invalid_request", `embeddings of this model have ${hiddenSize} dimensions, not ${dimensions}`, {
             param: "dimensions",
           });
-        const prompts = promptsOf(input).map((prompt) => promptOf(model.tokenizer, prompt).tokens);
-        const vectors: Float32Array[] = [];
-        for (const tokens of prompts) vectors.push(unitLength(await model.engine.embed(tokens)));
-        const tokens = prompts.reduce((sum, p) => sum + p.length, 0);
-        services.account(callerOf(request), { promptTokens: tokens, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
+        const { vectors, tokens } = await embed(services, callerOf(request), model, promptsOf(input));
         return {
           object: "list",
           model: model.name,
@@ -390,11 +387,6 @@ export function routed({ id, text, layers, experts, weights }: Extract<Completio
     experts: rows(experts),
     weights: rows(weights).map((row) => row.map((w) => Math.round(w * 1e4) / 1e4)),
   };
-}
-
-function unitLength(v: Float32Array): Float32Array {
-  const length = Math.hypot(...v);
-  return length > 0 ? v.map((x) => x / length) : v;
 }
 
 function now(): number {

@@ -127,14 +127,17 @@ export const CompletionBody = z.strictObject({
 });
 export type CompletionBody = z.infer<typeof CompletionBody>;
 
+/** Texts that one request for embeddings may have. */
+export const MOST_INPUTS = 256;
+
 export const EmbeddingBody = z.strictObject({
   ...ignored,
   model: z.string().min(1),
   input: z.union([
     z.string(),
-    z.array(z.string()).min(1).max(256),
+    z.array(z.string()).min(1).max(MOST_INPUTS),
     z.array(z.number().int()).min(1),
-    z.array(z.array(z.number().int()).min(1)).min(1).max(256),
+    z.array(z.array(z.number().int()).min(1)).min(1).max(MOST_INPUTS),
   ]),
   encoding_format: z.enum(["float", "base64"]).nullish(),
   dimensions: z.number().int().min(1).nullish(),
@@ -214,6 +217,11 @@ export function promptsOf(prompt: CompletionBody["prompt"] | EmbeddingBody["inpu
   if (typeof prompt === "string") return [{ kind: "text", text: prompt }];
   if (typeof prompt[0] === "number") return [{ kind: "tokens", tokens: prompt as number[] }];
   return (prompt as (string | number[])[]).map((p) => (typeof p === "string" ? { kind: "text", text: p } : { kind: "tokens", tokens: p }));
+}
+
+/** A conversation without tools. */
+export function chatPrompt(messages: readonly Message[]): Prompt {
+  return { kind: "chat", messages, tools: [], toolChoice: "none", oneToolCall: false, templateVariables: {} };
 }
 
 export function messagesOf(messages: z.infer<typeof message>[]): Message[] {

@@ -6,21 +6,25 @@ import type { FastifyInstance } from "fastify";
 import type { DestinationStream } from "pino";
 import { ModelCatalog } from "./catalog.ts";
 import { isLoopback, type ServeConfig } from "./config.ts";
-import { ServerError } from "./errors.ts";
+import { ERRORS, ServerError } from "./errors.ts";
 import { Gate } from "./gate.ts";
 import { type Grpc, startGrpc } from "./grpc.ts";
 import { createHttp, guard } from "./http.ts";
 import { registerInspection } from "./inspect.ts";
-import { createLogger } from "./logs.ts";
+import { createLogger, type Logger } from "./logs.ts";
 import { Metrics } from "./metrics.ts";
 import { registerOpenAi } from "./openai.ts";
 import { registerOperations, type State, serveMetrics } from "./operations.ts";
 import { registerPage } from "./page.ts";
+import { serverError } from "./replies.ts";
 import { Responses } from "./responses.ts";
 import type { Services } from "./services.ts";
 import { Certificate, type KeyPair } from "./tls.ts";
 
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
+
+/** Calls that a gRPC connection may have beyond those that compute: so that they are refused with a word, and probes come through. */
+const SPARE_STREAMS = 100;
 
 /** A server from its assembly to its end. */
 export interface Server {
@@ -86,7 +90,11 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     registerInspection(scope, services, ({ caller }) => caller);
   });
   if (config.web && !(await registerPage(app))) log.debug("the web page is not built, so it is not served");
-  if (certificate) certificate.onChange = (pair) => (app.server as unknown as SecureServer).setSecureContext(pair);
+  if (certificate)
+    certificate.onChange = (pair) => {
+      (app.server as unknown as SecureServer).setSecureContext(pair);
+      grpc?.renew(pair);
+    };
 
   let metricsServer: HttpServer | null = null;
   let grpc: Grpc | null = null;
@@ -115,16 +123,13 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
         const { metricsPort } = config;
         if (config.metrics && metricsPort !== null) metricsServer = await serveMetrics({ ...config, metricsPort }, gate, metrics);
         if (config.grpcPort !== null)
-          grpc = await startGrpc(config.grpcHost ?? config.host, config.grpcPort, {
-            services,
-            admit: (secret) => gate.admit(secret),
-            onError: (err) => log.error({ err }, "a call failed"),
-            ...(certificate ? { tls: certificate.current } : {}),
-            maxMessageBytes: config.maxBodyBytes,
-          });
+          grpc = await openGrpc(config, config.grpcPort, certificate?.current ?? null, { services, gate, metrics, log });
         await catalog.preload();
-        if (state.phase === "starting") state.phase = "ready";
-        return { url: urlOf(app, certificate !== null), grpcPort: grpc?.port ?? null };
+        if (state.phase === "starting") {
+          state.phase = "ready";
+          grpc?.ready();
+        }
+        return { url: urlOf(app, certificate !== null), grpcPort: grpc?.address.port ?? null };
       } catch (error) {
         stopping ??= close();
         await stopping;
@@ -140,8 +145,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
         app.server.close(); // no new connections; those that are there end with their answers
         app.server.closeIdleConnections();
         const calls = grpc?.close(config.drainTimeoutSeconds * 1000);
-        const cut = await responses.drain(config.drainTimeoutSeconds);
-        await calls;
+        const cut = (await responses.drain(config.drainTimeoutSeconds)) + ((await calls) ?? 0);
         grpc = null;
         log[cut ? "warn" : "info"]({ cut }, "drained");
         await close();
@@ -149,6 +153,50 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
       return stopping;
     },
   };
+}
+
+interface GrpcParts {
+  readonly services: Services;
+  readonly gate: Gate;
+  readonly metrics: Metrics;
+  readonly log: Logger;
+}
+
+/** Serves gRPC behind the same gate as HTTP, with its limits, log and metrics. */
+function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { services, gate, metrics, log }: GrpcParts): Promise<Grpc> {
+  return startGrpc({
+    host: config.grpcHost ?? config.host,
+    port,
+    tls,
+    services,
+    authenticate: (secret) => gate.authenticate(secret),
+    enter: async (caller, signal) => {
+      try {
+        const place = await gate.enter(caller, signal);
+        metrics.queued(place.queuedSeconds);
+        return place;
+      } catch (error) {
+        metrics.refused(serverError(error).code);
+        throw error;
+      }
+    },
+    limits: {
+      maxMessageBytes: config.maxBodyBytes,
+      maxJsonDepth: config.maxJsonDepth,
+      maxConcurrentStreams: config.maxInProgress + config.maxQueued + SPARE_STREAMS,
+      maxConnections: config.maxConnections,
+      requestTimeoutSeconds: config.requestTimeoutSeconds,
+      idleTimeoutSeconds: config.keepAliveTimeoutSeconds,
+      stallTimeoutSeconds: config.stallTimeoutSeconds,
+    },
+    onEnd: ({ requestId, path, callerId, outcome, seconds, error }) => {
+      // 499 is what proxies say of clients that left.
+      metrics.request(path, outcome === "ok" ? 200 : outcome === "cancelled" ? 499 : ERRORS[outcome].status, seconds);
+      if (outcome === "internal") log.error({ reqId: requestId, err: error }, "a call failed");
+      log.info({ reqId: requestId, path, outcome, ms: Math.round(seconds * 1000), caller: callerId }, "answered");
+    },
+    onFlood: () => log.warn("cut off a gRPC client that sent too many pings"),
+  });
 }
 
 /** What TLS servers have besides. */

@@ -57,7 +57,7 @@ async function replaying(tokenizer: Tokenizer, tokens: readonly number[]): Promi
     },
   } as unknown as ServedModel["engine"];
   const grammars = new Grammars(tokenizer, config.vocabSize, config.eosTokenIds);
-  return { model: { name: "m", created: 0, config, tokenizer, engine, grammars, generationConfig: {} }, asked };
+  return { model: { name: "m", created: 0, config, tokenizer, engine, dtype: "bf16", grammars, generationConfig: {} }, asked };
 }
 
 const WEATHER = { name: "weather", parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] } };

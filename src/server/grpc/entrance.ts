@@ -2,7 +2,6 @@
  * What a call meets before its handler: who asks is found out before a message is read, messages must arrive in time, and what
  * can't be read as a message is the client's error. For every service, those of libraries too.
  */
-import { randomUUID } from "node:crypto";
 import {
   type Metadata,
   ServerInterceptingCall,
@@ -14,6 +13,7 @@ import {
 } from "@grpc/grpc-js";
 import { ServerError } from "../errors.ts";
 import { bearerToken } from "../gate.ts";
+import { requestId } from "../logs.ts";
 import type { Caller } from "../served.ts";
 import type { CallReport } from "./calls.ts";
 import { failureOf } from "./status.ts";
@@ -51,10 +51,12 @@ export class Entrance {
     const { guarded, authenticate, arrivalMs, onEnd } = this.#options;
     let late: NodeJS.Timeout | undefined;
     const start = performance.now();
-    const refuse = (error: unknown) => {
+    const refuse = (error: unknown, metadata: Metadata) => {
       const { failure, known } = failureOf(error);
       const seconds = (performance.now() - start) / 1000;
-      onEnd({ requestId: randomUUID(), path: method.path, callerId: "", outcome: known.code, seconds, error });
+      const id = requestId(metadata.get("x-request-id")[0]);
+      failure.metadata.set("x-request-id", id);
+      onEnd({ requestId: id, path: method.path, callerId: "", outcome: known.code, seconds, error });
       call.sendStatus(failure);
     };
     const listener = new ServerListenerBuilder()
@@ -63,10 +65,10 @@ export class Entrance {
           const [header] = metadata.get("authorization");
           if (method.path.startsWith(guarded)) this.#callers.set(metadata, authenticate(bearerToken(header?.toString())));
         } catch (error) {
-          refuse(error);
+          refuse(error, metadata);
           return;
         }
-        const tooLate = () => refuse(new ServerError("timeout", `the request did not arrive within ${arrivalMs / 1000} s`));
+        const tooLate = () => refuse(new ServerError("timeout", `the request did not arrive within ${arrivalMs / 1000} s`), metadata);
         if (!method.requestStream) late = setTimeout(tooLate, arrivalMs);
         next(metadata);
       })

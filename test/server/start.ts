@@ -33,7 +33,7 @@ export async function startHere(config: object = {}, log?: (line: string) => voi
 }
 
 /** The engine of the model that comes along: to see that nothing is left behind. */
-export async function engineOf({ server }: Running) {
+export async function engineOf({ server }: Pick<Running, "server">) {
   const { model, release } = await server.catalog.use("default");
   release();
   return model.engine;

@@ -18,8 +18,8 @@ import type { Caller } from "../served.ts";
 import type { CallReport } from "./calls.ts";
 import { failureOf } from "./status.ts";
 
-/** In the place of a message that can't be read. */
-export const MALFORMED = Symbol("malformed");
+/** In the place of a message that can't be read. An object: reflection's answers repeat the question. */
+export const MALFORMED: object = Object.freeze({});
 
 export interface EntranceOptions {
   /** Methods that need a key: those whose path begins so. */

@@ -9,7 +9,7 @@ import { GREEDY } from "../../src/engine/sampling.ts";
 import { temporary } from "../cli/run.ts";
 import { keyFile } from "./harness.ts";
 import { ask, bearer, failure, reflect, reflected, startGrpcHere, whole } from "./reflected.ts";
-import { engineOf, post } from "./start.ts";
+import { engineOf, post, startHere } from "./start.ts";
 
 const HOTEL = { model: "default", messages: [{ role: "ROLE_USER", content: "Find me a hotel in London." }] };
 const greedy = (max_tokens: number) => ({ sampling: { temperature: 0 }, max_tokens });
@@ -81,6 +81,14 @@ test("formats, tools and what is set to zero", async () => {
     client.Chat({ ...HOTEL, options: { max_tokens: 60, response_format: { json_schema: JSON.stringify(yes) } } }),
   );
   expect(typeof JSON.parse(formatted.text).yes).toBe("boolean");
+  const generated = await whole(
+    client.Generate({
+      model: "default",
+      text: "Yes or no?",
+      options: { max_tokens: 60, response_format: { json_schema: JSON.stringify(yes) } },
+    }),
+  );
+  expect(typeof JSON.parse(generated.text).yes).toBe("boolean");
   const n = { type: "object", properties: { n: { enum: [1, 2] } }, required: ["n"], additionalProperties: false };
   const called = await whole(
     client.Chat({
@@ -182,6 +190,7 @@ test("what makes no sense is INVALID_ARGUMENT and names the field as the .proto 
     [chat({ options: { logprobs: 21 } }), "options.logprobs"],
     [chat({ options: { stop: ["a", "b", "c", "d", "e"] } }), "options.stop"],
     [chat({ options: { response_format: { json_schema: "{" } } }), "options.response_format.json_schema"],
+    [chat({ options: { response_format: { json_schema: "" } } }), "options.response_format.json_schema"],
     [chat({ options: { response_format: { json_schema: "[]" } } }), "options.response_format.json_schema"],
     [
       chat({ options: { response_format: { json_schema: `${'{"not":'.repeat(200)}{}${"}".repeat(200)}` } } }),
@@ -280,6 +289,15 @@ test("health: serving once models are loaded, told to watchers when the server g
   health.close();
 });
 
+test("an answer that outlasts the drain is cut off, and says so", async () => {
+  const { client, server } = await startGrpcHere({ drainTimeoutSeconds: 0.3 });
+  const answer = failure(whole(client.Chat(ENDLESS)));
+  await expect.poll(() => server.gate.admission.running).toBe(1);
+  await server.stop();
+  const { code, of } = await answer;
+  expect([code, of("mixtape-code"), of("retry-after")]).toEqual([status.UNAVAILABLE, "not_ready", "1"]);
+});
+
 test("TLS, with a certificate that is renewed without a restart", async () => {
   const folder = temporary();
   const [cert, key] = ["cert.pem", "key.pem"].map((name) => join(folder, name));
@@ -294,7 +312,6 @@ test("TLS, with a certificate that is renewed without a restart", async () => {
       { stdio: "ignore" },
     );
   certify();
-  const { startHere } = await import("./start.ts");
   const { grpcPort, server } = await startHere({ grpcPort: 0, tls: { cert, key } });
   const trusting = () => credentials.createSsl(readFileSync(cert));
   const connect = (creds: ReturnType<typeof trusting>) =>

@@ -148,7 +148,7 @@ export function routeFieldOf(param: string): string {
 
 function promptIn({ text, tokens }: TextOrTokens, param: string): Prompt {
   if (tokens) return { kind: "tokens", tokens: tokens.ids };
-  if (text === undefined) throw new ServerError("invalid_request", `${param}: give either text or tokens`, { param });
+  if (text === undefined) throw new ServerError("invalid_request", `${fieldOf(param)}: give either text or tokens`, { param });
   return promptsOf(text)[0];
 }
 
@@ -172,7 +172,7 @@ function fieldsOf(options: Options | null | undefined) {
 function formatOf(options: Options | null | undefined, maxDepth: number) {
   const { json_schema, json_object } = options?.response_format ?? {};
   if (json_schema !== undefined) {
-    const schema = jsonIn(json_schema, "response_format.json_schema.schema", maxDepth) ?? {};
+    const schema = jsonObject(json_schema, "response_format.json_schema.schema", maxDepth);
     return { type: "json_schema" as const, json_schema: { name: "answer", schema } };
   }
   return json_object ? { type: "json_object" as const } : undefined;
@@ -196,7 +196,10 @@ function toolChoiceBody(choice: ChatRequest["tool_choice"]): unknown {
 
 /** The JSON object in a field; undefined where the field is empty. */
 function jsonIn(text: string, param: string, maxDepth: number): Record<string, unknown> | undefined {
-  if (text === "") return undefined;
+  return text === "" ? undefined : jsonObject(text, param, maxDepth);
+}
+
+function jsonObject(text: string, param: string, maxDepth: number): Record<string, unknown> {
   let value: unknown;
   try {
     value = parseBody(Buffer.from(text), maxDepth, fieldOf(param));

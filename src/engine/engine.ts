@@ -207,7 +207,7 @@ export class Engine {
       return layer;
     });
     const constrained = sampled.some((s) => s.request.constraint);
-    const masks = constrained ? await Promise.all(sampled.map((s) => s.request.constraint?.next() ?? null)) : [];
+    const masks = constrained ? await Promise.all(sampled.map(maskOf)) : [];
     const controls = layOut(
       sampled.map((s, i) => ({ sampling: s.request.sampling, tokens: s.tokens, promptCount: s.promptCount, mask: masks[i] })),
     );
@@ -255,7 +255,13 @@ export class Engine {
       const token = tokens[next++];
       if (first) cachedTokens += sequence.reused ?? 0;
       if (sequence.done) continue; // its reader left meanwhile
-      sequence.request.constraint?.accept(token.id);
+      try {
+        sequence.request.constraint?.accept(token.id);
+      } catch (error) {
+        sequence.fail(error); // it alone
+        this.#scheduler.remove(sequence);
+        continue;
+      }
       const stops = sequence.request.stopIds?.includes(token.id);
       const answered = sequence.tokens.length + 1 - sequence.promptCount;
       const full = answered >= sequence.request.maxNewTokens || sequence.tokens.length + 1 >= this.#longest;
@@ -305,6 +311,16 @@ export class Engine {
         `the prompt has ${tokens.length} tokens and needs ${gib(tokens.length)} GiB of KV cache; the cache holds ${this.#longest} tokens (${gib(this.#longest)} GiB)`,
       );
     }
+  }
+}
+
+/** What a sequence's constraint allows next; one that fails ends its own request and nobody else's. */
+async function maskOf(sequence: Sequence): Promise<Int32Array | null> {
+  try {
+    return (await sequence.request.constraint?.next()) ?? null;
+  } catch (error) {
+    sequence.fail(error);
+    return null;
   }
 }
 

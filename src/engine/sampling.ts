@@ -3,7 +3,7 @@ import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops.ts";
 
 /** Controls of one sequence. The order of processing is that of transformers: bias, penalties, n-grams, temperature, top-k, top-p, min-p. */
 export interface Sampling {
-  /** 0 is greedy: the most likely token, after bias and penalties. */
+  /** 0 is greedy: the most likely token, after bias and penalties. So is what is below 1e-5: float32 cannot hold the quotients. */
   readonly temperature: number;
   /** 0: no limit. */
   readonly topK: number;
@@ -50,8 +50,8 @@ export function checkSampling(s: Sampling, vocabSize: number): void {
   check(
     "repetition_penalty",
     s.repetitionPenalty,
-    s.repetitionPenalty > 0 && s.repetitionPenalty < Number.POSITIVE_INFINITY,
-    "a number above 0",
+    s.repetitionPenalty >= 0.01 && s.repetitionPenalty <= 1e6, // beyond, quotients leave float32
+    "from 0.01 to 1000000",
   );
   check("presence_penalty", s.presencePenalty, Number.isFinite(s.presencePenalty), "a number");
   check("frequency_penalty", s.frequencyPenalty, Number.isFinite(s.frequencyPenalty), "a number");
@@ -99,6 +99,7 @@ export function layOut(rows: readonly SampledRow[]): Controls {
     const seen = looksBack ? tokens : [];
     const row: Record<(typeof SAMPLING_FLOATS)[number] | (typeof SAMPLING_INTS)[number], number> = {
       ...s,
+      temperature: s.temperature < 1e-5 ? 0 : s.temperature,
       seedLow: (s.seed % 2 ** 32) | 0,
       seedHigh: Math.floor(s.seed / 2 ** 32),
       step: tokens.length,

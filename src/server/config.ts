@@ -90,7 +90,7 @@ export const ServeConfig = z.strictObject({
   drainTimeoutSeconds: z.number().min(0).max(86_400).default(30).describe("After SIGTERM, how long running requests may go on"),
 
   logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info").describe("Least level that is logged"),
-  logContent: z.boolean().default(false).describe("Log prompts and answers too"),
+  logContent: z.boolean().default(false).describe("Log the bodies of requests too, prompts included"),
   metrics: z.boolean().default(true).describe("Serve metrics for Prometheus at /metrics"),
   metricsPort: port.nullable().default(null).describe("A port of its own for /metrics; default: that of HTTP"),
   metricsHost: z.string().min(1).default("127.0.0.1").describe("Address of metricsPort"),

@@ -26,7 +26,7 @@ const sampling = {
   top_p: z.number().gt(0).max(1).nullish(),
   top_k: z.number().int().min(0).nullish().describe("Only the k most likely tokens; 0 is no limit. Not of OpenAI's."),
   min_p: z.number().min(0).max(1).nullish().describe("Only tokens at least this share as likely as the likeliest. Not of OpenAI's."),
-  repetition_penalty: z.number().gt(0).nullish().describe("Divides the logits of tokens that occurred. Not of OpenAI's."),
+  repetition_penalty: z.number().min(0.01).max(100).nullish().describe("Divides the logits of tokens that occurred. Not of OpenAI's."),
   presence_penalty: unit.nullish(),
   frequency_penalty: unit.nullish(),
   logit_bias: z.record(z.string().regex(/^\d+$/, "token ids are whole numbers"), z.number().min(-100).max(100)).nullish(),

@@ -440,7 +440,7 @@ describe("options", () => {
       [{ do_sample: true, top_p: 0 }, "top_p is 0; it must be above 0 and at most 1"],
       [{ do_sample: true, top_p: 1.01 }, "top_p is 1.01"],
       [{ do_sample: true, min_p: 2 }, "min_p is 2; it must be from 0 to 1"],
-      [{ repetition_penalty: 0 }, "repetition_penalty is 0; it must be a number above 0"],
+      [{ repetition_penalty: 0 }, "repetition_penalty is 0; it must be from 0.01 to 1000000"],
       [{ presence_penalty: Number.POSITIVE_INFINITY }, "presence_penalty is Infinity"],
       [{ frequency_penalty: Number.NaN }, "frequency_penalty is NaN"],
       [{ no_repeat_ngram_size: -2 }, "no_repeat_ngram_size is -2"],

@@ -89,3 +89,29 @@ test("dispose after a failure", async () => {
   await engine.dispose();
   await expect(answer(7)).rejects.toThrow("the model has been disposed of");
 });
+
+test("a constraint that fails ends its own request alone", async () => {
+  const { engine, answer, goldens } = await setUp();
+  const tokens = await goldens.ids(7);
+  const broken = (constraint: object) =>
+    (async () => {
+      for await (const _ of engine.submit({
+        tokens,
+        sampling: GREEDY,
+        maxNewTokens: 24,
+        constraint: { next: () => null, accept: () => {}, ...constraint },
+      }));
+    })();
+  const fails = () => {
+    throw new Error("no grammar");
+  };
+  const [a, b, c] = await Promise.allSettled([
+    broken({ accept: fails }),
+    broken({ next: () => Promise.reject(new Error("no grammar")) }),
+    answer(7),
+  ]);
+  expect([a, b].map((r) => r.status === "rejected" && r.reason.message)).toEqual(["no grammar", "no grammar"]);
+  expect(c).toMatchObject({ status: "fulfilled", value: goldens.greedy[7] });
+  await expect.poll(() => engine.cache.free).toBe(engine.cache.count);
+  await engine.dispose();
+});

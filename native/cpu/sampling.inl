@@ -6,9 +6,19 @@ namespace ISA {
 enum { TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, FLOATS };
 enum { TOP_K, NGRAM, SEED_LOW, SEED_HIGH, STEP, HISTORY_START, HISTORY_COUNT, PROMPT_COUNT, BIAS_START, BIAS_COUNT, MASK, INTS };
 
-// Sifts heap[i] down; the heap has the largest logit on top, the lowest id first among equals.
-static void sift(const float* x, int32_t* heap, int64_t n, int64_t i) {
-  auto above = [&](int32_t a, int32_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); };
+// Whether token a comes before token b: the larger logit, the lower id among equals.
+struct Before {
+  const float* x;
+  bool operator()(int32_t a, int32_t b) const { return x[a] > x[b] || (x[a] == x[b] && a < b); }
+};
+struct After {
+  const float* x;
+  bool operator()(int32_t a, int32_t b) const { return Before{x}(b, a); }
+};
+
+// Sifts heap[i] down; `above` says who comes nearer to the top.
+template <class Above>
+static void sift(Above above, int32_t* heap, int64_t n, int64_t i) {
   const int32_t moving = heap[i];
   for (int64_t child; (child = 2 * i + 1) < n; i = child) {
     if (child + 1 < n && above(heap[child + 1], heap[child])) child++;
@@ -46,30 +56,99 @@ static void penalize(float* x, int64_t vocab, const int32_t* history, const floa
   }
 }
 
+// The largest number of a row.
+static float top_of(const float* x, int64_t n) {
+  vf tops = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) tops = max(load(x + i), tops);
+  float top = largest(tops);
+  for (; i < n; i++) top = max(x[i], top);
+  return top;
+}
+
+// Calls `visit` with the index of each number that `test` holds for, in order; it returns true to go on. Whole blocks
+// without such a number, which are most, are passed over at once.
+template <class Test, class Visit>
+static void each_where(const float* x, int64_t n, Test test, Visit visit) {
+  constexpr int64_t block = 4 * W;
+  for (int64_t i = 0; i < n; i += block) {
+    if (i + block <= n) {
+      const vi any = test(load(x + i)) | test(load(x + i + W)) | test(load(x + i + 2 * W)) | test(load(x + i + 3 * W));
+      if (sum(to_float(any)) == 0) continue;
+    }
+    for (int64_t j = i; j < min(i + block, n); j++)
+      if (test(splat(x[j]))[0] && !visit(j)) return;
+  }
+}
+
+// The first of the largest numbers; 0 where all are NaN.
+static int64_t argmax(const float* x, int64_t n) {
+  const float top = top_of(x, n);
+  int64_t best = 0;
+  each_where(x, n, [&](vf v) { return v == splat(top); }, [&](int64_t i) {
+    best = i;
+    return false;
+  });
+  return best;
+}
+
+// Sum of e^(x - top) over a row.
+static float exp_sum(const float* x, int64_t n, float top) {
+  vf totals = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) totals += select(load(x + i) == splat(-INFINITY), vf{}, exp(load(x + i) - top));
+  float total = sum(totals);
+  for (; i < n; i++) total += x[i] == -INFINITY ? 0.f : exp(x[i] - top);
+  return total;
+}
+
+// How far below the largest number the next tries to find all that is kept begin.
+static constexpr float DEPTHS[] = {4, 8, 12, 18};
+
+// A number below which nothing is kept: at least `count` numbers, or `mass` of the sum of e^(x - top), lie at it or above.
+static float lowest_kept(const float* x, int64_t vocab, float top, int64_t count, float mass) {
+  for (const float depth : DEPTHS) {
+    const vf floor = splat(top - depth);
+    vi counts = {};
+    vf masses = {};
+    int64_t i = 0;
+    if (count)
+      for (; i + W <= vocab; i += W) counts -= load(x + i) >= floor;
+    else
+      for (; i + W <= vocab; i += W) masses += select(load(x + i) >= floor, exp(load(x + i) - top), vf{});
+    int64_t counted = static_cast<int64_t>(sum(to_float(counts)));  // a lane counts less than 2^24
+    float found = sum(masses);
+    for (; i < vocab; i++)
+      if (x[i] >= top - depth) counted++, found += exp(x[i] - top);
+    if (count ? counted >= count : found > mass) return top - depth;
+  }
+  return -INFINITY;
+}
+
 // Leaves only what top-k, top-p and min-p keep. `heap` is scratch of one id for each token.
 static void truncate(float* x, int64_t vocab, const float* f, const int32_t* n, int32_t* heap) {
   const bool top_k = n[TOP_K] > 0 && n[TOP_K] < vocab, top_p = f[TOP_P] < 1, min_p = f[MIN_P] > 0;
   if (!top_k && !top_p && !min_p) return;
-  int64_t size = 0;
-  for (int64_t i = 0; i < vocab; i++)
-    if (x[i] != -INFINITY) heap[size++] = static_cast<int32_t>(i);
-  if (!size) return;
-  for (int64_t i = size / 2; i-- > 0;) sift(x, heap, size, i);
-  const float top = x[heap[0]];
+  const float top = top_of(x, vocab);
+  if (top == -INFINITY) return;
   float total = 0;
-  if (top_p && !top_k) {
-    vf totals = {};
-    int64_t i = 0;
-    for (; i + W <= vocab; i += W) totals += select(load(x + i) == splat(-INFINITY), vf{}, exp(load(x + i) - top));
-    total = sum(totals);
-    for (; i < vocab; i++) total += x[i] == -INFINITY ? 0 : exp(x[i] - top);
-  }
+  if (top_p && !top_k) total = exp_sum(x, vocab, top);
+  // What can't be kept goes at once, with a margin for rounding: the heap then has hundreds of tokens, not all.
+  const float floor = top_k ? lowest_kept(x, vocab, top, n[TOP_K], 0) : top_p ? lowest_kept(x, vocab, top, 0, f[TOP_P] * total * 1.0001f) : top + logf(f[MIN_P]) - 0.001f;
+  for (int64_t i = 0; i < vocab; i++) x[i] = x[i] >= floor ? x[i] : -INFINITY;
+  int64_t size = 0;
+  each_where(x, vocab, [](vf v) { return v > splat(-INFINITY); }, [&](int64_t i) {
+    heap[size++] = static_cast<int32_t>(i);
+    return true;
+  });
+  const Before before{x};
+  for (int64_t i = size / 2; i-- > 0;) sift(before, heap, size, i);
   // Take tokens off the heap from the best down; what has been taken stands behind the heap's end, best last.
   int64_t taken = 0;
   auto take = [&] {
     const int32_t best = heap[0];
     heap[0] = heap[--size];
-    if (size) sift(x, heap, size, 0);
+    if (size) sift(before, heap, size, 0);
     heap[size] = best;
     taken++;
   };
@@ -114,8 +193,11 @@ static void process_logits(const Operands& o, const Worker& worker) {
       const Tensor& masks = o.in(6);
       if (n[MASK] >= masks.rows()) { worker.fail("internal: processLogits: mask %lld of %lld", n[MASK], masks.rows()); continue; }
       const uint32_t* allowed = masks.as<uint32_t>() + n[MASK] * masks.dims[1];
-      for (int64_t i = 0; i < vocab; i++)
-        if (!(allowed[i / 32] >> (i % 32) & 1)) x[i] = -INFINITY;
+      for (int64_t i = 0; i < vocab; i += 32) {
+        const uint32_t bits = allowed[i / 32];
+        if (bits == ~0u) continue;
+        for (int64_t j = i; j < min(i + 32, vocab); j++) x[j] = bits >> (j - i) & 1 ? x[j] : -INFINITY;
+      }
     }
     penalize(x, vocab, o.in(3).as<int32_t>() + n[HISTORY_START], f, n, scratch.as<int32_t>() + r * vocab);
     if (f[TEMPERATURE] > 0) {
@@ -123,23 +205,6 @@ static void process_logits(const Operands& o, const Worker& worker) {
       truncate(x, vocab, f, n, scratch.as<int32_t>() + r * vocab);
     }
   }
-}
-
-// Sum of e^(x - top) over a row.
-static float exp_sum(const float* x, int64_t n, float top) {
-  vf totals = {};
-  int64_t i = 0;
-  for (; i + W <= n; i += W) totals += select(load(x + i) == splat(-INFINITY), vf{}, exp(load(x + i) - top));
-  float total = sum(totals);
-  for (; i < n; i++) total += x[i] == -INFINITY ? 0.f : exp(x[i] - top);
-  return total;
-}
-
-static int64_t argmax(const float* x, int64_t n) {
-  int64_t best = 0;
-  for (int64_t i = 1; i < n; i++)
-    if (x[i] > x[best]) best = i;
-  return best;
 }
 
 // A number in [0, 1) from a seed and a step (splitmix64).
@@ -150,6 +215,32 @@ static double random_number(uint64_t seed, uint64_t step) {
   return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
+// Draws in proportion to e^x: the token at which the running sum passes `share` (from 0 to 1) of the whole. `top` is the largest.
+static int64_t draw(const float* x, int64_t vocab, float top, double share) {
+  // Sums of pieces first, then token by token within the piece where it happens.
+  constexpr int64_t pieces = 256;
+  const int64_t length = (vocab + pieces * 4 * W - 1) / (pieces * 4 * W) * 4 * W;
+  float sums[pieces];
+  double total = 0;
+  for (int64_t p = 0; p * length < vocab; p++) total += sums[p] = exp_sum(x + p * length, min(length, vocab - p * length), top);
+  double left = total * share;
+  int64_t piece = 0;
+  for (int64_t p = 0; p * length < vocab; p++) {
+    if (sums[p] == 0) continue;
+    piece = p;
+    if (left < sums[p]) break;
+    left -= sums[p];
+  }
+  if (left >= sums[piece]) left = sums[piece];  // rounding alone carried it past the end
+  int64_t id = 0;
+  each_where(x + piece * length, min(length, vocab - piece * length), [](vf v) { return v > splat(-INFINITY); }, [&](int64_t i) {
+    id = piece * length + i;
+    left -= exp(x[id] - top);
+    return left >= 0;
+  });
+  return id;
+}
+
 static void sample(const Operands& o, const Worker& worker) {
   const Tensor &logits = o.in(0), &processed = o.in(1), &ids = o.out(0), &logprobs = o.out(1);
   const int64_t vocab = logits.dims[1];
@@ -158,21 +249,41 @@ static void sample(const Operands& o, const Worker& worker) {
     const int32_t* n = o.in(3).as<int32_t>() + r * INTS;
     const float *raw = logits.as<float>() + r * vocab, *x = processed.as<float>() + r * vocab;
     int64_t id = argmax(x, vocab);
-    if (f[TEMPERATURE] > 0) {
-      const float top = x[id];
-      double total = 0;
-      for (int64_t i = 0; i < vocab; i++) total += x[i] == -INFINITY ? 0.f : exp(x[i] - top);
-      double left = total * random_number(static_cast<uint64_t>(static_cast<uint32_t>(n[SEED_HIGH])) << 32 | static_cast<uint32_t>(n[SEED_LOW]), static_cast<uint64_t>(n[STEP]));
-      for (int64_t i = 0; i < vocab; i++) {
-        if (x[i] == -INFINITY) continue;
-        left -= exp(x[i] - top);
-        id = i;
-        if (left < 0) break;
-      }
+    if (x[id] == -INFINITY) {  // nothing is allowed
+      ids.as<int32_t>()[r] = -1;
+      logprobs.as<float>()[r] = -INFINITY;
+      continue;
     }
-    const float top = raw[argmax(raw, vocab)];
+    if (f[TEMPERATURE] > 0) id = draw(x, vocab, x[id], random_number(static_cast<uint64_t>(static_cast<uint32_t>(n[SEED_HIGH])) << 32 | static_cast<uint32_t>(n[SEED_LOW]), static_cast<uint64_t>(n[STEP])));
+    const float top = top_of(raw, vocab);
     ids.as<int32_t>()[r] = static_cast<int32_t>(id);
     logprobs.as<float>()[r] = raw[id] - top - logf(exp_sum(raw, vocab, top));
+  }
+}
+
+// The k likeliest tokens of each row, best first, with their log-probabilities.
+static void top_logprobs(const Operands& o, const Worker& worker) {
+  const Tensor &logits = o.in(0), &ids = o.out(0), &logprobs = o.out(1);
+  const int64_t vocab = logits.dims[1], k = ids.dims[1];
+  for (int64_t r = worker.index; r < logits.rows(); r += worker.count) {
+    const float* x = logits.as<float>() + r * vocab;
+    int32_t* best = ids.as<int32_t>() + r * k;  // a heap with the worst of the best on top
+    const After after{x};
+    for (int64_t i = 0; i < k; i++) best[i] = static_cast<int32_t>(i);
+    for (int64_t i = k / 2; i-- > 0;) sift(after, best, k, i);
+    each_where(x + k, vocab - k, [&](vf v) { return v > splat(x[best[0]]); }, [&](int64_t i) {
+      best[0] = static_cast<int32_t>(k + i);
+      sift(after, best, k, 0);
+      return true;
+    });
+    for (int64_t size = k; size-- > 1;) {
+      const int32_t worst = best[0];
+      best[0] = best[size];
+      best[size] = worst;
+      sift(after, best, size, 0);
+    }
+    const float top = x[best[0]], norm = top + logf(exp_sum(x, vocab, top));
+    for (int64_t i = 0; i < k; i++) logprobs.as<float>()[r * k + i] = x[best[i]] - norm;
   }
 }
 

@@ -17,6 +17,7 @@ import { loadSync } from "@grpc/proto-loader";
 import { ReflectionService } from "@grpc/reflection";
 import { HealthImplementation } from "grpc-health-check";
 import type { z } from "zod";
+import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { ERRORS, ServerError } from "./errors.ts";
 import { serverError } from "./replies.ts";
 import { ChatBody, CompletionBody, chatRequest, completionRequest, promptsOf } from "./schemas.ts";
@@ -160,6 +161,17 @@ export async function startGrpc(host: string, port: number, deps: GrpcDeps): Pro
         throw new ServerError("invalid_request", `token id ${wrong} is outside the vocabulary of ${config.vocabSize}`, { param: "tokens" });
       return { text: tokenizer.decode(tokens) };
     }),
+    GetModel: unary(({ name, config, engine }) => ({
+      name,
+      architecture: config.architecture,
+      context_length: Math.min(config.maxPositions, engine.cache.count * BLOCK_TOKENS),
+      vocabulary: config.vocabSize,
+      layers: config.layers,
+      hidden: config.hiddenSize,
+      experts: config.moe?.experts ?? 0,
+      experts_per_token: config.moe?.chosen ?? 0,
+      shared_experts: config.moe?.sharedExperts ?? 0,
+    })),
     ListModels: (call: ServerUnaryCall<object, object>, done: sendUnaryData<object>) => {
       void served(call, async ({ models }) =>
         done(null, { models: services.catalog.list().filter((m) => models?.includes(m.name) ?? true) }),

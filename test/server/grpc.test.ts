@@ -23,6 +23,7 @@ type Call = AsyncIterable<Record<string, unknown>> & { cancel(): void };
 type Mixtape = Client & {
   Generate(request: object, metadata?: Metadata, options?: object): Call;
   Chat(request: object, metadata?: Metadata, options?: object): Call;
+  GetModel(request: object, metadata: Metadata, done: (error: unknown, reply: object) => void): void;
   Tokenize(request: object, metadata: Metadata, done: (error: unknown, reply: { tokens: number[] }) => void): void;
 };
 
@@ -132,6 +133,19 @@ test("text and ids, log-probabilities, experts, a schema, a tool", async () => {
   const calls = called.events.flatMap((e) => (e["tool_call"] ? [e["tool_call"] as { name: string; arguments: string }] : []));
   expect(calls[0].name).toBe("book");
   expect([1, 2]).toContain(JSON.parse(calls.map((c) => c.arguments).join("")).n);
+});
+
+test("what a model is", async () => {
+  const info = await new Promise((resolve, reject) => {
+    client.GetModel({ model: "default" }, new Metadata(), (error, reply) => (error ? reject(error) : resolve(reply)));
+  });
+  expect(info).toMatchObject({
+    architecture: "Ernie4_5_MoeForCausalLM",
+    context_length: 4096,
+    layers: 8,
+    experts: 32,
+    experts_per_token: 4,
+  });
 });
 
 test("a deadline, and a client that cancels, free what the answer held", async () => {

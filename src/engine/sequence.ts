@@ -115,6 +115,7 @@ export class Sequence {
 
   /** Ends the sequence; its reader throws `reason`, or just ends when the reader itself left. */
   fail(reason: unknown): void {
+    if (this.#done) return; // it has ended already, for the reason that its reader hears
     this.#done = true;
     this.#failure = reason;
     this.#wake?.();

@@ -10,7 +10,7 @@ import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { ServerError } from "./errors.ts";
 import type { Shape } from "./grammar.ts";
-import type { CompletionEvent, CompletionRequest, FinishReason, Prompt, ServedModel, TokenLogprob } from "./served.ts";
+import type { CompletionEvent, CompletionRequest, FinishReason, Prompt, ServedModel, TokenLogprob, Usage } from "./served.ts";
 import { TagSplitter } from "./tags.ts";
 import { describe, withoutTools } from "./tools.ts";
 
@@ -22,8 +22,15 @@ interface Dialect {
   readonly takesTools: boolean;
 }
 
-/** Generates one answer. Throws ServerError for a prompt that does not fit or a schema that cannot be enforced. */
-export async function* complete(model: ServedModel, request: CompletionRequest): AsyncGenerator<CompletionEvent, void, undefined> {
+/**
+ * Generates one answer. Throws ServerError for a prompt that does not fit or a schema that cannot be enforced.
+ * @param onUsage told once what was computed, also where the answer did not come to its end
+ */
+export async function* complete(
+  model: ServedModel,
+  request: CompletionRequest,
+  onUsage: (usage: Usage) => void,
+): AsyncGenerator<CompletionEvent, void, undefined> {
   const { engine, tokenizer, config } = model;
   const dialect = dialectOf(tokenizer);
   const { tokens, text: rendered } = promptOf(tokenizer, request.prompt, dialect);
@@ -100,6 +107,7 @@ export async function* complete(model: ServedModel, request: CompletionRequest):
   } finally {
     leave.abort();
     constraint?.dispose();
+    onUsage(usage);
   }
 }
 

@@ -142,6 +142,17 @@ export const RoutingBody = z.strictObject({
   messages: z.array(message).min(1).optional(),
 });
 
+/** What decides how a template is used, and which: no variables of it. */
+const TEMPLATE_OPTIONS = [
+  "chat_template",
+  "tools",
+  "documents",
+  "tokenize",
+  "add_generation_prompt",
+  "continue_final_message",
+  "return_dict",
+];
+
 /** One answer's request; `seed` counts up over several answers. */
 export function chatRequest(
   body: ChatBody,
@@ -151,6 +162,9 @@ export function chatRequest(
   const names = (body.tools ?? []).map((t) => t.function.name);
   if (new Set(names).size < names.length) throw new ServerError("invalid_request", "two tools have the same name", { param: "tools" });
   const choice = toolChoice(body.tool_choice, names);
+  const reserved = TEMPLATE_OPTIONS.find((name) => name in (body.chat_template_kwargs ?? {}));
+  if (reserved)
+    throw new ServerError("invalid_request", `'${reserved}' is not for clients to set`, { param: `chat_template_kwargs.${reserved}` });
   if (choice !== "none" && choice !== "auto" && body.response_format && body.response_format.type !== "text")
     throw new ServerError("invalid_request", "an answer cannot be a tool call and of a response_format at once", {
       param: "response_format",

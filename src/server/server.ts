@@ -29,6 +29,7 @@ import type { Services } from "./services.ts";
 
 /** What needs a key where there are keys; probes, the description of the API and the page are open. */
 const GUARDED = /^\/(v1|tokenize|detokenize)(\/|$|\?)/;
+const LOCAL_HOST = /^(localhost|127\.0\.0\.1|\[::1\])(:\d+)?$/i;
 /** The page, as `npm run build` leaves it. */
 const PAGE = fileURLToPath(new URL("../../dist/web", import.meta.url));
 
@@ -114,12 +115,16 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
   });
   await app.register(swaggerUi, { routePrefix: "/docs", staticCSP: true });
 
+  const guardsHost = !ring && !config.insecureNoAuth && !config.trustProxy;
   const callers = new WeakMap<FastifyRequest, Caller>();
   const callerOf = (request: FastifyRequest): Caller => callers.get(request) ?? { id: "anonymous", models: null };
   const admission = new Admission(ring, config.maxInProgress, config.maxInProgressPerKey, (count) => metrics.inProgress(count));
 
   app.addHook("onRequest", async (request, reply) => {
     reply.header("x-request-id", request.id);
+    // Without keys this machine alone may ask: a name that a page of elsewhere has pointed here is not this machine.
+    if (guardsHost && !LOCAL_HOST.test(request.headers.host ?? ""))
+      throw new ServerError("invalid_request", `the Host is ${request.headers.host}; without keys only localhost is served`);
     if (request.url.split("?")[0] === "/metrics") return authorizeMetrics(request, config.metricsToken);
     if (!GUARDED.test(request.url) || request.method === "OPTIONS") return;
     const visitor = admission.authenticate(bearer(request));

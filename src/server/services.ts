@@ -45,16 +45,17 @@ export async function* answer(
   const limited = maxTokens === null ? request : { ...request, maxTokens: Math.min(request.maxTokens ?? maxTokens, maxTokens) };
   let last = performance.now();
   let first = true;
-  for await (const event of complete(model, limited)) {
+  const settle = (usage: Usage) => {
+    services.account(caller, usage);
+    observer.answered(model.name, usage);
+  };
+  for await (const event of complete(model, limited, settle)) {
     if (event.kind === "text" || event.kind === "toolCall") {
       const now = performance.now();
       if (first) observer.firstToken(model.name, (now - last) / 1000);
       else observer.nextToken(model.name, (now - last) / 1000);
       first = false;
       last = now;
-    } else if (event.kind === "end") {
-      services.account(caller, event.usage);
-      observer.answered(model.name, event.usage);
     }
     yield event;
   }

@@ -92,7 +92,7 @@ test("a profile has the time of each op, and how fast those with matrices read t
       expect(ops.map((o) => o.op)).toEqual(expect.arrayContaining(["linear", "groupedLinear", "attention", "route"]));
       expect(ops.reduce((sum, o) => sum + o.share, 0)).toBeCloseTo(1, 1);
       for (const o of ops) {
-        const multiplies = ["linear", "groupedLinear", "route"].includes(o.op);
+        const multiplies = ["linear", "gatedLinear", "groupedLinear", "groupedGatedLinear", "route"].includes(o.op);
         expect(o.bytes_per_second !== null, o.op).toBe(multiplies);
         expect(o.limit_share !== null, o.op).toBe(multiplies);
       }

@@ -88,7 +88,7 @@ test("a body of 100 MB is refused while it is still being sent", async () => {
   socket.setEncoding("utf8").on("data", (part: string) => {
     answer += part;
   });
-  socket.write(`POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100000000\r\n\r\n`);
+  socket.write(`POST ${CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100000000\r\n\r\n`);
   socket.write("x".repeat(1000));
   await expect.poll(() => answer, { timeout: 5000 }).toMatch(/^HTTP\/1\.1 413 /);
 });
@@ -174,7 +174,7 @@ test("half a request is ended when its time is up, and nobody else waits for it"
     answer += part;
   });
   const closed = once(socket, "close");
-  socket.write(`POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"mod`);
+  socket.write(`POST ${CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"mod`);
   expect((await post(url, "/tokenize", { model: "default", text: "hi" })).status).toBe(200);
   await closed;
   expect(answer).toMatch(/^HTTP\/1\.1 408 /);
@@ -189,7 +189,7 @@ test("a reader that does not read is waited for, not buffered for", async () => 
   const body = JSON.stringify({ ...ENDLESS, logprobs: true, top_logprobs: 20, max_tokens: 700 });
   socket.pause();
   socket.write(
-    `POST ${CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
+    `POST ${CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
   );
   const engine = await engineOf(running);
   await expect.poll(() => engine.stats().generatedTokens, { timeout: 30_000 }).toBeGreaterThan(300);

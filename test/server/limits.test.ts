@@ -203,3 +203,30 @@ test("a model that cannot be loaded is 503, says so in the log alone, and can be
   }
   expect(lines.join("")).toContain("/no/such/folder: no such folder");
 });
+
+test("a client that leaves pays for what was computed", async () => {
+  const file = join(temporary(), "keys.json");
+  const { secret, key } = await createKey(file, { ...FREE, tokensPerDay: 100_000 });
+  const running = await startHere({ keys: file });
+  const leave = new AbortController();
+  const response = await fetch(`${running.url}/v1/chat/completions`, {
+    method: "POST",
+    headers: { "content-type": "application/json", authorization: `Bearer ${secret}` },
+    body: JSON.stringify({ ...BODY, max_tokens: 3000, stream: true, logit_bias: { "2": -100, "5": -100 } }),
+    signal: leave.signal,
+  });
+  const reader = (response.body as ReadableStream<Uint8Array>).getReader();
+  for (let i = 0; i < 4; i++) await reader.read();
+  leave.abort();
+  const engine = await engineOf(running);
+  await expect.poll(() => engine.stats().running).toBe(0);
+  await running.server.stop();
+  expect(JSON.parse(readFileSync(`${file}.usage`, "utf8")).tokens[key.id]).toBeGreaterThan(8);
+});
+
+test("without keys, a name of elsewhere that points here is refused", async () => {
+  const { server } = await startHere();
+  const status = async (host: string) => (await server.app.inject({ url: "/v1/models", headers: { host } })).statusCode;
+  expect(await status("evil.example")).toBe(400);
+  for (const host of ["localhost", "localhost:8080", "127.0.0.1:80", "[::1]:8080"]) expect(await status(host)).toBe(200);
+});

@@ -288,6 +288,7 @@ describe("errors name the field, in OpenAI's shape", () => {
     [{ model: "default", messages, stop: ["a", "b", "c", "d", "e"] }, "stop", 400],
     [{ model: "default", messages, tool_choice: "required" }, "tool_choice", 400],
     [{ model: "default", messages: [{ role: "user", content: "word ".repeat(5000) }] }, "messages", 400],
+    [{ model: "default", messages, chat_template_kwargs: { chat_template: "{{ x }}" } }, "chat_template_kwargs.chat_template", 400],
     [{ model: "nope", messages }, "model", 404],
     [
       { model: "default", messages, response_format: { type: "json_schema", json_schema: { name: "x", schema: { type: "nonsense" } } } },

@@ -275,8 +275,8 @@ export class Engine {
   /** Lends pages for `tokens`, once there are enough. */
   async #withPages<T>(tokens: number, use: (pages: readonly number[]) => Promise<T>): Promise<T> {
     const reserved = this.#scheduler.reserve(tokens);
-    void this.#serve(); // which lends blocks between its steps
-    const pages = await reserved;
+    if (!Array.isArray(reserved)) void this.#serve(); // which lends blocks between its steps
+    const pages = Array.isArray(reserved) ? reserved : await reserved;
     try {
       return await use(pages);
     } finally {

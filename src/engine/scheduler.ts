@@ -96,12 +96,12 @@ export class Scheduler {
 
   /**
    * Lends blocks for `tokens` outside of any sequence, once there are enough: sequences that came later wait, or give theirs
-   * back. To be returned with `giveBack`.
+   * back. At once where nobody must wait. To be returned with `giveBack`.
    */
-  reserve(tokens: number): Promise<number[]> {
+  reserve(tokens: number): number[] | Promise<number[]> {
     const pages: number[] = [];
     const arrival = this.#arrivals++;
-    if (this.#reservations.length === 0 && this.#blocks.cover(pages, tokens)) return Promise.resolve(pages);
+    if (this.#reservations.length === 0 && this.#blocks.cover(pages, tokens)) return pages;
     return new Promise((resolve, reject) => {
       this.#reservations.push({ arrival, tokens, resolve, reject });
     });

@@ -34,9 +34,11 @@ beforeEach(() => {
 async function setUp() {
   const goldens = await openGoldens("moe-tiny");
   const { engine } = await loadModel(goldens.folder, { dtype: "fp32", threads: 1, kv_cache_tokens: 2048 });
+  const prompts = new Map(await Promise.all(goldens.lengths.map(async (n) => [n, await goldens.ids(n)] as const)));
+  /** Submits at once, so that several calls have an order. */
   const answer = async (n: number) => {
     const ids: number[] = [];
-    for await (const { id } of engine.submit({ tokens: await goldens.ids(n), sampling: GREEDY, maxNewTokens: 24 })) ids.push(id);
+    for await (const { id } of engine.submit({ tokens: prompts.get(n) as number[], sampling: GREEDY, maxNewTokens: 24 })) ids.push(id);
     return ids;
   };
   return { engine, answer, goldens };

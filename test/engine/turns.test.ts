@@ -192,7 +192,7 @@ test("blocks that are reserved come before sequences that came later, and after 
   step();
   step();
   let lent: number[] | null = null;
-  void scheduler.reserve(4 * 32).then((pages) => {
+  void Promise.resolve(scheduler.reserve(4 * 32)).then((pages) => {
     lent = pages;
   });
   const later = add("b", 30, 2);

@@ -27,7 +27,7 @@ export interface SchedulerOptions {
 
 interface Owner {
   /** In order of arrival, those that run and those that wait. */
-  readonly sequences: Sequence[];
+  sequences: Sequence[];
   /** Rows that it has had, from where the owner who had least stood when it came (https://dl.acm.org/doi/10.1145/75246.75248). */
   rows: number;
   /** Whether its next rows are for the prompt with least left; else for the oldest. */
@@ -186,7 +186,7 @@ export class Scheduler {
         this.#running.delete(s);
         this.#blocks.release(s.pages);
       }
-      if (left) owner.sequences.splice(0, owner.sequences.length, ...owner.sequences.filter((s) => !s.done));
+      if (left) owner.sequences = owner.sequences.filter((s) => !s.done);
       if (owner.sequences.length === 0) this.#owners.delete(name);
     }
   }

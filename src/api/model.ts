@@ -163,15 +163,14 @@ export class CausalLM {
       sampling: { ...settings.sampling, seed: index === 0 ? settings.sampling.seed : (settings.sampling.seed + index) % 2 ** 53 },
       maxNewTokens: settings.maxNewTokens(row.given.length),
       stopIds: settings.stopIds,
-      wantLogits: top_logprobs > 0,
+      topLogprobs: top_logprobs,
       signal,
     });
     try {
       streamer?.put(row.given);
       for await (const token of stream) {
-        const { logits, ...rest } = token;
-        tokens.push(rest);
-        if (logits) top.push(likeliest(logits, top_logprobs));
+        tokens.push(token);
+        if (token.top) top.push([...token.top]);
         streamer?.put([token.id]);
         finish = token.finish ?? finish;
         if (stops && text && stops.push(text.push([token.id])).stopped) {
@@ -223,21 +222,4 @@ export class CausalLM {
   dispose(): Promise<void> {
     return this.engine.dispose();
   }
-}
-
-/** The n largest logits with their log-probabilities. */
-export function likeliest(logits: Float32Array, n: number): { id: number; logprob: number }[] {
-  let ids: number[] = []; // best first; for a few one pass is enough, while sorting a large vocabulary holds the event loop
-  if (n > 100) ids = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, n);
-  else
-    logits.forEach((x, id) => {
-      if (ids.length === n && x <= logits[ids[n - 1]]) return;
-      let at = ids.length;
-      while (at > 0 && x > logits[ids[at - 1]]) at--;
-      ids.splice(at, 0, id);
-      if (ids.length > n) ids.pop();
-    });
-  const top = logits[ids[0]];
-  const total = Math.log(logits.reduce((sum, x) => sum + Math.exp(x - top), 0)) + top;
-  return ids.map((id) => ({ id, logprob: logits[id] - total }));
 }

@@ -13,7 +13,7 @@ import { isBlockDtype } from "../tensor/quantized.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
 import { type Inspection, inspect, meanHidden, type Wanted } from "./inspection.ts";
 import { Programs } from "./programs.ts";
-import { checkSampling, layOut } from "./sampling.ts";
+import { checkSampling, layOut, likeliest } from "./sampling.ts";
 import { type BatchEntry, Scheduler } from "./scheduler.ts";
 import { type GeneratedToken, type Request, Sequence } from "./sequence.ts";
 import { type EngineStats, type StepReport, Tally } from "./stats.ts";
@@ -185,7 +185,7 @@ export class Engine {
 
   async #generate(batch: readonly BatchEntry[]): Promise<{ tokens: GeneratedToken[]; rows: number }> {
     const sampled = batch.filter((e) => e.samples).map((e) => e.sequence);
-    const wantLogits = sampled.some((s) => s.request.wantLogits);
+    const wantLogits = sampled.some((s) => (s.request.topLogprobs ?? 0) > 0);
     const wantRouting = sampled.some((s) => s.request.wantRouting) || this.#tally.wantsRouting;
     const { vocabSize, moe } = this.config;
     let rows = 0;
@@ -230,7 +230,8 @@ export class Engine {
       return {
         id: ids[i],
         logprob: logprobs[i],
-        ...(s.request.wantLogits ? { logits: logits.slice(i * vocabSize, (i + 1) * vocabSize) } : {}),
+        // Only they are kept: a reader that lags would hold whole logits by the hundred.
+        ...(s.request.topLogprobs ? { top: likeliest(logits.subarray(i * vocabSize, (i + 1) * vocabSize), s.request.topLogprobs) } : {}),
         ...(s.request.wantRouting
           ? {
               routing: {

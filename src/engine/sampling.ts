@@ -140,3 +140,20 @@ function joined(masks: readonly Int32Array[]): Int32Array {
   }
   return all;
 }
+
+/** The n largest logits with their log-probabilities. */
+export function likeliest(logits: Float32Array, n: number): { id: number; logprob: number }[] {
+  let ids: number[] = []; // best first; for a few one pass is enough, while sorting a large vocabulary holds the event loop
+  if (n > 100) ids = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, n);
+  else
+    logits.forEach((x, id) => {
+      if (ids.length === n && x <= logits[ids[n - 1]]) return;
+      let at = ids.length;
+      while (at > 0 && x > logits[ids[at - 1]]) at--;
+      ids.splice(at, 0, id);
+      if (ids.length > n) ids.pop();
+    });
+  const top = logits[ids[0]];
+  const total = Math.log(logits.reduce((sum, x) => sum + Math.exp(x - top), 0)) + top;
+  return ids.map((id) => ({ id, logprob: logits[id] - total }));
+}

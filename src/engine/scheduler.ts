@@ -163,12 +163,14 @@ export class Scheduler {
   }
 
   #enqueue(sequence: Sequence, place: "first" | "last"): void {
-    const queue = this.#waiting.get(sequence.owner);
+    const { owner } = sequence;
+    const queue = this.#waiting.get(owner);
     if (!queue) {
-      this.#waiting.set(sequence.owner, [sequence]);
-      // Who was away has no claim on the past: it starts level with whoever had least.
-      const least = Math.min(...[...this.#served.values(), Number.POSITIVE_INFINITY]);
-      if (!this.#served.has(sequence.owner)) this.#served.set(sequence.owner, Number.isFinite(least) ? least : 0);
+      // Who was away has no claim on the past: it starts level with whoever of those here had least.
+      const here = new Set([...this.#waiting.keys(), ...[...this.#running].map((s) => s.owner)]);
+      if (place === "last" && here.size > 0 && !here.has(owner))
+        this.#served.set(owner, Math.max(this.#had(owner), Math.min(...[...here].map((o) => this.#had(o)))));
+      this.#waiting.set(owner, [sequence]);
     } else if (place === "first") queue.unshift(sequence);
     else queue.push(sequence);
   }

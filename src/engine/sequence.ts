@@ -18,8 +18,8 @@ export interface Request {
   readonly maxNewTokens: number;
   /** Ids that end the answer; the one that does is part of it. */
   readonly stopIds?: readonly number[];
-  /** Hand over the unprocessed logits [vocab] with each token. Default false. */
-  readonly wantLogits?: boolean;
+  /** How many of the likeliest alternatives to hand over with each token. Default 0. */
+  readonly topLogprobs?: number;
   /** Hand over which experts each token used. Default false. */
   readonly wantRouting?: boolean;
   readonly constraint?: Constraint;
@@ -39,7 +39,8 @@ export interface GeneratedToken {
   readonly id: number;
   /** Natural logarithm of its probability by the model alone, before bias, penalties and temperature. */
   readonly logprob: number;
-  readonly logits?: Float32Array;
+  /** The likeliest, best first, by the model alone. */
+  readonly top?: readonly { readonly id: number; readonly logprob: number }[];
   /** Of the position that this token was predicted from. */
   readonly routing?: TokenRouting;
   /** On the first token: how many of the prompt's tokens the cache held already. */

@@ -3,7 +3,6 @@
  * into whole characters, reasoning, tool calls and what else was asked for. Knows no protocol.
  */
 import { endTokenIds } from "../api/generation.ts";
-import { likeliest } from "../api/model.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import type { Constraint, GeneratedToken } from "../engine/sequence.ts";
 import { isMoeLayer } from "../model/config.ts";
@@ -72,24 +71,24 @@ export async function* complete(
 
   const stopIds = endTokenIds(model.generationConfig, config);
   const constraint = await constrained(model, request);
-  const stream = engine.submit({
-    tokens,
-    sampling: request.sampling,
-    maxNewTokens: Math.min(request.maxTokens ?? Number.POSITIVE_INFINITY, longest - tokens.length),
-    stopIds,
-    wantLogits: (request.logprobs ?? 0) > 0,
-    wantRouting: request.routing && layers.length > 0,
-    owner: request.owner,
-    ...(constraint ? { constraint } : {}),
-    signal: anyOf(request.signal, leave.signal),
-  });
   try {
+    const stream = engine.submit({
+      tokens,
+      sampling: request.sampling,
+      maxNewTokens: Math.min(request.maxTokens ?? Number.POSITIVE_INFINITY, longest - tokens.length),
+      stopIds,
+      topLogprobs: request.logprobs ?? 0,
+      wantRouting: request.routing && layers.length > 0,
+      owner: request.owner,
+      ...(constraint ? { constraint } : {}),
+      signal: anyOf(request.signal, leave.signal),
+    });
     for await (const token of stream) {
       usage.completionTokens++;
       usage.cachedTokens = token.cachedTokens ?? usage.cachedTokens;
       if (request.signal.aborted) return;
       const ends = token.finish === "stop" && stopIds.includes(token.id);
-      if (request.logprobs !== null && !ends) yield logprobOf(tokenizer, token, request.logprobs);
+      if (request.logprobs !== null && !ends) yield logprobOf(tokenizer, token);
       if (token.routing) yield { kind: "routing", token: { id: token.id, text: tokenizer.decode([token.id]), layers, ...token.routing } };
       const watched = stops.push(ends ? "" : detokenizer.push([token.id]));
       yield* spoken(watched.text);
@@ -173,9 +172,9 @@ async function constrained(model: ServedModel, { format, prompt }: CompletionReq
   return shape && model.grammars.constraint(shape, param);
 }
 
-function logprobOf(tokenizer: Tokenizer, { id, logprob, logits }: GeneratedToken, alternatives: number): CompletionEvent {
+function logprobOf(tokenizer: Tokenizer, { id, logprob, top = [] }: GeneratedToken): CompletionEvent {
   const named = (each: { id: number; logprob: number }): TokenLogprob => ({ ...each, bytes: bytesOf(tokenizer, each.id) });
-  return { kind: "logprob", token: named({ id, logprob }), top: logits ? likeliest(logits, alternatives).map(named) : [] };
+  return { kind: "logprob", token: named({ id, logprob }), top: top.map(named) };
 }
 
 /** The bytes that a token stands for, which need not be whole characters. */

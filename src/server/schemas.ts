@@ -173,7 +173,7 @@ export function chatRequest(
     prompt: {
       kind: "chat",
       messages: messagesOf(body.messages),
-      tools: (body.tools ?? []).map(({ function: f }) => ({ ...f, strict: f.strict ?? false })),
+      tools: (body.tools ?? []).map(({ function: { name, description, parameters } }) => ({ name, description, parameters })),
       toolChoice: choice,
       oneToolCall: body.parallel_tool_calls === false,
       templateVariables: body.chat_template_kwargs ?? {},

@@ -47,8 +47,6 @@ export interface ToolDefinition {
   readonly description?: string;
   /** JSON schema of the arguments. */
   readonly parameters?: Readonly<Record<string, unknown>>;
-  /** Whether the arguments must satisfy the schema, enforced while decoding. Default false. */
-  readonly strict?: boolean;
 }
 
 /** `auto`: the model decides; `required`: it must call one; a name: it must call that one. */

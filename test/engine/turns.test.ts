@@ -68,6 +68,21 @@ test("who comes later has no claim on the time before", () => {
   expect(Math.abs(early - late)).toBeLessThanOrEqual(64);
 });
 
+test("who was here before, left, and comes back has no claim on the time between", () => {
+  const { add, step } = setUp();
+  add("back", 10, 1);
+  for (let i = 0; i < 200; i++) add("stayed", 64, 1);
+  for (let i = 0; i < 50; i++) step();
+  for (let i = 0; i < 100; i++) add("back", 64, 1);
+  let [stayed, back] = [0, 0];
+  for (let i = 0; i < 20; i++) {
+    const batch = step();
+    stayed += rowsOf(batch, "stayed");
+    back += rowsOf(batch, "back");
+  }
+  expect(Math.abs(stayed - back)).toBeLessThanOrEqual(64);
+});
+
 test("everyone who generates gets a token in every step, and a long prompt only what is left for prompts", () => {
   const { add, step } = setUp();
   const talkers = Array.from({ length: 5 }, () => add("a", 3));

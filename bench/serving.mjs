@@ -5,10 +5,11 @@
  *   npm run build && node bench/serving.mjs [--users 1,8,32,256] [--new-tokens 100] [--rounds 3] [--engine MODEL] [--json]
  */
 import { spawn } from "node:child_process";
+import { Agent, request } from "node:http";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import autocannon from "autocannon";
-import { AutoModelForCausalLM } from "../dist/index.js";
+import { AutoModelForCausalLM, AutoTokenizer } from "../dist/index.js";
 
 const { values: flags } = parseArgs({
   options: {
@@ -34,11 +35,13 @@ async function serve(args = []) {
     stdio: ["ignore", "ignore", "pipe"],
   });
   let said = "";
-  for await (const part of child.stderr) {
-    said += part;
-    if (/ at http/.test(said)) break;
-  }
-  child.stderr.resume();
+  await new Promise((resolve, reject) => {
+    child.stderr.setEncoding("utf8").on("data", (part) => {
+      said += part;
+      if (/ at http\S+ /.test(said)) resolve();
+    });
+    child.once("exit", (code) => reject(new Error(`the server ended with ${code}: ${said}`)));
+  });
   const url = / at (http\S+) /.exec(said)[1];
   return { url, stop: () => child.kill("SIGKILL"), figures: async () => parse(await (await fetch(`${url}/metrics`)).text()) };
 }
@@ -50,21 +53,23 @@ function parse(text) {
 const TOPICS = ["hotel", "train", "museum", "river", "poem", "spreadsheet", "restaurant", "taxi"];
 const question = (i) => `Tell me about the ${TOPICS[i % TOPICS.length]} number ${i % 16}.`;
 
+const bodyOf = (content, more = {}) => ({
+  model: "default",
+  messages: Array.isArray(content) ? content : [{ role: "user", content }],
+  temperature: 0,
+  max_tokens: newTokens,
+  stream: true,
+  logit_bias: { 2: -100, 5: -100 }, // nobody ends early
+  ...more,
+});
+
 /** One streamed answer: its text, when each piece came, and the status. */
 async function ask(url, content, more = {}) {
   const start = performance.now();
   const response = await fetch(`${url}/v1/chat/completions`, {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify({
-      model: "default",
-      messages: Array.isArray(content) ? content : [{ role: "user", content }],
-      temperature: 0,
-      max_tokens: newTokens,
-      stream: true,
-      logit_bias: { 2: -100, 5: -100 }, // nobody ends early
-      ...more,
-    }),
+    body: JSON.stringify(bodyOf(content, more)),
   });
   const times = [];
   let [text, held] = ["", ""];
@@ -151,7 +156,15 @@ async function overload() {
       full.push(median(answers.filter((a) => a.status === 200).map((a) => a.ms)));
       refused.push(...answers.filter((a) => a.status === 429));
     }
+    // One after the other while the room is full: what a refusal costs, without the rush of so many new connections at once.
+    const running = wave(room);
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    const singly = [];
+    for (let i = 0; i < 3 * room; i++) singly.push(await ask(server.url, question(i)));
+    await running;
+    const aloneMs = singly.filter((a) => a.status === 429).map((a) => a.ms);
     return {
+      singlyRefusedMs: { count: aloneMs.length, median: median(aloneMs), p99: quantile(aloneMs, 0.99) },
       room,
       asked: 4 * room,
       refused: refused.length / rounds,
@@ -188,6 +201,49 @@ async function secondTurn() {
     }
     return { freshMs: median(fresh), knownMs: median(known), ratio: median(fresh.map((f, i) => f / known[i])) };
   } finally {
+    server.stop();
+  }
+}
+
+/** A streamed answer that is thrown away as it comes: a client that costs as little as one can. */
+function drink(url, content, agent) {
+  return new Promise((resolve, reject) => {
+    const options = { method: "POST", agent, headers: { "content-type": "application/json" } };
+    const asked = request(`${url}/v1/chat/completions`, options, (response) => response.resume().on("end", resolve).on("error", reject));
+    asked.on("error", reject).end(JSON.stringify(bodyOf(content)));
+  });
+}
+
+/** What HTTP and the routes cost: 32 streams through them beside the same 32 requests put to the engine itself, in turns. */
+async function overhead() {
+  const users = 32;
+  const server = await serve();
+  const tokenizer = await AutoTokenizer.from_pretrained("default");
+  const model = await AutoModelForCausalLM.from_pretrained("default", { threads: Number(flags.threads), kv_cache_tokens: 32768 });
+  try {
+    const logit_bias = new Map([2, 5].map((id) => [id, -100]));
+    const input_ids = Array.from({ length: users }, (_, i) =>
+      tokenizer.apply_chat_template([{ role: "user", content: question(i) }], { add_generation_prompt: true }),
+    );
+    const seconds = async (work) => {
+      const start = performance.now();
+      await work();
+      return (performance.now() - start) / 1000;
+    };
+    const alone = () => model.generate({ input_ids, max_new_tokens: newTokens, do_sample: false, eos_token_id: null, logit_bias });
+    const agent = new Agent({ keepAlive: true });
+    const served = () => Promise.all(Array.from({ length: users }, (_, i) => drink(server.url, question(i), agent)));
+    await alone();
+    await served();
+    const [engine, http] = [[], []];
+    for (let round = 0; round < 3 * rounds; round++) {
+      engine.push(await seconds(alone));
+      http.push(await seconds(served));
+    }
+    const speed = (list) => (users * newTokens) / median(list);
+    return { users, engineTokensPerSecond: speed(engine), servedTokensPerSecond: speed(http), share: 1 - median(engine) / median(http) };
+  } finally {
+    await model.dispose();
     server.stop();
   }
 }
@@ -235,6 +291,7 @@ if (flags.engine) results.engine = await engineOnly(flags.engine);
 else {
   results.crowd = await crowd();
   results.overload = await overload();
+  results.overhead = await overhead();
   results.secondTurn = await secondTurn();
   results.plain = await plain();
 }
@@ -247,9 +304,13 @@ else {
       `${String(r.users).padStart(4)} streams ${f(r.tokensPerSecond, 0)} tokens/s   as alone: ${r.sameAsAlone.padEnd(10)}  first token ${f(r.firstMs.median)} ms (p99 ${f(r.firstMs.p99)})   between tokens ${f(r.gapMs.median, 2)} ms (p99 ${f(r.gapMs.p99, 2)})   outside steps ${f(100 * r.outsideSteps)} %   loop late p99 ${f(r.loopLagMs)} ms`,
     );
   if (results.overload) {
-    const { room, asked, refused, allSayWhen, refusedMs, admittedSeconds: s } = results.overload;
+    const { room, asked, refused, allSayWhen, refusedMs, singlyRefusedMs: one, admittedSeconds: s } = results.overload;
     console.log(
-      `room for ${room}, ${asked} ask: ${refused} get 429${allSayWhen ? " with Retry-After" : ""}, in ${f(refusedMs.median)} ms (p99 ${f(refusedMs.p99)}); admitted take ${s.at4x.toFixed(2)} s (${s.at1x.toFixed(2)} s without the others)`,
+      `room for ${room}, ${asked} ask: ${refused} get 429${allSayWhen ? " with Retry-After" : ""}, in ${f(refusedMs.median)} ms (p99 ${f(refusedMs.p99)}), one by one in ${f(one.median)} ms (p99 ${f(one.p99)}); admitted take ${s.at4x.toFixed(2)} s (${s.at1x.toFixed(2)} s without the others)`,
+    );
+    const o = results.overhead;
+    console.log(
+      `${o.users} streams over HTTP, client included: ${f(o.servedTokensPerSecond, 0)} tokens/s; the engine alone ${f(o.engineTokensPerSecond, 0)}: ${f(100 * o.share)} % of the time is not the engine's`,
     );
     const { freshMs, knownMs, ratio } = results.secondTurn;
     console.log(

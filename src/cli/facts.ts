@@ -4,10 +4,10 @@ import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { CONFIG, missingFile, openCheckpoint, totalsByDtype } from "../checkpoint/checkpoint.ts";
 import { readConfig } from "../model/config.ts";
+import { measure, moeLayers } from "../model/size.ts";
 import { UsageError } from "./failure.ts";
 import { findFolder, openTokenizer } from "./models.ts";
 import type { HubFlags } from "./options.ts";
-import { measure, moeLayers } from "./size.ts";
 
 export type Facts = Awaited<ReturnType<typeof gather>>;
 

@@ -1,7 +1,7 @@
 /** `mixtape keys`: makes, lists and revokes the keys of `mixtape serve`. */
 import { type Command, InvalidArgumentError } from "commander";
 import { examples, whole } from "./options.ts";
-import { padEnd } from "./terminal.ts";
+import { displayWidth, excerpt, padEnd } from "./terminal.ts";
 
 interface CreateFlags {
   readonly name: string;
@@ -18,7 +18,7 @@ export function addKeys(program: Command): void {
     .description("Make a key, and print it: this once.")
     .argument("<file>", "the key file; it is made if it is not there")
     .requiredOption("--name <name>", "whose it is")
-    .option("--expires <date>", "when it stops being valid, like 2027-01-31", parseDate)
+    .option("--expires <when>", "when it stops being valid: a date like 2027-01-31, or 90d or 12h from now", expiry)
     .option("--model <name>", "only this model (repeatable; default: all)", (v: string, all: string[] = []) => [...all, v])
     .option("--requests-per-minute <n>", "how often it may ask", whole(1))
     .option("--tokens-per-day <n>", "prompts and answers together, a day in UTC", whole(1))
@@ -47,18 +47,18 @@ async function create(file: string, flags: CreateFlags): Promise<void> {
 }
 
 async function list(file: string): Promise<void> {
-  const { readKeys } = await import("../server/keys.ts");
+  const { readKeys, refusal } = await import("../server/keys.ts");
   const rows = (await readKeys(file)).map((k) => [
     k.id,
-    k.name,
-    k.revoked ? "revoked" : k.expires && Date.parse(k.expires) < Date.now() ? "expired" : "valid",
+    excerpt(k.name, 40),
+    refusal(k) ?? "valid",
     k.expires?.slice(0, 10) ?? "never",
     k.models?.join(",") ?? "all",
     k.requestsPerMinute === null ? "no limit" : `${k.requestsPerMinute}/min`,
     k.tokensPerDay === null ? "no limit" : `${k.tokensPerDay}/day`,
   ]);
   const table = [["id", "name", "state", "expires", "models", "requests", "tokens"], ...rows];
-  const widths = table[0].map((_, c) => Math.max(...table.map((row) => row[c].length)));
+  const widths = table[0].map((_, c) => Math.max(...table.map((row) => displayWidth(row[c]))));
   for (const row of table)
     process.stdout.write(
       `${row
@@ -73,8 +73,12 @@ async function revoke(file: string, idOrName: string): Promise<void> {
   for (const key of await revokeKey(file, idOrName)) process.stdout.write(`revoked ${key.id} of ${key.name}\n`);
 }
 
-function parseDate(text: string): string {
-  const date = new Date(text);
-  if (Number.isNaN(date.getTime())) throw new InvalidArgumentError("It must be a date like 2027-01-31.");
-  return date.toISOString();
+/** Parses when a key ends: a date, or a time from now. */
+function expiry(text: string): string {
+  const [, amount, unit] = /^(\d{1,5})([hd])$/.exec(text) ?? [];
+  const fromNow = Date.now() + Number(amount) * (unit === "h" ? 3_600_000 : 86_400_000);
+  const at = amount !== undefined ? fromNow : /^\d{4}-\d\d-\d\d/.test(text) ? Date.parse(text) : Number.NaN;
+  if (Number.isNaN(at)) throw new InvalidArgumentError("It must be a date like 2027-01-31, or a time from now like 90d or 12h.");
+  if (at <= Date.now()) throw new InvalidArgumentError("It is over already.");
+  return new Date(at).toISOString();
 }

@@ -35,6 +35,7 @@ const program = new Command("mixtape")
       ['mixtape generate "你好" --greedy', "continue a text"],
       ["mixtape serve", "an OpenAI-compatible service and a page to chat, on this machine"],
       ['mixtape routing "你好" --svg routing.svg', "see which experts a prompt uses"],
+      ["mixtape serve", "answer many users over HTTP"],
       ["mixtape generate --help", "the options of a command"],
     ) +
       "\nEnvironment:\n" +
@@ -43,7 +44,7 @@ const program = new Command("mixtape")
   );
 
 const commands = [addChat, addGenerate, addServe, addKeys, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench];
-for (const add of commands) add(program);
+for (const add of commands) await add(program);
 
 quietOnClosedPipe();
 try {

@@ -1,137 +1,61 @@
-/** `mixtape serve`: a private service that OpenAI's clients work against. */
-import { type Command, InvalidArgumentError, Option } from "commander";
-import { DTYPES, examples, KV_CACHE_DTYPES, real, whole } from "./options.ts";
-import { notice } from "./terminal.ts";
+/** `mixtape serve`: a server in the foreground, from its settings to its last answer. */
+import type { Command } from "commander";
+import type { ServeConfig } from "../server/config.ts";
+import type { Server } from "../server/server.ts";
+import { examples } from "./options.ts";
+import type { ServeFlags } from "./settings.ts";
+import { colours, notice } from "./terminal.ts";
 
-interface ServeFlags {
-  readonly config?: string;
-  readonly printConfigSchema?: boolean;
-  readonly model?: readonly { name: string; path: string }[];
-  readonly dtype?: string;
-  readonly threads?: number;
-  readonly kvCacheDtype?: string;
-  readonly kvCacheTokens?: number;
-  readonly tlsCert?: string;
-  readonly tlsKey?: string;
-  readonly corsOrigin?: readonly string[];
-  readonly [flag: string]: unknown;
-}
-
-/** Flags that are fields of the config under the same name. */
-const FIELDS = [
-  "host",
-  "port",
-  "grpcPort",
-  "keys",
-  "insecureNoAuth",
-  "trustProxy",
-  "maxInProgress",
-  "maxInProgressPerKey",
-  "maxTokens",
-  "maxBodyBytes",
-  "requestTimeoutSeconds",
-  "drainTimeoutSeconds",
-  "idleUnloadSeconds",
-  "memoryBudgetBytes",
-  "metricsToken",
-  "logLevel",
-] as const;
-
-export function addServe(program: Command): void {
-  program
-    .command("serve")
-    .description("Serve models over HTTP, for OpenAI's clients. Listens on this machine alone unless told otherwise.")
-    .optionsGroup("Models:")
-    .option("-m, --model <name=path>", "a model, and the name that clients know it by (repeatable; default: default)", collectModel)
-    .addOption(new Option("--dtype <format>", "format of the weights in memory").choices(DTYPES))
-    .option("--threads <n>", "threads that compute (default: one a physical core)", whole(1))
-    .addOption(new Option("--kv-cache-dtype <format>", "format of cached keys and values").choices(KV_CACHE_DTYPES))
-    .option("--kv-cache-tokens <n>", "tokens that the cache has room for", whole(1))
-    .option("--idle-unload-seconds <s>", "models without preload are unloaded after so long (default: 600)", real(0))
-    .option("--memory-budget-bytes <n>", "of all models' weights together", whole(1))
-    .optionsGroup("Network:")
-    .option("--host <address>", "address to listen on (default: 127.0.0.1)")
-    .option("--port <n>", "0 is any free port (default: 8080)", whole(0))
-    .option("--grpc-port <n>", "serve gRPC too, on this port (proto/mixtape.proto)", whole(0))
-    .option("--tls-cert <file>", "PEM certificate")
-    .option("--tls-key <file>", "PEM key")
-    .option("--cors-origin <origin>", "web pages of this origin may ask (repeatable)", (v: string, all: string[] = []) => [...all, v])
-    .option("--trust-proxy", "believe X-Forwarded-For")
-    .optionsGroup("Who may ask, and how much:")
-    .option("--keys <file>", "API keys, made by 'mixtape keys create'")
-    .option("--insecure-no-auth", "listen beyond this machine without keys")
-    .option("--max-in-progress <n>", "requests at the same time; others get 429 (default: 256)", whole(1))
-    .option("--max-in-progress-per-key <n>", "the same of one key (default: 128)", whole(1))
-    .option("--max-tokens <n>", "tokens of an answer at most", whole(1))
-    .option("--max-body-bytes <n>", "size of a request (default: 4 MiB)", whole(1024))
-    .option("--request-timeout-seconds <s>", "for a request to arrive whole (default: 30)", real(0))
-    .optionsGroup("Operations:")
-    .option("--config <file>", "all of this in a file, JSON or YAML; flags go before it")
-    .option("--print-config-schema", "print the file's JSON schema, and end")
-    .option("--drain-timeout-seconds <s>", "for answers to end after SIGTERM (default: 30)", real(0))
-    .option("--metrics-token <token>", "bearer token for /metrics")
-    .addOption(new Option("--log-level <level>", "how much is logged").choices(["silent", "error", "warn", "info", "debug"]))
+export async function addServe(program: Command): Promise<void> {
+  const command = program.command("serve").description("Serve models to many users: OpenAI's API over HTTP, gRPC, and a web page.");
+  // The flags are made of the schema of the settings; other commands do not wait until its library is loaded.
+  if (process.argv.includes("serve")) (await import("./settings.ts")).addSettings(command);
+  command
     .addHelpText(
       "after",
       examples(
         ["mixtape serve", "the model that comes along, on http://127.0.0.1:8080"],
-        ["mixtape serve -m ernie=./ernie-int4 --port 9000", "a model of your own"],
-        ["mixtape keys create keys.json --name team && mixtape serve --host 0.0.0.0 --keys keys.json", "for others too"],
-        ["curl localhost:8080/v1/models", "which models there are"],
+        ["mixtape serve -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int4", "another one"],
+        ["mixtape serve -m small=default -m big=/models/21b", "two, by name"],
+        ["mixtape serve --host 0.0.0.0 --keys keys.json", "to others, who need keys ('mixtape keys create')"],
+        ["mixtape serve --config server.yaml", "settings of a file"],
       ),
     )
     .action(serve);
 }
 
 async function serve(flags: ServeFlags): Promise<void> {
-  const { checkServeConfig, readServeConfig, ServeConfig } = await import("../server/config.ts");
   if (flags.printConfigSchema) {
-    const { z } = await import("zod");
-    process.stdout.write(`${JSON.stringify(z.toJSONSchema(ServeConfig, { io: "input" }), null, 2)}\n`);
+    const { configJsonSchema } = await import("../server/config.ts");
+    process.stdout.write(`${JSON.stringify(configJsonSchema(), null, 2)}\n`);
     return;
   }
-  const file = flags.config === undefined ? {} : await readServeConfig(flags.config);
-  const given = Object.fromEntries(FIELDS.flatMap((name) => (flags[name] === undefined ? [] : [[name, flags[name]]])));
-  const models = (flags.model ?? file.models ?? [{ name: "default", path: "default" }]).map((m) => {
-    const own = { dtype: flags.dtype, threads: flags.threads, kvCacheDtype: flags.kvCacheDtype, kvCacheTokens: flags.kvCacheTokens };
-    return { ...m, ...Object.fromEntries(Object.entries(own).filter(([, value]) => value !== undefined)) };
-  });
-  if ((flags.tlsCert === undefined) !== (flags.tlsKey === undefined)) throw new Error("--tls-cert and --tls-key go together");
-  const tls = flags.tlsCert === undefined ? {} : { tls: { cert: flags.tlsCert, key: flags.tlsKey } };
-  const cors = flags.corsOrigin === undefined ? {} : { corsOrigins: flags.corsOrigin };
-  const config = checkServeConfig({ ...file, ...given, ...tls, ...cors, models }, flags.config ?? "serve");
-
-  const { createServer, readTls } = await import("../server/server.ts");
+  const [{ settings }, { createServer }] = await Promise.all([import("./settings.ts"), import("../server/server.ts")]);
+  const config = await settings(flags);
   const server = await createServer(config);
-  let stopping = false;
-  const stop = (signal: NodeJS.Signals) => {
-    if (stopping) process.exit(1); // asked twice: at once
-    stopping = true;
-    server.stop().then(
-      () => process.exit(0),
-      (error: unknown) => {
-        server.app.log.error({ err: error, signal }, "could not stop in order");
-        process.exit(1);
-      },
-    );
-  };
-  process.on("SIGTERM", stop).on("SIGINT", stop);
-  process.on("SIGHUP", () => {
-    if (config.tls) (server.app.server as unknown as { setSecureContext(o: object): void }).setSecureContext(readTls(config.tls));
-  });
-  const { url, grpcPort } = await server.start();
-  const names = config.models.map((m) => m.name).join(", ");
-  notice(
-    `mixtape serves ${names} at ${url} (${config.keys ? "keys needed" : "open to this machine, no keys"}); API at ${url}/docs${grpcPort === null ? "" : `, gRPC on port ${grpcPort}`}`,
-  );
+  const ended = untilSignalled(server);
+  announce(config, await server.start());
+  await ended;
 }
 
-function collectModel(text: string, before: readonly { name: string; path: string }[] = []): { name: string; path: string }[] {
-  const at = text.indexOf("=");
-  if (at === 0 || text === "") throw new InvalidArgumentError("It must be like name=folder, or a folder.");
-  const model =
-    at < 0
-      ? { name: text.replace(/\/+$/, "").split("/").at(-1) ?? text, path: text }
-      : { name: text.slice(0, at), path: text.slice(at + 1) };
-  return [...before, model];
+/** Tells on standard error what there is; standard output is the log. */
+function announce(config: ServeConfig, { url, grpcPort }: Awaited<ReturnType<Server["start"]>>): void {
+  const { bold } = colours(process.stderr);
+  const names = config.models.map(({ name }) => name).join(", ");
+  const keys = config.keys === undefined ? "no API keys asked for" : "API keys needed";
+  const grpc = grpcPort === null ? "" : `; gRPC on port ${grpcPort}`;
+  notice(`mixtape serves ${names} at ${bold(url)} (${keys}); API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}${grpc}`);
+}
+
+/** Resolves when the server has gone down. The first SIGTERM or Ctrl-C lets running requests end, the second leaves at once. */
+function untilSignalled(server: Server): Promise<void> {
+  return new Promise((resolve, reject) => {
+    let leaving = false;
+    const leave = () => {
+      if (leaving) process.exit(1);
+      leaving = true;
+      server.stop().then(resolve, reject);
+    };
+    process.on("SIGTERM", leave).on("SIGINT", leave).on("SIGHUP", server.reload);
+  });
 }

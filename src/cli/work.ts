@@ -1,10 +1,10 @@
 /** What a model's steps take at least: bytes of weights to read and operations to do, counted from its weights' formats and shapes. */
 import type { MachineLimits } from "../backend/native.ts";
 import type { ErnieConfig } from "../model/config.ts";
+import { measure, type Size } from "../model/size.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { isBlockDtype } from "../tensor/quantized.ts";
 import { storedBytes } from "../tensor/stored.ts";
-import { measure, type Size } from "./size.ts";
 
 export interface LoadedWeight {
   readonly name: string;

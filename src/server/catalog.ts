@@ -1,10 +1,13 @@
 /** Models by name: loaded when first asked for, shared by all who use them, unloaded when idle or when room is needed. */
-import { readdir, stat } from "node:fs/promises";
-import { join } from "node:path";
 import { endTokenIds } from "../api/generation.ts";
-import { loadModel } from "../api/load.ts";
+import { type LoadedModel, loadModel } from "../api/load.ts";
 import { resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
+import { openCheckpoint } from "../checkpoint/checkpoint.ts";
+import { BLOCK_TOKENS } from "../engine/blocks.ts";
+import { kvBytesPerToken } from "../engine/engine.ts";
+import { readConfig } from "../model/config.ts";
+import { measure } from "../model/size.ts";
 import type { ModelConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
 import { Grammars } from "./grammar.ts";
@@ -12,8 +15,10 @@ import type { Catalog, ServedModel } from "./served.ts";
 
 export interface CatalogOptions {
   readonly idleUnloadSeconds: number;
-  /** Bytes of all weights together; null: no budget. */
+  /** Bytes of all weights and KV caches together; null: no budget. */
   readonly memoryBudgetBytes: number | null;
+  /** Never ask the hub. */
+  readonly offline: boolean;
   /** Told of what happens to models: for the log. */
   readonly onEvent: (what: "loading" | "loaded" | "unloaded" | "failed", name: string, detail: Readonly<Record<string, unknown>>) => void;
 }
@@ -23,6 +28,7 @@ interface Entry {
   readonly created: number;
   loading: Promise<ServedModel> | null;
   model: ServedModel | null;
+  /** What it takes: an estimate while it loads, 0 where it is not in memory. */
   bytes: number;
   users: number;
   usedAt: number;
@@ -32,6 +38,7 @@ export class ModelCatalog implements Catalog {
   readonly #entries = new Map<string, Entry>();
   readonly #options: CatalogOptions;
   readonly #idle: NodeJS.Timeout;
+  #turn: Promise<unknown> = Promise.resolve();
   #closed = false;
 
   constructor(models: readonly ModelConfig[], options: CatalogOptions) {
@@ -102,22 +109,24 @@ export class ModelCatalog implements Catalog {
   }
 
   async #load(entry: Entry): Promise<ServedModel> {
-    const { name, path, dtype, threads, kvCacheDtype, kvCacheTokens } = entry.config;
+    const { name, path, dtype, threads, device, kvCacheDtype, chunkSize } = entry.config;
     const { onEvent } = this.#options;
     onEvent("loading", name, { path });
     const start = performance.now();
     try {
-      const folder = await resolvePretrained(path);
-      entry.bytes = await weightBytes(folder);
-      await this.#makeRoom(entry);
+      const folder = await resolvePretrained(path, { local_files_only: this.#options.offline || undefined });
+      const { weightBytes, kvTokens } = await this.#reserve(entry, folder);
       const tokenizer = await openTokenizer(folder);
-      const { config, checkpoint, engine } = await loadModel(folder, {
+      const { config, checkpoint, engine, weights } = await loadModel(folder, {
         dtype,
         threads,
         kv_cache_dtype: kvCacheDtype,
-        kv_cache_tokens: kvCacheTokens,
+        kv_cache_tokens: kvTokens,
+        device,
+        chunk_size: chunkSize,
         warning_callback: (warning) => onEvent("loading", name, { warning }),
       });
+      entry.bytes = weightBytes + engine.cache.count * BLOCK_TOKENS * engine.kvBytesPerToken;
       const generationConfig = checkpoint.generationConfig ?? {};
       entry.model = {
         name,
@@ -125,12 +134,14 @@ export class ModelCatalog implements Catalog {
         config,
         tokenizer,
         engine,
+        dtype: mainFormat(weights),
         generationConfig,
         grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(generationConfig, config)),
       };
       onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes });
       return entry.model;
     } catch (cause) {
+      entry.bytes = 0;
       onEvent("failed", name, { reason: cause instanceof Error ? cause.message : String(cause) });
       if (cause instanceof ServerError) throw cause;
       throw new ServerError("not_ready", `the model '${name}' could not be loaded; the server's log says why`, {
@@ -140,12 +151,26 @@ export class ModelCatalog implements Catalog {
     }
   }
 
-  async #makeRoom(wanted: Entry): Promise<void> {
+  /** Estimates what a model will take, and makes room for it where there is a budget. Loads ask one after the other. */
+  #reserve(entry: Entry, folder: string): Promise<Footprint> {
+    const run = this.#turn.then(async () => {
+      const { memoryBudgetBytes: budget } = this.#options;
+      const footprint = await estimate(folder, entry.config, budget);
+      await this.#makeRoom(entry, footprint.weightBytes + footprint.kvBytes);
+      entry.bytes = footprint.weightBytes + footprint.kvBytes;
+      return footprint;
+    });
+    this.#turn = run.catch(() => {}); // its caller hears of a failure
+    return run;
+  }
+
+  /** Unloads those that nobody uses, the one unused for longest first, until `bytes` fit. */
+  async #makeRoom(wanted: Entry, bytes: number): Promise<void> {
     const { memoryBudgetBytes: budget } = this.#options;
     if (budget === null) return;
-    if (wanted.bytes > budget) throw new Error(`its weights take ${wanted.bytes} bytes, and the budget is ${budget}`);
-    const held = () => [...this.#entries.values()].filter((e) => e !== wanted && e.loading !== null);
-    while (held().reduce((sum, e) => sum + e.bytes, wanted.bytes) > budget) {
+    if (bytes > budget) throw new Error(`it takes ${bytes} bytes with its KV cache, and memoryBudgetBytes is ${budget}`);
+    const held = () => [...this.#entries.values()].filter((e) => e !== wanted && e.bytes > 0);
+    while (held().reduce((sum, e) => sum + e.bytes, bytes) > budget) {
       const idle = held().filter((e) => e.users === 0 && e.model && !e.config.preload);
       if (idle.length === 0)
         throw new ServerError("overloaded", `there is no room for the model '${wanted.config.name}' while the others are in use`, {
@@ -168,14 +193,37 @@ export class ModelCatalog implements Catalog {
     if (!model) return;
     await model.engine.dispose();
     this.#options.onEvent("unloaded", entry.config.name, { bytes: entry.bytes });
+    entry.bytes = 0;
   }
 }
 
-/** Bytes of the files that hold a model's weights. */
-async function weightBytes(folder: string): Promise<number> {
-  const found = await stat(folder);
-  if (!found.isDirectory()) return found.size;
-  let bytes = 0;
-  for (const name of await readdir(folder)) if (/\.(safetensors|gguf)$/.test(name)) bytes += (await stat(join(folder, name))).size;
-  return bytes;
+/** The format that most of the numbers have, as options call it. */
+function mainFormat(weights: LoadedModel["weights"]): string {
+  const counts = new Map<string, number>();
+  for (const { dtype, shape } of weights) counts.set(dtype, (counts.get(dtype) ?? 0) + shape.reduce((a, b) => a * b, 1));
+  const [[main]] = [...counts].sort(([, a], [, b]) => b - a);
+  return main.replace(/^f(?=\d)/, "fp");
+}
+
+interface Footprint {
+  readonly weightBytes: number;
+  readonly kvBytes: number;
+  /** What the cache is to hold; undefined: as the engine finds the memory. */
+  readonly kvTokens: number | undefined;
+}
+
+/** What a model takes, from its config and the headers of its weights. */
+async function estimate(folder: string, model: ModelConfig, budget: number | null): Promise<Footprint> {
+  const checkpoint = await openCheckpoint(folder);
+  const config = readConfig(checkpoint.config);
+  const { memory } = measure(config);
+  const stored = [...checkpoint.tensors.values()].reduce((sum, tensor) => sum + tensor.bytes, 0);
+  const weightBytes = { auto: stored, ...memory, fp16: memory.bf16 }[model.dtype];
+  // Where the format is left to the engine, the widest that it may choose for such weights.
+  const kvDtype = { fp32: "f32", fp16: "f16", int8: "int8kv" } as const;
+  const perToken = kvBytesPerToken(config, kvDtype[model.kvCacheDtype ?? (weightBytes >= memory.fp32 ? "fp32" : "fp16")]);
+  const longest = 16 * config.maxPositions;
+  const share = budget === null ? undefined : Math.max(BLOCK_TOKENS, Math.min(longest, Math.floor(budget / 4 / perToken)));
+  const kvTokens = model.kvCacheTokens ?? share;
+  return { weightBytes, kvBytes: (kvTokens ?? longest) * perToken, kvTokens };
 }

@@ -1,79 +1,181 @@
-/** What `mixtape serve` can be told: one schema for the config file and the flags. */
+/** What a server can be told: every field with its default, its check and its sentence. Flags and the file are both read by it. */
 import { readFile } from "node:fs/promises";
-import { parse } from "yaml";
+import { parse as parseYaml } from "yaml";
 import { z } from "zod";
 
-const model = z.strictObject({
-  name: z.string().min(1).describe("What clients call it."),
-  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or default."),
-  dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory."),
-  threads: z.number().int().min(1).optional().describe("Threads that compute. Default: one a physical core."),
-  kvCacheDtype: z.enum(["fp32", "fp16", "int8"]).optional().describe("Format of cached keys and values. Default: by the weights."),
-  kvCacheTokens: z.number().int().min(1).optional().describe("Tokens that the cache has room for. Default: by the free memory."),
-  preload: z.boolean().default(true).describe("Load it at the start and keep it; otherwise when it is first asked for."),
+const count = (least: number) => z.int().min(least);
+const seconds = z.number().positive().max(86_400);
+const port = z.int().min(0).max(65_535);
+
+const modelSchema = z.strictObject({
+  name: z
+    .string()
+    .regex(/^[\w.:/@-]{1,200}$/, "must be letters, digits and . : / @ _ - only")
+    .describe("Name that clients ask for"),
+  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the model that comes along"),
+  dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
+  threads: count(1).max(1024).optional().describe("Threads that compute; default: one a physical core"),
+  device: z.enum(["auto", "cpu", "reference"]).default("auto").describe("Where to compute"),
+  kvCacheDtype: z.enum(["fp32", "fp16", "int8"]).optional().describe("Format of the KV cache; default: by the weights"),
+  kvCacheTokens: count(32)
+    .optional()
+    .describe(
+      "Tokens that the KV cache has room for; default: what half of the free memory holds, or a quarter of the memory budget; 16 full sequences at most",
+    ),
+  chunkSize: count(1).max(65_536).optional().describe("Rows of one step at most; default 512"),
+  preload: z.boolean().default(true).describe("Load it before the server is ready, and keep it; else load it when it is asked for"),
 });
+
+/** One model that is served. */
+export type ModelConfig = z.infer<typeof modelSchema>;
 
 export const ServeConfig = z.strictObject({
-  host: z.string().default("127.0.0.1").describe("Address to listen on. Other than loopback needs keys."),
-  port: z.number().int().min(0).max(65535).default(8080).describe("0: any free port."),
-  grpcPort: z.number().int().min(0).max(65535).nullable().default(null).describe("Port of the gRPC service; null: none, 0: any free port."),
+  host: z.string().min(1).default("127.0.0.1").describe("Address to listen on; anything but loopback needs keys"),
+  port: port.default(8080).describe("Port of HTTP; 0: any free one"),
   models: z
-    .array(model)
+    .array(modelSchema)
     .min(1)
-    .default([{ name: "default", path: "default", dtype: "auto", preload: true }]),
-  keys: z.string().optional().describe("File of API keys, made by `mixtape keys create`. Without it everyone may ask."),
-  insecureNoAuth: z.boolean().default(false).describe("Listen beyond loopback without keys."),
-  tls: z.strictObject({ cert: z.string(), key: z.string() }).optional().describe("PEM files. Read again on SIGHUP."),
-  trustProxy: z.boolean().default(false).describe("Believe X-Forwarded-For, behind a proxy of one's own."),
-  corsOrigins: z.array(z.string()).default([]).describe("Origins of web pages that may ask. Default: none but the server's own."),
-  maxInProgress: z.number().int().min(1).default(256).describe("Requests that are answered or wait at the same time; others get 429."),
-  maxInProgressPerKey: z.number().int().min(1).default(128).describe("The same of one key."),
-  maxTokens: z.number().int().min(1).nullable().default(null).describe("Tokens of an answer at most; null: as the model allows."),
-  maxBodyBytes: z
-    .number()
-    .int()
-    .min(1024)
-    .default(4 * 2 ** 20),
-  requestTimeoutSeconds: z.number().positive().default(30).describe("For a request to arrive whole."),
-  drainTimeoutSeconds: z.number().positive().default(30).describe("For answers to end after SIGTERM."),
-  idleUnloadSeconds: z.number().positive().default(600).describe("Models without `preload` are unloaded after so long without a request."),
-  memoryBudgetBytes: z.number().int().positive().nullable().default(null).describe("Of all models' weights together; null: no budget."),
-  metricsToken: z.string().min(16).optional().describe("Bearer token for /metrics. Default: open to whoever reaches the port."),
-  logLevel: z.enum(["silent", "error", "warn", "info", "debug"]).default("info"),
-});
-export type ServeConfig = z.infer<typeof ServeConfig>;
-export type ModelConfig = ServeConfig["models"][number];
+    .default([{ name: "default", path: "default", dtype: "auto", device: "auto", preload: true }])
+    .describe("Models by name"),
+  memoryBudgetBytes: count(1)
+    .nullable()
+    .default(null)
+    .describe("Memory that loaded models and their KV caches may take; without it no limit"),
+  idleUnloadSeconds: seconds.default(600).describe("Unload models that are not preloaded when nobody used them for so long"),
+  offline: z.boolean().default(false).describe("Never fetch a model from the hub"),
 
-/** Reads a config file (JSON or YAML). Throws a one-line error that names file and field. */
-export async function readServeConfig(file: string): Promise<z.input<typeof ServeConfig>> {
-  const text = await readFile(file, "utf8").catch((cause) => {
-    throw new Error(`${file}: cannot be read: ${(cause as Error).message}`, { cause });
-  });
-  let value: unknown;
-  try {
-    value = file.endsWith(".json") ? JSON.parse(text) : parse(text);
-  } catch (cause) {
-    throw new Error(`${file}: ${(cause as Error).message.split("\n")[0]}`, { cause });
-  }
-  return (value ?? {}) as z.input<typeof ServeConfig>;
+  keys: z.string().min(1).optional().describe("File of API keys, as 'mixtape keys' makes it; without it no keys are asked for"),
+  usageFile: z
+    .string()
+    .min(1)
+    .optional()
+    .describe("Where the tokens that keys used today are kept; default: beside keys, with .usage added"),
+  insecureNoAuth: z.boolean().default(false).describe("Allow any address without keys: whoever reaches the port may use the server"),
+  tls: z
+    .strictObject({ cert: z.string().min(1).describe("Certificate chain, PEM"), key: z.string().min(1).describe("Private key, PEM") })
+    .optional()
+    .describe("Files of the certificate; read again when they change, and on SIGHUP"),
+  corsOrigins: z
+    .array(z.string().regex(/^https?:\/\/[^/\s]+$/, "must be an origin like https://chat.example.com"))
+    .default([])
+    .describe("Origins of other web pages that may use the API; none by default"),
+  allowedHosts: z
+    .array(z.string().min(1))
+    .default([])
+    .describe("Names besides localhost that a server without keys answers to; others may be a web page's trick to reach it"),
+  trustProxy: z
+    .union([z.boolean(), z.array(z.string().min(1))])
+    .default(false)
+    .describe("Take the client's address from X-Forwarded-For: true, or the addresses of the proxies to believe"),
+
+  maxInProgress: count(1).default(256).describe("Requests that are in progress at once"),
+  maxQueued: count(0).default(0).describe("Requests that may wait for one of those to end; more are answered 429 at once"),
+  maxInProgressPerKey: count(1).default(128).describe("Requests of one key in progress and waiting"),
+  queueTimeoutSeconds: seconds.default(10).describe("How long a request may wait before it is answered 429"),
+  maxBodyBytes: count(1024)
+    .default(4 * 2 ** 20)
+    .describe("Size of a request's body"),
+  maxJsonDepth: count(8).max(1000).default(100).describe("Nesting of a request's JSON"),
+  maxHeaderBytes: count(1024)
+    .default(16 * 1024)
+    .describe("Size of a request's headers"),
+  maxConnections: count(1).default(4096).describe("Open connections; more are closed at once"),
+  maxPromptTokens: count(1).nullable().default(null).describe("Length of a prompt; default: what the model takes"),
+  maxTokens: count(1).nullable().default(null).describe("Length of an answer; default: what the model's positions allow"),
+
+  headersTimeoutSeconds: seconds.default(15).describe("Time to send the headers of a request"),
+  requestTimeoutSeconds: seconds.default(30).describe("Time to send a whole request, waiting in the queue included"),
+  keepAliveTimeoutSeconds: seconds.default(72).describe("How long a connection may be idle between requests"),
+  stallTimeoutSeconds: seconds.default(30).describe("How long a client may take none of a waiting answer before it is cut off"),
+  drainTimeoutSeconds: z.number().min(0).max(86_400).default(30).describe("After SIGTERM, how long running requests may go on"),
+
+  logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info").describe("Least level that is logged"),
+  logContent: z.boolean().default(false).describe("Log the bodies of requests too, prompts included"),
+  metrics: z.boolean().default(true).describe("Serve metrics for Prometheus at /metrics"),
+  metricsPort: port.nullable().default(null).describe("A port of its own for /metrics; default: that of HTTP"),
+  metricsHost: z.string().min(1).default("127.0.0.1").describe("Address of metricsPort"),
+  metricsToken: z.string().min(16).optional().describe("Bearer token that /metrics asks for, instead of any API key"),
+  grpcPort: port.nullable().default(null).describe("Port of gRPC; without it no gRPC; 0: any free one"),
+  grpcHost: z.string().min(1).nullable().default(null).describe("Address of gRPC; default: that of HTTP"),
+  web: z.boolean().default(true).describe("Serve the web page at /"),
+  docs: z.boolean().default(true).describe("Serve the description of the API at /docs"),
+});
+
+/** All of a server's settings, complete and checked. */
+export type ServeConfig = z.infer<typeof ServeConfig>;
+
+/** The settings are wrong; the message is one line and names the field, what was seen and what is allowed. */
+export class ServerConfigError extends Error {
+  override readonly name = "ServerConfigError";
 }
 
-/** Checks a whole config and fills in defaults. Throws a one-line error that names the field. */
-export function checkServeConfig(value: unknown, source = "config"): ServeConfig {
-  const parsed = ServeConfig.safeParse(value);
-  if (!parsed.success) {
-    const [issue] = parsed.error.issues;
-    const keys = issue.code === "unrecognized_keys" ? issue.keys.slice(0, 1) : [];
-    const at = [...issue.path, ...keys].join(".");
-    throw new Error(`${source}: ${at ? `${at}: ` : ""}${keys.length ? "there is no such option" : issue.message}`);
-  }
-  const config = parsed.data;
-  const names = config.models.map((m) => m.name);
-  if (new Set(names).size < names.length) throw new Error(`${source}: models: two have the same name`);
-  const loopback = ["127.0.0.1", "::1", "localhost"].includes(config.host);
-  if (!loopback && !config.keys && !config.insecureNoAuth)
-    throw new Error(
-      `${config.host} can be reached from other machines, and there are no keys: make some with 'mixtape keys create' and pass --keys, or say --insecure-no-auth`,
-    );
+/** Checks settings and fills in defaults. `source` names them in errors. Throws ServerConfigError. */
+export function checkServeConfig(raw: unknown, source = "config"): ServeConfig {
+  const result = ServeConfig.safeParse(raw);
+  if (!result.success) throw new ServerConfigError(`${source}: ${result.error.issues.map(describeIssue).join("; ")}`);
+  const config = result.data;
+  const names = config.models.map(({ name }) => name);
+  const twice = names.find((name, i) => names.indexOf(name) !== i);
+  if (twice !== undefined) throw new ServerConfigError(`${source}: models: two are named ${JSON.stringify(twice)}; a name means one model`);
+  checkExposure(config, source);
   return config;
+}
+
+/** The settings of a file, unchecked: YAML, or JSON by the name's ending. Throws ServerConfigError. */
+export async function readServeConfig(file: string): Promise<Readonly<Record<string, unknown>>> {
+  let text: string;
+  try {
+    text = await readFile(file, "utf8");
+  } catch (cause) {
+    throw new ServerConfigError(`${file}: can't be read (${(cause as Error).message})`, { cause });
+  }
+  let value: unknown;
+  try {
+    value = file.endsWith(".json") ? JSON.parse(text) : parseYaml(text);
+  } catch (cause) {
+    throw new ServerConfigError(
+      `${file}: broken ${file.endsWith(".json") ? "JSON" : "YAML"} (${(cause as Error).message.split("\n")[0]})`,
+      {
+        cause,
+      },
+    );
+  }
+  if (typeof value !== "object" || value === null || Array.isArray(value))
+    throw new ServerConfigError(`${file}: not a list of settings like {"port": 8080}`);
+  return value as Record<string, unknown>;
+}
+
+/** JSON schema of a config file, for editors and validators. */
+export function configJsonSchema(): object {
+  return z.toJSONSchema(ServeConfig, { io: "input", target: "draft-2020-12" });
+}
+
+const LOOPBACK = /^(localhost|127(\.\d{1,3}){3}|::1|\[::1\])$/i;
+
+/** True for an address that only this machine reaches. */
+export function isLoopback(host: string): boolean {
+  return LOOPBACK.test(host);
+}
+
+/** Throws ServerConfigError where the server would be open to others without keys. */
+function checkExposure(config: ServeConfig, source: string): void {
+  if (config.keys !== undefined || config.insecureNoAuth) return;
+  const hosts = [config.host, config.grpcPort === null ? null : config.grpcHost];
+  const open = hosts.find((host) => host !== null && !isLoopback(host));
+  if (open !== undefined)
+    throw new ServerConfigError(
+      `${source}: ${open} can be reached from other machines, and there are no keys: make some with 'mixtape keys create' and pass --keys, or say --insecure-no-auth`,
+    );
+}
+
+function describeIssue(issue: z.core.$ZodIssue): string {
+  const at = issue.path.length ? formatPath(issue.path) : "";
+  if (issue.code === "unrecognized_keys")
+    return issue.keys.map((key) => `${formatPath([...issue.path, key])}: there is no such option`).join("; ");
+  return `${at}: ${issue.message}`;
+}
+
+/** A path into JSON as people write it: `messages[2].content`. */
+function formatPath(path: readonly PropertyKey[]): string {
+  return path.map((part, i) => (typeof part === "number" ? `[${part}]` : i === 0 ? String(part) : `.${String(part)}`)).join("");
 }

@@ -1,157 +1,169 @@
 /**
- * Structured output: JSON schemas and tool calls as constraints on the next token (https://arxiv.org/abs/2411.15100). The
- * grammars are xgrammar's; this file turns them into what the engine asks for, and keeps those that were compiled.
+ * Structured output: what an answer must be, as a constraint on each next token. Grammars are kept for the answers that follow;
+ * `grammar/` says how they are followed. Knows no request.
  */
 import { createHash } from "node:crypto";
-import type { CompiledGrammar, GrammarCompiler } from "@mlc-ai/web-xgrammar";
+import { setImmediate } from "node:timers/promises";
 import type { Constraint } from "../engine/sequence.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { TAGS } from "./dialect.ts";
 import { ServerError } from "./errors.ts";
+import { Automaton, type Insides, type State } from "./grammar/automaton.ts";
+import { choice, EMPTY, type Expression, literal, optional, repeat, sequence } from "./grammar/expression.ts";
+import { COLON, COMMA, OBJECT, SPACE } from "./grammar/json.ts";
+import { SchemaError } from "./grammar/keywords.ts";
+import { schemaGrammar } from "./grammar/schema.ts";
+import { Trie } from "./grammar/trie.ts";
 import type { ToolDefinition } from "./served.ts";
-import { loadXGrammar, type XGrammar } from "./xgrammar.ts";
 
 /** What an answer must be. */
 export type Shape =
+  /** An object. */
   | { readonly kind: "json" }
   | { readonly kind: "schema"; readonly schema: Readonly<Record<string, unknown>> }
-  /** One call of these tools, or with `several` any number of them but none. */
-  | { readonly kind: "calls"; readonly tools: readonly ToolDefinition[]; readonly several: boolean };
+  | {
+      readonly kind: "calls";
+      readonly tools: readonly ToolDefinition[];
+      /** As many calls as the model likes instead of one. */
+      readonly several: boolean;
+      /** Text may stand before, between and instead of calls. */
+      readonly free: boolean;
+    };
 
 const MAX_SCHEMA_BYTES = 64 * 1024;
+const MAX_CALLS = 16;
 const KEPT = 64;
 
 /** Grammars for one model's tokens. */
 export class Grammars {
   readonly #tokenizer: Tokenizer;
   readonly #vocabSize: number;
-  readonly #stopIds: number[];
+  readonly #endIds: readonly number[];
+  readonly #insides: Insides = new Map();
   /** Made when first needed: it reads the whole vocabulary. */
-  #library: Promise<{ xgrammar: XGrammar; compiler: GrammarCompiler }> | null = null;
-  /** Tries schemas out: what it cannot take ends the whole instance, which must not be one that answers depend on. */
-  #probe: XGrammar | null = null;
+  #trie: Promise<Trie> | null = null;
+  #turn: Promise<void> = Promise.resolve();
   /** The most recently used last. */
-  readonly #compiled = new Map<string, Promise<CompiledGrammar>>();
+  readonly #kept = new Map<string, Automaton>();
 
   /** @param vocabSize of the model, which may have more rows than the tokenizer has tokens */
-  constructor(tokenizer: Tokenizer, vocabSize: number, stopIds: readonly number[]) {
+  constructor(tokenizer: Tokenizer, vocabSize: number, endIds: readonly number[]) {
     this.#tokenizer = tokenizer;
     this.#vocabSize = vocabSize;
-    this.#stopIds = [...stopIds];
+    this.#endIds = endIds;
   }
 
-  /** The caller disposes of it, also where the answer did not come to its end. @throws ServerError `invalid_request` naming `param` when the schema cannot be enforced */
-  async constraint(shape: Shape, param: string): Promise<Constraint & { dispose(): void }> {
-    const grammar = await this.#find(shape, param);
-    const { xgrammar } = await this.#open();
-    const matcher = await xgrammar.GrammarMatcher.createGrammarMatcher(grammar, this.#stopIds);
-    let over = false;
-    const dispose = () => {
-      if (!over) matcher.dispose();
-      over = true;
-    };
+  /**
+   * The constraint of one answer. @param insideReasoning the answer begins after the reasoning, which is not constrained
+   * @throws ServerError `invalid_request` naming `param` when the shape can't be enforced
+   */
+  async constraint(shape: Shape, param: string, insideReasoning = false): Promise<Constraint> {
+    this.#trie ??= Trie.build(this.#tokenizer.vocabulary, this.#vocabSize);
+    const automaton = this.#find(shape, param, insideReasoning, await this.#trie);
+    let state: State = automaton.start;
     return {
-      async next() {
-        return over ? null : await matcher.getNextTokenBitmask();
+      next: () => state.mask ?? this.#inTurn(() => automaton.mask(state)),
+      accept: (id) => {
+        if (this.#endIds.includes(id)) return; // nothing follows
+        const next = automaton.accept(state, id);
+        if (next === null) throw new Error(`internal: the grammar refuses token ${id}, which its mask allowed`);
+        state = next;
       },
-      accept(id) {
-        if (over) return;
-        if (!matcher.acceptToken(id)) throw new Error(`internal: the grammar refuses token ${id}, which its mask allowed`);
-        if (matcher.isTerminated()) dispose();
-      },
-      dispose,
     };
   }
 
-  #open(): Promise<{ xgrammar: XGrammar; compiler: GrammarCompiler }> {
-    this.#library ??= open(this.#tokenizer, this.#vocabSize, this.#stopIds);
-    return this.#library;
+  /** Masks that are not known yet are found one by one, and others get their turn between two. */
+  #inTurn<T>(find: () => T): Promise<T> {
+    const found = this.#turn.then(find);
+    this.#turn = found.then(
+      () => setImmediate(),
+      () => setImmediate(),
+    );
+    return found;
   }
 
-  async #find(shape: Shape, param: string): Promise<CompiledGrammar> {
-    const text = JSON.stringify(shape);
+  #find(shape: Shape, param: string, insideReasoning: boolean, trie: Trie): Automaton {
+    const text = JSON.stringify([shape, insideReasoning]);
     if (text.length > MAX_SCHEMA_BYTES)
-      throw new ServerError("invalid_request", `the schema has ${text.length} bytes; ${MAX_SCHEMA_BYTES} are allowed`, { param });
+      throw new ServerError("invalid_request", `the schema has ${text.length} characters; ${MAX_SCHEMA_BYTES} are allowed`, { param });
     const key = createHash("sha256").update(text).digest("base64");
-    const known = this.#compiled.get(key);
-    this.#compiled.delete(key);
-    const compiling = known ?? this.#compile(shape);
-    this.#compiled.set(key, compiling);
-    for (const [oldest, grammar] of this.#compiled) {
-      if (this.#compiled.size <= KEPT) break;
-      this.#compiled.delete(oldest);
-      // Matchers that still use it hold what they need.
-      grammar.then(
-        (g) => g.dispose(),
-        () => {},
-      );
+    const known = this.#kept.get(key);
+    this.#kept.delete(key);
+    const automaton = known ?? new Automaton(this.#grammar(shape, param, insideReasoning), trie, this.#endIds, this.#insides);
+    this.#kept.set(key, automaton);
+    for (const [oldest] of this.#kept) {
+      if (this.#kept.size <= KEPT) break;
+      this.#kept.delete(oldest);
     }
-    try {
-      return await compiling;
-    } catch (cause) {
-      this.#compiled.delete(key);
-      throw new ServerError("invalid_request", `the schema cannot be enforced: ${reason(cause)}`, { param, cause });
-    }
+    return automaton;
   }
 
-  async #tryOut(schemas: readonly object[]): Promise<void> {
-    this.#probe ??= loadXGrammar();
-    const { Grammar } = this.#probe;
-    try {
-      for (const schema of schemas) (await Grammar.fromJSONSchema(JSON.stringify(schema), false)).dispose();
-    } catch (error) {
-      this.#probe = null;
-      throw error;
-    }
+  #grammar(shape: Shape, param: string, insideReasoning: boolean): Expression {
+    const answer = this.#answer(shape, param);
+    if (!insideReasoning) return answer;
+    return sequence(this.#until(TAGS.think[1], false), repeat(literal("\n"), 0, 2), answer);
   }
 
-  async #compile(shape: Shape): Promise<CompiledGrammar> {
-    if (shape.kind === "schema") await this.#tryOut([shape.schema]);
-    if (shape.kind === "calls") await this.#tryOut(shape.tools.map((tool) => tool.parameters ?? {}));
-    const { compiler } = await this.#open();
+  #answer(shape: Shape, param: string): Expression {
     switch (shape.kind) {
       case "json":
-        return compiler.compileBuiltinJSONGrammar();
+        return OBJECT;
       case "schema":
-        return compiler.compileJSONSchema(JSON.stringify(shape.schema), false);
+        return enforced(shape.schema, param);
       case "calls": {
-        const tags = shape.tools.map((tool) => ({
-          type: "tag" as const,
-          begin: `<tool_call>\n{"name": ${JSON.stringify(tool.name)}, "arguments": `,
-          content: { type: "json_schema" as const, json_schema: tool.parameters ?? { type: "object" } },
-          end: "}\n</tool_call>",
-        }));
-        const format = {
-          type: "tags_with_separator" as const,
-          tags,
-          separator: "\n",
-          at_least_one: true,
-          stop_after_first: !shape.several,
-        };
-        return compiler.compileStructuralTag(JSON.stringify({ type: "structural_tag", format }));
+        const [open, close] = TAGS.call.map((tag) => this.#mark(tag));
+        const bodies = shape.tools.map((tool, i) => callOf(tool, `${param}[${i}].function.parameters`));
+        const body = sequence(SPACE, choice(...bodies), SPACE, close);
+        if (!shape.free) {
+          const call = sequence(open, body);
+          return sequence(call, repeat(sequence(optional(literal("\n")), call), 0, shape.several ? MAX_CALLS - 1 : 0));
+        }
+        const rest: Expression & { kind: "rule" } = { kind: "rule", to: null };
+        rest.to = sequence(this.#until(TAGS.call[0], true), body, shape.several ? rest : EMPTY);
+        return rest;
       }
       default:
         return shape satisfies never;
     }
   }
+
+  /** A mark, as the one token that it is where the tokenizer has one. */
+  #mark(tag: string): Expression {
+    const id = this.#special(tag);
+    return id === null ? literal(tag) : { kind: "token", id };
+  }
+
+  #until(tag: string, mayEnd: boolean): Expression {
+    return { kind: "until", mark: new TextEncoder().encode(tag), token: this.#special(tag), mayEnd };
+  }
+
+  #special(tag: string): number | null {
+    const { vocabulary } = this.#tokenizer;
+    const id = vocabulary.id(tag);
+    return id !== undefined && vocabulary.isSpecial(id) && id < this.#vocabSize ? id : null;
+  }
 }
 
-async function open(
-  tokenizer: Tokenizer,
-  vocabSize: number,
-  stopIds: readonly number[],
-): Promise<{ xgrammar: XGrammar; compiler: GrammarCompiler }> {
-  const xgrammar = loadXGrammar();
-  const special = new Set(tokenizer.all_special_ids);
-  const stops = new Set(stopIds);
-  const pieces = Array.from({ length: vocabSize }, (_, id) => {
-    // A special token stands for no text: an empty piece is never allowed, except where it ends the answer.
-    if (id >= tokenizer.size || (special.has(id) && !stops.has(id))) return "";
-    return tokenizer.convert_ids_to_tokens(id) as string;
-  });
-  const info = await xgrammar.TokenizerInfo.createTokenizerInfo(pieces, "byte_fallback", false, vocabSize, [...stopIds]);
-  return { xgrammar, compiler: await xgrammar.GrammarCompiler.createGrammarCompiler(info, false) };
+/** One call as JSON. Where arguments need not satisfy their schema, one that can't be held asks for an object only. */
+function callOf({ name, parameters, strict }: ToolDefinition, param: string): Expression {
+  const values = (): Expression => {
+    if (parameters === undefined) return OBJECT;
+    if (strict) return enforced(parameters, param);
+    try {
+      return schemaGrammar(parameters);
+    } catch {
+      return OBJECT;
+    }
+  };
+  const key = (text: string) => sequence(literal(JSON.stringify(text)), COLON);
+  return sequence(literal("{"), key("name"), literal(JSON.stringify(name)), COMMA, key("arguments"), values(), literal("}"));
 }
 
-function reason(cause: unknown): string {
-  return cause instanceof Error ? cause.message.split("\n")[0] : "it is not a JSON schema that is supported";
+function enforced(schema: unknown, param: string): Expression {
+  try {
+    return schemaGrammar(schema);
+  } catch (cause) {
+    if (!(cause instanceof SchemaError)) throw cause;
+    throw new ServerError("invalid_request", `the schema can't be enforced: ${cause.message}`, { param, cause });
+  }
 }

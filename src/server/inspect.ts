@@ -1,9 +1,9 @@
 /** Routes of mixtape's own: tokens of a text and back, and which experts a text uses. */
 import type { FastifyInstance, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
-import { promptOf } from "./completion.ts";
+import { detokenize, route } from "./analysis.ts";
 import { ServerError } from "./errors.ts";
-import { DetokenizeBody, messagesOf, RoutingBody, TokenizeBody } from "./schemas.ts";
+import { chatPrompt, DetokenizeBody, messagesOf, RoutingBody, TokenizeBody } from "./schemas.ts";
 import type { Caller, Prompt } from "./served.ts";
 import { type Services, withModel } from "./services.ts";
 
@@ -19,14 +19,9 @@ export function registerInspection(app: FastifyInstance, services: Services, cal
   );
 
   routes.post("/detokenize", { schema: { body: DetokenizeBody, tags: ["mixtape"], summary: "The text of tokens" } }, (request) =>
-    withModel(services, callerOf(request), request.body.model, async ({ tokenizer, config }) => {
+    withModel(services, callerOf(request), request.body.model, async (model) => {
       const { tokens, skip_special_tokens } = request.body;
-      const wrong = tokens.findIndex((id) => id >= config.vocabSize);
-      if (wrong >= 0)
-        throw new ServerError("invalid_request", `token id ${tokens[wrong]} is outside the vocabulary of ${config.vocabSize}`, {
-          param: `tokens[${wrong}]`,
-        });
-      return { text: tokenizer.decode(tokens, { skip_special_tokens: skip_special_tokens ?? false }) };
+      return { text: detokenize(model, tokens, skip_special_tokens ?? false) };
     }),
   );
 
@@ -34,31 +29,17 @@ export function registerInspection(app: FastifyInstance, services: Services, cal
     "/v1/routing",
     { schema: { body: RoutingBody, tags: ["mixtape"], summary: "Which experts each token of a text or conversation uses" } },
     (request) =>
-      withModel(services, callerOf(request), request.body.model, async ({ tokenizer, engine, config, name }) => {
+      withModel(services, callerOf(request), request.body.model, async (model) => {
         const { text, messages } = request.body;
         if ((text === undefined) === (messages === undefined))
           throw new ServerError("invalid_request", "give either text or messages", { param: text === undefined ? "text" : "messages" });
-        if (!config.moe) throw new ServerError("invalid_request", `the model '${name}' is dense: it has no experts`, { param: "model" });
-        const prompt: Prompt =
-          text !== undefined
-            ? { kind: "text", text }
-            : {
-                kind: "chat",
-                messages: messagesOf(messages ?? []),
-                tools: [],
-                toolChoice: "none",
-                oneToolCall: false,
-                templateVariables: {},
-              };
-        const { tokens } = promptOf(tokenizer, prompt);
-        const { routing } = await engine.inspect(tokens, { logits: false, routing: true });
-        const { experts, chosen } = config.moe;
-        services.account(callerOf(request), { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
+        const prompt: Prompt = text !== undefined ? { kind: "text", text } : chatPrompt(messagesOf(messages ?? []));
+        const { tokens, layers, experts, chosen } = await route(services, callerOf(request), model, prompt);
         const rows = (all: Int32Array | Float32Array) => tokens.map((_, t) => [...all.subarray(t * chosen, (t + 1) * chosen)]);
         return {
-          model: name,
-          tokens: tokens.map((id) => ({ id, text: tokenizer.decode([id]) })),
-          layers: routing.map((r) => {
+          model: model.name,
+          tokens: tokens.map((id) => ({ id, text: model.tokenizer.decode([id]) })),
+          layers: layers.map((r) => {
             const load = new Array<number>(experts).fill(0);
             for (const e of r.experts) load[e]++;
             return { layer: r.layer, experts: rows(r.experts), weights: rows(r.weights), load };

@@ -1,222 +1,163 @@
-/**
- * API keys: made, listed, revoked, recognised, and what each has used today. Keys are 256 random bits, so a plain SHA-256
- * of them is as hard to turn back as the key to guess; a slow password hash would only slow the server.
- */
-import { createHash, randomBytes, randomUUID, timingSafeEqual } from "node:crypto";
-import { readFileSync, statSync } from "node:fs";
-import { open, readFile, rename, rm } from "node:fs/promises";
+/** API keys: how they are made, kept in a file and found again. Knows neither rates nor budgets, only that keys have them. */
+import { createHash, randomBytes, timingSafeEqual } from "node:crypto";
+import { type FileHandle, open, readFile, rename, rm, stat } from "node:fs/promises";
+import { setTimeout as sleep } from "node:timers/promises";
 import { z } from "zod";
-import { ServerError } from "./errors.ts";
-import type { Caller, Usage } from "./served.ts";
 
-const PREFIX = "mxt_";
-const RELOAD_MS = 1000;
-const SAVE_MS = 10_000;
+const moment = z.iso.datetime();
 
-const StoredKey = z.strictObject({
-  id: z.string(),
-  name: z.string(),
-  /** SHA-256, hexadecimal. */
-  hash: z.string().length(64),
-  created: z.iso.datetime(),
-  expires: z.iso.datetime().nullable(),
-  models: z.array(z.string()).nullable(),
-  requestsPerMinute: z.number().int().min(1).nullable(),
-  tokensPerDay: z.number().int().min(1).nullable(),
-  revoked: z.boolean(),
+const keySchema = z.strictObject({
+  /** Names the key in lists, logs and metrics; not secret. */
+  id: z.string().regex(/^key_[a-z0-9]{8,}$/),
+  name: z.string().min(1).max(200),
+  /** SHA-256 of the key, hexadecimal. */
+  hash: z.string().regex(/^[0-9a-f]{64}$/),
+  created: moment,
+  expires: moment.nullable(),
+  /** Models that it may use; null: all. */
+  models: z.array(z.string().min(1)).nullable(),
+  requestsPerMinute: z.int().min(1).nullable(),
+  /** Of prompts and answers, by the day in UTC. */
+  tokensPerDay: z.int().min(1).nullable(),
+  revoked: moment.nullable(),
 });
-export type StoredKey = z.infer<typeof StoredKey>;
-const KeyFile = z.strictObject({ version: z.literal(1), keys: z.array(StoredKey) });
+const fileSchema = z.strictObject({ version: z.literal(1), keys: z.array(keySchema) });
 
-export type NewKey = Pick<StoredKey, "name" | "expires" | "models" | "requestsPerMinute" | "tokensPerDay">;
+export type ApiKey = Readonly<z.infer<typeof keySchema>>;
 
-/** Reads a key file; a missing one is empty. Throws a one-line error for anything else. */
-export async function readKeys(file: string): Promise<StoredKey[]> {
-  const text = await readFile(file, "utf8").catch((error: NodeJS.ErrnoException) => {
-    if (error.code === "ENOENT") return null;
-    throw new Error(`${file}: cannot be read: ${error.message}`);
-  });
-  return text === null ? [] : parseKeys(file, text);
+/** What a new key may do. */
+export type KeyTerms = Pick<ApiKey, "name" | "expires" | "models" | "requestsPerMinute" | "tokensPerDay">;
+
+/** The key file is missing, broken, or can't be written; the message is one line. */
+export class KeyFileError extends Error {
+  override readonly name = "KeyFileError";
 }
 
-/** Makes a key and adds it to the file. The key itself is nowhere but in what this returns. */
-export async function createKey(file: string, wanted: NewKey): Promise<{ secret: string; key: StoredKey }> {
-  const secret = PREFIX + randomBytes(32).toString("base64url");
-  const key: StoredKey = {
-    id: randomUUID().slice(0, 8),
-    hash: hashOf(secret),
-    created: new Date().toISOString(),
-    revoked: false,
-    ...wanted,
-  };
-  await writePrivately(file, { version: 1, keys: [...(await readKeys(file)), key] });
+/**
+ * Makes a key of 256 random bits and adds it to a file, which is made if it is not there. The key's text is not kept: a hash
+ * is. A single round of SHA-256 is right here, and a slow hash for passwords would be wrong: nobody can try 2^256 keys, while
+ * every request would pay for the slowness.
+ */
+export async function createKey(file: string, terms: KeyTerms): Promise<{ readonly secret: string; readonly key: ApiKey }> {
+  const secret = `mxt_${randomBytes(32).toString("base64url")}`;
+  const id = `key_${randomBytes(6).toString("hex")}`;
+  const key = { id, ...terms, hash: digest(secret).toString("hex"), created: new Date().toISOString(), revoked: null };
+  await changeKeys(file, (keys) => [...keys, key]);
   return { secret, key };
 }
 
-/** Revokes keys by id or name. Throws when there is none. */
-export async function revokeKey(file: string, idOrName: string): Promise<StoredKey[]> {
-  const keys = await readKeys(file);
-  const found = keys.filter((k) => !k.revoked && (k.id === idOrName || k.name === idOrName));
-  if (found.length === 0) throw new Error(`${file}: there is no key '${idOrName}' that is valid`);
-  await writePrivately(file, { version: 1, keys: keys.map((k) => (found.includes(k) ? { ...k, revoked: true } : k)) });
+/** Makes a key invalid: that of this id, or all valid ones of this name. Throws KeyFileError where there is none. */
+export async function revokeKey(file: string, idOrName: string): Promise<readonly ApiKey[]> {
+  const matches = ({ id, name, revoked }: ApiKey) => revoked === null && (id === idOrName || name === idOrName);
+  const found: ApiKey[] = [];
+  await changeKeys(file, (keys) => {
+    found.push(...keys.filter(matches));
+    if (found.length === 0) throw new KeyFileError(`${file}: there is no key '${idOrName}' that is valid`);
+    return keys.map((key) => (found.includes(key) ? { ...key, revoked: new Date().toISOString() } : key));
+  });
   return found;
 }
 
-/** The keys of a running server. */
+/** Why a key may not be used now; null if it may. */
+export function refusal(key: ApiKey, now = Date.now()): "revoked" | "expired" | null {
+  if (key.revoked !== null) return "revoked";
+  return key.expires !== null && Date.parse(key.expires) <= now ? "expired" : null;
+}
+
+/** The keys of a server, looked up by their text. */
 export class KeyRing {
-  readonly #file: string;
-  #keys: readonly StoredKey[];
-  #readAt = 0;
-  #modified = 0;
-  readonly #buckets = new Map<string, { tokens: number; at: number }>();
-  #usage: { day: string; tokens: Record<string, number> };
-  #unsaved = false;
-  readonly #saving: NodeJS.Timeout;
+  readonly #keys: readonly { readonly key: ApiKey; readonly hash: Buffer }[];
 
-  private constructor(file: string, keys: readonly StoredKey[], usage: KeyRing["usage"]) {
-    this.#file = file;
-    this.#keys = keys;
-    this.#usage = usage;
-    this.#modified = modifiedAt(file);
-    this.#saving = setInterval(() => void this.save().catch(() => {}), SAVE_MS); // tried again in ten seconds
-    this.#saving.unref();
+  constructor(keys: readonly ApiKey[]) {
+    this.#keys = keys.map((key) => ({ key, hash: Buffer.from(key.hash, "hex") }));
   }
 
-  static async open(file: string): Promise<KeyRing> {
-    const keys = await readKeys(file);
-    if (keys.length === 0) throw new Error(`${file}: there are no keys in it; make one with 'mixtape keys create'`);
-    const usage = await readFile(usageFile(file), "utf8").then(
-      (text) => JSON.parse(text) as KeyRing["usage"],
-      () => ({ day: today(), tokens: {} }),
-    );
-    return new KeyRing(file, keys, usage);
+  get size(): number {
+    return this.#keys.length;
   }
 
-  get usage(): { day: string; tokens: Record<string, number> } {
-    return this.#usage;
+  /** The key of this text, or null. Takes the same time whichever it is: every hash is compared, each in constant time. */
+  find(secret: string): ApiKey | null {
+    const hash = digest(secret);
+    let found: ApiKey | null = null;
+    for (const each of this.#keys) if (timingSafeEqual(each.hash, hash)) found = each.key;
+    return found;
   }
 
-  /** Who has this key. Throws ServerError `invalid_api_key` without saying why. */
-  authenticate(secret: string | null): { caller: Caller; key: StoredKey } {
-    this.#reload();
-    const hash = Buffer.from(hashOf(secret ?? ""), "hex");
-    let found: StoredKey | null = null;
-    for (const key of this.#keys) if (timingSafeEqual(hash, Buffer.from(key.hash, "hex"))) found = key; // all of them, in the same time
-    const expired = found?.expires != null && Date.parse(found.expires) < Date.now();
-    if (secret === null) throw new ServerError("invalid_api_key", "an API key is needed: Authorization: Bearer mxt_…");
-    if (!found || found.revoked || expired) throw new ServerError("invalid_api_key", "this API key is not valid");
-    return { caller: { id: found.id, models: found.models }, key: found };
-  }
-
-  /** Takes one request off the key's rate and looks at its budget. Throws ServerError; the headers tell clients where they stand. */
-  admit(key: StoredKey): Record<string, string> {
-    const used = this.#usedToday(key.id);
-    if (key.tokensPerDay !== null && used >= key.tokensPerDay)
-      throw new ServerError("budget_exceeded", `this key has used its ${key.tokensPerDay} tokens of today (UTC)`, {
-        retryAfterSeconds: secondsToMidnight(),
-      });
-    if (key.requestsPerMinute === null) return {};
-    const now = performance.now();
-    const bucket = this.#buckets.get(key.id) ?? { tokens: key.requestsPerMinute, at: now };
-    const rate = key.requestsPerMinute / 60_000;
-    bucket.tokens = Math.min(key.requestsPerMinute, bucket.tokens + (now - bucket.at) * rate);
-    bucket.at = now;
-    this.#buckets.set(key.id, bucket);
-    if (bucket.tokens < 1)
-      throw new ServerError("rate_limit_exceeded", `this key may ask ${key.requestsPerMinute} times a minute`, {
-        retryAfterSeconds: (1 - bucket.tokens) / rate / 1000,
-      });
-    bucket.tokens -= 1;
-    return {
-      "x-ratelimit-limit-requests": String(key.requestsPerMinute),
-      "x-ratelimit-remaining-requests": String(Math.floor(bucket.tokens)),
-    };
-  }
-
-  account(id: string, usage: Usage): void {
-    this.#usedToday(id);
-    this.#usage.tokens[id] = (this.#usage.tokens[id] ?? 0) + usage.promptTokens + usage.completionTokens;
-    this.#unsaved = true;
-  }
-
-  async save(): Promise<void> {
-    if (!this.#unsaved) return;
-    this.#unsaved = false;
-    await writePrivately(usageFile(this.#file), this.#usage);
-  }
-
-  async close(): Promise<void> {
-    clearInterval(this.#saving);
-    await this.save();
-  }
-
-  #usedToday(id: string): number {
-    if (this.#usage.day !== today()) this.#usage = { day: today(), tokens: {} };
-    return this.#usage.tokens[id] ?? 0;
-  }
-
-  /** Keys that were made or revoked meanwhile count from the next second on. A file that is broken just then changes nothing. */
-  #reload(): void {
-    const now = performance.now();
-    if (now - this.#readAt < RELOAD_MS) return;
-    this.#readAt = now;
-    const modified = modifiedAt(this.#file);
-    if (modified === this.#modified) return;
-    try {
-      this.#keys = parseKeys(this.#file, readFileSync(this.#file, "utf8"));
-      this.#modified = modified;
-    } catch {
-      // The keys that are known stay valid until the file can be read again.
-    }
+  get(id: string): ApiKey | null {
+    return this.#keys.find(({ key }) => key.id === id)?.key ?? null;
   }
 }
 
-function parseKeys(file: string, text: string): StoredKey[] {
-  let value: unknown;
+/** Reads a key file. Throws KeyFileError. */
+export async function readKeys(file: string): Promise<readonly ApiKey[]> {
+  let text: string;
   try {
-    value = JSON.parse(text);
+    text = await readFile(file, "utf8");
   } catch (cause) {
-    throw new Error(`${file}: broken JSON: ${(cause as Error).message}`, { cause });
+    const missing = (cause as NodeJS.ErrnoException).code === "ENOENT";
+    const what = missing ? "no such key file; 'mixtape keys create' makes one" : `can't be read (${(cause as Error).message})`;
+    throw new KeyFileError(`${file}: ${what}`, { cause });
   }
-  const parsed = KeyFile.safeParse(value);
-  if (!parsed.success) throw new Error(`${file}: ${parsed.error.issues[0].path.join(".")}: ${parsed.error.issues[0].message}`);
-  return parsed.data.keys;
-}
-
-/** For the owner's eyes only, whole or not at all. */
-async function writePrivately(file: string, value: object): Promise<void> {
-  const temporary = `${file}.${process.pid}.tmp`;
+  let raw: unknown;
   try {
-    const handle = await open(temporary, "w", 0o600);
-    try {
-      await handle.writeFile(`${JSON.stringify(value, null, 1)}\n`);
-      await handle.sync();
-    } finally {
-      await handle.close();
-    }
+    raw = JSON.parse(text);
+  } catch (cause) {
+    throw new KeyFileError(`${file}: broken JSON, so no key file`, { cause }); // without the parser's excerpt: the file is private
+  }
+  const result = fileSchema.safeParse(raw);
+  if (!result.success) {
+    const [issue] = result.error.issues;
+    throw new KeyFileError(`${file}: not a key file: ${issue.path.join(".") || "the whole"}: ${issue.message}`);
+  }
+  return result.data.keys;
+}
+
+/**
+ * Changes a key file, or makes it, readable by its owner alone. It is whole at any time: the new one is written beside it and
+ * takes its name. Writers wait for each other. Throws KeyFileError.
+ */
+async function changeKeys(file: string, change: (keys: readonly ApiKey[]) => readonly ApiKey[]): Promise<void> {
+  const temporary = `${file}.new`;
+  const handle = await takeTurn(file, temporary);
+  try {
+    const there = await stat(file).then(
+      () => true,
+      () => false,
+    );
+    const keys = change(there ? await readKeys(file) : []);
+    await handle.writeFile(`${JSON.stringify({ version: 1, keys }, null, 2)}\n`);
+    await handle.sync();
+    await handle.close();
     await rename(temporary, file);
-  } catch (error) {
+  } catch (cause) {
+    await handle.close().catch(() => {}); // it may be closed
     await rm(temporary, { force: true });
-    throw error;
+    if (cause instanceof Error && "code" in cause) throw new KeyFileError(`${file}: can't be written (${cause.message})`, { cause });
+    throw cause;
   }
 }
 
-function hashOf(secret: string): string {
-  return createHash("sha256").update(secret).digest("hex");
+const PATIENCE_MS = 5000;
+
+/** Creates the temporary file, which only one writer can have at a time. One that is old was left by a writer that was killed. */
+async function takeTurn(file: string, temporary: string): Promise<FileHandle> {
+  for (;;) {
+    try {
+      return await open(temporary, "wx", 0o600);
+    } catch (cause) {
+      if ((cause as NodeJS.ErrnoException).code !== "EEXIST")
+        throw new KeyFileError(`${file}: can't be written (${(cause as Error).message})`, { cause });
+      const age = await stat(temporary).then(
+        ({ mtimeMs }) => Date.now() - mtimeMs,
+        () => 0,
+      );
+      if (age > PATIENCE_MS) await rm(temporary, { force: true });
+      else await sleep(20);
+    }
+  }
 }
 
-function usageFile(file: string): string {
-  return `${file}.usage`;
-}
-
-function modifiedAt(file: string): number {
-  return statSync(file, { throwIfNoEntry: false })?.mtimeMs ?? 0;
-}
-
-function today(): string {
-  return new Date().toISOString().slice(0, 10);
-}
-
-function secondsToMidnight(): number {
-  return 86_400 - (Math.floor(Date.now() / 1000) % 86_400);
+function digest(secret: string): Buffer {
+  return createHash("sha256").update(secret).digest();
 }

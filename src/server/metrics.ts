@@ -1,16 +1,25 @@
 /** What operators watch, in Prometheus' text format. Names are those of deploy/grafana/mixtape.json. */
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import type { Engine } from "../engine/engine.ts";
+import type { ErrorCode } from "./errors.ts";
 import type { ServedModel, Usage } from "./served.ts";
 import type { Observer } from "./services.ts";
 
 const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
+export interface Sources {
+  /** Those in memory. */
+  readonly models: () => readonly ServedModel[];
+  readonly admission: { readonly running: number; readonly queued: number };
+}
+
 export class Metrics implements Observer {
   readonly registry = new Registry();
   readonly #requests: Counter;
-  readonly #inProgress: Gauge;
+  readonly #seconds: Histogram;
+  readonly #refusals: Counter;
+  readonly #queue: Histogram;
   readonly #firstToken: Histogram;
   readonly #nextToken: Histogram;
   readonly #tokens: Counter;
@@ -19,8 +28,8 @@ export class Metrics implements Observer {
   readonly #sequences: Histogram;
   readonly #watched = new WeakSet<Engine>();
 
-  /** @param models those in memory, asked whenever somebody reads the metrics */
-  constructor(models: () => readonly ServedModel[]) {
+  /** @param sources asked whenever somebody reads the metrics */
+  constructor({ models, admission }: Sources) {
     const registers = [this.registry];
     const labelNames = ["model"];
     collectDefaultMetrics({ register: this.registry, prefix: "mixtape_" });
@@ -30,7 +39,36 @@ export class Metrics implements Observer {
       labelNames: ["route", "status"],
       registers,
     });
-    this.#inProgress = new Gauge({ name: "mixtape_requests_in_progress", help: "Requests that are answered or wait.", registers });
+    this.#seconds = new Histogram({
+      name: "mixtape_request_seconds",
+      help: "From a request's head to the end of its answer.",
+      labelNames: ["route"],
+      buckets: SECONDS,
+      registers,
+    });
+    this.#refusals = new Counter({
+      name: "mixtape_refusals_total",
+      help: "Requests that were not let in, by the code of the error.",
+      labelNames: ["code"],
+      registers,
+    });
+    this.#queue = new Histogram({
+      name: "mixtape_queue_seconds",
+      help: "How long requests waited that were let in.",
+      buckets: SECONDS,
+      registers,
+    });
+    const counted = (name: string, help: string, of: () => number) =>
+      new Gauge({
+        name,
+        help,
+        registers,
+        collect() {
+          this.set(of());
+        },
+      });
+    counted("mixtape_requests_in_progress", "Requests that are answered.", () => admission.running);
+    counted("mixtape_requests_queued", "Requests that wait to be let in.", () => admission.queued);
     this.#firstToken = new Histogram({
       name: "mixtape_time_to_first_token_seconds",
       help: "From a request to its answer's first text, waiting included.",
@@ -111,12 +149,17 @@ export class Metrics implements Observer {
     };
   }
 
-  inProgress(count: number): void {
-    this.#inProgress.set(count);
+  request(route: string, status: number, seconds: number): void {
+    this.#requests.inc({ route, status });
+    this.#seconds.observe({ route }, seconds);
   }
 
-  request(route: string, status: number): void {
-    this.#requests.inc({ route, status });
+  refused(code: ErrorCode): void {
+    this.#refusals.inc({ code });
+  }
+
+  queued(seconds: number): void {
+    this.#queue.observe(seconds);
   }
 
   firstToken(model: string, seconds: number): void {

@@ -2,6 +2,7 @@
 import { randomUUID } from "node:crypto";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
+import { embed } from "./analysis.ts";
 import { promptOf } from "./completion.ts";
 import { ServerError } from "./errors.ts";
 import { errorBody } from "./replies.ts";
@@ -28,6 +29,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
         const requests = several(base, body.n ?? 1);
         const head = { id: `chatcmpl-${randomUUID()}`, created: now(), model: model.name };
         const answers = requests.map(() => new ChatAnswer());
+        const usage = () => usageOf(answers, body.n ?? 1);
         const events = (i: number) => answer(services, callerOf(request), model, requests[i]);
         if (!body.stream) {
           await each(requests, events, (i, event) => answers[i].take(event));
@@ -35,21 +37,25 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
             ...head,
             object: "chat.completion",
             choices: answers.map((a, index) => ({ index, ...a.choice() })),
-            usage: usageOf(answers.map((a) => a.usage)),
+            usage: usage(),
           });
         }
         const chunk = { ...head, object: "chat.completion.chunk" };
         return stream(reply, async (out) => {
-          for (const index of requests.keys())
-            await out.send({
-              ...chunk,
-              choices: [{ index, delta: { role: "assistant", content: "" }, logprobs: null, finish_reason: null }],
-            });
+          const begun = new Set<number>();
           await each(requests, events, async (index, event) => {
             const choice = answers[index].delta(event);
+            const first = { index, delta: { role: "assistant", content: "" }, logprobs: null, finish_reason: null };
+            if (!begun.has(index)) await out.send({ ...chunk, choices: [first] });
+            begun.add(index);
             if (choice) await out.send({ ...chunk, choices: [{ index, ...choice }] });
           });
-          if (body.stream_options?.include_usage) await out.send({ ...chunk, choices: [], usage: usageOf(answers.map((a) => a.usage)) });
+          if (body.stream_options?.include_usage)
+            await out.send({
+              ...chunk,
+              choices: [],
+              usage: usage(),
+            });
         });
       }),
   );
@@ -63,13 +69,14 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
       const echoes = requests.map((r) => (body.echo ? model.tokenizer.decode(promptOf(model.tokenizer, r.prompt).tokens as number[]) : ""));
       const head = { id: `cmpl-${randomUUID()}`, object: "text_completion", created: now(), model: model.name };
       const answers = requests.map((_, i) => new TextAnswer(echoes[i]));
+      const usage = () => usageOf(answers, body.n ?? 1);
       const events = (i: number) => answer(services, callerOf(request), model, requests[i]);
       if (!body.stream) {
         await each(requests, events, (i, event) => answers[i].take(event));
         return reply.send({
           ...head,
           choices: answers.map((a, index) => ({ index, ...a.choice() })),
-          usage: usageOf(answers.map((a) => a.usage)),
+          usage: usage(),
         });
       }
       return stream(reply, async (out) => {
@@ -79,7 +86,12 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
           const choice = answers[index].delta(event);
           if (choice) await out.send({ ...head, choices: [{ index, ...choice }] });
         });
-        if (body.stream_options?.include_usage) await out.send({ ...head, choices: [], usage: usageOf(answers.map((a) => a.usage)) });
+        if (body.stream_options?.include_usage)
+          await out.send({
+            ...head,
+            choices: [],
+            usage: usage(),
+          });
       });
     }),
   );
@@ -110,11 +122,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
           throw new ServerError("invalid_request", `embeddings of this model have ${hiddenSize} dimensions, not ${dimensions}`, {
             param: "dimensions",
           });
-        const prompts = promptsOf(input).map((prompt) => promptOf(model.tokenizer, prompt).tokens);
-        const vectors: Float32Array[] = [];
-        for (const tokens of prompts) vectors.push(unitLength(await model.engine.embed(tokens)));
-        const tokens = prompts.reduce((sum, p) => sum + p.length, 0);
-        services.account(callerOf(request), { promptTokens: tokens, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
+        const { vectors, tokens } = await embed(services, callerOf(request), model, promptsOf(input));
         return {
           object: "list",
           model: model.name,
@@ -156,7 +164,10 @@ async function each(
   }
 }
 
-/** Streams what `write` sends. A failure before the first event is an ordinary error; later ones are an event. */
+/** How long a stream waits for its first event before it begins without one: proxies end what is silent for long. */
+const SILENCE_MS = 5000;
+
+/** Streams what `write` sends. A failure before the stream begins is an ordinary error; later ones are an event. */
 async function stream(reply: FastifyReply, write: (out: Pick<EventStream, "send">) => Promise<void>): Promise<FastifyReply> {
   let out: EventStream | null = null;
   const begin = () => {
@@ -166,6 +177,7 @@ async function stream(reply: FastifyReply, write: (out: Pick<EventStream, "send"
     }
     return out;
   };
+  const silent = setTimeout(begin, SILENCE_MS);
   try {
     await write({ send: (data) => begin().send(data) });
     await begin().send("[DONE]");
@@ -173,6 +185,8 @@ async function stream(reply: FastifyReply, write: (out: Pick<EventStream, "send"
     if (!out) throw error;
     reply.log.error({ err: error }, "an answer failed midway");
     await begin().send(errorBody(error).body, "error");
+  } finally {
+    clearTimeout(silent);
   }
   await begin().end();
   return reply;
@@ -187,14 +201,17 @@ function several(request: CompletionRequest, n: number): CompletionRequest[] {
 
 const NONE: Usage = { promptTokens: 0, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 };
 
-function usageOf(all: readonly Usage[]) {
-  const sum = (key: keyof Usage) => all.reduce((total, u) => total + u[key], 0);
-  const [prompt, completion] = [Math.max(...all.map((u) => u.promptTokens)), sum("completionTokens")]; // one prompt, however many answers
+/** @param n answers to each prompt, which stand together: a prompt counts once */
+function usageOf(answers: readonly { readonly usage: Usage }[], n: number) {
+  const all = answers.map((answer) => answer.usage);
+  const sum = (key: keyof Usage, of = all) => of.reduce((total, u) => total + u[key], 0);
+  const prompts = all.filter((_, i) => i % n === 0);
+  const [prompt, completion] = [sum("promptTokens", prompts), sum("completionTokens")];
   return {
     prompt_tokens: prompt,
     completion_tokens: completion,
     total_tokens: prompt + completion,
-    prompt_tokens_details: { cached_tokens: Math.max(...all.map((u) => u.cachedTokens)) },
+    prompt_tokens_details: { cached_tokens: sum("cachedTokens", prompts) },
     completion_tokens_details: { reasoning_tokens: sum("reasoningTokens") },
   };
 }
@@ -361,11 +378,6 @@ export function routed({ id, text, layers, experts, weights }: Extract<Completio
     experts: rows(experts),
     weights: rows(weights).map((row) => row.map((w) => Math.round(w * 1e4) / 1e4)),
   };
-}
-
-function unitLength(v: Float32Array): Float32Array {
-  const length = Math.hypot(...v);
-  return length > 0 ? v.map((x) => x / length) : v;
 }
 
 function now(): number {

@@ -13,7 +13,8 @@ interface FrameworkError {
   readonly validation?: readonly Finding[];
 }
 
-interface Finding {
+/** What a check found, as Fastify's validator for zod tells of it. */
+export interface Finding {
   readonly keyword?: string;
   /** Like `/messages/2/content`. */
   readonly instancePath?: string;
@@ -60,19 +61,29 @@ export function serverError(error: unknown): ServerError {
   return new ServerError("internal", "something went wrong here; the server's log has more under this request's id", { cause: error });
 }
 
-/** The first finding as a sentence, and the field that it is about. */
-function invalid({ keyword, instancePath = "", message = "is not valid", params }: Finding): ServerError {
+/**
+ * The finding as a sentence, and the field that it is about.
+ * @param nameOf what the sentence calls a field. Default: the same.
+ */
+export function invalid(
+  { keyword, instancePath = "", message = "is not valid", params }: Finding,
+  nameOf = (param: string) => param,
+): ServerError {
   const path = instancePath.split("/").filter((key) => key !== "");
-  if (keyword === "unrecognized_keys") return about([...path, ...(params?.keys ?? []).slice(0, 1)], "there is no such field here");
+  const about = (more: readonly (string | number)[], what: string): ServerError => {
+    const param = pathOf([...path, ...more]);
+    return new ServerError("invalid_request", param ? `${nameOf(param)}: ${what}` : what, { param: param || undefined });
+  };
+  if (keyword === "unrecognized_keys") return about((params?.keys ?? []).slice(0, 1), "there is no such field here");
   // Of a union, the branch that got furthest tells most.
   const furthest = (params?.errors ?? [])
     .flat()
     .reduce<Issue | null>((best, issue) => ((issue.path?.length ?? 0) > (best?.path?.length ?? 0) ? issue : best), null);
-  if (furthest) return about([...path, ...(furthest.path ?? [])], furthest.message ?? message);
-  return about(path, message);
+  if (furthest) return about(furthest.path ?? [], furthest.message ?? message);
+  return about([], message);
 }
 
-function about(path: readonly (string | number)[], what: string): ServerError {
-  const param = path.reduce<string>((at, key) => (/^\d+$/.test(String(key)) ? `${at}[${key}]` : at ? `${at}.${key}` : String(key)), "");
-  return new ServerError("invalid_request", param ? `${param}: ${what}` : what, { param: param || undefined });
+/** As people write it: `messages[2].content`. */
+function pathOf(path: readonly (string | number)[]): string {
+  return path.reduce<string>((at, key) => (/^\d+$/.test(String(key)) ? `${at}[${key}]` : at ? `${at}.${key}` : String(key)), "");
 }

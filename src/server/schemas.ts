@@ -7,7 +7,17 @@ import { ServerError } from "./errors.ts";
 import type { CompletionRequest, Prompt, ResponseFormat, ToolChoice } from "./served.ts";
 
 /** Fields that clients send and that change nothing here; any other unknown field is an error. */
-const IGNORED = ["user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"] as const;
+const IGNORED = [
+  "user",
+  "store",
+  "metadata",
+  "service_tier",
+  "safety_identifier",
+  "prompt_cache_key",
+  "prompt_cache_retention",
+  "verbosity",
+  "prediction",
+] as const;
 const ignored = Object.fromEntries(IGNORED.map((name) => [name, z.unknown().optional()]));
 
 const unit = z.number().min(-2).max(2);
@@ -96,7 +106,8 @@ export const ChatBody = z.strictObject({
     .nullish(),
   parallel_tool_calls: z.boolean().nullish(),
   chat_template_kwargs: z.record(z.string(), z.unknown()).nullish().describe("Variables of the chat template. Not of OpenAI's."),
-  reasoning_effort: z.enum(["none", "minimal", "low", "medium", "high"]).nullish(),
+  reasoning_effort: z.enum(["none", "minimal", "low", "medium", "high", "xhigh"]).nullish().describe("Accepted; the model decides."),
+  modalities: z.array(z.literal("text")).nullish(),
 });
 export type ChatBody = z.infer<typeof ChatBody>;
 
@@ -111,19 +122,22 @@ export const CompletionBody = z.strictObject({
   max_tokens: z.number().int().min(1).nullish().describe("Default 16, as OpenAI's."),
   logprobs: z.number().int().min(0).max(20).nullish(),
   echo: z.boolean().nullish(),
-  best_of: z.literal(1).nullish(),
-  suffix: z.null().optional(),
+  best_of: z.literal(1, "only 1: ask for n answers and choose among them").nullish(),
+  suffix: z.null("text before a suffix can't be filled in: leave it out").optional(),
 });
 export type CompletionBody = z.infer<typeof CompletionBody>;
+
+/** Texts that one request for embeddings may have. */
+export const MOST_INPUTS = 256;
 
 export const EmbeddingBody = z.strictObject({
   ...ignored,
   model: z.string().min(1),
   input: z.union([
     z.string(),
-    z.array(z.string()).min(1).max(256),
+    z.array(z.string()).min(1).max(MOST_INPUTS),
     z.array(z.number().int()).min(1),
-    z.array(z.array(z.number().int()).min(1)).min(1).max(256),
+    z.array(z.array(z.number().int()).min(1)).min(1).max(MOST_INPUTS),
   ]),
   encoding_format: z.enum(["float", "base64"]).nullish(),
   dimensions: z.number().int().min(1).nullish(),
@@ -161,6 +175,8 @@ export function chatRequest(
 ): CompletionRequest {
   const names = (body.tools ?? []).map((t) => t.function.name);
   if (new Set(names).size < names.length) throw new ServerError("invalid_request", "two tools have the same name", { param: "tools" });
+  if (body.top_logprobs && !body.logprobs)
+    throw new ServerError("invalid_request", "top_logprobs needs logprobs: true as well", { param: "top_logprobs" });
   const choice = toolChoice(body.tool_choice, names);
   const reserved = TEMPLATE_OPTIONS.find((name) => name in (body.chat_template_kwargs ?? {}));
   if (reserved)
@@ -173,7 +189,7 @@ export function chatRequest(
     prompt: {
       kind: "chat",
       messages: messagesOf(body.messages),
-      tools: (body.tools ?? []).map(({ function: { name, description, parameters } }) => ({ name, description, parameters })),
+      tools: (body.tools ?? []).map(({ function: f }) => ({ ...f, strict: f.strict ?? false })),
       toolChoice: choice,
       oneToolCall: body.parallel_tool_calls === false,
       templateVariables: body.chat_template_kwargs ?? {},
@@ -194,6 +210,10 @@ export function completionRequest(
   defaults: Readonly<Record<string, unknown>>,
   who: Pick<CompletionRequest, "owner" | "signal">,
 ): CompletionRequest {
+  if (body.echo && body.logprobs != null)
+    throw new ServerError("invalid_request", "echo: log-probabilities are given for new tokens only; leave out echo or logprobs", {
+      param: "echo",
+    });
   return {
     prompt,
     sampling: samplingOf(body, defaults),
@@ -211,6 +231,11 @@ export function promptsOf(prompt: CompletionBody["prompt"] | EmbeddingBody["inpu
   if (typeof prompt === "string") return [{ kind: "text", text: prompt }];
   if (typeof prompt[0] === "number") return [{ kind: "tokens", tokens: prompt as number[] }];
   return (prompt as (string | number[])[]).map((p) => (typeof p === "string" ? { kind: "text", text: p } : { kind: "tokens", tokens: p }));
+}
+
+/** A conversation without tools. */
+export function chatPrompt(messages: readonly Message[]): Prompt {
+  return { kind: "chat", messages, tools: [], toolChoice: "none", oneToolCall: false, templateVariables: {} };
 }
 
 export function messagesOf(messages: z.infer<typeof message>[]): Message[] {

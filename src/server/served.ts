@@ -17,6 +17,8 @@ export interface ServedModel {
   readonly config: ErnieConfig;
   readonly tokenizer: Tokenizer;
   readonly engine: Engine;
+  /** Format that most of the weights have in memory: `fp32`, `bf16`, `int8` and so on. */
+  readonly dtype: string;
   readonly grammars: Grammars;
   /** generation_config.json: defaults of the sampling controls. */
   readonly generationConfig: Readonly<Record<string, unknown>>;
@@ -47,6 +49,8 @@ export interface ToolDefinition {
   readonly description?: string;
   /** JSON schema of the arguments. */
   readonly parameters?: Readonly<Record<string, unknown>>;
+  /** Whether the arguments must satisfy the schema, enforced while decoding. Default false. */
+  readonly strict?: boolean;
 }
 
 /** `auto`: the model decides; `required`: it must call one; a name: it must call that one. */

@@ -1,5 +1,5 @@
 /** What routes of every protocol stand on: models, callers, limits, accounts. Implemented by `server.ts` and its parts. */
-import { complete } from "./completion.ts";
+import { complete, promptOf } from "./completion.ts";
 import { ServerError } from "./errors.ts";
 import type { Caller, Catalog, CompletionEvent, CompletionRequest, ServedModel, Usage } from "./served.ts";
 
@@ -16,6 +16,8 @@ export interface Services {
   readonly observer: Observer;
   /** Answers with so many tokens at most, whatever was asked for; null: no limit. */
   readonly maxTokens: number | null;
+  /** Refuses longer prompts; null: those that the model can't take. */
+  readonly maxPromptTokens: number | null;
   /** Takes what was used off the caller's budget. */
   account(caller: Caller, usage: Usage): void;
 }
@@ -41,7 +43,14 @@ export async function* answer(
   model: ServedModel,
   request: CompletionRequest,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
-  const { observer, maxTokens } = services;
+  const { observer, maxTokens, maxPromptTokens } = services;
+  if (maxPromptTokens !== null) {
+    const { length } = promptOf(model.tokenizer, request.prompt).tokens;
+    if (length > maxPromptTokens)
+      throw new ServerError("context_length_exceeded", `the prompt has ${length} tokens; this server takes ${maxPromptTokens}`, {
+        param: request.prompt.kind === "chat" ? "messages" : "prompt",
+      });
+  }
   const limited = maxTokens === null ? request : { ...request, maxTokens: Math.min(request.maxTokens ?? maxTokens, maxTokens) };
   let last = performance.now();
   let first = true;

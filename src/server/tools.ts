@@ -14,6 +14,21 @@ export function describe(tools: readonly ToolDefinition[]): object[] {
   }));
 }
 
+/** The messages with the arguments of calls as values: clients send them as text, templates write them as JSON themselves. */
+export function withArguments(messages: readonly Message[]): Message[] {
+  return messages.map((message): Message => {
+    const calls = message["tool_calls"];
+    if (!Array.isArray(calls)) return message;
+    return {
+      ...message,
+      tool_calls: calls.map((call: { readonly function?: { readonly arguments?: unknown } }) => ({
+        ...call,
+        function: { ...call.function, arguments: parsed(call.function?.arguments) },
+      })),
+    };
+  });
+}
+
 /** The messages without anything that such a template would drop. */
 export function withoutTools(messages: readonly Message[], tools: readonly ToolDefinition[]): Message[] {
   const plain = messages.map((message): Message => {
@@ -40,6 +55,15 @@ function callText(call: unknown): string {
   const { name, arguments: args } = ((call as { function?: unknown }).function ?? {}) as { name?: unknown; arguments?: unknown };
   const parsed = typeof args === "string" ? args : JSON.stringify(args ?? {});
   return `<tool_call>\n{"name": ${JSON.stringify(name)}, "arguments": ${parsed}}\n</tool_call>`;
+}
+
+function parsed(text: unknown): unknown {
+  if (typeof text !== "string") return text ?? {};
+  try {
+    return JSON.parse(text);
+  } catch {
+    return text; // what the model once wrote, if it was no JSON
+  }
 }
 
 function textOf(content: Message["content"]): string {

@@ -213,12 +213,18 @@ function characterLength(bytes: readonly number[]): number {
 }
 
 /** GPT-2's printable stand-ins for bytes. */
-const byteLevel: Step = (next) => {
+export function byteCharacters(): Map<string, number> {
   const bytes = new Map<string, number>();
   for (let byte = 0, extra = 256; byte < 256; byte++) {
     const printable = (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
     bytes.set(String.fromCharCode(printable ? byte : extra++), byte);
   }
+  return bytes;
+}
+
+/** Bytes from their stand-ins. */
+const byteLevel: Step = (next) => {
+  const bytes = byteCharacters();
   const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
   return {
     push(token) {

@@ -10,13 +10,16 @@ export interface Watched {
 
 export class StopStrings {
   readonly #stops: readonly string[];
-  readonly #longest: number;
   #held = "";
   #stopped = false;
 
   constructor(stops: readonly string[]) {
     this.#stops = stops.filter((s) => s !== "");
-    this.#longest = Math.max(0, ...this.#stops.map((s) => s.length));
+  }
+
+  /** UTF-16 units that wait for what comes next. */
+  get heldLength(): number {
+    return this.#held.length;
   }
 
   /** Takes the next piece. The text of all pieces together, and of `finish`, is that before the first stop string. */
@@ -28,10 +31,7 @@ export class StopStrings {
       this.#stopped = true;
       return { text: this.#take(Math.min(...found)), stopped: true };
     }
-    // Hold the longest end that a stop string begins with.
-    let keep = Math.min(this.#longest - 1, this.#held.length);
-    while (keep > 0 && !this.#stops.some((s) => s.startsWith(this.#held.slice(this.#held.length - keep)))) keep--;
-    return { text: this.#take(this.#held.length - Math.max(keep, 0)), stopped: false };
+    return { text: this.#take(this.#held.length - openLength(this.#held, this.#stops)), stopped: false };
   }
 
   /** What is still held when the text ends by itself. */
@@ -44,4 +44,11 @@ export class StopStrings {
     this.#held = this.#held.slice(length);
     return text;
   }
+}
+
+/** Length of the longest end of `text` with which one of the words begins, whole words excepted. */
+export function openLength(text: string, words: readonly string[]): number {
+  let length = Math.min(Math.max(0, ...words.map((word) => word.length)) - 1, text.length);
+  while (length > 0 && !words.some((word) => word.length > length && word.startsWith(text.slice(text.length - length)))) length--;
+  return Math.max(length, 0);
 }

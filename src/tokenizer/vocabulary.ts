@@ -1,5 +1,6 @@
 // Tokens and ids of a tokenizer, its special tokens by role, and text to ids. Knows no batches, no chat, no files.
 import { type AddedToken, AddedTokens } from "./added.ts";
+import { tokenBytes } from "./bytes.ts";
 import { type DecoderConfig, decoderStep, type Step } from "./decoder.ts";
 import type { Definition } from "./definition.ts";
 import { TokenizerError } from "./error.ts";
@@ -29,6 +30,8 @@ export class Vocabulary {
   private readonly definition: Definition;
   private readonly tokens: string[] = [];
   private readonly ids: Map<string, number>;
+  private readonly toBytes: (token: string) => Uint8Array;
+  private readonly addedIds: ReadonlySet<number>;
   private readonly specials: ReadonlyMap<number, string>;
   private readonly raw: AddedTokens;
   private readonly normalized: AddedTokens;
@@ -66,6 +69,8 @@ export class Vocabulary {
     this.prefix = bos.map((token) => this.known(token));
     this.suffix = eos.map((token) => this.known(token));
     this.decoder = decoderStep(decoder);
+    this.toBytes = tokenBytes(decoder);
+    this.addedIds = new Set(all.map(({ id }) => id));
   }
 
   /** The id of a token, or undefined. */
@@ -83,6 +88,17 @@ export class Vocabulary {
           : `a token id must be a whole number, and this is ${JSON.stringify(id)} (the vocabulary has ${this.fullSize} tokens)`,
       );
     return token;
+  }
+
+  /** Whether there is a token of this id. */
+  has(id: number): boolean {
+    return this.tokens[id] !== undefined;
+  }
+
+  /** The bytes that a token adds to a text, which need not be whole characters. Throws `TokenizerError` when there is no such id. */
+  bytes(id: number): Uint8Array {
+    const token = this.token(id);
+    return this.addedIds.has(id) ? new TextEncoder().encode(token) : this.toBytes(token);
   }
 
   isSpecial(id: number): boolean {

@@ -1,227 +1,200 @@
-/** The page: its frame, which conversation is shown, language and theme. What is said in one is in `talk.tsx`. */
-import { useEffect, useMemo, useState } from "preact/hooks";
-import { Status } from "./status.tsx";
-import { type Conversation, emptyConversation, exported, loadAll, parseExport, remove, save } from "./store.ts";
-import { Talk } from "./talk.tsx";
-import { apiKey, models, setApiKey, WireError } from "./wire.ts";
-import { LANGUAGES, type Language, preferredLanguage, type Word } from "./words.ts";
+/** The page's frame: what is shown where, by its address (`#/c/ID`, `#/status`), and the keys that work everywhere. */
+import type { ComponentType } from "preact";
+import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
+import { Chat } from "./chat.tsx";
+import type { Client } from "./client.ts";
+import { type Conversation, shownMessages } from "./conversation.ts";
+import { Dialog } from "./dialog.tsx";
+import { Experts } from "./experts.tsx";
+import { KeyForm } from "./key.tsx";
+import { type Page, PageContext, useView } from "./page.ts";
+import { applyPreferences, type Preferences } from "./preferences.ts";
+import type { Session } from "./session.ts";
+import { Settings } from "./settings.tsx";
+import { SHORTCUTS, shortcutOf } from "./shortcuts.ts";
+import { Sidebar } from "./sidebar.tsx";
+import type { Vault } from "./vault.ts";
+import { sayIn } from "./words.ts";
 
-export type Say = (word: Word) => string;
-type Theme = "auto" | "light" | "dark";
+export type Panel = "experts" | "settings" | null;
 
-export function App() {
-  const [language, setLanguage] = useState<Language>(preferredLanguage);
-  const [theme, setTheme] = useState<Theme>((localStorage.getItem("theme") as Theme | null) ?? "auto");
-  const [view, setView] = useState<"chat" | "status">("chat");
-  const [menu, setMenu] = useState(false);
-  const [names, setNames] = useState<readonly string[]>([]);
-  const [model, setModel] = useState("");
-  const [needsKey, setNeedsKey] = useState(false);
-  const [notice, setNotice] = useState("");
-  const [all, setAll] = useState<readonly Conversation[]>([]);
-  const [current, setCurrent] = useState<Conversation>(emptyConversation);
-  const say: Say = useMemo(() => (word) => LANGUAGES[language][word], [language]);
+export interface AppParts {
+  readonly session: Session;
+  readonly client: Client;
+  readonly vault: Vault;
+  readonly preferences: Preferences;
+}
 
+export function App({ session, client, vault, preferences: first }: AppParts) {
+  const view = useView(session);
+  const [preferences, setPreferences] = useState(first);
+  const [address, setAddress] = useState(location.hash);
+  const [draft, setDraft] = useState<Conversation>(() => session.create());
+  const [panel, setPanel] = useState<Panel>(null);
+  const [drawer, setDrawer] = useState(false);
+  const [help, setHelp] = useState(false);
+  const [selected, setSelected] = useState<string | null>(null);
+  const spoken = useRef<HTMLDivElement>(null);
+  const { language, theme } = preferences;
+
+  const announce = useCallback((text: string) => {
+    if (!spoken.current || text === "") return;
+    const line = document.createElement("p");
+    line.textContent = text;
+    spoken.current.append(line);
+    while (spoken.current.childElementCount > 8) spoken.current.firstElementChild?.remove();
+  }, []);
+  const page: Page = useMemo(
+    () => ({ session, client, vault, language, theme, say: sayIn(language), announce }),
+    [session, client, vault, language, theme, announce],
+  );
+  const { say } = page;
+
+  useLayoutEffect(() => applyPreferences(preferences), [preferences]);
+  useEffect(() => void session.load(), [session]);
   useEffect(() => {
-    document.documentElement.lang = language;
-    localStorage.setItem("language", language);
-  }, [language]);
+    session.wantRouting = panel === "experts";
+  }, [session, panel]);
   useEffect(() => {
-    document.documentElement.dataset["theme"] = theme;
-    localStorage.setItem("theme", theme);
-  }, [theme]);
-  useEffect(() => {
-    void loadAll().then((found) => {
-      setAll(found);
-      if (found[0]) setCurrent(found[0]);
-    });
-    void findModels();
+    const moved = () => {
+      setAddress(location.hash);
+      setDrawer(false);
+      setSelected(null);
+    };
+    addEventListener("hashchange", moved);
+    return () => removeEventListener("hashchange", moved);
   }, []);
 
-  async function findModels(): Promise<void> {
-    try {
-      const found = await models();
-      setNames(found);
-      setModel((m) => (found.includes(m) ? m : (found[0] ?? "")));
-      setNeedsKey(false);
-      setNotice("");
-    } catch (error) {
-      if (error instanceof WireError && error.status === 401) setNeedsKey(true);
-      else setNotice("unreachable");
-    }
-  }
+  const atStatus = address === "#/status";
+  const wanted = /^#\/c\/([\w-]+)$/.exec(address)?.[1];
+  const conversation = (wanted === undefined ? undefined : session.find(wanted)) ?? session.find(draft.id) ?? draft;
 
-  /** Shows a conversation's newest state, and keeps it once it has anything in it. */
-  function change(next: Conversation, keep: boolean): void {
-    setCurrent(next);
-    setAll((list) => [next, ...list.filter((c) => c.id !== next.id)].filter((c) => c.nodes.length > 0));
-    if (keep && next.nodes.length > 0) save(next).catch(() => setNotice("storageFull"));
-  }
+  const startNew = useCallback(() => {
+    setDraft(session.create());
+    location.hash = "#/";
+    setDrawer(false);
+    requestAnimationFrame(() => document.getElementById("message")?.focus());
+  }, [session]);
 
-  function open(conversation: Conversation): void {
-    setCurrent(conversation);
-    setView("chat");
-    setMenu(false);
-  }
+  /** An unsaid conversation is only here; one with messages is kept. */
+  const change = (next: Conversation) => (next.messages.length === 0 ? setDraft(next) : session.put(next));
 
-  async function drop(conversation: Conversation): Promise<void> {
-    await remove(conversation.id);
-    setAll((list) => list.filter((c) => c.id !== conversation.id));
-    if (conversation.id === current.id) setCurrent(emptyConversation());
-  }
+  useEffect(() => {
+    // The first message of a new conversation gives it its address.
+    if (!atStatus && conversation.messages.length > 0 && wanted !== conversation.id) location.replace(`#/c/${conversation.id}`);
+    document.title = atStatus ? `${say("status")} · mixtape` : conversation.title ? `${conversation.title} · mixtape` : "mixtape";
+  });
 
-  function download(): void {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([exported(all)], { type: "application/json" }));
-    link.download = "mixtape-conversations.json";
-    link.click();
-    URL.revokeObjectURL(link.href);
-  }
+  useEffect(() => {
+    const pressed = (event: KeyboardEvent) => {
+      const shortcut = shortcutOf(event);
+      if (shortcut === null || document.querySelector("dialog[open]")) return;
+      switch (shortcut) {
+        case "stop":
+          if (session.view.running.has(conversation.id)) session.stop(conversation.id);
+          else if (drawer) setDrawer(false);
+          else if (panel) setPanel(null);
+          else return;
+          break;
+        case "message":
+          document.getElementById("message")?.focus();
+          break;
+        case "new":
+          startNew();
+          break;
+        case "experts":
+        case "settings":
+          setPanel(panel === shortcut ? null : shortcut);
+          break;
+        case "status":
+          location.hash = atStatus ? `#/c/${conversation.id}` : "#/status";
+          break;
+        case "help":
+          setHelp(true);
+          break;
+        default:
+          shortcut satisfies never;
+      }
+      event.preventDefault();
+    };
+    addEventListener("keydown", pressed);
+    return () => removeEventListener("keydown", pressed);
+  });
 
-  async function upload(file: File | undefined): Promise<void> {
-    const found = file ? parseExport(await file.text()) : null;
-    if (!found) return setNotice("badFile");
-    for (const conversation of found) await save(conversation);
-    setAll(await loadAll());
-  }
+  const answers = shownMessages(conversation).filter((m) => m.role === "assistant");
+  const traced = answers.find((m) => m.id === selected) ?? answers.at(-1) ?? null;
 
   return (
-    <div class="frame">
-      <a class="skip" href="#main">
-        {say("skip")}
+    <PageContext.Provider value={page}>
+      {/* biome-ignore lint/a11y/useValidAnchor: a link, as screen readers list them; what it does it does by hand */}
+      <a class="skip" href="#main" onClick={skipToMain}>
+        {say("skipToMain")}
       </a>
-      <header class="bar">
-        <button
-          type="button"
-          class="icon menu"
-          aria-label={say("menu")}
-          aria-expanded={menu}
-          aria-controls="side"
-          onClick={() => setMenu(!menu)}
-        >
-          ☰
-        </button>
-        <h1 class="brand">mixtape</h1>
-        <nav aria-label={say("menu")}>
-          {(["chat", "status"] as const).map((name) => (
-            <button type="button" key={name} class="tab" aria-current={view === name ? "page" : undefined} onClick={() => setView(name)}>
-              {say(name)}
-            </button>
-          ))}
-        </nav>
-        <label class="quiet">
-          <span class="hidden">{say("model")}</span>
-          <select value={model} onChange={(e) => setModel(e.currentTarget.value)}>
-            {names.map((name) => (
-              <option key={name}>{name}</option>
+      <div class="frame" data-panel={atStatus ? undefined : (panel ?? undefined)}>
+        <Sidebar
+          open={drawer}
+          current={atStatus ? null : conversation.id}
+          atStatus={atStatus}
+          preferences={preferences}
+          onPreferences={setPreferences}
+          onNew={startNew}
+          onClose={() => setDrawer(false)}
+          onHelp={() => setHelp(true)}
+        />
+        <main id="main" tabIndex={-1}>
+          {view.connection === "key" && <KeyForm />}
+          {atStatus ? (
+            <StatusLater onMenu={() => setDrawer(true)} />
+          ) : (
+            view.loaded && (
+              <Chat
+                key={conversation.id}
+                conversation={conversation}
+                panel={panel}
+                onPanel={setPanel}
+                onChange={change}
+                onMenu={() => setDrawer(true)}
+                traced={panel === "experts" ? (traced?.id ?? null) : null}
+                onTraced={setSelected}
+              />
+            )
+          )}
+        </main>
+        {!atStatus && panel === "experts" && <Experts answer={traced} onClose={() => setPanel(null)} />}
+        {!atStatus && panel === "settings" && (
+          <Settings key={conversation.id} conversation={conversation} onChange={change} onClose={() => setPanel(null)} />
+        )}
+      </div>
+      <div ref={spoken} class="unseen" aria-live="polite" />
+      {help && (
+        <Dialog title={say("shortcuts")} onClose={() => setHelp(false)}>
+          <dl class="shortcuts">
+            {SHORTCUTS.map(({ keys, word }) => (
+              <div key={word}>
+                <dt>
+                  {keys.map((key) => (
+                    <kbd key={key}>{key}</kbd>
+                  ))}
+                </dt>
+                <dd>{say(word)}</dd>
+              </div>
             ))}
-          </select>
-        </label>
-      </header>
-      <aside id="side" class={menu ? "side open" : "side"} aria-label={say("conversations")}>
-        <button type="button" class="primary wide" onClick={() => open(emptyConversation())}>
-          {say("newChat")}
-        </button>
-        <ul class="list">
-          {all.map((c) => (
-            <li key={c.id} class={c.id === current.id ? "item current" : "item"}>
-              <button type="button" class="title" aria-current={c.id === current.id ? "true" : undefined} onClick={() => open(c)}>
-                {c.title || say("newChat")}
-              </button>
-              <button
-                type="button"
-                class="icon"
-                aria-label={`${say("rename")}: ${c.title}`}
-                onClick={() => {
-                  const title = prompt(say("rename"), c.title);
-                  if (title) change({ ...c, title }, true);
-                }}
-              >
-                ✎
-              </button>
-              <button type="button" class="icon" aria-label={`${say("remove")}: ${c.title}`} onClick={() => void drop(c)}>
-                ×
-              </button>
-            </li>
-          ))}
-        </ul>
-        <div class="foot">
-          <div class="row">
-            <button type="button" onClick={download} disabled={all.length === 0}>
-              {say("exportAll")}
-            </button>
-            <label class="button">
-              {say("importAll")}
-              <input class="hidden" type="file" accept="application/json" onChange={(e) => void upload(e.currentTarget.files?.[0])} />
-            </label>
-          </div>
-          <label>
-            {say("language")}
-            <select value={language} onChange={(e) => setLanguage(e.currentTarget.value as Language)}>
-              <option value="en">English</option>
-              <option value="zh">中文</option>
-            </select>
-          </label>
-          <label>
-            {say("theme")}
-            <select value={theme} onChange={(e) => setTheme(e.currentTarget.value as Theme)}>
-              {(["auto", "light", "dark"] as const).map((name) => (
-                <option key={name} value={name}>
-                  {say(name)}
-                </option>
-              ))}
-            </select>
-          </label>
-        </div>
-      </aside>
-      <main id="main" tabIndex={-1}>
-        {notice && (
-          <p class="notice" role="alert">
-            {say(notice as Word)}
-          </p>
-        )}
-        {needsKey && <KeyForm say={say} onKey={() => void findModels()} />}
-        {view === "status" ? (
-          <Status say={say} />
-        ) : (
-          <Talk
-            key={current.id}
-            say={say}
-            model={model}
-            conversation={current}
-            onChange={change}
-            onUnauthorized={() => setNeedsKey(true)}
-          />
-        )}
-      </main>
-    </div>
+          </dl>
+        </Dialog>
+      )}
+    </PageContext.Provider>
   );
 }
 
-function KeyForm({ say, onKey }: { say: Say; onKey: () => void }) {
-  const [key, setKey] = useState(apiKey);
-  const [keep, setKeep] = useState(false);
-  return (
-    <form
-      class="notice"
-      onSubmit={(e) => {
-        e.preventDefault();
-        setApiKey(key, keep);
-        onKey();
-      }}
-    >
-      <p>{say("apiKeyNeeded")}</p>
-      <label>
-        {say("apiKey")}
-        <input type="password" autocomplete="off" value={key} onInput={(e) => setKey(e.currentTarget.value)} />
-      </label>
-      <label class="check">
-        <input type="checkbox" checked={keep} onChange={(e) => setKeep(e.currentTarget.checked)} />
-        {say("remember")}
-      </label>
-      <button type="submit" class="primary">
-        {say("send")}
-      </button>
-    </form>
-  );
+/** The status page, with its charts, is fetched when it is first looked at. */
+function StatusLater({ onMenu }: { readonly onMenu: () => void }) {
+  const [Status, setStatus] = useState<ComponentType<{ readonly onMenu: () => void }> | null>(null);
+  useEffect(() => void import("./status.tsx").then((module) => setStatus(() => module.Status)), []);
+  return Status && <Status onMenu={onMenu} />;
+}
+
+/** By hand: the address names what is shown, and would be lost. */
+function skipToMain(event: Event): void {
+  event.preventDefault();
+  document.getElementById("main")?.focus();
 }

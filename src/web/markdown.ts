@@ -1,36 +1,84 @@
-/** Markdown to safe HTML: no HTML of the text's own, no pictures from elsewhere, links that tell nothing. */
+/**
+ * A model's text as HTML that can do nothing: no HTML of the text's own, no images from elsewhere, and everything cleaned
+ * once more behind. Knows no page.
+ */
 import DOMPurify from "dompurify";
 import hljs from "highlight.js/lib/core";
 import bash from "highlight.js/lib/languages/bash";
-import c from "highlight.js/lib/languages/c";
+import cpp from "highlight.js/lib/languages/cpp";
 import css from "highlight.js/lib/languages/css";
-import javascript from "highlight.js/lib/languages/javascript";
+import go from "highlight.js/lib/languages/go";
+import java from "highlight.js/lib/languages/java";
 import json from "highlight.js/lib/languages/json";
 import python from "highlight.js/lib/languages/python";
+import rust from "highlight.js/lib/languages/rust";
 import sql from "highlight.js/lib/languages/sql";
 import typescript from "highlight.js/lib/languages/typescript";
 import xml from "highlight.js/lib/languages/xml";
+import yaml from "highlight.js/lib/languages/yaml";
 import MarkdownIt from "markdown-it";
 
-for (const [name, language] of Object.entries({ bash, c, css, javascript, json, python, sql, typescript, xml }))
-  hljs.registerLanguage(name, language);
+const LANGUAGES = { bash, cpp, css, go, java, json, python, rust, sql, typescript, xml, yaml };
+/** Longer code stays plain: it is looked through again whenever a line is added. */
+const LONGEST_HIGHLIGHTED = 20_000;
 
-const parser = new MarkdownIt({
-  html: false,
-  linkify: true,
-  highlight: (code, name) => (hljs.getLanguage(name) ? hljs.highlight(code, { language: name }).value : ""),
-});
-parser.disable("image");
-parser.renderer.rules["link_open"] = (tokens, i, options, _env, self) => {
-  tokens[i].attrSet("rel", "noopener noreferrer nofollow");
-  tokens[i].attrSet("target", "_blank");
-  return self.renderToken(tokens, i, options);
-};
+for (const [name, language] of Object.entries(LANGUAGES)) hljs.registerLanguage(name, language);
 
-export function markdown(text: string): string {
-  return DOMPurify.sanitize(parser.render(text), {
-    ADD_ATTR: ["target"],
-    FORBID_TAGS: ["img", "style", "form", "input"],
-    FORBID_ATTR: ["style"],
+const markdown = createMarkdown();
+
+function createMarkdown(): InstanceType<typeof MarkdownIt> {
+  const md = new MarkdownIt({ html: false, linkify: true, breaks: true });
+  const { escapeHtml } = md.utils;
+  md.renderer.rules.image = (tokens, i) => escapeHtml(tokens[i].content || String(tokens[i].attrGet("src") ?? ""));
+  const code = (text: string, language: string) => {
+    const known = text.length <= LONGEST_HIGHLIGHTED && hljs.getLanguage(language);
+    const html = known ? hljs.highlight(text, { language, ignoreIllegals: true }).value : escapeHtml(text);
+    return `<div class="code"><div class="code-bar"><span>${escapeHtml(language)}</span></div><pre tabindex="0"><code>${html}</code></pre></div>`;
+  };
+  md.renderer.rules.fence = (tokens, i) => code(tokens[i].content, tokens[i].info.trim().split(/\s+/, 1)[0].toLowerCase());
+  md.renderer.rules.code_block = (tokens, i) => code(tokens[i].content, "");
+  md.renderer.rules.table_open = () => '<div class="table" tabindex="0"><table>';
+  md.renderer.rules.table_close = () => "</table></div>";
+  return md;
+}
+
+/** HTML of each block of the text, in order, not yet cleaned: while a text grows, only its last blocks change. */
+export function renderBlocks(text: string): string[] {
+  const env = {};
+  const tokens = markdown.parse(text, env);
+  const blocks: string[] = [];
+  let from = 0;
+  let depth = 0;
+  for (const [i, { nesting }] of tokens.entries()) {
+    depth += nesting;
+    if (depth > 0) continue;
+    blocks.push(markdown.renderer.render(tokens.slice(from, i + 1), markdown.options, env));
+    from = i + 1;
+  }
+  return blocks;
+}
+
+const purify = createPurify();
+
+function createPurify(): typeof DOMPurify {
+  const purify = DOMPurify(window);
+  purify.addHook("afterSanitizeAttributes", (node) => {
+    if (node.tagName !== "A") return;
+    node.setAttribute("target", "_blank");
+    node.setAttribute("rel", "noopener noreferrer nofollow");
+  });
+  return purify;
+}
+
+/** Only elements and attributes that the renderer writes. */
+export function clean(html: string): string {
+  return purify.sanitize(html, {
+    ALLOWED_TAGS: (
+      "a blockquote br code del div em h1 h2 h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead tr ul" as const
+    ).split(" "),
+    ALLOWED_ATTR: ["href", "class", "start", "tabindex"],
+    ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+    ALLOW_DATA_ATTR: false,
+    ALLOW_ARIA_ATTR: false,
   });
 }

@@ -1,156 +1,197 @@
-/** What the server does now, as charts that grow while one looks. */
-import { useEffect, useRef, useState } from "preact/hooks";
+/** The status page: whether the server takes requests, and its figures as they change. */
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
-import type { Say } from "./app.tsx";
-import { text } from "./wire.ts";
-import type { Word } from "./words.ts";
+import "./style/status.css";
+import { CHARTS, type Chart, type Reading, type Unit } from "./charts.ts";
+import { coloursOf } from "./heatmap.ts";
+import { Icon } from "./icons.tsx";
+import { readMetrics } from "./metrics.ts";
+import { formatNumber, formatSeconds, usePage } from "./page.ts";
+import type { Language } from "./words.ts";
 
-const EVERY_MS = 2000;
-const KEPT = 150;
+const [EVERY_MS, KEPT] = [2000, 151];
+const HEIGHT = 168;
 
-/** Sums of Prometheus' samples by name and, where given, one label. */
-type Figures = ReadonlyMap<string, number>;
-
-export function parseMetrics(body: string): Figures {
-  const sums = new Map<string, number>();
-  for (const line of body.split("\n")) {
-    const [, name, labels = "", value] = /^([a-z_]+)(?:\{(.*)\})? (\S+)/.exec(line) ?? [];
-    if (name === undefined) continue;
-    const kind = /kind="(\w+)"/.exec(labels)?.[1];
-    const key = kind === undefined ? name : `${name}:${kind}`;
-    sums.set(key, (sums.get(key) ?? 0) + Number(value));
-  }
-  return sums;
+interface State {
+  /** Null before the first answer; `unreachable` where there was none. */
+  readonly ready: boolean | "unreachable" | null;
+  readonly readings: readonly Reading[];
+  readonly problem: string | null;
 }
 
-interface Chart {
-  readonly title: Word;
-  readonly lines: readonly (readonly [Word, (now: Figures, before: Figures, seconds: number) => number | null])[];
-}
-
-const get = (f: Figures, name: string) => f.get(name) ?? 0;
-const rate = (name: string) => (now: Figures, before: Figures, seconds: number) =>
-  Math.max(0, get(now, name) - get(before, name)) / seconds;
-const mean = (name: string) => (now: Figures, before: Figures) => {
-  const count = get(now, `${name}_count`) - get(before, `${name}_count`);
-  return count > 0 ? (1000 * (get(now, `${name}_sum`) - get(before, `${name}_sum`))) / count : null;
-};
-const share = (name: string) => (now: Figures) => (100 * get(now, name)) / Math.max(1, get(now, "mixtape_kv_blocks"));
-
-const CHARTS: readonly Chart[] = [
-  {
-    title: "throughput",
-    lines: [
-      ["answer", rate("mixtape_tokens_total:completion")],
-      ["prompt", rate("mixtape_tokens_total:prompt")],
-      ["cacheHits", rate("mixtape_tokens_total:cached")],
-    ],
-  },
-  {
-    title: "inProgress",
-    lines: [
-      ["running", (now) => get(now, "mixtape_sequences_running")],
-      ["waiting", (now) => get(now, "mixtape_sequences_waiting")],
-    ],
-  },
-  { title: "stepTime", lines: [["stepTime", mean("mixtape_step_seconds")]] },
-  { title: "ttft", lines: [["ttft", mean("mixtape_time_to_first_token_seconds")]] },
-  {
-    title: "kvUse",
-    lines: [
-      ["held", share("mixtape_kv_blocks_held")],
-      ["remembered", share("mixtape_kv_blocks_remembered")],
-    ],
-  },
-];
-const COLOURS = ["#c2479a", "#e0873a", "#4a8fe7"];
-
-export function Status({ say }: { say: Say }) {
-  const [samples, setSamples] = useState<readonly { at: number; figures: Figures }[]>([]);
-  const [state, setState] = useState<Word>("notReady");
-
+export function Status({ onMenu }: { readonly onMenu: () => void }) {
+  const { client, say } = usePage();
+  const [state, setState] = useState<State>({ ready: null, readings: [], problem: null });
   useEffect(() => {
-    let over = false;
-    const look = async () => {
-      try {
-        const figures = parseMetrics(await text("metrics"));
-        if (!over) setSamples((list) => [...list.slice(-KEPT), { at: Date.now() / 1000, figures }]);
-        await text("ready");
-        if (!over) setState("ready");
-      } catch (error) {
-        if (!over) setState(error instanceof TypeError ? "unreachable" : "notReady");
+    const left = new AbortController();
+    let timer = 0;
+    const ask = async () => {
+      // Nobody looks at a hidden page.
+      if (!document.hidden) {
+        const [ready, metrics] = await Promise.allSettled([client.ready(left.signal), client.text("metrics", left.signal)]);
+        if (left.signal.aborted) return;
+        const reading = metrics.status === "fulfilled" ? [{ at: Date.now() / 1000, samples: readMetrics(metrics.value) }] : [];
+        setState(({ readings }) => ({
+          ready: ready.status === "fulfilled" ? ready.value : "unreachable",
+          readings: [...readings, ...reading].slice(-KEPT),
+          problem: metrics.status === "rejected" ? (metrics.reason as Error).message : null,
+        }));
       }
+      timer = setTimeout(ask, EVERY_MS);
     };
-    void look();
-    const timer = setInterval(() => void look(), EVERY_MS);
+    void ask();
     return () => {
-      over = true;
-      clearInterval(timer);
+      left.abort();
+      clearTimeout(timer);
     };
-  }, []);
+  }, [client]);
 
+  const { ready, readings, problem } = state;
   return (
-    // biome-ignore lint/a11y/noNoninteractiveTabindex: what scrolls must be reachable by keyboard
-    <section class="status" tabIndex={0} aria-label={say("status")}>
-      <p class={state === "ready" ? "badge good" : "badge"} role="status">
-        {say(state)}
-      </p>
-      <div class="charts">
-        {CHARTS.map((chart) => (
-          <Plot key={chart.title} say={say} chart={chart} samples={samples} />
+    <div class="status">
+      <header class="bar">
+        <button type="button" class="quiet square only-narrow" aria-label={say("openNavigation")} onClick={onMenu}>
+          <Icon name="menu" />
+        </button>
+        <h2 class="cut bar-title">{say("statusTitle")}</h2>
+        <p class="badge" role="status" data-state={ready === true ? "good" : ready === null ? "asking" : "bad"}>
+          {say(ready === null ? "statusChecking" : ready === "unreachable" ? "unreachable" : ready ? "statusReady" : "statusNotReady")}
+        </p>
+      </header>
+      {/* biome-ignore lint/a11y/noNoninteractiveTabindex: it scrolls, which the keyboard needs a place for */}
+      <section class="scroll" tabIndex={0} aria-label={say("statusTitle")}>
+        <div class="status-body">
+          {problem !== null && ready !== "unreachable" && (
+            <p class="notice" role="alert">
+              <Icon name="alert" /> {say("statusNoMetrics", { reason: problem })}
+            </p>
+          )}
+          <p class="quiet-text">{say("statusLast")}</p>
+          <div class="cards">
+            {CHARTS.map((chart) => (
+              <Card key={chart.title} chart={chart} readings={readings} />
+            ))}
+          </div>
+        </div>
+      </section>
+    </div>
+  );
+}
+
+function Card({ chart, readings }: { readonly chart: Chart; readonly readings: readonly Reading[] }) {
+  const { say, language } = usePage();
+  const data = useMemo(() => {
+    const times = readings.slice(1).map(({ at }) => at);
+    return [times, ...chart.series.map(({ of }) => times.map((_, i) => of(readings[i], readings[i + 1])))] as uPlot.AlignedData;
+  }, [chart, readings]);
+  return (
+    <section class="card" aria-label={say(chart.title)}>
+      <h3>{say(chart.title)}</h3>
+      <dl class="now">
+        {chart.series.map(({ label }, i) => (
+          <div key={label}>
+            <dt>
+              <span class="swatch" data-series={i} aria-hidden="true" />
+              {say(label)}
+            </dt>
+            <dd>{latest(data[i + 1], chart.unit, language) ?? <span class="quiet-text">{say("statusNoData")}</span>}</dd>
+          </div>
         ))}
-      </div>
+      </dl>
+      <Plot chart={chart} data={data} />
     </section>
   );
 }
 
-function Plot({ say, chart, samples }: { say: Say; chart: Chart; samples: readonly { at: number; figures: Figures }[] }) {
-  const at = useRef<HTMLDivElement>(null);
-  const plot = useRef<uPlot | null>(null);
-  const data = [
-    samples.slice(1).map((s) => s.at),
-    ...chart.lines.map(([, of]) => samples.slice(1).map((s, i) => of(s.figures, samples[i].figures, s.at - samples[i].at))),
-  ] as uPlot.AlignedData;
+/** The last value that there is, as text; null where there is none. */
+function latest(values: uPlot.AlignedData[number], unit: Unit, language: Language): string | null {
+  const value = Array.from(values as ArrayLike<number | null>).findLast((v) => v !== null);
+  return value === undefined || value === null ? null : formatValue(value, unit, language);
+}
 
+function formatValue(value: number, unit: Unit, language: Language): string {
+  switch (unit) {
+    case "number":
+      return formatNumber(value, language, value > 0 && value < 10 && !Number.isInteger(value) ? 1 : 0);
+    case "percent":
+      return `${formatNumber(value, language, value > 0 && value < 10 ? 1 : 0)} %`;
+    case "seconds":
+      return formatSeconds(value, language);
+    default:
+      return unit satisfies never;
+  }
+}
+
+/** The curves. What they say last stands above as text, so that they are hidden from screen readers. */
+function Plot({ chart, data }: { readonly chart: Chart; readonly data: uPlot.AlignedData }) {
+  const { say, language, theme } = usePage();
+  const place = useRef<HTMLDivElement>(null);
+  const plot = useRef<uPlot | null>(null);
+  const [dark, setDark] = useState(() => matchMedia("(prefers-color-scheme: dark)").matches);
   useEffect(() => {
-    if (!at.current) return;
-    const ink = getComputedStyle(at.current).color;
-    const axis = { stroke: ink, grid: { stroke: "rgba(128,128,128,0.2)" }, ticks: { stroke: "rgba(128,128,128,0.3)" } };
-    plot.current = new uPlot(
+    const media = matchMedia("(prefers-color-scheme: dark)");
+    const changed = () => setDark(media.matches);
+    media.addEventListener("change", changed);
+    return () => media.removeEventListener("change", changed);
+  }, []);
+  useEffect(() => {
+    const element = place.current;
+    if (!element) return;
+    const colour = coloursOf(element);
+    const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "11px sans-serif" };
+    const made = new uPlot(
       {
-        width: at.current.clientWidth,
-        height: 180,
-        cursor: { drag: { x: false, y: false } },
-        scales: { y: { range: (_u, _min, max) => [0, Math.max(1, max * 1.1)] } },
-        axes: [axis, axis],
+        width: element.clientWidth,
+        height: HEIGHT,
+        legend: { show: false },
+        cursor: { y: false, drag: { x: false, y: false } },
+        scales: {
+          // Five minutes wide from the beginning, so that curves grow in from the right.
+          x: { range: (_, __, max) => [(max ?? 0) - (EVERY_MS / 1000) * (KEPT - 1), max ?? 0] },
+          y: { range: (_, __, max) => [0, chart.unit === "percent" ? 100 : niceAbove(max ?? 0)] },
+        },
+        axes: [
+          {
+            ...axis,
+            size: 28,
+            space: 70,
+            values: (_, at) =>
+              at.map((t) => new Date(t * 1000).toLocaleTimeString(language, { hour: "2-digit", minute: "2-digit", hour12: false })),
+          },
+          { ...axis, size: 58, space: 34, values: (_, at) => at.map((v) => formatValue(v, chart.unit, language)) },
+        ],
         series: [
-          { label: say("time") },
-          ...chart.lines.map(([word], i) => ({ label: say(word), stroke: COLOURS[i], width: 2, spanGaps: true })),
+          {},
+          ...chart.series.map(({ label }, i) => ({
+            label: say(label),
+            stroke: colour(`series-${i}`),
+            fill: i === 0 ? colour("series-fill") : undefined,
+            width: 2,
+            spanGaps: false,
+            points: { show: false },
+          })),
         ],
       },
       data,
-      at.current,
+      element,
     );
-    const resize = new ResizeObserver(([entry]) => plot.current?.setSize({ width: entry.contentRect.width, height: 180 }));
-    resize.observe(at.current);
+    plot.current = made;
+    const sizes = new ResizeObserver(() => made.setSize({ width: element.clientWidth, height: HEIGHT }));
+    sizes.observe(element);
     return () => {
-      resize.disconnect();
-      plot.current?.destroy();
+      sizes.disconnect();
+      made.destroy();
+      plot.current = null;
     };
-  }, [say, chart]);
-  useEffect(() => plot.current?.setData(data), [samples]);
+  }, [chart, language, theme, dark, say]);
+  useEffect(() => plot.current?.setData(data), [data]);
+  return <div ref={place} class="plot" aria-hidden="true" />;
+}
 
-  const last = chart.lines
-    .map(([word], i) => `${say(word)}: ${(data[i + 1].at(-1) as number | null | undefined)?.toFixed(1) ?? "–"}`)
-    .join(", ");
-  return (
-    <figure class="card">
-      <figcaption>
-        <h2>{say(chart.title)}</h2>
-        <span class="hint">{last}</span>
-      </figcaption>
-      <div ref={at} aria-hidden="true" />
-    </figure>
-  );
+/** A round number not below. */
+function niceAbove(value: number): number {
+  if (!(value > 0)) return 1;
+  const ten = 10 ** Math.floor(Math.log10(value));
+  return ([1, 2, 2.5, 5, 10].find((step) => step * ten >= value * 1.05) ?? 20) * ten;
 }

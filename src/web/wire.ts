@@ -1,106 +1,130 @@
-/** Talks to the server: models, streamed answers, figures. Knows no page. */
+/** What the server sends, checked before it is believed: pieces of a streamed answer, models, errors. Knows no fetch and no page. */
 
-export interface Routing {
+/** Which experts computed one token: by mixture layer, chosen ones and their weights, [layers][chosen]. */
+export interface TokenRouting {
   readonly text: string;
   readonly layers: readonly number[];
   readonly experts: readonly (readonly number[])[];
   readonly weights: readonly (readonly number[])[];
 }
 
+/** A piece of a tool call: the first has its name, each the next piece of its arguments. */
+export interface ToolCallPiece {
+  readonly index: number;
+  readonly name: string | null;
+  readonly arguments: string;
+}
+
+/** Tokens that a request took. */
+export interface Usage {
+  readonly promptTokens: number;
+  readonly cachedTokens: number;
+  readonly completionTokens: number;
+}
+
+/** What one event of a stream adds to an answer. */
 export interface Delta {
-  readonly content?: string;
-  readonly reasoning?: string;
-  readonly routing?: readonly Routing[];
-  readonly calls?: readonly { readonly index: number; readonly name?: string; readonly arguments: string }[];
-  readonly finish?: string;
-  readonly tokens?: number;
-}
-
-export interface Turn {
-  readonly role: "system" | "user" | "assistant";
   readonly content: string;
+  readonly reasoning: string;
+  readonly toolCalls: readonly ToolCallPiece[];
+  readonly routing: readonly TokenRouting[];
+  /** Why the answer ended, in the last piece. */
+  readonly finish: string | null;
+  readonly usage: Usage | null;
 }
 
-export class WireError extends Error {
-  readonly status: number;
-  readonly retryAfterSeconds: number;
-
-  constructor(message: string, status: number, retryAfterSeconds = 0) {
-    super(message);
-    this.status = status;
-    this.retryAfterSeconds = retryAfterSeconds;
-  }
+/** An error as OpenAI's API tells it. */
+export interface Failure {
+  readonly message: string;
+  readonly code: string | null;
 }
 
-const KEY = "apiKey";
+type Fields = Readonly<Record<string, unknown>>;
 
-export function apiKey(): string {
-  return sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "";
+function isFields(value: unknown): value is Fields {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-export function setApiKey(key: string, remember: boolean): void {
-  sessionStorage.setItem(KEY, key);
-  if (remember) localStorage.setItem(KEY, key);
-  else localStorage.removeItem(KEY);
+function fieldsOf(value: unknown): Fields {
+  return isFields(value) ? value : {};
 }
 
-export async function models(): Promise<string[]> {
-  const { data } = (await (await ask("v1/models")).json()) as { data: { id: string }[] };
-  return data.map((m) => String(m.id));
+function listOf(value: unknown): readonly unknown[] {
+  return Array.isArray(value) ? value : [];
 }
 
-export async function text(path: string): Promise<string> {
-  return (await ask(path)).text();
+function textOf(value: unknown): string {
+  return typeof value === "string" ? value : "";
 }
 
-/** The answer's pieces as they come. */
-export async function* chat(body: Readonly<Record<string, unknown>>, signal: AbortSignal): AsyncGenerator<Delta> {
-  const response = await ask("v1/chat/completions", {
-    method: "POST",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
-  const reader = (response.body as ReadableStream<Uint8Array>).getReader();
-  const decoder = new TextDecoder();
-  let held = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    held += decoder.decode(value, { stream: true });
-    const events = held.split("\n\n");
-    held = events.pop() ?? "";
-    for (const event of events) {
-      const data = /^data: (.*)$/m.exec(event)?.[1];
-      if (data === undefined || data === "[DONE]") continue;
-      const parsed = JSON.parse(data);
-      if (parsed.error) throw new WireError(String(parsed.error.message), 500);
-      yield deltaOf(parsed);
-    }
-  }
+function countOf(value: unknown): number {
+  return typeof value === "number" && Number.isFinite(value) && value >= 0 ? value : 0;
 }
 
-function deltaOf(chunk: {
-  choices?: { delta?: Record<string, unknown>; finish_reason?: string | null }[];
-  usage?: { completion_tokens?: number };
-}): Delta {
-  const [choice] = chunk.choices ?? [];
-  const delta = choice?.delta ?? {};
-  const calls = delta["tool_calls"] as { index: number; function?: { name?: string; arguments?: string } }[] | undefined;
+/** Null for what is not an event of a chat completion. */
+export function readDelta(value: unknown): Delta | null {
+  if (!isFields(value) || !Array.isArray(value["choices"])) return null;
+  const choice = fieldsOf(value["choices"][0]);
+  const delta = fieldsOf(choice["delta"]);
   return {
-    content: delta["content"] as string | undefined,
-    reasoning: delta["reasoning_content"] as string | undefined,
-    routing: delta["routing"] as Routing[] | undefined,
-    calls: calls?.map((c) => ({ index: c.index, name: c.function?.name, arguments: c.function?.arguments ?? "" })),
-    finish: choice?.finish_reason ?? undefined,
-    tokens: chunk.usage?.completion_tokens,
+    content: textOf(delta["content"]),
+    reasoning: textOf(delta["reasoning_content"]),
+    toolCalls: listOf(delta["tool_calls"]).filter(isFields).map(readToolCall),
+    routing: listOf(delta["routing"]).filter(isTokenRouting),
+    finish: typeof choice["finish_reason"] === "string" ? choice["finish_reason"] : null,
+    usage: isFields(value["usage"]) ? readUsage(value["usage"]) : null,
   };
 }
 
-async function ask(path: string, init: RequestInit = {}): Promise<Response> {
-  const key = apiKey();
-  const response = await fetch(path, { ...init, headers: { ...init.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) } });
-  if (response.ok) return response;
-  const body = (await response.json().catch(() => null)) as { error?: { message?: string } } | null;
-  throw new WireError(body?.error?.message ?? `HTTP ${response.status}`, response.status, Number(response.headers.get("retry-after") ?? 0));
+function readToolCall(call: Fields): ToolCallPiece {
+  const { name, arguments: text } = fieldsOf(call["function"]);
+  return { index: countOf(call["index"]), name: typeof name === "string" ? name : null, arguments: textOf(text) };
+}
+
+function readUsage(usage: Fields): Usage {
+  return {
+    promptTokens: countOf(usage["prompt_tokens"]),
+    cachedTokens: countOf(fieldsOf(usage["prompt_tokens_details"])["cached_tokens"]),
+    completionTokens: countOf(usage["completion_tokens"]),
+  };
+}
+
+/** Every layer has as many experts as weights, and as many as the other layers. */
+export function isTokenRouting(value: unknown): value is TokenRouting {
+  if (!isFields(value) || typeof value["text"] !== "string") return false;
+  const [layers, experts, weights] = [value["layers"], value["experts"], value["weights"]];
+  if (!Array.isArray(layers) || !Array.isArray(experts) || !Array.isArray(weights)) return false;
+  if (!layers.every(isIndex) || experts.length !== layers.length || weights.length !== layers.length) return false;
+  const chosen = listOf(experts[0]).length;
+  return (
+    experts.every((row) => Array.isArray(row) && row.length === chosen && row.every(isIndex)) &&
+    weights.every((row) => Array.isArray(row) && row.length === chosen && row.every((w) => typeof w === "number" && Number.isFinite(w)))
+  );
+}
+
+function isIndex(value: unknown): value is number {
+  return Number.isInteger(value) && (value as number) >= 0 && (value as number) < 65_536;
+}
+
+/** Ids of GET /v1/models, in its order. */
+export function readModels(value: unknown): readonly string[] {
+  return listOf(fieldsOf(value)["data"]).flatMap((model) => {
+    const { id } = fieldsOf(model);
+    return typeof id === "string" && id !== "" ? [id] : [];
+  });
+}
+
+/** Layers and number of experts of a model, from the answer to POST /v1/routing; null for what is none. */
+export function readShape(value: unknown): { readonly layers: readonly number[]; readonly experts: number } | null {
+  const rows = listOf(fieldsOf(value)["layers"]).filter(isFields);
+  const layers = rows.map((row) => row["layer"]).filter(isIndex);
+  const experts = listOf(rows[0]?.["load"]).length;
+  return experts > 0 && layers.length === rows.length ? { layers, experts } : null;
+}
+
+/** Null where the body is no error of this API. */
+export function readFailure(value: unknown): Failure | null {
+  const { error } = fieldsOf(value);
+  if (!isFields(error) || typeof error["message"] !== "string") return null;
+  return { message: error["message"], code: typeof error["code"] === "string" ? error["code"] : null };
 }

@@ -4,11 +4,11 @@ import { join } from "node:path";
 import { expect, test } from "vitest";
 import { instructionSets, machineLimits } from "../../src/backend/native.ts";
 import type { BenchResult } from "../../src/cli/report.ts";
-import { measure } from "../../src/cli/size.ts";
 import { ratios, type Spread, spread } from "../../src/cli/spread.ts";
 import { generationLimit, promptLimit, workOf } from "../../src/cli/work.ts";
 import { readConfig } from "../../src/model/config.ts";
 import { parameterDtype, parameters } from "../../src/model/ernie.ts";
+import { measure } from "../../src/model/size.ts";
 import { run, temporary, tinyModel } from "./run.ts";
 
 const quick = ["--repeat", "2", "--prompt-lengths", "3,9", "--contexts", "4", "--new-tokens", "3"];

@@ -219,6 +219,23 @@ describe("text completions", () => {
     expect(byIds.choices[0].text).toBe(choices[0].text);
   });
 
+  test("the usage counts each prompt once, however many answers it has", async () => {
+    const ask = async (prompt: string | string[], n: number) =>
+      (await client.completions.create({ model: "default", prompt, n, max_tokens: 2, temperature: 1 })).usage?.prompt_tokens ?? 0;
+    const [a, b] = [await ask("Hello there", 1), await ask("你好", 1)];
+    expect(await ask(["Hello there", "你好"], 3)).toBe(a + b);
+  });
+
+  test.each([
+    [{ best_of: 2 }, "best_of", "only 1"],
+    [{ suffix: "x" }, "suffix", "leave it out"],
+    [{ echo: true, logprobs: 1 }, "echo", "leave out echo or logprobs"],
+    [{ prompt: [99999] }, "prompt", "outside the vocabulary"],
+  ])("%j is refused", async (more, param, message) => {
+    const asked = client.completions.create({ model: "default", prompt: "x", ...more });
+    await expect(asked).rejects.toMatchObject({ status: 400, param, message: expect.stringContaining(message) });
+  });
+
   test("streamed, with log-probabilities in the older form", async () => {
     const stream = await client.completions.create({ ...greedy, prompt: "Hello", max_tokens: 4, logprobs: 2, stream: true });
     let text = "";
@@ -284,9 +301,21 @@ describe("errors name the field, in OpenAI's shape", () => {
     ],
     [{ model: "default", messages: [{ role: "robot", content: "x" }] }, "messages[0].role", 400],
     [{ model: "default", messages, frobnicate: 1 }, "frobnicate", 400],
-    [{ model: "default", messages, logit_bias: { "999999": 1 } }, null, 400],
+    [{ model: "default", messages, logit_bias: { "999999": 1 } }, "logit_bias", 400],
     [{ model: "default", messages, stop: ["a", "b", "c", "d", "e"] }, "stop", 400],
     [{ model: "default", messages, tool_choice: "required" }, "tool_choice", 400],
+    [{ model: "default", messages, top_logprobs: 2 }, "top_logprobs", 400],
+    [{ model: "default", messages: [{ role: "user", content: "word ".repeat(5000) }], stream: true }, "messages", 400],
+    [
+      {
+        model: "default",
+        messages,
+        tools: [{ type: "function", function: { name: "f", strict: true, parameters: { not: {} } } }],
+        stream: true,
+      },
+      "tools[0].function.parameters",
+      400,
+    ],
     [{ model: "default", messages: [{ role: "user", content: "word ".repeat(5000) }] }, "messages", 400],
     [{ model: "default", messages, chat_template_kwargs: { chat_template: "{{ x }}" } }, "chat_template_kwargs.chat_template", 400],
     [{ model: "nope", messages }, "model", 404],

@@ -7,6 +7,8 @@ import { createServer, type Server } from "../../src/server/server.ts";
 export interface Running {
   readonly server: Server;
   readonly url: string;
+  /** Of gRPC; null where `grpcPort` was not set. */
+  readonly grpcPort: number | null;
   readonly client: OpenAI;
 }
 
@@ -19,8 +21,8 @@ export async function start(config: object = {}, log?: (line: string) => void): 
     ...config,
   });
   const server = await createServer(checked, log && { write: log });
-  const { url } = await server.start();
-  return { server, url, client: new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0 }) };
+  const { url, grpcPort } = await server.start();
+  return { server, url, grpcPort, client: new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0 }) };
 }
 
 /** Starts one that ends with the test. */
@@ -31,7 +33,7 @@ export async function startHere(config: object = {}, log?: (line: string) => voi
 }
 
 /** The engine of the model that comes along: to see that nothing is left behind. */
-export async function engineOf({ server }: Running) {
+export async function engineOf({ server }: Pick<Running, "server">) {
   const { model, release } = await server.catalog.use("default");
   release();
   return model.engine;

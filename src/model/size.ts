@@ -1,7 +1,8 @@
 /** Counts a model's parameters and the memory it takes, from its config alone. */
-import { type ErnieConfig, isMoeLayer } from "../model/config.ts";
-import { parameterDtype, parameters } from "../model/ernie.ts";
+
 import { blockBytes } from "../tensor/quantized.ts";
+import { type ErnieConfig, isMoeLayer } from "./config.ts";
+import { parameterDtype, parameters } from "./ernie.ts";
 
 export interface Size {
   /** `active`: those that one token meets; of the experts, only as many as are chosen. */

@@ -1,0 +1,144 @@
+/** The settings of `mixtape serve` as flags, each made of its row in the schema, and as what flags and file say together. */
+import { existsSync } from "node:fs";
+import { basename, resolve } from "node:path";
+import { type Command, InvalidArgumentError, Option } from "commander";
+import { z } from "zod";
+import { checkServeConfig, readServeConfig, ServeConfig } from "../server/config.ts";
+import { UsageError } from "./failure.ts";
+import { DTYPES, KV_CACHE_DTYPES, whole } from "./options.ts";
+
+export interface ServeFlags extends Readonly<Record<string, unknown>> {
+  readonly config?: string;
+  readonly printConfigSchema?: boolean;
+  readonly model?: readonly { readonly name: string; readonly path: string }[];
+  readonly dtype?: string;
+  readonly threads?: number;
+  readonly kvCacheDtype?: string;
+  readonly kvCacheTokens?: number;
+  readonly tlsCert?: string;
+  readonly tlsKey?: string;
+}
+
+/** Settings in the order of the help. */
+const GROUPS: Readonly<Record<string, readonly (keyof ServeConfig & string)[]>> = {
+  "Network options:": ["host", "port", "grpcPort", "grpcHost", "corsOrigins", "allowedHosts", "trustProxy"],
+  "Key options:": ["keys", "usageFile", "insecureNoAuth"],
+  "Memory options:": ["memoryBudgetBytes", "idleUnloadSeconds", "offline"],
+  "Limits:": [
+    "maxInProgress",
+    "maxInProgressPerKey",
+    "maxQueued",
+    "queueTimeoutSeconds",
+    "maxBodyBytes",
+    "maxJsonDepth",
+    "maxHeaderBytes",
+    "maxConnections",
+    "maxPromptTokens",
+    "maxTokens",
+  ],
+  "Timeouts:": ["headersTimeoutSeconds", "requestTimeoutSeconds", "keepAliveTimeoutSeconds", "stallTimeoutSeconds", "drainTimeoutSeconds"],
+  "What is served and told besides:": ["web", "docs", "metrics", "metricsPort", "metricsHost", "metricsToken", "logLevel", "logContent"],
+};
+
+export function addSettings(command: Command): void {
+  command
+    .optionsGroup("Options:")
+    .option("-c, --config <file>", "settings as YAML or JSON; flags go before them")
+    .option("--print-config-schema", "print the JSON schema of that file")
+    .optionsGroup("Model options:")
+    .addOption(
+      new Option("-m, --model <[name=]path>", "a folder, a GGUF file, a hub id, or default (repeatable; default: default)").argParser(
+        collectModel,
+      ),
+    )
+    .addOption(new Option("--dtype <format>", "format of the weights in memory (default: auto)").choices(DTYPES))
+    .option("--threads <n>", "threads that compute (default: one a core)", whole(1))
+    .addOption(new Option("--kv-cache-dtype <format>", "format of cached keys and values").choices(KV_CACHE_DTYPES))
+    .option("--kv-cache-tokens <n>", "tokens that the KV cache of a model has room for", whole(32));
+  for (const [group, fields] of Object.entries(GROUPS)) {
+    command.optionsGroup(group);
+    for (const field of fields) command.addOption(flagOf(field));
+  }
+  command
+    .optionsGroup("Network options:")
+    .option("--tls-cert <file>", "certificate chain, PEM; read again when it changes, and on SIGHUP")
+    .option("--tls-key <file>", "its private key, PEM");
+}
+
+/** The file's settings with the flags' over them. */
+export async function settings(flags: ServeFlags): Promise<ServeConfig> {
+  const { config: file, model, dtype, threads, kvCacheDtype, kvCacheTokens, tlsCert, tlsKey, printConfigSchema: _, ...rest } = flags;
+  const inFile = file === undefined ? {} : await readServeConfig(file);
+  const fromFlags = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined));
+  const how = Object.fromEntries(
+    Object.entries({ dtype, threads, kvCacheDtype, kvCacheTokens }).filter(([, value]) => value !== undefined),
+  );
+  const named = model ?? (inFile["models"] === undefined ? [{ name: "default", path: "default" }] : undefined);
+  if (named === undefined && Object.keys(how).length > 0)
+    throw new UsageError(`${file} names the models, so it also says how each is run; or name them with --model`);
+  if ((tlsCert === undefined) !== (tlsKey === undefined)) throw new UsageError("--tls-cert and --tls-key go together");
+  const tls = tlsCert === undefined ? {} : { tls: { cert: tlsCert, key: tlsKey } };
+  const models = named?.map((each) => ({ ...each, ...how }));
+  return checkServeConfig({ ...inFile, ...fromFlags, ...tls, ...(models ? { models } : {}) }, file ?? "serve");
+}
+
+/** The flag of a setting: its name, kind, help and default all come from the schema. */
+function flagOf(field: keyof ServeConfig & string): Option {
+  const schema: z.ZodType = ServeConfig.shape[field];
+  const { inner, fallback } = unwrap(schema);
+  const name = flagName(field);
+  const help = `${helpOf(schema)}${fallback === undefined || fallback === null || typeof fallback === "boolean" || Array.isArray(fallback) ? "" : ` (default: ${fallback})`}`;
+  if (inner instanceof z.ZodBoolean && fallback === true) return new Option(`--no-${name}`, `don't ${help}`).default(undefined);
+  if (inner instanceof z.ZodBoolean) return new Option(`--${name}`, help);
+  if (inner instanceof z.ZodNumber) return new Option(`--${name} <n>`, help).argParser((text) => checked(schema, numeric(text)));
+  if (inner instanceof z.ZodEnum) return new Option(`--${name} <name>`, help).choices(inner.options.map(String));
+  if (inner instanceof z.ZodArray)
+    return new Option(`--${name} <text>`, `${help} (repeatable)`).argParser<readonly unknown[]>(
+      (text, before = []) => checked(schema, [...before, text]) as readonly unknown[],
+    );
+  if (inner instanceof z.ZodUnion)
+    return new Option(`--${name} <list>`, help).argParser((text) => checked(schema, text === "true" || text.split(",")));
+  return new Option(`--${name} <text>`, help).argParser((text) => checked(schema, text));
+}
+
+/** What a schema is under its default and its null. */
+function unwrap(schema: z.ZodType): { readonly inner: z.ZodType; readonly fallback: unknown } {
+  let inner = schema;
+  let fallback: unknown;
+  for (;;) {
+    if (inner instanceof z.ZodDefault) fallback = inner.def.defaultValue;
+    else if (!(inner instanceof z.ZodNullable) && !(inner instanceof z.ZodOptional)) return { inner, fallback };
+    inner = inner.def.innerType as z.ZodType;
+  }
+}
+
+function checked(schema: z.ZodType, value: unknown): unknown {
+  const result = schema.safeParse(value);
+  if (!result.success) throw new InvalidArgumentError(`${result.error.issues[0].message}.`);
+  return result.data;
+}
+
+function numeric(text: string): number {
+  if (!/^\d+(\.\d+)?$/.test(text)) throw new InvalidArgumentError("It must be a number.");
+  return Number(text);
+}
+
+function collectModel(text: string, before: ServeFlags["model"] = []): ServeFlags["model"] {
+  const [, given, path] = /^(?:([^=]+)=)?(.+)$/.exec(text) ?? [];
+  if (path === undefined) throw new InvalidArgumentError("It must be like name=path, or a path.");
+  const name = given ?? (existsSync(path) ? basename(resolve(path), ".gguf") : path);
+  return [...before, { name, path }];
+}
+
+/** A setting's sentence as help: other settings that it names are flags there. */
+function helpOf(schema: z.ZodType): string {
+  const text = (schema.description ?? "").replace(/\b[a-z]+([A-Z][a-z]+)+\b/g, (word) =>
+    word in ServeConfig.shape ? `--${flagName(word)}` : word,
+  );
+  return /^[A-Z][a-z ]/.test(text) ? text[0].toLowerCase() + text.slice(1) : text;
+}
+
+/** `maxQueued` as `max-queued`. */
+function flagName(field: string): string {
+  return field.replace(/[A-Z]/g, (c) => `-${c.toLowerCase()}`);
+}

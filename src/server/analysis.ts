@@ -1,0 +1,80 @@
+/** What models tell besides answers: what they are, and a text's tokens, vector and experts. Knows no protocol. */
+import { kvCacheName } from "../api/load.ts";
+import type { RoutedLayer } from "../engine/engine.ts";
+import { measure } from "../model/size.ts";
+import { contextLength, promptOf } from "./completion.ts";
+import { ServerError } from "./errors.ts";
+import type { Caller, Prompt, ServedModel } from "./served.ts";
+import type { Services } from "./services.ts";
+
+/** What a model is, in figures. */
+export function factsOf(model: ServedModel) {
+  const { name, config, engine, dtype } = model;
+  return {
+    name,
+    architecture: config.architecture,
+    /** `active`: those that one token meets. */
+    parameters: measure(config).parameters,
+    layers: config.layers,
+    hiddenSize: config.hiddenSize,
+    vocabularySize: config.vocabSize,
+    /** Null for dense models. */
+    moe: config.moe,
+    contextLength: contextLength(model),
+    dtype,
+    kvCacheDtype: kvCacheName(engine.kvDtype),
+  };
+}
+
+/** Throws ServerError `invalid_request` on ids that the model does not have. */
+export function detokenize({ tokenizer, config }: ServedModel, tokens: readonly number[], skipSpecialTokens: boolean): string {
+  const wrong = tokens.findIndex((id) => id >= config.vocabSize);
+  if (wrong >= 0)
+    throw new ServerError("invalid_request", `token id ${tokens[wrong]} is outside the vocabulary of ${config.vocabSize}`, {
+      param: `tokens[${wrong}]`,
+    });
+  return tokenizer.decode([...tokens], { skip_special_tokens: skipSpecialTokens });
+}
+
+/** A vector of length one for each prompt, [hidden size]; and how many tokens they have together. */
+export async function embed(
+  services: Services,
+  caller: Caller,
+  model: ServedModel,
+  prompts: readonly Prompt[],
+  signal?: AbortSignal,
+): Promise<{ readonly vectors: readonly Float32Array[]; readonly tokens: number }> {
+  const encoded = prompts.map((prompt) => promptOf(model.tokenizer, prompt).tokens);
+  const vectors: Float32Array[] = [];
+  for (const tokens of encoded) {
+    signal?.throwIfAborted();
+    vectors.push(unitLength(await model.engine.embed(tokens)));
+  }
+  const tokens = encoded.reduce((sum, ids) => sum + ids.length, 0);
+  services.account(caller, { promptTokens: tokens, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
+  return { vectors, tokens };
+}
+
+/** The experts of each token, layer by layer. Throws ServerError `invalid_request` for dense models. */
+export async function route(
+  services: Services,
+  caller: Caller,
+  { name, config, tokenizer, engine }: ServedModel,
+  prompt: Prompt,
+): Promise<{
+  readonly tokens: readonly number[];
+  readonly layers: readonly RoutedLayer[];
+  readonly experts: number;
+  readonly chosen: number;
+}> {
+  if (!config.moe) throw new ServerError("invalid_request", `the model '${name}' is dense: it has no experts`, { param: "model" });
+  const { tokens } = promptOf(tokenizer, prompt);
+  const { routing } = await engine.inspect(tokens, { logits: false, routing: true });
+  services.account(caller, { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
+  return { tokens, layers: routing, experts: config.moe.experts, chosen: config.moe.chosen };
+}
+
+function unitLength(v: Float32Array): Float32Array {
+  const length = Math.hypot(...v);
+  return length > 0 ? v.map((x) => x / length) : v;
+}

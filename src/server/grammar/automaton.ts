@@ -1,0 +1,317 @@
+/**
+ * Follows a grammar byte by byte, and says which tokens may come next. States are found when they are first needed and
+ * remembered: a state is a set of frames, a frame what is expected and what comes after it, so recursion costs nothing up front.
+ * Where a grammar is so ambiguous that this would take long, some of what it allows is left out; never is more allowed.
+ */
+import { type Expression, MANY } from "./expression.ts";
+import type { Trie } from "./trie.ts";
+
+/** Frames of one state at most, and frames that are stepped for one mask at most. */
+const MAX_FRAMES = 1024;
+const MAX_WORK = 20_000;
+const MAX_STATES = 8192;
+
+/** What is expected (null: the end), with counters of its kind, and what comes after it. The same ones are one object. */
+class Frame {
+  readonly id: number;
+  readonly expression: Expression | null;
+  /** Position in bytes or a sequence, characters of a mark seen, or least and most repetitions left. */
+  readonly a: number;
+  readonly b: number;
+  readonly next: Frame | null;
+  readonly before = new Map<Expression, Map<number, Frame>>();
+
+  constructor(id: number, expression: Expression | null, a: number, b: number, next: Frame | null) {
+    this.id = id;
+    this.expression = expression;
+    this.a = a;
+    this.b = b;
+    this.next = next;
+  }
+}
+
+export class State {
+  readonly frames: readonly Frame[];
+  /** The whole may end here. */
+  readonly accepting: boolean;
+  /** The frame of kind `text` that all frames come from, if so. */
+  readonly text: Frame | null;
+  /** By byte; null: nothing allows it. */
+  readonly next: (State | null | undefined)[] = [];
+  mask: Int32Array | null = null;
+
+  constructor(frames: readonly Frame[], text: Frame | null) {
+    this.frames = frames;
+    this.accepting = frames.some((frame) => frame.expression === null);
+    this.text = text;
+  }
+}
+
+/** Tokens that stay inside a JSON string, and the nodes at which its closing quote has just come. */
+interface Inside {
+  readonly mask: Int32Array;
+  readonly exits: readonly number[];
+}
+
+/** Masks of strings, which all grammars over one vocabulary share. */
+export type Insides = Map<Expression, Map<number, Inside>>;
+
+export class Automaton {
+  readonly #grammar: Expression;
+  readonly #trie: Trie;
+  readonly #endIds: readonly number[];
+  readonly #insides: Insides;
+  #states = new Map<string, State>();
+  #start: State | null = null;
+  #frames = 0;
+  #work = 0;
+
+  /** @param endIds tokens that end an answer: allowed where the grammar may end, and only there */
+  constructor(grammar: Expression, trie: Trie, endIds: readonly number[], insides: Insides) {
+    this.#grammar = grammar;
+    this.#trie = trie;
+    this.#endIds = endIds;
+    this.#insides = insides;
+  }
+
+  get start(): State {
+    // States in use go on as they are; new answers begin afresh where there have become too many.
+    if (this.#states.size > MAX_STATES) {
+      this.#states = new Map();
+      this.#start = null;
+    }
+    this.#start ??= this.#state([this.#enter(this.#grammar, this.#end())]) ?? new State([], null);
+    return this.#start;
+  }
+
+  /** The state after a token; null where it is not allowed. End tokens are the caller's. */
+  accept(state: State, id: number): State | null {
+    const bytes = this.#trie.bytes[id];
+    if (bytes.length === 0) return this.#special(state, id);
+    let at: State | null = state;
+    for (const byte of bytes) {
+      at = this.#step(at, byte);
+      if (at === null) return null;
+    }
+    return at;
+  }
+
+  /** Tokens that may come next, as bits by id. Where there is none, the answer may only end. Not to be changed. */
+  mask(state: State): Int32Array {
+    state.mask ??= this.#allowed(state);
+    return state.mask;
+  }
+
+  #allowed(state: State): Int32Array {
+    const counted = this.#clamped(state);
+    if (counted !== state) return this.mask(counted);
+    this.#work = 0;
+    const mask = new Int32Array(this.#trie.words);
+    if (state.text) {
+      const { expression, a, b, next } = state.text;
+      const inside = this.#inside(expression as Expression, a, b);
+      mask.set(inside.mask);
+      const after = next && this.#state([next]);
+      if (after) for (const node of inside.exits) this.#walk(after, node, mask, null);
+    } else this.#walk(state, 0, mask, null);
+    for (const { expression } of state.frames) {
+      if (expression?.kind === "token") set(mask, expression.id);
+      if (expression?.kind === "until") for (const id of this.#trie.special) if (!this.#endIds.includes(id)) set(mask, id);
+    }
+    if (state.accepting || mask.every((word) => word === 0)) for (const id of this.#endIds) set(mask, id);
+    return mask;
+  }
+
+  /** Marks all tokens below a node that a state allows; collects the nodes at which the grammar may end, if asked. */
+  #walk(state: State, node: number, mask: Int32Array, exits: number[] | null): void {
+    const { child, sibling, byte, token, same } = this.#trie;
+    // Short tokens first: when work runs out, there is still a way on.
+    for (let at = child[node]; at !== 0; at = sibling[at]) {
+      const next = this.#step(state, byte[at]);
+      if (next === null) continue;
+      for (let id = token[at]; id >= 0; id = same[id]) set(mask, id);
+      if (exits && next.accepting) exits.push(at);
+    }
+    for (let at = child[node]; at !== 0; at = sibling[at]) {
+      if (child[at] === 0 || this.#work > MAX_WORK) continue;
+      const next = this.#step(state, byte[at]);
+      if (next !== null) this.#walk(next, at, mask, exits);
+    }
+  }
+
+  /** What a string's rest allows, whatever comes after it. */
+  #inside(text: Expression, a: number, b: number): Inside {
+    if (text.kind !== "text") throw new Error(`internal: ${text.kind} is no text`);
+    const known = this.#insides.get(text.character) ?? new Map<number, Inside>();
+    this.#insides.set(text.character, known);
+    const key = a * 2 * MANY + b;
+    let inside = known.get(key);
+    if (!inside) {
+      const mask = new Int32Array(this.#trie.words);
+      const exits: number[] = [];
+      const start = this.#state([this.#frame(text, a, b, this.#end())], false);
+      if (start) this.#walk(start, 0, mask, exits);
+      inside = { mask, exits };
+      known.set(key, inside);
+    }
+    return inside;
+  }
+
+  #step(state: State, byte: number): State | null {
+    const known = state.next[byte];
+    if (known !== undefined) return known;
+    const targets: Frame[] = [];
+    for (const frame of state.frames) {
+      const { expression: e, a, next } = frame;
+      if (e === null || next === null) continue;
+      if (e.kind === "bytes") {
+        if (e.bytes[a] === byte) targets.push(a + 1 === e.bytes.length ? next : this.#frame(e, a + 1, 0, next));
+      } else if (e.kind === "byte") {
+        if (e.ranges.some(([from, to]) => byte >= from && byte <= to)) targets.push(next);
+      } else if (e.kind === "until") {
+        const seen = markSeen(e.mark, a, byte);
+        targets.push(seen === e.mark.length ? next : this.#frame(e, seen, 0, next));
+      }
+    }
+    const found = this.#state(targets);
+    state.next[byte] = found;
+    return found;
+  }
+
+  #special(state: State, id: number): State | null {
+    return this.#state(
+      state.frames.flatMap(({ expression: e, next }) => {
+        if (next === null) return [];
+        if (e?.kind === "token") return e.id === id ? [next] : [];
+        if (e?.kind === "until") return [e.token === id ? next : this.#frame(e, 0, 0, next)];
+        return [];
+      }),
+    );
+  }
+
+  /** The state of all that the frames expect next; null where that is nothing. */
+  #state(targets: readonly Frame[], mayBeText = true): State | null {
+    const found = new Map<number, Frame>();
+    const seen = new Set<Frame>();
+    for (const frame of targets) this.#expand(frame, found, seen);
+    this.#work += targets.length + found.size;
+    if (found.size === 0) return null;
+    const frames = [...found.values()].sort((x, y) => x.id - y.id);
+    const [first] = targets;
+    const text = mayBeText && targets.every((t) => t === first) && first.expression?.kind === "text" ? first : null;
+    const key = `${text ? text.id : ""}:${frames.map((frame) => frame.id).join()}`;
+    let state = this.#states.get(key);
+    if (!state) {
+      state = new State(frames, text);
+      this.#states.set(key, state);
+    }
+    return state;
+  }
+
+  /** Follows a frame down to what takes a byte or a token, or is the end. */
+  #expand(frame: Frame, found: Map<number, Frame>, seen: Set<Frame>): void {
+    if (seen.has(frame) || found.size >= MAX_FRAMES) return;
+    seen.add(frame);
+    const { expression: e, a, b, next } = frame;
+    if (e === null || next === null) {
+      found.set(frame.id, frame);
+      return;
+    }
+    switch (e.kind) {
+      case "bytes":
+        if (e.bytes.length > 0) found.set(frame.id, frame);
+        else this.#expand(next, found, seen);
+        return;
+      case "byte":
+      case "token":
+        found.set(frame.id, frame);
+        return;
+      case "until": {
+        found.set(frame.id, frame);
+        let end: Frame = frame;
+        while (end.next) end = end.next;
+        if (e.mayEnd) found.set(end.id, end);
+        return;
+      }
+      case "sequence":
+        if (e.items.length === 0) this.#expand(next, found, seen);
+        else this.#expand(this.#enter(e.items[a], a + 1 < e.items.length ? this.#frame(e, a + 1, 0, next) : next), found, seen);
+        return;
+      case "choice":
+        for (const item of e.items) this.#expand(this.#enter(item, next), found, seen);
+        return;
+      case "repeat":
+      case "text": {
+        const end = e.kind === "repeat" ? next : this.#frame(QUOTE, 0, 0, next);
+        if (a === 0) this.#expand(end, found, seen);
+        if (b === 0) return;
+        const rest = e.kind === "repeat" && b === 1 && a <= 1 ? next : this.#frame(e, Math.max(a - 1, 0), b === MANY ? b : b - 1, next);
+        this.#expand(this.#enter(e.kind === "repeat" ? e.item : e.character, rest), found, seen);
+        return;
+      }
+      case "rule":
+        if (e.to) this.#expand(this.#enter(e.to, next), found, seen);
+        return;
+      default:
+        e satisfies never;
+    }
+  }
+
+  #enter(e: Expression, next: Frame): Frame {
+    return e.kind === "repeat" || e.kind === "text" ? this.#frame(e, e.min, e.max, next) : this.#frame(e, 0, 0, next);
+  }
+
+  #frame(e: Expression, a: number, b: number, next: Frame): Frame {
+    const key = a * 2 * MANY + b;
+    let same = next.before.get(e);
+    if (!same) next.before.set(e, (same = new Map()));
+    let frame = same.get(key);
+    if (!frame) same.set(key, (frame = new Frame(this.#frames++, e, a, b, next)));
+    return frame;
+  }
+
+  #end(): Frame {
+    return new Frame(this.#frames++, null, 0, 0, null);
+  }
+
+  /**
+   * The state with counters no larger than any token can tell apart: a string of at most 2,000 characters allows the same next
+   * tokens after 10 as after 20, and they are looked for once.
+   */
+  #clamped(state: State): State {
+    const most = this.#trie.depth + 1;
+    const clamp = (frame: Frame): Frame => {
+      const { expression: e, next } = frame;
+      if (e === null || next === null) return frame;
+      const below = clamp(next);
+      const counts = e.kind === "repeat" || e.kind === "text";
+      const a = counts ? Math.min(frame.a, most) : frame.a;
+      const b = counts && frame.b !== MANY ? Math.min(frame.b, Math.max(most, a)) : frame.b;
+      return below === next && a === frame.a && b === frame.b ? frame : this.#frame(e, a, b, below);
+    };
+    if (state.text) {
+      const text = clamp(state.text);
+      return text === state.text ? state : (this.#state([text]) ?? state);
+    }
+    const frames = state.frames.map(clamp);
+    return frames.every((frame, i) => frame === state.frames[i]) ? state : (this.#state(frames) ?? state);
+  }
+}
+
+const QUOTE: Expression = { kind: "bytes", bytes: Uint8Array.of(0x22) };
+
+function set(mask: Int32Array, id: number): void {
+  mask[id >> 5] |= 1 << (id & 31);
+}
+
+/** How much of the mark has been seen after one more byte. */
+function markSeen(mark: Uint8Array, seen: number, byte: number): number {
+  for (let length = seen + 1; length > 0; length--) {
+    // The last `length` bytes are mark[seen - length + 1 .. seen - 1] and the new one.
+    if (mark[length - 1] !== byte) continue;
+    let same = true;
+    for (let i = 0; i < length - 1 && same; i++) same = mark[i] === mark[seen - length + 1 + i];
+    if (same) return length;
+  }
+  return 0;
+}

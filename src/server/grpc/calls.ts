@@ -1,0 +1,194 @@
+/**
+ * The life of a call: a place among those that compute, the handler, its answer at the pace of the client, a status, a line in
+ * the log. Knows no method.
+ */
+import { Metadata, type ServerUnaryCall, type ServerWritableStream, type sendUnaryData } from "@grpc/grpc-js";
+import { type ErrorCode, ServerError } from "../errors.ts";
+import { requestId } from "../logs.ts";
+import type { Caller } from "../served.ts";
+import { type Entrance, MALFORMED, malformed } from "./entrance.ts";
+import { failureOf } from "./status.ts";
+
+/** What became of a call. */
+export interface CallReport {
+  readonly requestId: string;
+  /** As `/mixtape.v1.Mixtape/Chat`. */
+  readonly path: string;
+  readonly callerId: string;
+  /** `cancelled`: the client left, or its deadline was over. */
+  readonly outcome: "ok" | "cancelled" | ErrorCode;
+  readonly seconds: number;
+  /** Where something failed. */
+  readonly error?: unknown;
+}
+
+export interface CallsOptions {
+  readonly entrance: Entrance;
+  /** Waits for a place. Throws ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
+  readonly enter: (caller: Caller, signal: AbortSignal) => Promise<{ leave(): void }>;
+  /** How long a client may take nothing of a waiting answer before it is cut off. */
+  readonly stallMs: number;
+  readonly onEnd: (report: CallReport) => void;
+}
+
+export interface Context {
+  readonly caller: Caller;
+  /** Aborted when the client has left, its deadline is over, or the server goes down. */
+  readonly signal: AbortSignal;
+}
+
+export interface StreamContext extends Context {
+  /** Sends a message. Resolves when the client can take the next one; rejects when there is none any more. */
+  send(message: object): Promise<void>;
+}
+
+export interface MethodOptions {
+  /** Whether a place among those that compute is needed. Default true. */
+  readonly computes?: boolean;
+  /** What the fields of the HTTP bodies are called here. Default: the same. */
+  readonly fieldOf?: (param: string) => string;
+}
+
+type Call = ServerUnaryCall<unknown, unknown> | ServerWritableStream<unknown, unknown>;
+
+const GONE = new ServerError("timeout", "the client has left, or its deadline is over");
+
+export class Calls {
+  readonly #options: CallsOptions;
+  readonly #open = new Set<AbortController>();
+  #draining = false;
+  #idle: (() => void) | null = null;
+  #messages = 0;
+
+  constructor(options: CallsOptions) {
+    this.#options = options;
+  }
+
+  /** Messages of streams that were sent. */
+  get messages(): number {
+    return this.#messages;
+  }
+
+  /** A method with one answer. */
+  unary<Q>(act: (request: Q, context: Context) => Promise<object>, options: MethodOptions = {}) {
+    return (call: ServerUnaryCall<unknown, unknown>, done: sendUnaryData<unknown>): void => {
+      let answer: object = {};
+      void this.#run(
+        call,
+        options,
+        async (context) => {
+          answer = await act(call.request as Q, context);
+        },
+        (failure, metadata) => (failure ? done(failure) : done(null, answer, metadata)),
+      );
+    };
+  }
+
+  /** A method with a stream of answers. */
+  stream<Q>(act: (request: Q, context: StreamContext) => Promise<void>, options: MethodOptions = {}) {
+    return (call: ServerWritableStream<unknown, unknown>): void => {
+      void this.#run(
+        call,
+        options,
+        (context) => act(call.request as Q, { ...context, send: (message) => this.#send(call, message, context.signal) }),
+        (failure, metadata) => {
+          if (call.cancelled) return;
+          if (failure) call.emit("error", failure);
+          else call.end(metadata);
+        },
+      );
+    };
+  }
+
+  /** Takes no more calls, and waits until those that are open have ended; those that have not by then are cut off. Resolves with their number. */
+  async drain(timeoutMs: number): Promise<number> {
+    this.#draining = true;
+    if (this.#open.size === 0) return 0;
+    const ended = new Promise<void>((resolve) => {
+      this.#idle = resolve;
+    });
+    let timer: NodeJS.Timeout | undefined;
+    const late = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, timeoutMs);
+    });
+    await Promise.race([ended, late]);
+    clearTimeout(timer);
+    const left = this.#open.size;
+    for (const open of this.#open) open.abort(new ServerError("not_ready", "the server went down meanwhile", { retryAfterSeconds: 1 }));
+    return left;
+  }
+
+  async #run(
+    call: Call,
+    { computes = true, fieldOf }: MethodOptions,
+    act: (context: Context) => Promise<void>,
+    settle: (failure: ReturnType<typeof failureOf>["failure"] | null, metadata: Metadata) => void,
+  ): Promise<void> {
+    const start = performance.now();
+    const id = requestId(call.metadata.get("x-request-id")[0]);
+    const gone = new AbortController();
+    call.on("cancelled", () => gone.abort(GONE));
+    this.#open.add(gone);
+    let callerId = "";
+    let place: { leave(): void } | null = null;
+    let failed: unknown = null;
+    try {
+      const caller = this.#options.entrance.callerOf(call.metadata);
+      callerId = caller.id;
+      if (this.#draining) throw new ServerError("not_ready", "the server is going down; another may answer", { retryAfterSeconds: 1 });
+      // The library still hands over calls whose deadline was over before they had arrived, and never cancels them.
+      if (call.cancelled || Number(call.getDeadline()) <= Date.now()) throw GONE;
+      if (call.request === MALFORMED) throw malformed();
+      if (computes) place = await this.#options.enter(caller, gone.signal);
+      if (gone.signal.aborted) throw gone.signal.reason;
+      await act({ caller, signal: gone.signal });
+      if (gone.signal.aborted) throw gone.signal.reason;
+    } catch (error) {
+      failed = error;
+    } finally {
+      place?.leave();
+      this.#open.delete(gone);
+      if (this.#open.size === 0) this.#idle?.();
+    }
+    const report = { requestId: id, path: call.getPath(), callerId };
+    const seconds = (performance.now() - start) / 1000;
+    if (failed === null) {
+      const metadata = new Metadata();
+      metadata.set("x-request-id", id);
+      settle(null, metadata);
+      this.#options.onEnd({ ...report, outcome: "ok", seconds });
+      return;
+    }
+    const { failure, known } = failureOf(failed, fieldOf);
+    failure.metadata.set("x-request-id", id);
+    settle(failure, failure.metadata);
+    this.#options.onEnd({ ...report, outcome: failed === GONE ? "cancelled" : known.code, seconds, error: failed });
+  }
+
+  async #send(call: ServerWritableStream<unknown, unknown>, message: object, signal: AbortSignal): Promise<void> {
+    if (signal.aborted) throw signal.reason;
+    this.#messages++;
+    if (!call.write(message)) await this.#drained(call, signal);
+  }
+
+  /** Waits until the client has taken what was written. */
+  #drained(call: ServerWritableStream<unknown, unknown>, signal: AbortSignal): Promise<void> {
+    const { stallMs } = this.#options;
+    return new Promise((resolve, reject) => {
+      const stalled = () => finish(new ServerError("timeout", `nothing of the answer was taken for ${stallMs / 1000} s`));
+      const timer = setTimeout(stalled, stallMs);
+      const onDrain = () => finish(null);
+      const onAbort = () => finish(signal.reason);
+      const finish = (error: unknown) => {
+        clearTimeout(timer);
+        call.off("drain", onDrain);
+        signal.removeEventListener("abort", onAbort);
+        if (error === null) resolve();
+        else reject(error);
+      };
+      call.on("drain", onDrain);
+      signal.addEventListener("abort", onAbort, { once: true });
+      if (signal.aborted) onAbort();
+    });
+  }
+}

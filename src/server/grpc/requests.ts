@@ -1,0 +1,219 @@
+/**
+ * Messages of mixtape.proto as requests. They become the bodies of the HTTP routes first, so that one schema checks both, and
+ * a field has one meaning. Knows no call.
+ */
+import type { z } from "zod";
+import { parseBody } from "../body.ts";
+import { ServerError } from "../errors.ts";
+import { type Finding, invalid } from "../replies.ts";
+import {
+  ChatBody,
+  CompletionBody,
+  chatPrompt,
+  chatRequest,
+  completionRequest,
+  MOST_INPUTS,
+  messagesOf,
+  promptsOf,
+  RoutingBody,
+} from "../schemas.ts";
+import type { CompletionRequest, Prompt, ServedModel } from "../served.ts";
+
+/** What the loader makes of messages: fields that are `optional`, in a oneof, or messages, are null or absent where they are not set. */
+export interface Options {
+  readonly sampling?: (Readonly<Record<string, unknown>> & { readonly logit_bias?: object; readonly seed?: string }) | null;
+  readonly max_tokens?: number;
+  readonly stop: readonly string[];
+  readonly logprobs?: number;
+  readonly routing: boolean;
+  readonly response_format?: { readonly json_object?: object | null; readonly json_schema?: string } | null;
+}
+
+interface TextOrTokens {
+  readonly text?: string;
+  readonly tokens?: { readonly ids: readonly number[] } | null;
+}
+
+export interface GenerateRequest extends TextOrTokens {
+  readonly model: string;
+  readonly options?: Options | null;
+}
+
+export interface Message {
+  /** A number where it is none of the .proto. */
+  readonly role: string | number;
+  readonly content: string;
+  readonly tool_calls: readonly { readonly id: string; readonly name: string; readonly arguments: string }[];
+  readonly tool_call_id: string;
+  readonly reasoning: string;
+}
+
+export interface ChatRequest {
+  readonly model: string;
+  readonly messages: readonly Message[];
+  readonly tools: readonly { readonly name: string; readonly description: string; readonly parameters: string; readonly strict: boolean }[];
+  readonly tool_choice?: { readonly mode?: string | number; readonly tool?: string } | null;
+  readonly parallel_tool_calls?: boolean;
+  readonly options?: Options | null;
+  readonly template_variables: string;
+}
+
+export interface EmbedRequest {
+  readonly model: string;
+  readonly inputs: readonly TextOrTokens[];
+}
+
+export interface RouteRequest extends TextOrTokens {
+  readonly model: string;
+  readonly conversation?: { readonly messages: readonly Message[] } | null;
+}
+
+/** Whose request it is, and how deep JSON in its fields may be nested. */
+export interface Terms extends Pick<CompletionRequest, "owner" | "signal"> {
+  readonly maxJsonDepth: number;
+}
+
+/** Throws ServerError `invalid_request`; `param` is the name in the HTTP body, for `fieldOf`. */
+export function generateRequest(model: ServedModel, request: GenerateRequest, { maxJsonDepth, ...who }: Terms): CompletionRequest {
+  const { options } = request;
+  const prompt = promptIn(request, "prompt");
+  const body = checked(CompletionBody, { model: model.name, prompt: "", ...fieldsOf(options) });
+  const format = formatOf(options, maxJsonDepth);
+  return {
+    ...completionRequest(body, prompt, model.generationConfig, who),
+    maxTokens: body.max_tokens ?? null,
+    format:
+      format?.type === "json_schema" ? { kind: "schema", schema: format.json_schema.schema } : format ? { kind: "json" } : { kind: "text" },
+  };
+}
+
+/** Throws ServerError `invalid_request`; `param` is the name in the HTTP body, for `fieldOf`. */
+export function chatCompletionRequest(model: ServedModel, request: ChatRequest, { maxJsonDepth, ...who }: Terms): CompletionRequest {
+  const { logprobs, ...fields } = fieldsOf(request.options);
+  const body = checked(ChatBody, {
+    model: model.name,
+    messages: request.messages.map(messageBody),
+    tools: request.tools.map(({ name, description, parameters, strict }, i) => ({
+      type: "function",
+      function: { name, description, parameters: jsonIn(parameters, `tools[${i}].function.parameters`, maxJsonDepth), strict },
+    })),
+    tool_choice: toolChoiceBody(request.tool_choice),
+    parallel_tool_calls: request.parallel_tool_calls,
+    chat_template_kwargs: jsonIn(request.template_variables, "chat_template_kwargs", maxJsonDepth),
+    response_format: formatOf(request.options, maxJsonDepth),
+    ...fields,
+    ...(logprobs === undefined ? {} : { logprobs: true, top_logprobs: logprobs }),
+  });
+  return chatRequest(body, model.generationConfig, who);
+}
+
+/** Throws ServerError `invalid_request`. */
+export function embedPrompts({ inputs }: EmbedRequest): Prompt[] {
+  if (inputs.length < 1 || inputs.length > MOST_INPUTS)
+    throw new ServerError("invalid_request", `there are ${inputs.length} inputs; 1 to ${MOST_INPUTS} are taken`, { param: "input" });
+  return inputs.map((input, i) => promptIn(input, `input[${i}]`));
+}
+
+/** Throws ServerError `invalid_request`. */
+export function routePrompt({ model, conversation, ...prompt }: RouteRequest): Prompt {
+  if (!conversation) return promptIn(prompt, "prompt");
+  const { messages = [] } = checked(RoutingBody, { model, messages: conversation.messages.map(messageBody) });
+  return chatPrompt(messagesOf(messages));
+}
+
+/** Names of the HTTP bodies that are others here. */
+const RENAMED: readonly (readonly [RegExp, string])[] = [
+  [/^(temperature|top_p|top_k|min_p|(repetition|presence|frequency)_penalty|seed|logit_bias)\b/, "options.sampling.$1"],
+  [/^(max_tokens|stop|logprobs|routing)\b/, "options.$1"],
+  [/^top_logprobs/, "options.logprobs"],
+  [/^response_format\.json_schema\.schema/, "options.response_format.json_schema"],
+  [/^response_format/, "options.response_format"],
+  [/^chat_template_kwargs/, "template_variables"],
+  [/^tool_choice\.function\.name/, "tool_choice.tool"],
+  [/^(tools\[\d+\]|messages\[\d+\]\.tool_calls\[\d+\])\.function/, "$1"],
+  [/^(messages\[\d+\])\.reasoning_content/, "$1.reasoning"],
+  [/^input(?=\[|$)/, "inputs"],
+];
+
+/** What a field of the HTTP bodies is called in the messages. */
+export function fieldOf(param: string): string {
+  const found = RENAMED.find(([pattern]) => pattern.test(param));
+  return found ? param.replace(...found) : param;
+}
+
+/** The same of a request for routing, whose messages are a conversation's. */
+export function routeFieldOf(param: string): string {
+  return param.startsWith("messages") ? `conversation.${fieldOf(param)}` : param;
+}
+
+function promptIn({ text, tokens }: TextOrTokens, param: string): Prompt {
+  if (tokens) return { kind: "tokens", tokens: tokens.ids };
+  if (text === undefined) throw new ServerError("invalid_request", `${fieldOf(param)}: give either text or tokens`, { param });
+  return promptsOf(text)[0];
+}
+
+/** The fields that the bodies have in common with `Options`. */
+function fieldsOf(options: Options | null | undefined) {
+  const { sampling, stop, max_tokens, logprobs, routing } = options ?? {};
+  const { logit_bias, seed, ...controls } = sampling ?? {};
+  // The loader notes beside each optional field that is set, under `_` and its name, that it is.
+  const set = Object.fromEntries(Object.entries(controls).filter(([name]) => !name.startsWith("_")));
+  return {
+    ...set,
+    logit_bias,
+    seed: seed === undefined ? undefined : Number(seed),
+    stop: stop?.length ? stop : undefined,
+    max_tokens,
+    logprobs,
+    routing,
+  };
+}
+
+function formatOf(options: Options | null | undefined, maxDepth: number) {
+  const { json_schema, json_object } = options?.response_format ?? {};
+  if (json_schema !== undefined) {
+    const schema = jsonObject(json_schema, "response_format.json_schema.schema", maxDepth);
+    return { type: "json_schema" as const, json_schema: { name: "answer", schema } };
+  }
+  return json_object ? { type: "json_object" as const } : undefined;
+}
+
+function messageBody({ role, content, tool_calls, tool_call_id, reasoning }: Message): object {
+  const calls = tool_calls.map(({ id, name, arguments: args }) => ({ id, type: "function", function: { name, arguments: args } }));
+  return {
+    role: typeof role === "string" ? role.replace(/^ROLE_/, "").toLowerCase() : role,
+    content,
+    ...(calls.length ? { tool_calls: calls } : {}),
+    ...(role === "ROLE_TOOL" ? { tool_call_id } : {}),
+    ...(reasoning === "" ? {} : { reasoning_content: reasoning }),
+  };
+}
+
+function toolChoiceBody(choice: ChatRequest["tool_choice"]): unknown {
+  if (choice?.tool !== undefined) return { type: "function", function: { name: choice.tool } };
+  return typeof choice?.mode === "string" ? choice.mode.replace(/^MODE_/, "").toLowerCase() : choice?.mode;
+}
+
+/** The JSON object in a field; undefined where the field is empty. */
+function jsonIn(text: string, param: string, maxDepth: number): Record<string, unknown> | undefined {
+  return text === "" ? undefined : jsonObject(text, param, maxDepth);
+}
+
+function jsonObject(text: string, param: string, maxDepth: number): Record<string, unknown> {
+  let value: unknown;
+  try {
+    value = parseBody(Buffer.from(text), maxDepth, fieldOf(param));
+  } catch (error) {
+    throw error instanceof ServerError ? new ServerError(error.code, error.message, { param, cause: error }) : error;
+  }
+  if (typeof value === "object" && value !== null && !Array.isArray(value)) return value as Record<string, unknown>;
+  throw new ServerError("invalid_request", `${fieldOf(param)} is JSON but no object`, { param });
+}
+
+function checked<T extends z.ZodType>(schema: T, value: unknown): z.infer<T> {
+  const result = schema.safeParse(value);
+  if (result.success) return result.data;
+  const [issue] = result.error.issues;
+  const { path, code, message } = issue;
+  throw invalid({ keyword: code, instancePath: `/${path.join("/")}`, message, params: issue as Finding["params"] }, fieldOf);
+}

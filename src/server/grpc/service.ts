@@ -1,0 +1,97 @@
+/** The methods of mixtape.proto. Knows no connection and no key. */
+import type { UntypedServiceImplementation } from "@grpc/grpc-js";
+import { detokenize, embed, factsOf, route } from "../analysis.ts";
+import type { CompletionRequest, ServedModel } from "../served.ts";
+import { answer, type Services, withModel } from "../services.ts";
+import type { Calls, Context, StreamContext } from "./calls.ts";
+import { eventMessage, routingMessage } from "./events.ts";
+import {
+  type ChatRequest,
+  chatCompletionRequest,
+  type EmbedRequest,
+  embedPrompts,
+  fieldOf,
+  type GenerateRequest,
+  generateRequest,
+  type RouteRequest,
+  routeFieldOf,
+  routePrompt,
+  type Terms,
+} from "./requests.ts";
+
+interface Named {
+  readonly model: string;
+}
+
+/** @param maxJsonDepth nesting of JSON in fields of messages */
+export function mixtapeService(calls: Calls, services: Services, maxJsonDepth: number): UntypedServiceImplementation {
+  const unary = <Q extends Named>(act: (model: ServedModel, request: Q, context: Context) => Promise<object>) =>
+    calls.unary<Q>((request, context) => withModel(services, context.caller, request.model, (model) => act(model, request, context)), {
+      fieldOf,
+    });
+
+  const stream = <Q extends Named>(
+    act: (model: ServedModel, request: Q, context: StreamContext) => Promise<void>,
+    nameOf: (param: string) => string = fieldOf,
+  ) =>
+    calls.stream<Q>((request, context) => withModel(services, context.caller, request.model, (model) => act(model, request, context)), {
+      fieldOf: nameOf,
+    });
+  const completion = <Q extends Named>(wanted: (model: ServedModel, request: Q, terms: Terms) => CompletionRequest) =>
+    stream<Q>(async (model, request, { caller, signal, send }) => {
+      const terms = { owner: caller.id, signal, maxJsonDepth };
+      for await (const event of answer(services, caller, model, wanted(model, request, terms))) await send(eventMessage(event));
+    });
+
+  return {
+    Generate: completion<GenerateRequest>(generateRequest),
+    Chat: completion<ChatRequest>(chatCompletionRequest),
+    Tokenize: unary<Named & { text: string; add_special_tokens?: boolean }>(async ({ tokenizer }, { text, add_special_tokens = true }) => {
+      const tokens = tokenizer.encode(text, { add_special_tokens });
+      return { tokens, pieces: tokenizer.convert_ids_to_tokens(tokens) };
+    }),
+    Detokenize: unary<Named & { tokens: number[]; skip_special_tokens: boolean }>(async (model, { tokens, skip_special_tokens }) => ({
+      text: detokenize(model, tokens, skip_special_tokens),
+    })),
+    ListModels: calls.unary<object>(
+      async (_request, { caller }) => ({ models: services.catalog.list().filter(({ name }) => caller.models?.includes(name) ?? true) }),
+      { computes: false },
+    ),
+    GetModel: unary(async (model) => modelInfo(model)),
+    Embed: unary<EmbedRequest>(async (model, request, { caller, signal }) => {
+      const { vectors, tokens } = await embed(services, caller, model, embedPrompts(request), signal);
+      return { embeddings: vectors.map((vector) => ({ values: [...vector] })), prompt_tokens: tokens };
+    }),
+    Route: stream<RouteRequest>(async (model, request, { caller, send }) => {
+      const { tokens, layers, chosen } = await route(services, caller, model, routePrompt(request));
+      const numbers = layers.map(({ layer }) => layer);
+      for (const [t, id] of tokens.entries()) {
+        const [experts, weights] = [new Int32Array(layers.length * chosen), new Float32Array(layers.length * chosen)];
+        for (const [l, layer] of layers.entries()) {
+          experts.set(layer.experts.subarray(t * chosen, (t + 1) * chosen), l * chosen);
+          weights.set(layer.weights.subarray(t * chosen, (t + 1) * chosen), l * chosen);
+        }
+        await send(routingMessage({ id, text: model.tokenizer.decode([id]), layers: numbers, experts, weights }));
+      }
+    }, routeFieldOf),
+  };
+}
+
+function modelInfo(model: ServedModel): object {
+  const { name, architecture, parameters, layers, hiddenSize, vocabularySize, moe, contextLength, dtype, kvCacheDtype } = factsOf(model);
+  return {
+    name,
+    architecture,
+    parameters: parameters.total,
+    active_parameters: parameters.active,
+    layers,
+    hidden_size: hiddenSize,
+    vocabulary_size: vocabularySize,
+    experts: moe?.experts,
+    experts_per_token: moe?.chosen,
+    shared_experts: moe?.sharedExperts,
+    context_length: contextLength,
+    dtype,
+    kv_cache_dtype: kvCacheDtype,
+  };
+}

@@ -1,0 +1,38 @@
+/** Failures as gRPC has them: a status, a sentence, and what a program wants to know of it in trailing metadata. */
+import { Metadata, status } from "@grpc/grpc-js";
+import { ERRORS, type ServerError } from "../errors.ts";
+import { serverError } from "../replies.ts";
+
+export interface Failure {
+  readonly code: status;
+  readonly details: string;
+  readonly metadata: Metadata;
+}
+
+/** Headers are a few KiB in all; what clients wrote may stand in a sentence. */
+const LONGEST_DETAILS = 1000;
+const LONGEST_FIELD = 200;
+
+/**
+ * The status of a failure. What is not meant for clients becomes INTERNAL, without its text.
+ * @param fieldOf how this protocol calls a field of the HTTP bodies
+ */
+export function failureOf(error: unknown, fieldOf: (param: string) => string = (param) => param): { failure: Failure; known: ServerError } {
+  const known = serverError(error);
+  const metadata = new Metadata();
+  metadata.set("mixtape-code", known.code);
+  if (known.param !== null) metadata.set("mixtape-field", printable(fieldOf(known.param)));
+  if (known.retryAfterSeconds !== null) metadata.set("retry-after", String(Math.max(1, Math.ceil(known.retryAfterSeconds))));
+  return { failure: { code: status[ERRORS[known.code].grpc], details: sendable(known.message), metadata }, known };
+}
+
+/** The library percent-encodes the sentence, which half of a surrogate pair can't be. */
+function sendable(text: string): string {
+  const cut = text.length > LONGEST_DETAILS ? `${text.slice(0, LONGEST_DETAILS)}…` : text;
+  return Buffer.from(cut).toString();
+}
+
+/** Metadata is ASCII. */
+function printable(field: string): string {
+  return field.slice(0, LONGEST_FIELD).replaceAll(/[^\x20-\x7e]/g, "?");
+}

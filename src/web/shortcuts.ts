@@ -1,0 +1,41 @@
+/** The keys that work everywhere on the page. Single letters are left alone: speech input and screen readers use them. */
+import type { Word } from "./words.ts";
+
+export type Shortcut = "stop" | "message" | "new" | "experts" | "settings" | "status" | "help";
+
+/** All of them, as the page lists them. */
+export const SHORTCUTS: readonly { readonly keys: readonly string[]; readonly word: Word }[] = [
+  { keys: ["Enter"], word: "shortcutSend" },
+  { keys: ["Shift", "Enter"], word: "shortcutLine" },
+  { keys: ["Esc"], word: "shortcutStop" },
+  { keys: ["Alt", "M"], word: "shortcutMessage" },
+  { keys: ["Alt", "N"], word: "shortcutNew" },
+  { keys: ["Alt", "X"], word: "shortcutRouting" },
+  { keys: ["Alt", "G"], word: "shortcutSettings" },
+  { keys: ["Alt", "T"], word: "shortcutStatus" },
+  { keys: ["Alt", "H"], word: "shortcutHelp" },
+];
+
+const BY_CODE: Readonly<Record<string, Shortcut>> = {
+  KeyM: "message",
+  KeyN: "new",
+  KeyX: "experts",
+  KeyG: "settings",
+  KeyT: "status",
+  KeyH: "help",
+};
+
+/** By the key's place: with Alt, some layouts write another letter. Null for all other keys, and while an input method composes. */
+export function shortcutOf({
+  key,
+  code,
+  altKey,
+  ctrlKey,
+  metaKey,
+  shiftKey,
+  isComposing,
+}: Pick<KeyboardEvent, "key" | "code" | "altKey" | "ctrlKey" | "metaKey" | "shiftKey" | "isComposing">): Shortcut | null {
+  if (isComposing || ctrlKey || metaKey || shiftKey) return null;
+  if (key === "Escape") return "stop";
+  return altKey ? (BY_CODE[code] ?? null) : null;
+}

@@ -1,0 +1,20 @@
+// What tests of the server's parts share: a log that is kept, a key in a file.
+import { join } from "node:path";
+import type { DestinationStream } from "pino";
+import { type ApiKey, createKey, type KeyTerms } from "../../src/server/keys.ts";
+import { temporary } from "../cli/run.ts";
+
+/** Log lines, kept in memory. */
+export function keptLines(): { readonly sink: DestinationStream; lines(): string } {
+  let text = "";
+  return { sink: { write: (line) => void (text += line) }, lines: () => text };
+}
+
+/** A key that may do everything, for ever. */
+export const FREE: KeyTerms = { name: "test", expires: null, models: null, requestsPerMinute: null, tokensPerDay: null };
+
+/** A file with one key, and the key. */
+export async function keyFile(terms: Partial<KeyTerms> = {}): Promise<{ file: string; secret: string; key: ApiKey }> {
+  const file = join(temporary(), "keys.json");
+  return { file, ...(await createKey(file, { ...FREE, ...terms })) };
+}

@@ -31,6 +31,7 @@ static const KernelEntry ENTRIES[] = {
     {"gather", gather},
     {"processLogits", process_logits},
     {"sample", sample},
+    {"topLogprobs", top_logprobs},
     {nullptr, nullptr},
 };
 

@@ -11,6 +11,11 @@ struct Before {
   const float* x;
   bool operator()(int32_t a, int32_t b) const { return x[a] > x[b] || (x[a] == x[b] && a < b); }
 };
+struct After {
+  const float* x;
+  bool operator()(int32_t a, int32_t b) const { return Before{x}(b, a); }
+};
+
 // Sifts heap[i] down; `above` says who comes nearer to the top.
 template <class Above>
 static void sift(Above above, int32_t* heap, int64_t n, int64_t i) {
@@ -188,8 +193,11 @@ static void process_logits(const Operands& o, const Worker& worker) {
       const Tensor& masks = o.in(6);
       if (n[MASK] >= masks.rows()) { worker.fail("internal: processLogits: mask %lld of %lld", n[MASK], masks.rows()); continue; }
       const uint32_t* allowed = masks.as<uint32_t>() + n[MASK] * masks.dims[1];
-      for (int64_t i = 0; i < vocab; i++)
-        if (!(allowed[i / 32] >> (i % 32) & 1)) x[i] = -INFINITY;
+      for (int64_t i = 0; i < vocab; i += 32) {
+        const uint32_t bits = allowed[i / 32];
+        if (bits == ~0u) continue;
+        for (int64_t j = i; j < min(i + 32, vocab); j++) x[j] = bits >> (j - i) & 1 ? x[j] : -INFINITY;
+      }
     }
     penalize(x, vocab, o.in(3).as<int32_t>() + n[HISTORY_START], f, n, scratch.as<int32_t>() + r * vocab);
     if (f[TEMPERATURE] > 0) {
@@ -241,10 +249,41 @@ static void sample(const Operands& o, const Worker& worker) {
     const int32_t* n = o.in(3).as<int32_t>() + r * INTS;
     const float *raw = logits.as<float>() + r * vocab, *x = processed.as<float>() + r * vocab;
     int64_t id = argmax(x, vocab);
-    if (f[TEMPERATURE] > 0 && x[id] != -INFINITY) id = draw(x, vocab, x[id], random_number(static_cast<uint64_t>(static_cast<uint32_t>(n[SEED_HIGH])) << 32 | static_cast<uint32_t>(n[SEED_LOW]), static_cast<uint64_t>(n[STEP])));
+    if (x[id] == -INFINITY) {  // nothing is allowed
+      ids.as<int32_t>()[r] = -1;
+      logprobs.as<float>()[r] = -INFINITY;
+      continue;
+    }
+    if (f[TEMPERATURE] > 0) id = draw(x, vocab, x[id], random_number(static_cast<uint64_t>(static_cast<uint32_t>(n[SEED_HIGH])) << 32 | static_cast<uint32_t>(n[SEED_LOW]), static_cast<uint64_t>(n[STEP])));
     const float top = top_of(raw, vocab);
     ids.as<int32_t>()[r] = static_cast<int32_t>(id);
     logprobs.as<float>()[r] = raw[id] - top - logf(exp_sum(raw, vocab, top));
+  }
+}
+
+// The k likeliest tokens of each row, best first, with their log-probabilities.
+static void top_logprobs(const Operands& o, const Worker& worker) {
+  const Tensor &logits = o.in(0), &ids = o.out(0), &logprobs = o.out(1);
+  const int64_t vocab = logits.dims[1], k = ids.dims[1];
+  for (int64_t r = worker.index; r < logits.rows(); r += worker.count) {
+    const float* x = logits.as<float>() + r * vocab;
+    int32_t* best = ids.as<int32_t>() + r * k;  // a heap with the worst of the best on top
+    const After after{x};
+    for (int64_t i = 0; i < k; i++) best[i] = static_cast<int32_t>(i);
+    for (int64_t i = k / 2; i-- > 0;) sift(after, best, k, i);
+    each_where(x + k, vocab - k, [&](vf v) { return v > splat(x[best[0]]); }, [&](int64_t i) {
+      best[0] = static_cast<int32_t>(k + i);
+      sift(after, best, k, 0);
+      return true;
+    });
+    for (int64_t size = k; size-- > 1;) {
+      const int32_t worst = best[0];
+      best[0] = best[size];
+      best[size] = worst;
+      sift(after, best, size, 0);
+    }
+    const float top = x[best[0]], norm = top + logf(exp_sum(x, vocab, top));
+    for (int64_t i = 0; i < k; i++) logprobs.as<float>()[r * k + i] = x[best[i]] - norm;
   }
 }
 

@@ -238,6 +238,11 @@ export const KERNELS: Record<OpName, Kernel> = {
       const c = controls(floats, ints, r);
       const x = [...processed.data.subarray(r * vocab, (r + 1) * vocab)];
       let id = x.indexOf(x.reduce((a, b) => Math.max(a, b)));
+      if (x[id] === Number.NEGATIVE_INFINITY) {
+        ids.data[r] = -1;
+        logprobs.data[r] = Number.NEGATIVE_INFINITY;
+        continue;
+      }
       if (c.temperature > 0) {
         let left = randomNumber((BigInt(c.seedHigh >>> 0) << 32n) | BigInt(c.seedLow >>> 0), BigInt(c.step));
         for (const [i, p] of softmax(x).entries()) {
@@ -250,6 +255,19 @@ export const KERNELS: Record<OpName, Kernel> = {
       const raw = [...logits.data.subarray(r * vocab, (r + 1) * vocab)];
       ids.data[r] = id;
       logprobs.data[r] = Math.log(softmax(raw)[id]);
+    }
+  },
+
+  topLogprobs([logits], [ids, logprobs], { k }) {
+    const [rows, vocab] = logits.dims;
+    for (let r = 0; r < rows; r++) {
+      const p = softmax([...logits.data.subarray(r * vocab, (r + 1) * vocab)]);
+      const best = [...p.keys()].sort((a, b) => logits.data[r * vocab + b] - logits.data[r * vocab + a] || a - b).slice(0, k);
+      ids.data.set(best, r * k);
+      logprobs.data.set(
+        best.map((id) => Math.log(p[id])),
+        r * k,
+      );
     }
   },
 };
@@ -313,6 +331,7 @@ function repeatedNgrams(seen: readonly number[], size: number): number[] {
 /** The scores, all but what top-k, then top-p, then min-p keep set to minus infinity. */
 function keepBest(scores: readonly number[], topK: number, topP: number, minP: number): number[] {
   const byScore = [...scores.keys()].filter((i) => scores[i] !== Number.NEGATIVE_INFINITY).sort((a, b) => scores[b] - scores[a] || a - b);
+  if (byScore.length === 0) return [...scores];
   let kept = byScore;
   if (topK > 0 && topK < scores.length) kept = kept.filter((i) => scores[i] >= scores[byScore[Math.min(topK, byScore.length) - 1]]);
   if (topP < 1) {

@@ -101,7 +101,11 @@ async function route(
   if (!moe) throw new UsageError(`${flags.model} is a dense model (${model.config.architecture}): it has no experts to route to`);
   const max_new_tokens = flags.generate;
   const ids = max_new_tokens ? (await model.generate({ input_ids: [[...given]], do_sample: false, max_new_tokens, signal }))[0] : given;
-  const { router_logits: layers = [] } = await model.forward({ input_ids: [[...ids]], output_router_logits: true });
+  const { routing } = await model.engine.inspect(ids, { logits: false, routing: true }); // logits of a long text would fill memory
+  const layers = routing.map(({ layer, ...numbers }): RouterOutput => {
+    const rows = <T extends { readonly length: number }>(data: T) => ({ dims: [ids.length, data.length / ids.length], data });
+    return { layer, logits: rows(numbers.logits), experts: rows(numbers.experts), weights: rows(numbers.weights) };
+  });
   if (layers.length === 0) throw new UsageError(`${flags.model} has no layer with experts`);
   const { countExperts } = await import("./census.ts");
   const { tokenTexts } = await import("./prompt.ts");

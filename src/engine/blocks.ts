@@ -16,17 +16,22 @@ export class Blocks {
   /** Remembered blocks without holders, the least recently used first. */
   readonly #idle = new Set<number>();
   readonly #holders: Int32Array;
-  /** Of each remembered block, the key that it is found by. */
-  readonly #keys = new Map<number, string>();
-  /** By the entry of the blocks before it and its own tokens: a block, and the entry that continues the chain. */
-  readonly #remembered = new Map<string, { readonly block: number; readonly entry: number }>();
+  /** Remembered blocks by the hash of what they hold. */
+  readonly #found = new Map<number, number>();
+  /** Of each block the entry that continues its chain, ROOT where it is not remembered; the entry before it; and its tokens. */
+  readonly #entries: Float64Array;
+  readonly #parents: Float64Array;
+  readonly #tokens: Int32Array;
   /** Entries are numbered for good, so that what follows a forgotten block is never found again. */
-  #entries = ROOT;
+  #last = ROOT;
 
   constructor(count: number) {
     this.count = count;
     this.#free = Array.from({ length: count }, (_, i) => count - 1 - i); // the lowest first, so that memory is touched late
     this.#holders = new Int32Array(count);
+    this.#entries = new Float64Array(count);
+    this.#parents = new Float64Array(count);
+    this.#tokens = new Int32Array(count * BLOCK_TOKENS);
   }
 
   /** Blocks that can be had: nobody holds them. */
@@ -53,11 +58,7 @@ export class Blocks {
 
   /** Gives all of `pages` back. Those that are remembered stay so, the later ones of a chain to go before the earlier. */
   release(pages: number[]): void {
-    for (const block of pages.splice(0).reverse()) {
-      if (--this.#holders[block] > 0) continue;
-      if (this.#keys.has(block)) this.#idle.add(block);
-      else this.#free.push(block);
-    }
+    for (const block of pages.splice(0).reverse()) this.#leave(block);
   }
 
   /** The longest chain of remembered blocks that `tokens` begin with, at most `limit` blocks; the caller holds them from now on. */
@@ -65,40 +66,85 @@ export class Blocks {
     const pages: number[] = [];
     let entry = ROOT;
     while (pages.length < limit) {
-      const found = this.#remembered.get(keyOf(entry, tokens, pages.length * BLOCK_TOKENS));
-      if (!found) break;
-      this.#idle.delete(found.block);
-      this.#holders[found.block]++;
-      pages.push(found.block);
-      entry = found.entry;
+      const from = pages.length * BLOCK_TOKENS;
+      const block = this.#find(hashOf(entry, tokens, from), entry, tokens, from);
+      if (block === undefined) break;
+      this.#idle.delete(block);
+      this.#holders[block]++;
+      pages.push(block);
+      entry = this.#entries[block];
     }
     return { pages, entry };
   }
 
   /**
-   * Remembers a full block that holds `tokens` from position `from` on, behind the chain of `entry`; gives the chain's new
-   * entry. Where another block holds the same already, that one stays the remembered one.
+   * Remembers the full block `pages[at]`, which holds the tokens of its positions, behind the chain of `entry`; gives the
+   * chain's new entry. Where another block holds the same already, that one takes its place in `pages`.
    */
-  remember(block: number, entry: number, tokens: readonly number[], from: number): number {
-    const key = keyOf(entry, tokens, from);
-    const known = this.#remembered.get(key);
-    if (known) return known.entry;
-    const made = ++this.#entries;
-    this.#remembered.set(key, { block, entry: made });
-    this.#keys.set(block, key);
-    return made;
+  remember(pages: number[], at: number, entry: number, tokens: readonly number[]): number {
+    const from = at * BLOCK_TOKENS;
+    const block = pages[at];
+    const hash = hashOf(entry, tokens, from);
+    const known = this.#find(hash, entry, tokens, from);
+    if (known !== undefined) {
+      if (known !== block) {
+        this.#idle.delete(known);
+        this.#holders[known]++;
+        pages[at] = known;
+        this.#leave(block);
+      }
+      return this.#entries[known];
+    }
+    const other = this.#found.get(hash);
+    if (other !== undefined) this.#forget(other); // the same hash by chance: the newer one stays
+    this.#found.set(hash, block);
+    this.#parents[block] = entry;
+    for (let i = 0; i < BLOCK_TOKENS; i++) this.#tokens[block * BLOCK_TOKENS + i] = tokens[from + i];
+    this.#entries[block] = ++this.#last;
+    return this.#last;
+  }
+
+  /** Finds none of `pages` again: their contents are in doubt. Their holders keep them. */
+  forget(pages: readonly number[]): void {
+    for (const block of pages) if (this.#entries[block] !== ROOT) this.#forget(block);
+  }
+
+  #leave(block: number): void {
+    if (--this.#holders[block] > 0) return;
+    if (this.#entries[block] !== ROOT) this.#idle.add(block);
+    else this.#free.push(block);
+  }
+
+  /** The block that holds these very tokens behind `entry`: the hash only says where to look. */
+  #find(hash: number, entry: number, tokens: readonly number[], from: number): number | undefined {
+    const block = this.#found.get(hash);
+    if (block === undefined || this.#parents[block] !== entry) return undefined;
+    const at = block * BLOCK_TOKENS;
+    for (let i = 0; i < BLOCK_TOKENS; i++) if (this.#tokens[at + i] !== tokens[from + i]) return undefined;
+    return block;
+  }
+
+  #forget(block: number): void {
+    const at = block * BLOCK_TOKENS;
+    this.#found.delete(hashOf(this.#parents[block], this.#tokens, at));
+    this.#entries[block] = ROOT;
+    if (this.#idle.delete(block)) this.#free.push(block);
   }
 
   #evict(): number {
     const [block] = this.#idle;
-    this.#idle.delete(block);
-    this.#remembered.delete(this.#keys.get(block) as string);
-    this.#keys.delete(block);
-    return block;
+    this.#forget(block);
+    return this.#free.pop() as number;
   }
 }
 
-/** The ids themselves, not a hash of them: no two contents share a key. */
-function keyOf(entry: number, tokens: readonly number[], from: number): string {
-  return `${entry}:${tokens.slice(from, from + BLOCK_TOKENS).join()}`;
+/** FNV-1a over the entry and a block's tokens. */
+function hashOf(entry: number, tokens: ArrayLike<number>, from: number): number {
+  let hash = 0x811c9dc5 ^ (entry % 2 ** 32);
+  hash = Math.imul(hash ^ Math.floor(entry / 2 ** 32), 0x01000193);
+  for (let i = from; i < from + BLOCK_TOKENS; i++) {
+    hash = Math.imul(hash ^ tokens[i], 0x01000193);
+    hash ^= hash >>> 15;
+  }
+  return hash;
 }

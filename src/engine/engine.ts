@@ -4,16 +4,17 @@
  */
 import { freemem } from "node:os";
 import { setImmediate } from "node:timers/promises";
-import type { Backend, Numbers, Weights } from "../backend/backend.ts";
+import type { Backend, Weights } from "../backend/backend.ts";
 import { kvShapes } from "../graph/graph.ts";
 import { bytesOf } from "../graph/plan.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { isBlockDtype } from "../tensor/quantized.ts";
+import { type Drawn, drawBatch } from "./batch.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
 import { type Inspection, inspect, meanHidden, type Wanted } from "./inspection.ts";
 import { Programs } from "./programs.ts";
-import { checkSampling, layOut, likeliest } from "./sampling.ts";
+import { checkSampling } from "./sampling.ts";
 import { type BatchEntry, Scheduler } from "./scheduler.ts";
 import { type GeneratedToken, type Request, Sequence } from "./sequence.ts";
 import { type EngineStats, type StepReport, Tally } from "./stats.ts";
@@ -61,6 +62,8 @@ export class Engine {
   readonly #maxRows: number;
   readonly #promptMs: number;
   readonly #tally: Tally;
+  /** Sequences whose readers have not been told of their newest token. */
+  #unread: Sequence[] = [];
   #running = false;
 
   constructor(options: EngineOptions) {
@@ -108,6 +111,9 @@ export class Engine {
     checkSampling(request.sampling, this.config.vocabSize);
     if (!Number.isInteger(request.maxNewTokens) || request.maxNewTokens < 0)
       throw new RangeError(`maxNewTokens is ${request.maxNewTokens}; it must be a whole number of at least 0`);
+    const { topLogprobs = 0 } = request;
+    if (!Number.isInteger(topLogprobs) || topLogprobs < 0 || topLogprobs > this.config.vocabSize)
+      throw new RangeError(`topLogprobs is ${topLogprobs}; it must be a whole number from 0 to the vocabulary's ${this.config.vocabSize}`);
     const sequence = new Sequence(request);
     if (request.maxNewTokens === 0) sequence.fail(null);
     else {
@@ -123,13 +129,13 @@ export class Engine {
    */
   async inspect(tokens: readonly number[], want: Wanted = {}): Promise<Inspection> {
     this.#check(tokens);
-    return this.#withPages(tokens.length, (pages) => inspect(this.#steps, this.#programs, tokens, pages, this.#maxRows, want));
+    return this.#withPages(tokens.length, (pages) => inspect(this.#steps, this.#programs, tokens, pages, this.#inspectedRows, want));
   }
 
   /** The mean over all positions of the hidden state after the final norm, [hidden]: an embedding of the text. */
   async embed(tokens: readonly number[]): Promise<Float32Array> {
     this.#check(tokens);
-    return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.config, tokens, pages, this.#maxRows));
+    return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.config, tokens, pages, this.#inspectedRows));
   }
 
   /** Seconds by op of all steps so far, and how many calls of it the traced programs have; with `rows`, of steps of about so many rows alone. */
@@ -145,7 +151,9 @@ export class Engine {
   /** Ends all requests with an error and frees weights, cache and threads. */
   async dispose(): Promise<void> {
     if (this.#steps.disposed) return;
-    await this.#steps.dispose();
+    const ended = this.#steps.dispose();
+    this.#scheduler.close(new Error("the model has been disposed of"));
+    await ended;
     this.#programs.dispose();
     this.#weights.dispose();
     this.#backend.dispose();
@@ -158,22 +166,25 @@ export class Engine {
       const batch = this.#scheduler.next(this.#promptRows());
       if (batch.length === 0) {
         // Nobody is left, or `inspect` holds the blocks that the others wait for, and needs the event loop to give them back.
+        this.#wakeReaders();
         await this.#steps.idle();
         await setImmediate();
         continue;
       }
       try {
         const start = performance.now();
-        const { tokens, rows } = await this.#generate(batch);
-        const report = this.#settle(batch, tokens, rows, (performance.now() - start) / 1000);
+        const drawn = await this.#draw(batch);
+        if (!drawn) continue;
+        const report = this.#settle(drawn, (performance.now() - start) / 1000);
         this.onStep?.(report);
       } catch (error) {
         for (const { sequence } of batch) {
           sequence.fail(error);
-          this.#scheduler.remove(sequence);
+          this.#scheduler.discard(sequence);
         }
       }
     }
+    this.#wakeReaders();
     this.#running = false;
   }
 
@@ -183,71 +194,39 @@ export class Engine {
     return Math.min(this.#maxRows, Math.max(LEAST_PROMPT_ROWS, Number.isFinite(fits) ? fits : this.#maxRows));
   }
 
-  async #generate(batch: readonly BatchEntry[]): Promise<{ tokens: GeneratedToken[]; rows: number }> {
-    const sampled = batch.filter((e) => e.samples).map((e) => e.sequence);
-    const wantLogits = sampled.some((s) => (s.request.topLogprobs ?? 0) > 0);
-    const wantRouting = sampled.some((s) => s.request.wantRouting) || this.#tally.wantsRouting;
-    const { vocabSize, moe } = this.config;
-    let rows = 0;
-    const picked = Int32Array.from(
-      batch.flatMap((e) => {
-        rows += e.count;
-        return e.samples ? [rows - 1] : [];
-      }),
-    );
-    const ids = new Int32Array(sampled.length);
-    const logprobs = new Float32Array(sampled.length);
-    const outputs: Numbers[] = [ids, logprobs];
-    const logits = new Float32Array(wantLogits ? sampled.length * vocabSize : 0);
-    if (wantLogits) outputs.push(logits);
-    const chosen = moe?.chosen ?? 0;
-    const routed = (wantRouting ? this.#programs.mixtures : []).map(() => {
-      const layer = { experts: new Int32Array(rows * chosen), weights: new Float32Array(rows * chosen) };
-      outputs.push(layer.experts, layer.weights);
-      return layer;
-    });
-    const constrained = sampled.some((s) => s.request.constraint);
-    const masks = constrained ? await Promise.all(sampled.map(maskOf)) : [];
-    const controls = layOut(
-      sampled.map((s, i) => ({ sampling: s.request.sampling, tokens: s.tokens, promptCount: s.promptCount, mask: masks[i] })),
-    );
-    await this.#steps.run(
-      `sample${wantLogits ? "+logits" : ""}${wantRouting ? "+routing" : ""}`,
-      batch.map(({ sequence: s, count }) => ({ ids: s.tokens.slice(s.cached, s.cached + count), start: s.cached, pages: s.pages })),
-      picked,
-      [controls.floats, controls.ints, controls.history, controls.biasIds, controls.biasValues, controls.masks],
-      outputs,
-    );
-    if (wantRouting) this.#tally.route(routed.map((layer) => layer.experts));
-    const tokens = sampled.map((s, i): GeneratedToken => {
-      const at = picked[i] * chosen;
-      const row = <T extends Numbers>(of: (layer: (typeof routed)[number]) => T, out: T): T => {
-        routed.forEach((layer, l) => {
-          out.set(of(layer).subarray(at, at + chosen), l * chosen);
-        });
-        return out;
-      };
-      return {
-        id: ids[i],
-        logprob: logprobs[i],
-        // Only they are kept: a reader that lags would hold whole logits by the hundred.
-        ...(s.request.topLogprobs ? { top: likeliest(logits.subarray(i * vocabSize, (i + 1) * vocabSize), s.request.topLogprobs) } : {}),
-        ...(s.request.wantRouting
-          ? {
-              routing: {
-                experts: row((layer) => layer.experts, new Int32Array(routed.length * chosen)),
-                weights: row((layer) => layer.weights, new Float32Array(routed.length * chosen)),
-              },
-            }
-          : {}),
-      };
-    });
-    return { tokens, rows };
+  /** The same for `inspect` and `embed`, whose steps take turns with those of the others. */
+  readonly #inspectedRows = (): number => (this.#scheduler.running > 0 ? this.#promptRows() : this.#maxRows);
+
+  /** Computes one step. Null where no sequence was left whose constraint let it go on. */
+  async #draw(batch: readonly BatchEntry[]): Promise<Drawn | null> {
+    const constrained = batch.some((e) => e.samples && e.sequence.request.constraint);
+    if (constrained || this.#steps.busy) this.#wakeReaders(); // the step will not start at once
+    const masks = constrained ? await Promise.all(batch.map((e) => (e.samples ? this.#mask(e.sequence) : null))) : null;
+    const left = batch.filter((e) => !e.sequence.done);
+    const masked = masks?.filter((_, i) => !batch[i].sequence.done) ?? null;
+    if (left.length === 0) return null;
+    const wake = () => this.#wakeReaders();
+    return drawBatch(this.#steps, this.#programs, left, masked, this.#tally.wantsRouting, wake);
   }
 
-  #settle(batch: readonly BatchEntry[], tokens: readonly GeneratedToken[], rows: number, seconds: number): StepReport {
-    let [next, promptTokens, cachedTokens] = [0, 0, 0];
-    for (const { sequence, count, samples } of batch) {
+  /** What a sequence's constraint allows next. Where that goes wrong, its request alone fails. */
+  async #mask(sequence: Sequence): Promise<Int32Array | null> {
+    try {
+      const mask = (await sequence.request.constraint?.next()) ?? null;
+      const { maskWords } = this.#programs;
+      if (mask && mask.length !== maskWords)
+        throw new RangeError(`the constraint's mask has ${mask.length} words; ${this.config.vocabSize} tokens take ${maskWords}`);
+      return mask;
+    } catch (error) {
+      sequence.fail(error);
+      return null;
+    }
+  }
+
+  #settle({ entries, tokens, rows, experts }: Drawn, seconds: number): StepReport {
+    if (experts) this.#tally.route(experts);
+    let [next, promptTokens, cachedTokens, generatedTokens] = [0, 0, 0, 0];
+    for (const { sequence, count, samples } of entries) {
       const reading = Math.max(0, Math.min(sequence.promptCount - sequence.cached, count));
       promptTokens += reading;
       const first = samples && sequence.tokens.length === sequence.promptCount;
@@ -257,9 +236,10 @@ export class Engine {
       if (first) cachedTokens += sequence.reused ?? 0;
       if (sequence.done) continue; // its reader left meanwhile
       try {
+        if (token.id < 0) throw new Error("no token is left to choose: the request's bias, n-grams and constraint rule all of them out");
         sequence.request.constraint?.accept(token.id);
       } catch (error) {
-        sequence.fail(error); // it alone
+        sequence.fail(error);
         this.#scheduler.remove(sequence);
         continue;
       }
@@ -271,11 +251,20 @@ export class Engine {
         ...(first ? { cachedTokens: sequence.reused ?? 0 } : {}),
         ...(stops ? { finish: "stop" } : full ? { finish: "length" } : {}),
       });
+      generatedTokens++;
+      this.#unread.push(sequence);
       if (sequence.done) this.#scheduler.remove(sequence);
     }
-    const report = { seconds, rows, sequences: batch.length, promptTokens, cachedTokens, generatedTokens: tokens.length };
+    const report = { seconds, rows, sequences: entries.length, promptTokens, cachedTokens, generatedTokens };
     this.#tally.add(report);
     return report;
+  }
+
+  /** Tells readers of new tokens: once the next step is under way, so that what they do costs it no time. */
+  #wakeReaders(): void {
+    const unread = this.#unread;
+    this.#unread = [];
+    for (const sequence of unread) sequence.wake();
   }
 
   /** Positions that one sequence can have. */
@@ -285,16 +274,13 @@ export class Engine {
 
   /** Lends pages for `tokens`, once there are enough. */
   async #withPages<T>(tokens: number, use: (pages: readonly number[]) => Promise<T>): Promise<T> {
-    const pages: number[] = [];
-    while (!this.#blocks.cover(pages, tokens)) {
-      await this.#steps.idle();
-      await setImmediate(); // requests that have ended give their blocks back
-      if (this.#steps.disposed) throw new Error("the model has been disposed of");
-    }
+    const reserved = this.#scheduler.reserve(tokens);
+    if (!Array.isArray(reserved)) void this.#serve(); // which lends blocks between its steps
+    const pages = Array.isArray(reserved) ? reserved : await reserved;
     try {
       return await use(pages);
     } finally {
-      this.#blocks.release(pages);
+      this.#scheduler.giveBack(pages);
     }
   }
 
@@ -312,16 +298,6 @@ export class Engine {
         `the prompt has ${tokens.length} tokens and needs ${gib(tokens.length)} GiB of KV cache; the cache holds ${this.#longest} tokens (${gib(this.#longest)} GiB)`,
       );
     }
-  }
-}
-
-/** What a sequence's constraint allows next; one that fails ends its own request and nobody else's. */
-async function maskOf(sequence: Sequence): Promise<Int32Array | null> {
-  try {
-    return (await sequence.request.constraint?.next()) ?? null;
-  } catch (error) {
-    sequence.fail(error);
-    return null;
   }
 }
 

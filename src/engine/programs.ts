@@ -9,16 +9,14 @@ import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { symbol } from "../tensor/shape.ts";
 import { BLOCK_TOKENS } from "./blocks.ts";
 
-/** What a program hands over: sampled tokens (and what they came from), or what the model computes on the way. */
+/** What a program hands over, in this order. */
 export type Purpose =
-  | `sample${"" | "+logits"}${"" | "+routing"}`
-  | "logits"
-  | "logits+routing"
-  | "routing"
+  /** Sampled tokens; the `top` likeliest, where it is not 0; experts and weights of each mixture layer. */
+  | { readonly kind: "sample"; readonly top: number; readonly routing: boolean }
+  /** Logits, hidden states before each layer and after the final norm, logits, experts and weights of each mixture layer. */
+  | { readonly kind: "inspect"; readonly logits: boolean; readonly hiddenStates: boolean; readonly routing: boolean }
   /** The hidden states after the final norm. */
-  | "hidden"
-  /** Logits, all hidden states, routing. */
-  | "inspect";
+  | { readonly kind: "hidden" };
 
 /** A program, and the plan that it runs. */
 export interface Prepared {
@@ -61,7 +59,7 @@ export class Programs {
   /** A program with room for `rows` rows; made once for each power of two. */
   for(purpose: Purpose, rows: number): Prepared {
     const capacity = capacityFor(rows);
-    const key = `${purpose}:${capacity}`;
+    const key = `${Object.values(purpose).join()}:${capacity}`;
     const made = this.#prepared.get(key) ?? this.#prepare(purpose, capacity);
     this.#prepared.set(key, made);
     return made;
@@ -98,27 +96,19 @@ export class Programs {
   }
 
   #outputs(g: Graph, { logits, hiddenStates, routing }: Forward, purpose: Purpose): Tensor[] {
-    const choices = routing.flatMap((r) => [r.experts, r.weights]);
-    const all = routing.flatMap((r) => [r.logits, r.experts, r.weights]);
-    switch (purpose) {
-      case "sample":
-        return this.#sampled(g, logits);
-      case "sample+logits":
-        return [...this.#sampled(g, logits), logits];
-      case "sample+routing":
-        return [...this.#sampled(g, logits), ...choices];
-      case "sample+logits+routing":
-        return [...this.#sampled(g, logits), logits, ...choices];
-      case "logits":
-        return [logits];
-      case "logits+routing":
-        return [logits, ...all];
-      case "routing":
-        return all;
+    switch (purpose.kind) {
+      case "sample": {
+        const top = purpose.top > 0 ? Object.values(g.topLogprobs(logits, purpose.top)) : [];
+        return [...this.#sampled(g, logits), ...top, ...(purpose.routing ? routing.flatMap((r) => [r.experts, r.weights]) : [])];
+      }
+      case "inspect":
+        return [
+          ...(purpose.logits ? [logits] : []),
+          ...(purpose.hiddenStates ? hiddenStates : []),
+          ...(purpose.routing ? routing.flatMap((r) => [r.logits, r.experts, r.weights]) : []),
+        ];
       case "hidden":
         return hiddenStates.slice(-1);
-      case "inspect":
-        return [logits, ...hiddenStates, ...all];
       default:
         return purpose satisfies never;
     }

@@ -91,69 +91,51 @@ export interface Controls {
 export function layOut(rows: readonly SampledRow[]): Controls {
   const floats = new Float32Array(rows.length * SAMPLING_FLOATS.length);
   const ints = new Int32Array(rows.length * SAMPLING_INTS.length);
-  const history: number[] = [];
-  const biases: [number, number][] = [];
-  const masks: Int32Array[] = [];
+  let [historyCount, biasCount, maskWords, maskCount] = [0, 0, 0, 0];
+  for (const row of rows) {
+    if (looksBack(row.sampling)) historyCount += row.tokens.length;
+    biasCount += row.sampling.logitBias.size;
+    maskWords += row.mask?.length ?? 0;
+  }
+  const history = new Int32Array(historyCount);
+  const biasIds = new Int32Array(biasCount);
+  const biasValues = new Float32Array(biasCount);
+  const masks = new Int32Array(maskWords);
+  [historyCount, biasCount, maskWords] = [0, 0, 0];
   rows.forEach(({ sampling: s, tokens, promptCount, mask }, r) => {
-    const looksBack = s.repetitionPenalty !== 1 || s.presencePenalty !== 0 || s.frequencyPenalty !== 0 || s.noRepeatNgram > 0;
-    const seen = looksBack ? tokens : [];
-    const row: Record<(typeof SAMPLING_FLOATS)[number] | (typeof SAMPLING_INTS)[number], number> = {
-      ...s,
-      temperature: s.temperature < 1e-5 ? 0 : s.temperature,
+    const seen = looksBack(s) ? tokens.length : 0;
+    const row: Record<(typeof SAMPLING_INTS)[number], number> = {
+      topK: s.topK,
+      noRepeatNgram: s.noRepeatNgram,
       seedLow: (s.seed % 2 ** 32) | 0,
       seedHigh: Math.floor(s.seed / 2 ** 32),
       step: tokens.length,
-      historyStart: history.length,
-      historyCount: seen.length,
-      promptCount: Math.min(promptCount, seen.length),
-      biasStart: biases.length,
+      historyStart: historyCount,
+      historyCount: seen,
+      promptCount: Math.min(promptCount, seen),
+      biasStart: biasCount,
       biasCount: s.logitBias.size,
-      mask: mask ? masks.push(mask) - 1 : -1,
+      mask: mask ? maskCount++ : -1,
     };
-    floats.set(
-      SAMPLING_FLOATS.map((name) => row[name]),
-      r * SAMPLING_FLOATS.length,
-    );
-    ints.set(
-      SAMPLING_INTS.map((name) => row[name]),
-      r * SAMPLING_INTS.length,
-    );
-    for (const id of seen) history.push(id);
-    for (const bias of s.logitBias) biases.push(bias);
-  });
-  return {
-    floats,
-    ints,
-    history: Int32Array.from(history),
-    biasIds: Int32Array.from(biases, ([id]) => id),
-    biasValues: Float32Array.from(biases, ([, bias]) => bias),
-    masks: joined(masks),
-  };
-}
-
-function joined(masks: readonly Int32Array[]): Int32Array {
-  const all = new Int32Array(masks.reduce((n, mask) => n + mask.length, 0));
-  let at = 0;
-  for (const mask of masks) {
-    all.set(mask, at);
-    at += mask.length;
-  }
-  return all;
-}
-
-/** The n largest logits with their log-probabilities. */
-export function likeliest(logits: Float32Array, n: number): { id: number; logprob: number }[] {
-  let ids: number[] = []; // best first; for a few one pass is enough, while sorting a large vocabulary holds the event loop
-  if (n > 100) ids = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, n);
-  else
-    logits.forEach((x, id) => {
-      if (ids.length === n && x <= logits[ids[n - 1]]) return;
-      let at = ids.length;
-      while (at > 0 && x > logits[ids[at - 1]]) at--;
-      ids.splice(at, 0, id);
-      if (ids.length > n) ids.pop();
+    SAMPLING_FLOATS.forEach((name, i) => {
+      floats[r * SAMPLING_FLOATS.length + i] = s[name];
     });
-  const top = logits[ids[0]];
-  const total = Math.log(logits.reduce((sum, x) => sum + Math.exp(x - top), 0)) + top;
-  return ids.map((id) => ({ id, logprob: logits[id] - total }));
+    SAMPLING_INTS.forEach((name, i) => {
+      ints[r * SAMPLING_INTS.length + i] = row[name];
+    });
+    if (seen > 0) history.set(tokens, historyCount);
+    historyCount += seen;
+    for (const [id, bias] of s.logitBias) {
+      biasIds[biasCount] = id;
+      biasValues[biasCount++] = bias;
+    }
+    if (mask) masks.set(mask, maskWords);
+    maskWords += mask?.length ?? 0;
+  });
+  return { floats, ints, history, biasIds, biasValues, masks };
+}
+
+/** Whether a row's tokens so far have a say in the next one. */
+function looksBack(s: Sampling): boolean {
+  return s.repetitionPenalty !== 1 || s.presencePenalty !== 0 || s.frequencyPenalty !== 0 || s.noRepeatNgram > 0;
 }

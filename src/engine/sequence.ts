@@ -18,7 +18,7 @@ export interface Request {
   readonly maxNewTokens: number;
   /** Ids that end the answer; the one that does is part of it. */
   readonly stopIds?: readonly number[];
-  /** How many of the likeliest alternatives to hand over with each token. Default 0. */
+  /** How many of the likeliest tokens to hand over with each token. Default 0. */
   readonly topLogprobs?: number;
   /** Hand over which experts each token used. Default false. */
   readonly wantRouting?: boolean;
@@ -35,12 +35,17 @@ export interface TokenRouting {
   readonly weights: Float32Array;
 }
 
+export interface TokenLogprob {
+  readonly id: number;
+  readonly logprob: number;
+}
+
 export interface GeneratedToken {
   readonly id: number;
   /** Natural logarithm of its probability by the model alone, before bias, penalties and temperature. */
   readonly logprob: number;
-  /** The likeliest, best first, by the model alone. */
-  readonly top?: readonly { readonly id: number; readonly logprob: number }[];
+  /** The likeliest tokens by the model alone, best first, where they were asked for. */
+  readonly top?: readonly TokenLogprob[];
   /** Of the position that this token was predicted from. */
   readonly routing?: TokenRouting;
   /** On the first token: how many of the prompt's tokens the cache held already. */
@@ -57,6 +62,9 @@ export class Sequence {
   readonly promptCount: number;
   /** Blocks of the cache, in order. */
   readonly pages: number[] = [];
+  /** When it came, counted by the scheduler, and how many of its owner's came before it and are still here. */
+  arrival = 0;
+  place = 0;
   /** How many of `tokens` have their keys and values in the cache. */
   cached = 0;
   /** How many pages are remembered in the prefix cache, and the entry that their chain ends with. */
@@ -94,16 +102,20 @@ export class Sequence {
     this.reused ??= Math.min(this.cached, this.promptCount);
   }
 
-  /** Appends a token; the sequence is done when it ends the answer. */
+  /** Appends a token; the sequence is done when it ends the answer. Its reader sees it after the next `wake`. */
   append(token: GeneratedToken): void {
     this.tokens.push(token.id);
     this.#events.push(token);
     if (token.finish) this.#done = true;
+  }
+
+  wake(): void {
     this.#wake?.();
   }
 
   /** Ends the sequence; its reader throws `reason`, or just ends when the reader itself left. */
   fail(reason: unknown): void {
+    if (this.#done) return; // it has ended already, for the reason that its reader hears
     this.#done = true;
     this.#failure = reason;
     this.#wake?.();

@@ -14,6 +14,8 @@ export interface Part {
 export class Steps {
   readonly #programs: Programs;
   #disposed = false;
+  /** Steps that were asked for and have not ended. */
+  #pending = 0;
   /** Settles when the last step that was asked for has ended. */
   #last: Promise<unknown> = Promise.resolve();
 
@@ -25,6 +27,10 @@ export class Steps {
     return this.#disposed;
   }
 
+  get busy(): boolean {
+    return this.#pending > 0;
+  }
+
   /** Settles, without an error, when the step that was asked for last has ended. */
   async idle(): Promise<void> {
     await this.#last.catch(() => {}); // its caller hears of a failure
@@ -33,6 +39,7 @@ export class Steps {
   /**
    * Runs one step once those before it have ended. Controls and outputs are in the order in which `programs.ts` declares them.
    * @param picked rows of all parts together whose logits are wanted
+   * @param started called once native code is at work, and the event loop has time for others
    */
   run(
     purpose: Purpose,
@@ -40,6 +47,7 @@ export class Steps {
     picked: Int32Array,
     controls: readonly Numbers[],
     outputs: readonly Numbers[],
+    started?: () => void,
   ): Promise<void> {
     const rows = parts.reduce((n, p) => n + p.ids.length, 0);
     const widest = Math.max(...parts.map((p) => p.pages.length));
@@ -65,11 +73,19 @@ export class Steps {
       biases: biases?.length ?? 0,
       masks: (masks?.length ?? 0) / this.#programs.maskWords,
     };
+    const begin = () => {
+      if (this.#disposed) throw new Error("the model has been disposed of");
+      const inputs = [ids, positions, segments, pages, picked, ...controls];
+      const running = this.#programs.for(purpose, rows).program.run(sizes, inputs, outputs);
+      started?.();
+      return running;
+    };
+    this.#pending++;
     const run = this.#last
       .catch(() => {}) // whoever ran that step hears of its failure
-      .then(() => {
-        if (this.#disposed) throw new Error("the model has been disposed of");
-        return this.#programs.for(purpose, rows).program.run(sizes, [ids, positions, segments, pages, picked, ...controls], outputs);
+      .then(begin)
+      .finally(() => {
+        this.#pending--;
       });
     this.#last = run;
     return run;

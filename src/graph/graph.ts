@@ -136,9 +136,17 @@ export class Graph {
       sampling.biasValues,
       sampling.masks,
     ]);
-  /** Chooses a token a row, greedily or at random, and gives its log-probability by the unprocessed logits. */
+  /**
+   * Chooses a token a row, greedily or at random, and gives its log-probability by the unprocessed logits. Where all of a row's
+   * tokens are ruled out, the token is -1.
+   */
   sample = (logits: Tensor, processed: Tensor, sampling: SamplingInputs) => {
     const [ids, logprobs] = this.call("sample", [logits, processed, sampling.floats, sampling.ints]);
+    return { ids, logprobs };
+  };
+  /** The `k` likeliest tokens of each row, best first, the lower id first among equals: ids and log-probabilities, [rows, k] each. */
+  topLogprobs = (logits: Tensor, k: number) => {
+    const [ids, logprobs] = this.call("topLogprobs", [logits], { k });
     return { ids, logprobs };
   };
 

@@ -237,6 +237,12 @@ export const OPS = {
         : null,
     gradient: null,
   },
+  topLogprobs: {
+    params: ["k"],
+    outputs: ([logits], { k }) =>
+      matches(logits, "f32", 2) && k >= 1 && k <= Number(logits.shape[1]) ? [i32(logits.shape[0], k), f32(logits.shape[0], k)] : null,
+    gradient: null,
+  },
 } satisfies Record<string, Op>;
 
 function samplingFits(logits: Tensor, floats: Tensor, ints: Tensor): boolean {

@@ -73,7 +73,7 @@ class Builder {
 }
 
 export function allCases(): Case[] {
-  return [...linears(), ...groupedLinears(), ...rowOps(), ...routers(), ...attentions(), ...samplers()];
+  return [...linears(), ...groupedLinears(), ...rowOps(), ...routers(), ...attentions(), ...samplers(), ...alternatives()];
 }
 
 /** Sums of many products in float32 differ by their order. */
@@ -282,7 +282,7 @@ function samplers(): Case[] {
     },
     { temperature: 2, topK: 1000, seed: 2 ** 45 + 3 },
   ];
-  return [33, 257].map((vocab) => {
+  return [33, 257, 3001].map((vocab) => {
     const b = new Builder();
     const outs = controls.length;
     const tokens = Array.from({ length: 40 }, (_, i) => (i * i) % vocab);
@@ -292,7 +292,7 @@ function samplers(): Case[] {
     const logits = b.input(
       "logits",
       [symbol("outs"), vocab],
-      noise(outs * vocab, 5).map((x) => x * 4),
+      noise(outs * vocab, 5).map((x) => x * (vocab > 1000 ? 40 : 4)), // few tokens of many matter, and all of few
     );
     const sampling = {
       floats: b.input("floats", [symbol("outs"), SAMPLING_FLOATS.length], laid.floats),
@@ -316,4 +316,22 @@ function samplers(): Case[] {
 /** A mask that allows about half of the ids. */
 function someOf(vocab: number, seed: number): Int32Array {
   return Int32Array.from(noise(Math.ceil(vocab / 32), seed), (x) => Math.trunc(x * 2 ** 31));
+}
+
+function alternatives(): Case[] {
+  return [
+    [33, 33],
+    [257, 8],
+    [3001, 20],
+  ].map(([vocab, k]) => {
+    const b = new Builder();
+    // Rounded, so that there are equals.
+    const logits = b.input(
+      "logits",
+      [symbol("outs"), vocab],
+      noise(5 * vocab, 6).map((x) => Math.round(x * 40) / 8),
+    );
+    const { ids, logprobs } = b.g.topLogprobs(logits, k);
+    return b.done(`topLogprobs ${k} of ${vocab}`, [ids, logprobs], { outs: 5 }, 1e-6);
+  });
 }

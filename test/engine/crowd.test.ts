@@ -6,6 +6,7 @@ import { GREEDY, type Sampling } from "../../src/engine/sampling.ts";
 import type { Request } from "../../src/engine/sequence.ts";
 import { GOLDENS, openGoldens } from "../goldens.ts";
 
+const DEFAULT = new URL("../../models/small-moe", import.meta.url).pathname;
 const SAMPLED: Sampling = { ...GREEDY, temperature: 2, topK: 100, repetitionPenalty: 1.1 };
 let prompts: number[][];
 let greedy: (readonly number[])[];
@@ -173,4 +174,101 @@ describe("leaving", () => {
     expect(() => engine.submit({ tokens: prompts[1], sampling: GREEDY, maxNewTokens: -1 })).toThrow("maxNewTokens is -1");
     await expectEmpty(engine);
   });
+});
+
+describe("64 at once", () => {
+  /** Prompts that share beginnings of many lengths, or none; some sampled, some with penalties, of four owners. */
+  function mixed(vocab: number): (Partial<Request> & Pick<Request, "tokens">)[] {
+    const text = (n: number, seed: number) => Array.from({ length: n }, (_, i) => 6 + ((i * 31 + seed * 17 + ((i * i) % 7)) % (vocab - 6)));
+    const system = text(100, 1);
+    return Array.from({ length: 64 }, (_, i) => ({
+      tokens: i % 2 ? [...system.slice(0, 40 + (i % 3) * 30), ...text(1 + ((i * 7) % 40), i)] : text(1 + ((i * 13) % 90), i),
+      sampling: i % 4 === 3 ? { ...SAMPLED, seed: i } : GREEDY,
+      maxNewTokens: 4 + ((i * 5) % 30),
+      owner: `owner ${i % 4}`,
+    }));
+  }
+
+  test.each<[string, string, LoadOptions]>([
+    ["a tiny model in float32, little room", `${GOLDENS}moe-tiny`, { dtype: "fp32", threads: 1, kv_cache_tokens: 480, chunk_size: 48 }],
+    ["the model that comes along, much room", DEFAULT, { threads: 2, kv_cache_tokens: 16384 }],
+    ["the model that comes along, little room", DEFAULT, { threads: 2, kv_cache_tokens: 640, max_sequences: 20 }],
+  ])("%s: each the same as alone, with the prefix cache and without", async (_name, folder, options) => {
+    const open1 = async (more: LoadOptions) => {
+      const model = await loadModel(folder, { ...options, ...more });
+      open.push(model);
+      return model.engine;
+    };
+    const [plain, cached] = [await open1({ prefix_cache: false }), await open1({})];
+    const requests = mixed(plain.config.vocabSize);
+    const alone: number[][] = [];
+    for (const request of requests) alone.push(await answer(plain, request));
+    const together = () => Promise.all(requests.map((request) => answer(cached, request)));
+    expect(await together()).toEqual(alone);
+    const first = cached.stats();
+    expect(await together(), "from the cache").toEqual(alone);
+    expect(cached.stats().cachedTokens).toBeGreaterThan(first.cachedTokens);
+    expect(await Promise.all(requests.map((request) => answer(plain, request)))).toEqual(alone);
+    expect(plain.stats().cachedTokens).toBe(0);
+    if (options.kv_cache_tokens && options.kv_cache_tokens < 1000) expect(first.preemptions).toBeGreaterThan(0);
+    await expectEmpty(cached);
+  });
+});
+
+describe("a thousand who leave", () => {
+  test("never read, read once, aborted, returned before they began: all blocks are free again", async () => {
+    const engine = await load({ kv_cache_tokens: 4096 });
+    const lasting = answer(engine, { tokens: prompts[3] });
+    for (let i = 0; i < 1000; i++) {
+      const controller = new AbortController();
+      const stream = engine.submit({
+        tokens: [3 + (i % 500), ...prompts[i % 3]],
+        sampling: GREEDY,
+        maxNewTokens: 1000,
+        owner: `owner ${i % 10}`,
+        signal: controller.signal,
+      });
+      if (i % 4 === 0) controller.abort();
+      else if (i % 4 === 1) await stream.return();
+      else if (i % 4 === 2) setImmediate(() => controller.abort());
+      else {
+        const first = stream.next();
+        void first.then(() => stream.return()).catch(() => {});
+        if (i % 40 === 3) await first;
+      }
+    }
+    expect(await lasting).toEqual(greedy[3]);
+    await expectEmpty(engine);
+    expect(engine.stats().running + engine.stats().waiting).toBe(0);
+    expect(await answer(engine, { tokens: prompts[1] })).toEqual(greedy[1]);
+  });
+
+  test("a reader that does not read costs what its own answer takes, and holds no blocks when that is done", async () => {
+    const engine = await load();
+    const slow = engine.submit({ tokens: prompts[1], sampling: GREEDY, maxNewTokens: 24 });
+    expect(await answer(engine, { tokens: prompts[2], maxNewTokens: 60 })).toHaveLength(60);
+    await expectEmpty(engine);
+    const ids: number[] = [];
+    for await (const { id } of slow) ids.push(id);
+    expect(ids).toEqual(greedy[1]);
+  });
+});
+
+test("inspect and embed beside a crowd: right, and nobody is held up by more than prompts may take", async () => {
+  const engine = await load({ kv_cache_tokens: 2048 });
+  const long = Array.from({ length: 900 }, (_, i) => 6 + ((i * 7) % 500));
+  const [alone, mean] = [await engine.inspect(long, { logits: false, hiddenStates: true }), await engine.embed(long)];
+  const last = alone.hiddenStates.at(-1) as Float32Array;
+  const width = mean.length;
+  mean.forEach((x, d) => {
+    let sum = 0;
+    for (let t = 0; t < long.length; t++) sum += last[t * width + d];
+    expect(x).toBeCloseTo(sum / long.length, 4);
+  });
+  const crowd = Array.from({ length: 6 }, () => answer(engine, { tokens: prompts[1], maxNewTokens: 300 }));
+  const [beside, besideMean] = await Promise.all([engine.inspect(long, { logits: false, hiddenStates: true }), engine.embed(long)]);
+  expect(beside.hiddenStates).toEqual(alone.hiddenStates);
+  expect(besideMean).toEqual(mean);
+  for (const ids of await Promise.all(crowd)) expect(ids.slice(0, 24)).toEqual(greedy[1]);
+  await expectEmpty(engine);
 });

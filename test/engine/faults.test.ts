@@ -34,9 +34,11 @@ beforeEach(() => {
 async function setUp() {
   const goldens = await openGoldens("moe-tiny");
   const { engine } = await loadModel(goldens.folder, { dtype: "fp32", threads: 1, kv_cache_tokens: 2048 });
+  const prompts = new Map(await Promise.all(goldens.lengths.map(async (n) => [n, await goldens.ids(n)] as const)));
+  /** Submits at once, so that several calls have an order. */
   const answer = async (n: number) => {
     const ids: number[] = [];
-    for await (const { id } of engine.submit({ tokens: await goldens.ids(n), sampling: GREEDY, maxNewTokens: 24 })) ids.push(id);
+    for await (const { id } of engine.submit({ tokens: prompts.get(n) as number[], sampling: GREEDY, maxNewTokens: 24 })) ids.push(id);
     return ids;
   };
   return { engine, answer, goldens };
@@ -80,6 +82,36 @@ test("a forward pass that fails rejects alone, and gives its blocks back", async
   expect(await answered).toEqual(goldens.greedy[33]);
   expect(engine.cache.free).toBe(engine.cache.count);
   await engine.dispose();
+});
+
+test("what a failed step read or wrote is not reused; what others remember is", async () => {
+  const { engine, answer, goldens } = await setUp();
+  const reused = async (tokens: number[]): Promise<number | undefined> => {
+    for await (const { cachedTokens } of engine.submit({ tokens, sampling: GREEDY, maxNewTokens: 1 })) return cachedTokens;
+    return undefined;
+  };
+  const [touched, untouched] = [await goldens.ids(130), [9, ...(await goldens.ids(130))]];
+  expect([await reused(touched), await reused(untouched)]).toEqual([0, 0]);
+  expect(await reused(touched)).toBe(128);
+  fault.after = 1;
+  await expect(answer(130)).rejects.toThrow("the disk burns");
+  expect(engine.cache.free).toBe(engine.cache.count);
+  expect([await reused(touched), await reused(untouched)]).toEqual([0, 128]);
+  expect(await answer(130)).toEqual(goldens.greedy[130]);
+  await engine.dispose();
+});
+
+test("dispose ends those who run, those who wait in line, and those who wait for blocks", async () => {
+  const { engine, goldens } = await setUp();
+  const read = async (tokens: number[]) => {
+    for await (const _ of engine.submit({ tokens, sampling: GREEDY, maxNewTokens: 500 }));
+  };
+  const long = Array.from({ length: 1900 }, (_, i) => 6 + (i % 400));
+  const all = [read(await goldens.ids(130)), read(long), read(long), engine.embed(long), engine.inspect(long)];
+  const results = Promise.allSettled(all);
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  await engine.dispose();
+  for (const result of await results) expect(result.status === "rejected" && result.reason.message).toBe("the model has been disposed of");
 });
 
 test("dispose after a failure", async () => {

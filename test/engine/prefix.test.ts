@@ -101,7 +101,7 @@ test("blocks: however they are taken, shared, remembered and given back, none is
           else if (act === "fill" && held.length) {
             const one = held[size % held.length];
             for (; one.chained < one.pages.length; one.chained++)
-              one.entry = blocks.remember(one.pages[one.chained], one.entry, one.tokens, one.chained * BLOCK_TOKENS);
+              one.entry = blocks.remember(one.pages, one.chained, one.entry, one.tokens);
           }
           const taken = new Set(held.flatMap((h) => h.pages));
           expect(taken.size + blocks.free).toBe(9);

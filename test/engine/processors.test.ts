@@ -169,6 +169,15 @@ describe("draws", () => {
     backend.dispose();
   });
 
+  test.each(BACKENDS)("where every token is ruled out, the token is -1: %s", async (_name, open) => {
+    const backend = open();
+    const logitBias = new Map(Array.from({ length: vocab }, (_, id) => [id, Number.NEGATIVE_INFINITY]));
+    const { ids, logprobs } = await sample(backend, logits, [], [{ logitBias }, { logitBias, temperature: 1, topP: 0.5 }, {}]);
+    expect([...ids]).toEqual([-1, -1, logits.indexOf(Math.max(...logits))]);
+    expect([...logprobs.subarray(0, 2)]).toEqual([Number.NEGATIVE_INFINITY, Number.NEGATIVE_INFINITY]);
+    backend.dispose();
+  });
+
   test("many tokens: draws fall where the running sum of probabilities says, in all instruction sets alike", async () => {
     const wide = Float32Array.from({ length: 5003 }, (_, i) => 3 * Math.sin(i * 1.7) + (i % 97 === 0 ? 4 : 0));
     const rows = Array.from({ length: 200 }, (_, i) => ({ temperature: 1, seed: i * 1_000_003, ...(i % 2 ? { topP: 0.7 } : {}) }));

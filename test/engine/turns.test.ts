@@ -1,12 +1,18 @@
 /** Who is served when: owners take turns, prompts do not hold up those who generate; counted in steps, not in time. */
+import fc from "fast-check";
 import { expect, test } from "vitest";
 import { Blocks } from "../../src/engine/blocks.ts";
 import { GREEDY } from "../../src/engine/sampling.ts";
 import { type BatchEntry, Scheduler } from "../../src/engine/scheduler.ts";
 import { Sequence } from "../../src/engine/sequence.ts";
 
-function setUp(options: Partial<ConstructorParameters<typeof Scheduler>[1]> = {}, blocks = 1000) {
-  const scheduler = new Scheduler(new Blocks(blocks), { maxRows: 64, maxSequences: 100, prefixCache: false, ...options });
+function setUp(options: Partial<ConstructorParameters<typeof Scheduler>[1]> = {}, blocks: number | Blocks = 1000) {
+  const scheduler = new Scheduler(typeof blocks === "number" ? new Blocks(blocks) : blocks, {
+    maxRows: 64,
+    maxSequences: 100,
+    prefixCache: false,
+    ...options,
+  });
   const add = (owner: string, prompt: number, maxNewTokens = 1000) => {
     const sequence = new Sequence({ tokens: Array.from({ length: prompt }, (_, i) => i + 1), sampling: GREEDY, maxNewTokens, owner });
     scheduler.add(sequence);
@@ -115,4 +121,150 @@ test("no more sequences than allowed have blocks at once", () => {
     most = Math.max(most, scheduler.running);
   }
   expect(most).toBe(3);
+});
+
+test("who holds all blocks gives some up to an owner who has none, and to nobody of its own", () => {
+  const { scheduler, add, step } = setUp({ maxRows: 256 }, 20);
+  const many = Array.from({ length: 30 }, () => add("many", 60, 400));
+  for (let i = 0; i < 8; i++) step();
+  expect(many.filter((s) => s.pages.length > 0).length).toBeGreaterThan(5);
+  const before = scheduler.preemptions;
+  const one = add("one", 60, 5);
+  for (let i = 0; i < 6; i++) step();
+  expect(one.done).toBe(true);
+  expect(scheduler.preemptions).toBeGreaterThan(before);
+  expect(many[0].pages.length, "the oldest keeps what it has").toBeGreaterThan(0);
+});
+
+test("places are shared too: one owner cannot fill them all", () => {
+  const { add, step } = setUp({ maxSequences: 4 });
+  for (let i = 0; i < 10; i++) add("many", 5, 1000);
+  step();
+  const one = add("one", 5, 3);
+  for (let i = 0; i < 3; i++) step();
+  expect(one.done).toBe(true);
+});
+
+test("owners that came and went leave no debts behind", () => {
+  const { add, step } = setUp();
+  const steady = add("steady", 6000, 1);
+  for (let i = 0; i < 20; i++) {
+    const brief = add(`brief ${i}`, 2, 1);
+    step();
+    step();
+    expect(brief.done).toBe(true);
+  }
+  add("new", 3000, 1);
+  let [old, fresh] = [0, 0];
+  for (let i = 0; i < 20; i++) {
+    const batch = step();
+    old += rowsOf(batch, "steady");
+    fresh += rowsOf(batch, "new");
+  }
+  expect(steady.done).toBe(false);
+  expect(Math.abs(old - fresh)).toBeLessThanOrEqual(64);
+});
+
+test("within an owner a short prompt is not held up by a long one, and the long one goes on", () => {
+  const { add, step } = setUp();
+  const long = add("a", 6000, 1);
+  for (let i = 0; i < 5; i++) step();
+  const steps = Array.from({ length: 10 }, () => {
+    const short = add("a", 40, 1);
+    let count = 0;
+    for (; !short.done; count++) step();
+    return count;
+  });
+  expect(Math.max(...steps)).toBeLessThanOrEqual(2);
+  expect(long.cached).toBeGreaterThan(15 * 24);
+});
+
+test("prompts of one owner that are alike are read one after the other, so that the first ends early", () => {
+  const { add, step } = setUp();
+  const all = Array.from({ length: 8 }, () => add("a", 128, 1));
+  step();
+  step();
+  expect(all.map((s) => s.done)).toEqual([true, ...all.slice(1).map(() => false)]);
+});
+
+test("small prompts do not take the room that a large one of the same owner waits for", () => {
+  const { add, step } = setUp({ maxRows: 64 }, 20);
+  for (let i = 0; i < 8; i++) add("a", 33, 30);
+  for (let i = 0; i < 8; i++) step();
+  const large = add("a", 500, 1);
+  let steps = 0;
+  for (; !large.done && steps < 200; steps++) {
+    add("a", 20, 30);
+    step();
+  }
+  expect(large.done).toBe(true);
+});
+
+test("blocks that are reserved come before sequences that came later, and after those that came before", async () => {
+  const { scheduler, add, step } = setUp({}, 6);
+  const [first, second] = [add("a", 60, 40), add("a", 60, 40)];
+  step();
+  step();
+  step();
+  let lent: number[] | null = null;
+  void Promise.resolve(scheduler.reserve(4 * 32)).then((pages) => {
+    lent = pages;
+  });
+  const later = add("b", 30, 2);
+  for (let i = 0; i < 10; i++) step();
+  await null;
+  expect(lent).toBe(null);
+  expect(later.pages).toEqual([]);
+  expect(scheduler.waiting).toBe(2);
+  let steps = 0;
+  for (; !lent && steps < 100; steps++) {
+    step();
+    await null;
+  }
+  expect(first.done || second.done).toBe(true);
+  expect(later.done).toBe(false);
+  for (let i = 0; i < 60; i++) step();
+  scheduler.giveBack(lent as unknown as number[]);
+  for (let i = 0; i < 60; i++) step();
+  expect([first, second, later].map((s) => s.done)).toEqual([true, true, true]);
+});
+
+test("no order of owners, prompts and room leaves anyone waiting for ever, and blocks are all there at the end", () => {
+  const request = fc.record({
+    owner: fc.nat(4),
+    prompt: fc.integer({ min: 1, max: 250 }),
+    answer: fc.integer({ min: 1, max: 40 }),
+    at: fc.nat(40),
+  });
+  fc.assert(
+    fc.property(
+      fc.array(request, { maxLength: 25 }),
+      fc.integer({ min: 10, max: 30 }),
+      fc.integer({ min: 1, max: 12 }),
+      fc.integer({ min: 1, max: 64 }),
+      fc.boolean(),
+      (requests, count, maxSequences, maxRows, prefixCache) => {
+        const blocks = new Blocks(count);
+        const { scheduler, add, step } = setUp({ maxSequences, maxRows, prefixCache }, blocks);
+        const all: Sequence[] = [];
+        let steps = 0;
+        for (; steps <= 40 || scheduler.busy; steps++) {
+          for (const r of requests) if (r.at === steps) all.push(add(`${r.owner}`, r.prompt, r.answer));
+          const batch = step(Math.ceil(maxRows / 2));
+          expect(batch.reduce((sum, e) => sum + e.count, 0)).toBeLessThanOrEqual(maxRows);
+          expect(new Set(batch.map((e) => e.sequence)).size).toBe(batch.length);
+          expect(scheduler.running).toBeLessThanOrEqual(maxSequences);
+          // Nobody writes to a block that others hold as well: what a step fills is a sequence's own.
+          const holders = new Map<number, number>();
+          for (const s of all) for (const page of s.pages) holders.set(page, (holders.get(page) ?? 0) + 1);
+          for (const s of all) for (const page of s.pages.slice(Math.floor(s.cached / 32))) expect(holders.get(page)).toBe(1);
+          expect(holders.size + blocks.free).toBe(count);
+          if (steps > 20_000) throw new Error("somebody waits for ever");
+        }
+        for (const s of all) expect(s.tokens.length - s.promptCount).toBe(s.request.maxNewTokens);
+        expect(blocks.free).toBe(count);
+      },
+    ),
+    { numRuns: 150 },
+  );
 });

@@ -1,0 +1,98 @@
+/** One step of generation: what the model is given for a batch, and what each sequence gets of what comes out. */
+import type { Numbers } from "../backend/backend.ts";
+import type { Programs } from "./programs.ts";
+import { layOut } from "./sampling.ts";
+import type { BatchEntry } from "./scheduler.ts";
+import type { GeneratedToken, TokenLogprob, TokenRouting } from "./sequence.ts";
+import type { Steps } from "./steps.ts";
+
+export interface Drawn {
+  readonly entries: readonly BatchEntry[];
+  /** Of the entries that sample, in their order; the id is -1 where nothing could be chosen. */
+  readonly tokens: readonly GeneratedToken[];
+  readonly rows: number;
+  /** Of each mixture layer, the experts of all rows; null unless asked for. */
+  readonly experts: readonly Int32Array[] | null;
+}
+
+/**
+ * Computes a batch.
+ * @param masks of each entry, what its constraint allows; null: nobody has one
+ * @param wantExperts hand over the experts of all rows, also where no request asks for its own
+ * @param started called once native code is at work
+ */
+export async function drawBatch(
+  steps: Steps,
+  programs: Programs,
+  entries: readonly BatchEntry[],
+  masks: readonly (Int32Array | null)[] | null,
+  wantExperts: boolean,
+  started: () => void,
+): Promise<Drawn> {
+  const { vocabSize, moe } = programs.config;
+  const picked: number[] = [];
+  const sampled: Parameters<typeof layOut>[0][number][] = [];
+  let [rows, most] = [0, 0];
+  let routing = wantExperts;
+  entries.forEach(({ sequence: s, count, samples }, i) => {
+    rows += count;
+    if (!samples) return;
+    picked.push(rows - 1);
+    sampled.push({ sampling: s.request.sampling, tokens: s.tokens, promptCount: s.promptCount, mask: masks?.[i] });
+    most = Math.max(most, s.request.topLogprobs ?? 0);
+    routing ||= s.request.wantRouting ?? false;
+  });
+  const outs = picked.length;
+  const ids = new Int32Array(outs);
+  const logprobs = new Float32Array(outs);
+  const outputs: Numbers[] = [ids, logprobs];
+  const top = levelOf(most, vocabSize);
+  const [topIds, topValues] = [new Int32Array(outs * top), new Float32Array(outs * top)];
+  if (top > 0) outputs.push(topIds, topValues);
+  const chosen = moe?.chosen ?? 0;
+  const routed = (routing ? programs.mixtures : []).map(() => {
+    const layer = { experts: new Int32Array(rows * chosen), weights: new Float32Array(rows * chosen) };
+    outputs.push(layer.experts, layer.weights);
+    return layer;
+  });
+  const controls = layOut(sampled);
+  await steps.run(
+    { kind: "sample", top, routing },
+    entries.map(({ sequence: s, count }) => ({ ids: s.tokens.slice(s.cached, s.cached + count), start: s.cached, pages: s.pages })),
+    Int32Array.from(picked),
+    [controls.floats, controls.ints, controls.history, controls.biasIds, controls.biasValues, controls.masks],
+    outputs,
+    started,
+  );
+
+  const topOf = (out: number, count: number): TokenLogprob[] =>
+    Array.from({ length: count }, (_, i) => ({ id: topIds[out * top + i], logprob: topValues[out * top + i] }));
+  const routingOf = (row: number): TokenRouting => {
+    const all = { experts: new Int32Array(routed.length * chosen), weights: new Float32Array(routed.length * chosen) };
+    routed.forEach((layer, l) => {
+      all.experts.set(layer.experts.subarray(row * chosen, (row + 1) * chosen), l * chosen);
+      all.weights.set(layer.weights.subarray(row * chosen, (row + 1) * chosen), l * chosen);
+    });
+    return all;
+  };
+  const tokens = entries
+    .filter((e) => e.samples)
+    .map(({ sequence: { request } }, i): GeneratedToken => {
+      const { topLogprobs = 0, wantRouting = false } = request;
+      return {
+        id: ids[i],
+        logprob: logprobs[i],
+        ...(topLogprobs > 0 ? { top: topOf(i, topLogprobs) } : {}),
+        ...(wantRouting ? { routing: routingOf(picked[i]) } : {}),
+      };
+    });
+  return { entries, tokens, rows, experts: wantExperts ? routed.map((layer) => layer.experts) : null };
+}
+
+/** How many alternatives a program gives where `wanted` are: a few sizes, so that there are few programs. */
+function levelOf(wanted: number, vocabSize: number): number {
+  if (wanted === 0) return 0;
+  let level = 8;
+  while (level < wanted) level *= 4;
+  return Math.min(level, vocabSize);
+}

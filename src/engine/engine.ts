@@ -3,7 +3,7 @@
  * what came of it. Knows no text.
  */
 import { freemem } from "node:os";
-import { setImmediate } from "node:timers/promises";
+import { setImmediate as turn } from "node:timers/promises";
 import type { Backend, Weights } from "../backend/backend.ts";
 import { kvShapes } from "../graph/graph.ts";
 import { bytesOf } from "../graph/plan.ts";
@@ -43,6 +43,7 @@ export interface EngineOptions {
   readonly prefixCache?: boolean;
 }
 
+const READERS_AT_ONCE = 32;
 /** However slow the machine: fewer rows of prompts in a step would hardly save time. */
 const LEAST_PROMPT_ROWS = 16;
 
@@ -168,7 +169,7 @@ export class Engine {
         // Nobody is left, or `inspect` holds the blocks that the others wait for, and needs the event loop to give them back.
         this.#wakeReaders();
         await this.#steps.idle();
-        await setImmediate();
+        await turn();
         continue;
       }
       try {
@@ -260,11 +261,18 @@ export class Engine {
     return report;
   }
 
-  /** Tells readers of new tokens: once the next step is under way, so that what they do costs it no time. */
+  /**
+   * Tells readers of new tokens: once the next step is under way, so that what they do costs it no time. A few at a time, so
+   * that hundreds of them do not hold the event loop.
+   */
   #wakeReaders(): void {
     const unread = this.#unread;
     this.#unread = [];
-    for (const sequence of unread) sequence.wake();
+    const wake = (from: number): void => {
+      for (const sequence of unread.slice(from, from + READERS_AT_ONCE)) sequence.wake();
+      if (from + READERS_AT_ONCE < unread.length) setImmediate(() => wake(from + READERS_AT_ONCE));
+    };
+    wake(0);
   }
 
   /** Positions that one sequence can have. */

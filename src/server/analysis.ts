@@ -2,7 +2,7 @@
 import { kvCacheName } from "../api/load.ts";
 import type { RoutedLayer } from "../engine/engine.ts";
 import { measure } from "../model/size.ts";
-import { contextLength, promptOf } from "./completion.ts";
+import { contextLength } from "./completion.ts";
 import { ServerError } from "./errors.ts";
 import type { Caller, Prompt, ServedModel } from "./served.ts";
 import type { Services } from "./services.ts";
@@ -26,14 +26,24 @@ export function factsOf(model: ServedModel) {
   };
 }
 
+/** The ids of a text, and what each stands for. @param specialTokens with those around it that the tokenizer declares */
+export async function tokenize(
+  { encoder, tokenizer }: ServedModel,
+  text: string,
+  specialTokens: boolean,
+): Promise<{ readonly tokens: readonly number[]; readonly pieces: readonly string[] }> {
+  const { tokens } = await encoder.encode({ kind: "text", text, specialTokens });
+  return { tokens, pieces: tokenizer.convert_ids_to_tokens(tokens) };
+}
+
 /** Throws ServerError `invalid_request` on ids that the model does not have. */
-export function detokenize({ tokenizer, config }: ServedModel, tokens: readonly number[], skipSpecialTokens: boolean): string {
+export async function detokenize({ encoder, config }: ServedModel, tokens: readonly number[], skipSpecialTokens: boolean): Promise<string> {
   const wrong = tokens.findIndex((id) => id >= config.vocabSize);
   if (wrong >= 0)
     throw new ServerError("invalid_request", `token id ${tokens[wrong]} is outside the vocabulary of ${config.vocabSize}`, {
       param: `tokens[${wrong}]`,
     });
-  return tokenizer.decode([...tokens], { skip_special_tokens: skipSpecialTokens });
+  return encoder.decode(tokens, skipSpecialTokens);
 }
 
 /** A vector of length one for each prompt, [hidden size]; and how many tokens they have together. */
@@ -44,7 +54,7 @@ export async function embed(
   prompts: readonly Prompt[],
   signal?: AbortSignal,
 ): Promise<{ readonly vectors: readonly Float32Array[]; readonly tokens: number }> {
-  const encoded = prompts.map((prompt) => promptOf(model.tokenizer, prompt).tokens);
+  const encoded = (await Promise.all(prompts.map((prompt) => model.encoder.encode(prompt, signal)))).map(({ tokens }) => tokens);
   const vectors: Float32Array[] = [];
   for (const tokens of encoded) {
     signal?.throwIfAborted();
@@ -59,7 +69,7 @@ export async function embed(
 export async function route(
   services: Services,
   caller: Caller,
-  { name, config, tokenizer, engine }: ServedModel,
+  { name, config, encoder, engine }: ServedModel,
   prompt: Prompt,
 ): Promise<{
   readonly tokens: readonly number[];
@@ -68,7 +78,7 @@ export async function route(
   readonly chosen: number;
 }> {
   if (!config.moe) throw new ServerError("invalid_request", `the model '${name}' is dense: it has no experts`, { param: "model" });
-  const { tokens } = promptOf(tokenizer, prompt);
+  const { tokens } = await encoder.encode(prompt);
   const { routing } = await engine.inspect(tokens, { logits: false, routing: true });
   services.account(caller, { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
   return { tokens, layers: routing, experts: config.moe.experts, chosen: config.moe.chosen };

@@ -9,9 +9,11 @@ import { kvBytesPerToken } from "../engine/engine.ts";
 import { readConfig } from "../model/config.ts";
 import { measure } from "../model/size.ts";
 import type { ModelConfig } from "./config.ts";
+import { Encoder } from "./encoder.ts";
 import { ServerError } from "./errors.ts";
 import { Grammars } from "./grammar.ts";
 import type { Catalog, ServedModel } from "./served.ts";
+import { Turns } from "./turns.ts";
 
 export interface CatalogOptions {
   readonly idleUnloadSeconds: number;
@@ -38,6 +40,8 @@ export class ModelCatalog implements Catalog {
   readonly #entries = new Map<string, Entry>();
   readonly #options: CatalogOptions;
   readonly #idle: NodeJS.Timeout;
+  /** What all models do on the event loop. */
+  readonly #turns = new Turns();
   #turn: Promise<unknown> = Promise.resolve();
   #closed = false;
 
@@ -103,7 +107,7 @@ export class ModelCatalog implements Catalog {
     clearInterval(this.#idle);
     for (const entry of this.#entries.values()) {
       const model = entry.model ?? (await entry.loading?.catch(() => null));
-      if (model) await model.engine.dispose();
+      if (model) await Promise.all([model.engine.dispose(), model.encoder.close()]);
       entry.model = null;
     }
   }
@@ -136,7 +140,8 @@ export class ModelCatalog implements Catalog {
         engine,
         dtype: mainFormat(weights),
         generationConfig,
-        grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(generationConfig, config)),
+        encoder: new Encoder(folder, tokenizer, this.#turns),
+        grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(generationConfig, config), this.#turns),
       };
       onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes });
       return entry.model;
@@ -191,7 +196,7 @@ export class ModelCatalog implements Catalog {
     entry.model = null;
     entry.loading = null;
     if (!model) return;
-    await model.engine.dispose();
+    await Promise.all([model.engine.dispose(), model.encoder.close()]);
     this.#options.onEvent("unloaded", entry.config.name, { bytes: entry.bytes });
     entry.bytes = 0;
   }

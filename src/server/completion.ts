@@ -5,20 +5,11 @@
 import { endTokenIds } from "../api/generation.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import type { Constraint, GeneratedToken, Request } from "../engine/sequence.ts";
-import { TokenizerError } from "../tokenizer/error.ts";
-import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { Answer } from "./answer.ts";
-import { dialectOf, TAGS } from "./dialect.ts";
+import { dialectOf } from "./dialect.ts";
 import { ServerError } from "./errors.ts";
-import type { CompletionEvent, CompletionRequest, Prompt, ServedModel, Usage } from "./served.ts";
-import { describe, withArguments, withoutTools } from "./tools.ts";
-
-/** What the engine is to go on with, and how its answer begins. */
-export interface EncodedPrompt {
-  readonly tokens: readonly number[];
-  /** It ends inside the model's reasoning. */
-  readonly insideReasoning: boolean;
-}
+import type { EncodedPrompt } from "./prompt.ts";
+import type { CompletionEvent, CompletionRequest, ServedModel, Usage } from "./served.ts";
 
 /**
  * Answers a request. Nothing runs before the first event is asked for; leaving the loop ends the request in the engine. Once
@@ -32,7 +23,8 @@ export async function* complete(
   onUsage: (usage: Usage) => void,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
   const { tokenizer, config, generationConfig } = model;
-  const prompt = promptOf(tokenizer, request.prompt);
+  const prompt = await encoded(model, request);
+  if (prompt === null) return;
   const maxNewTokens = roomFor(model, prompt.tokens.length, request);
   const answer = new Answer(model, request, dialectOf(tokenizer), prompt);
   const constraint = await constraintOf(model, request, prompt.insideReasoning);
@@ -63,35 +55,13 @@ export async function* complete(
   }
 }
 
-/** The ids of a prompt. Throws ServerError `invalid_request` for what the tokenizer or the chat template refuses. */
-export function promptOf(tokenizer: Tokenizer, prompt: Prompt): EncodedPrompt {
-  switch (prompt.kind) {
-    case "tokens":
-      return { tokens: prompt.tokens, insideReasoning: false };
-    case "text":
-      return { tokens: refusing("prompt", () => tokenizer.encode(prompt.text)), insideReasoning: false };
-    case "chat": {
-      const dialect = dialectOf(tokenizer);
-      const tools = prompt.toolChoice === "none" ? [] : prompt.tools;
-      const messages = dialect.takesTools ? withArguments(prompt.messages) : withoutTools(prompt.messages, tools);
-      const tokens = refusing("messages", () =>
-        tokenizer.apply_chat_template(messages, {
-          ...prompt.templateVariables,
-          ...(dialect.takesTools && tools.length > 0 ? { tools: describe(tools) } : {}),
-          add_generation_prompt: true,
-          // Variables are the template's alone: they change neither it nor what is made of its text. What a user writes is text,
-          // never a special token.
-          chat_template: undefined,
-          tokenize: true,
-          return_dict: false,
-          split_special_tokens: true,
-        }),
-      );
-      const opened = new RegExp(`${TAGS.think[0]}\\s*$`).test(tokenizer.decode(tokens.slice(-16)));
-      return { tokens, insideReasoning: dialect.thinks && opened };
-    }
-    default:
-      return prompt satisfies never;
+/** Null where the client left before. */
+async function encoded({ encoder }: ServedModel, { prompt, signal }: CompletionRequest): Promise<EncodedPrompt | null> {
+  try {
+    return await encoder.encode(prompt, signal);
+  } catch (error) {
+    if (signal.aborted) return null;
+    throw error;
   }
 }
 
@@ -107,26 +77,20 @@ function submit({ engine }: ServedModel, request: Request): AsyncGenerator<Gener
   }
 }
 
-/** Says of a text that can't be encoded which field it came in. */
-function refusing(param: string, encode: () => number[]): number[] {
-  try {
-    return encode();
-  } catch (cause) {
-    if (cause instanceof TokenizerError) throw new ServerError("invalid_request", cause.message, { cause, param });
-    throw cause;
-  }
-}
-
 /** Tokens of prompt and answer together at most. */
 export function contextLength({ config, engine }: Pick<ServedModel, "config" | "engine">): number {
   return Math.min(config.maxPositions, engine.cache.count * BLOCK_TOKENS);
 }
 
 /** Tokens that the answer may have. Throws ServerError where the prompt leaves none. */
-function roomFor(model: ServedModel, promptTokens: number, { maxTokens, prompt }: CompletionRequest): number {
+function roomFor(model: ServedModel, promptTokens: number, { maxTokens, maxPromptTokens, prompt }: CompletionRequest): number {
   const longest = contextLength(model);
   const param = prompt.kind === "chat" ? "messages" : "prompt";
   if (promptTokens === 0) throw new ServerError("invalid_request", "the prompt is empty: at least one token is needed", { param });
+  if (maxPromptTokens !== undefined && promptTokens > maxPromptTokens)
+    throw new ServerError("context_length_exceeded", `the prompt has ${promptTokens} tokens; this server takes ${maxPromptTokens}`, {
+      param,
+    });
   if (promptTokens >= longest)
     throw new ServerError(
       "context_length_exceeded",

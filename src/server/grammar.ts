@@ -3,7 +3,6 @@
  * `grammar/` says how they are followed. Knows no request.
  */
 import { createHash } from "node:crypto";
-import { setImmediate } from "node:timers/promises";
 import type { Constraint } from "../engine/sequence.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { TAGS } from "./dialect.ts";
@@ -15,6 +14,7 @@ import { SchemaError } from "./grammar/keywords.ts";
 import { schemaGrammar } from "./grammar/schema.ts";
 import { Trie } from "./grammar/trie.ts";
 import type { ToolDefinition } from "./served.ts";
+import { Turns } from "./turns.ts";
 
 /** What an answer must be. */
 export type Shape =
@@ -42,15 +42,16 @@ export class Grammars {
   readonly #insides: Insides = new Map();
   /** Made when first needed: it reads the whole vocabulary. */
   #trie: Promise<Trie> | null = null;
-  #turn: Promise<void> = Promise.resolve();
+  readonly #turns: Turns;
   /** The most recently used last. */
   readonly #kept = new Map<string, Automaton>();
 
   /** @param vocabSize of the model, which may have more rows than the tokenizer has tokens */
-  constructor(tokenizer: Tokenizer, vocabSize: number, endIds: readonly number[]) {
+  constructor(tokenizer: Tokenizer, vocabSize: number, endIds: readonly number[], turns = new Turns()) {
     this.#tokenizer = tokenizer;
     this.#vocabSize = vocabSize;
     this.#endIds = endIds;
+    this.#turns = turns;
   }
 
   /**
@@ -59,10 +60,11 @@ export class Grammars {
    */
   async constraint(shape: Shape, param: string, insideReasoning = false): Promise<Constraint> {
     this.#trie ??= Trie.build(this.#tokenizer.vocabulary, this.#vocabSize);
-    const automaton = this.#find(shape, param, insideReasoning, await this.#trie);
+    const trie = await this.#trie;
+    const automaton = await this.#turns.take(() => this.#find(shape, param, insideReasoning, trie));
     let state: State = automaton.start;
     return {
-      next: () => state.mask ?? this.#inTurn(() => automaton.mask(state)),
+      next: () => state.mask ?? this.#turns.take(() => automaton.mask(state)),
       accept: (id) => {
         if (this.#endIds.includes(id)) return; // nothing follows
         const next = automaton.accept(state, id);
@@ -70,16 +72,6 @@ export class Grammars {
         state = next;
       },
     };
-  }
-
-  /** Masks that are not known yet are found one by one, and others get their turn between two. */
-  #inTurn<T>(find: () => T): Promise<T> {
-    const found = this.#turn.then(find);
-    this.#turn = found.then(
-      () => setImmediate(),
-      () => setImmediate(),
-    );
-    return found;
   }
 
   #find(shape: Shape, param: string, insideReasoning: boolean, trie: Trie): Automaton {

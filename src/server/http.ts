@@ -17,6 +17,7 @@ import { errorBody } from "./replies.ts";
 import type { Responses } from "./responses.ts";
 import type { Caller } from "./served.ts";
 import type { Certificate } from "./tls.ts";
+import { Turns } from "./turns.ts";
 
 declare module "fastify" {
   interface FastifyRequest {
@@ -133,11 +134,14 @@ export async function createHttp({ config, log, metrics, responses, certificate,
 
 /** Lets only those into the routes of `scope` who may use them. Runs before bodies are read; requests that compute need a place. */
 export function guard(scope: FastifyInstance, gate: Gate, metrics: Metrics): void {
+  const turns = new Turns();
   scope.addHook("onRequest", async (request, reply) => {
+    if (request.method === "POST") await turns.next(); // hundreds that come at once do not hold the event loop
     request.caller = gate.authenticate(bearerToken(request.headers.authorization));
     if (request.method !== "POST") return;
     const gone = new AbortController();
-    reply.raw.once("close", () => gone.abort(new ServerError("timeout", "the client has left")));
+    const leave = () => gone.abort(new ServerError("timeout", "the client has left"));
+    reply.raw.once("close", leave);
     try {
       const place = await gate.enter(request.caller, gone.signal);
       reply.raw.once("close", place.leave);
@@ -147,6 +151,7 @@ export function guard(scope: FastifyInstance, gate: Gate, metrics: Metrics): voi
       metrics.refused(error instanceof ServerError ? error.code : "internal");
       throw error;
     } finally {
+      reply.raw.off("close", leave);
       reply.headers(rateHeaders(gate, request.caller));
     }
   });

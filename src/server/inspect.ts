@@ -1,7 +1,7 @@
 /** Routes of mixtape's own: tokens of a text and back, and which experts a text uses. */
 import type { FastifyInstance, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
-import { detokenize, route } from "./analysis.ts";
+import { detokenize, route, tokenize } from "./analysis.ts";
 import { ServerError } from "./errors.ts";
 import { chatPrompt, DetokenizeBody, messagesOf, RoutingBody, TokenizeBody } from "./schemas.ts";
 import type { Caller, Prompt } from "./served.ts";
@@ -11,17 +11,17 @@ export function registerInspection(app: FastifyInstance, services: Services, cal
   const routes = app.withTypeProvider<ZodTypeProvider>();
 
   routes.post("/tokenize", { schema: { body: TokenizeBody, tags: ["mixtape"], summary: "The tokens of a text" } }, (request) =>
-    withModel(services, callerOf(request), request.body.model, async ({ tokenizer }) => {
+    withModel(services, callerOf(request), request.body.model, async (model) => {
       const { text, add_special_tokens } = request.body;
-      const tokens = tokenizer.encode(text, { add_special_tokens: add_special_tokens ?? true });
-      return { tokens, pieces: tokenizer.convert_ids_to_tokens(tokens), count: tokens.length };
+      const { tokens, pieces } = await tokenize(model, text, add_special_tokens ?? true);
+      return { tokens, pieces, count: tokens.length };
     }),
   );
 
   routes.post("/detokenize", { schema: { body: DetokenizeBody, tags: ["mixtape"], summary: "The text of tokens" } }, (request) =>
     withModel(services, callerOf(request), request.body.model, async (model) => {
       const { tokens, skip_special_tokens } = request.body;
-      return { text: detokenize(model, tokens, skip_special_tokens ?? false) };
+      return { text: await detokenize(model, tokens, skip_special_tokens ?? false) };
     }),
   );
 

@@ -3,7 +3,6 @@ import { randomUUID } from "node:crypto";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
 import { embed } from "./analysis.ts";
-import { promptOf } from "./completion.ts";
 import { ServerError } from "./errors.ts";
 import { errorBody } from "./replies.ts";
 import { ChatBody, CompletionBody, chatRequest, completionRequest, EmbeddingBody, promptsOf } from "./schemas.ts";
@@ -66,7 +65,9 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
       const who = { owner: callerOf(request).id, signal: signalOf(reply) };
       const prompts = promptsOf(body.prompt);
       const requests = prompts.flatMap((prompt) => several(completionRequest(body, prompt, model.generationConfig, who), body.n ?? 1));
-      const echoes = requests.map((r) => (body.echo ? model.tokenizer.decode(promptOf(model.tokenizer, r.prompt).tokens as number[]) : ""));
+      const echo = async ({ prompt, signal }: CompletionRequest) =>
+        model.encoder.decode((await model.encoder.encode(prompt, signal)).tokens, false);
+      const echoes = body.echo ? await Promise.all(requests.map(echo)) : requests.map(() => "");
       const head = { id: `cmpl-${randomUUID()}`, object: "text_completion", created: now(), model: model.name };
       const answers = requests.map((_, i) => new TextAnswer(echoes[i]));
       const usage = () => usageOf(answers, body.n ?? 1);

@@ -7,6 +7,7 @@ import type { Sampling } from "../engine/sampling.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import type { Message } from "../tokenizer/template.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import type { Encoder } from "./encoder.ts";
 import type { Grammars } from "./grammar.ts";
 
 /** A loaded model under the name that clients know it by. */
@@ -19,6 +20,7 @@ export interface ServedModel {
   readonly engine: Engine;
   /** Format that most of the weights have in memory: `fp32`, `bf16`, `int8` and so on. */
   readonly dtype: string;
+  readonly encoder: Encoder;
   readonly grammars: Grammars;
   /** generation_config.json: defaults of the sampling controls. */
   readonly generationConfig: Readonly<Record<string, unknown>>;
@@ -57,7 +59,8 @@ export interface ToolDefinition {
 export type ToolChoice = "auto" | "none" | "required" | { readonly name: string };
 
 export type Prompt =
-  | { readonly kind: "text"; readonly text: string }
+  /** `specialTokens`: with those around it that the tokenizer declares; default true. */
+  | { readonly kind: "text"; readonly text: string; readonly specialTokens?: boolean }
   | { readonly kind: "tokens"; readonly tokens: readonly number[] }
   | {
       readonly kind: "chat";
@@ -78,6 +81,8 @@ export type ResponseFormat =
 /** One answer that is wanted. A request for several is several of these. */
 export interface CompletionRequest {
   readonly prompt: Prompt;
+  /** Longer prompts are refused. Default: those that the model has no room for. */
+  readonly maxPromptTokens?: number;
   readonly sampling: Sampling;
   /** Null: until the model ends or its positions do. */
   readonly maxTokens: number | null;

@@ -1,5 +1,5 @@
 /** What routes of every protocol stand on: models, callers, limits, accounts. Implemented by `server.ts` and its parts. */
-import { complete, promptOf } from "./completion.ts";
+import { complete } from "./completion.ts";
 import { ServerError } from "./errors.ts";
 import type { Caller, Catalog, CompletionEvent, CompletionRequest, ServedModel, Usage } from "./served.ts";
 
@@ -44,14 +44,11 @@ export async function* answer(
   request: CompletionRequest,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
   const { observer, maxTokens, maxPromptTokens } = services;
-  if (maxPromptTokens !== null) {
-    const { length } = promptOf(model.tokenizer, request.prompt).tokens;
-    if (length > maxPromptTokens)
-      throw new ServerError("context_length_exceeded", `the prompt has ${length} tokens; this server takes ${maxPromptTokens}`, {
-        param: request.prompt.kind === "chat" ? "messages" : "prompt",
-      });
-  }
-  const limited = maxTokens === null ? request : { ...request, maxTokens: Math.min(request.maxTokens ?? maxTokens, maxTokens) };
+  const limited: CompletionRequest = {
+    ...request,
+    ...(maxPromptTokens === null ? {} : { maxPromptTokens }),
+    ...(maxTokens === null ? {} : { maxTokens: Math.min(request.maxTokens ?? maxTokens, maxTokens) }),
+  };
   let last = performance.now();
   let first = true;
   const settle = (usage: Usage) => {

@@ -6,8 +6,10 @@ import { AutoTokenizer } from "../../src/api/tokenizer.ts";
 import { GREEDY } from "../../src/engine/sampling.ts";
 import type { Request } from "../../src/engine/sequence.ts";
 import { readConfig } from "../../src/model/config.ts";
-import { complete, promptOf } from "../../src/server/completion.ts";
+import { complete } from "../../src/server/completion.ts";
+import { Encoder } from "../../src/server/encoder.ts";
 import { Grammars } from "../../src/server/grammar.ts";
+import { promptOf } from "../../src/server/prompt.ts";
 import type { CompletionEvent, CompletionRequest, Prompt, ServedModel, Usage } from "../../src/server/served.ts";
 import type { Tokenizer } from "../../src/tokenizer/tokenizer.ts";
 import { scratch } from "../checkpoint/craft.ts";
@@ -57,7 +59,8 @@ async function replaying(tokenizer: Tokenizer, tokens: readonly number[]): Promi
     },
   } as unknown as ServedModel["engine"];
   const grammars = new Grammars(tokenizer, config.vocabSize, config.eosTokenIds);
-  return { model: { name: "m", created: 0, config, tokenizer, engine, dtype: "bf16", grammars, generationConfig: {} }, asked };
+  const encoder = new Encoder(SOURCE, tokenizer);
+  return { model: { name: "m", created: 0, config, tokenizer, engine, dtype: "bf16", encoder, grammars, generationConfig: {} }, asked };
 }
 
 const WEATHER = { name: "weather", parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] } };

@@ -1,6 +1,6 @@
 /** The methods of mixtape.proto. Knows no connection and no key. */
 import type { UntypedServiceImplementation } from "@grpc/grpc-js";
-import { detokenize, embed, factsOf, route } from "../analysis.ts";
+import { detokenize, embed, factsOf, route, tokenize } from "../analysis.ts";
 import type { CompletionRequest, ServedModel } from "../served.ts";
 import { answer, type Services, withModel } from "../services.ts";
 import type { Calls, Context, StreamContext } from "./calls.ts";
@@ -46,12 +46,12 @@ export function mixtapeService(calls: Calls, services: Services, maxJsonDepth: n
   return {
     Generate: completion<GenerateRequest>(generateRequest),
     Chat: completion<ChatRequest>(chatCompletionRequest),
-    Tokenize: unary<Named & { text: string; add_special_tokens?: boolean }>(async ({ tokenizer }, { text, add_special_tokens = true }) => {
-      const tokens = tokenizer.encode(text, { add_special_tokens });
-      return { tokens, pieces: tokenizer.convert_ids_to_tokens(tokens) };
+    Tokenize: unary<Named & { text: string; add_special_tokens?: boolean }>(async (model, { text, add_special_tokens = true }) => {
+      const { tokens, pieces } = await tokenize(model, text, add_special_tokens);
+      return { tokens, pieces };
     }),
     Detokenize: unary<Named & { tokens: number[]; skip_special_tokens: boolean }>(async (model, { tokens, skip_special_tokens }) => ({
-      text: detokenize(model, tokens, skip_special_tokens),
+      text: await detokenize(model, tokens, skip_special_tokens),
     })),
     ListModels: calls.unary<object>(
       async (_request, { caller }) => ({ models: services.catalog.list().filter(({ name }) => caller.models?.includes(name) ?? true) }),

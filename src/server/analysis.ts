@@ -26,22 +26,35 @@ export function factsOf(model: ServedModel) {
   };
 }
 
-/** The ids of a text, and what each stands for. @param specialTokens with those around it that the tokenizer declares */
+/** Characters of a text whose tokens are listed: the list is many times as long. */
+const LONGEST_LISTED = 2 ** 19;
+
+/** The ids of a text, and what each stands for. Throws ServerError `invalid_request` for one that is too long. @param specialTokens with those around it that the tokenizer declares */
 export async function tokenize(
   { encoder, tokenizer }: ServedModel,
   text: string,
   specialTokens: boolean,
+  signal?: AbortSignal,
 ): Promise<{ readonly tokens: readonly number[]; readonly pieces: readonly string[] }> {
-  const { tokens } = await encoder.encode({ kind: "text", text, specialTokens });
+  if (text.length > LONGEST_LISTED)
+    throw new ServerError("invalid_request", `the text has ${text.length} characters; ${LONGEST_LISTED} are taken at once`, {
+      param: "text",
+    });
+  const { tokens } = await encoder.encode({ kind: "text", text, specialTokens }, signal);
   return { tokens, pieces: tokenizer.convert_ids_to_tokens(tokens) };
 }
 
-/** Throws ServerError `invalid_request` on ids that the model does not have. */
-export async function detokenize({ encoder, config }: ServedModel, tokens: readonly number[], skipSpecialTokens: boolean): Promise<string> {
-  const wrong = tokens.findIndex((id) => id >= config.vocabSize);
+/** Throws ServerError `invalid_request` on ids that the model does not have. @param param the field that they came in */
+export async function detokenize(
+  { encoder, config }: ServedModel,
+  tokens: readonly number[],
+  skipSpecialTokens: boolean,
+  param = "tokens",
+): Promise<string> {
+  const wrong = tokens.findIndex((id) => id < 0 || id >= config.vocabSize);
   if (wrong >= 0)
     throw new ServerError("invalid_request", `token id ${tokens[wrong]} is outside the vocabulary of ${config.vocabSize}`, {
-      param: `tokens[${wrong}]`,
+      param: `${param}[${wrong}]`,
     });
   return encoder.decode(tokens, skipSpecialTokens);
 }
@@ -71,6 +84,7 @@ export async function route(
   caller: Caller,
   { name, config, encoder, engine }: ServedModel,
   prompt: Prompt,
+  signal?: AbortSignal,
 ): Promise<{
   readonly tokens: readonly number[];
   readonly layers: readonly RoutedLayer[];
@@ -78,7 +92,8 @@ export async function route(
   readonly chosen: number;
 }> {
   if (!config.moe) throw new ServerError("invalid_request", `the model '${name}' is dense: it has no experts`, { param: "model" });
-  const { tokens } = await encoder.encode(prompt);
+  const { tokens } = await encoder.encode(prompt, signal);
+  signal?.throwIfAborted();
   const { routing } = await engine.inspect(tokens, { logits: false, routing: true });
   services.account(caller, { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
   return { tokens, layers: routing, experts: config.moe.experts, chosen: config.moe.chosen };

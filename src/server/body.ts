@@ -15,7 +15,9 @@ export function parseBody(bytes: Buffer, maxDepth: number, what = "the body"): u
   checkDepth(bytes, maxDepth, what);
   try {
     const text = bytes.toString("utf8");
-    return JSON.parse(text, MAY_HOLD_PROTOTYPE.test(text) ? (key, value) => refusePrototype(key, value, what) : undefined);
+    const value: unknown = JSON.parse(text);
+    if (MAY_HOLD_PROTOTYPE.test(text)) refusePrototype(value, what);
+    return value;
   } catch (error) {
     if (error instanceof ServerError) throw error;
     const position = /at position (\d+)/.exec((error as Error).message)?.[1];
@@ -26,9 +28,10 @@ export function parseBody(bytes: Buffer, maxDepth: number, what = "the body"): u
 /** Plain, or with some of its letters escaped. */
 const MAY_HOLD_PROTOTYPE = /__proto__|\\u00[5-7]/i;
 
-function refusePrototype(key: string, value: unknown, what: string): unknown {
-  if (key === "__proto__") throw new ServerError("invalid_request", `${what} has a field __proto__, which is not allowed`);
-  return value;
+function refusePrototype(value: unknown, what: string): void {
+  if (typeof value !== "object" || value === null) return;
+  if (Object.hasOwn(value, "__proto__")) throw new ServerError("invalid_request", `${what} has a field __proto__, which is not allowed`);
+  for (const each of Object.values(value)) refusePrototype(each, what);
 }
 
 /** Whatever walks through the parsed value does so by recursion, so the depth is bounded before. */

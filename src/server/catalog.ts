@@ -198,7 +198,7 @@ export class ModelCatalog implements Catalog {
     if (!model) return;
     await Promise.all([model.engine.dispose(), model.encoder.close()]);
     this.#options.onEvent("unloaded", entry.config.name, { bytes: entry.bytes });
-    entry.bytes = 0;
+    if (entry.loading === null) entry.bytes = 0; // else somebody has asked for it meanwhile
   }
 }
 

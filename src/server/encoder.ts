@@ -17,7 +17,6 @@ const SCRIPT = new URL("../../dist/server/scribe.js", import.meta.url);
 
 interface Waiting {
   readonly job: Job;
-  readonly signal?: AbortSignal;
   resolve(outcome: Outcome): void;
   reject(reason: unknown): void;
 }
@@ -64,21 +63,29 @@ export class Encoder {
 
   /** One job is with the thread at a time, so that those of clients who have left are never begun. */
   async #send(job: Job, signal?: AbortSignal): Promise<Exclude<Outcome, { kind: "refused" | "failed" }>> {
+    signal?.throwIfAborted();
+    let leave = () => {};
     const outcome = await new Promise<Outcome>((resolve, reject) => {
-      this.#waiting.push({ job, signal, resolve, reject });
+      const waiting = { job, resolve, reject };
+      this.#waiting.push(waiting);
       if (this.#waiting.length === 1) this.#next();
-    });
+      leave = () => this.#leave(waiting, signal?.reason);
+      signal?.addEventListener("abort", leave);
+    }).finally(() => signal?.removeEventListener("abort", leave));
     if (outcome.kind === "refused") throw new ServerError("invalid_request", outcome.message, { param: outcome.param });
     if (outcome.kind === "failed") throw new Error(`encoding failed: ${outcome.message}`);
     return outcome;
   }
 
+  /** Whoever waits leaves at once. What has been begun for them ends first, and is told to nobody. */
+  #leave(waiting: Waiting, reason: unknown): void {
+    waiting.reject(reason);
+    const at = this.#waiting.indexOf(waiting);
+    if (at > 0) this.#waiting.splice(at, 1);
+  }
+
   #next(): void {
     clearTimeout(this.#idle);
-    while (this.#waiting[0]?.signal?.aborted) {
-      const left = this.#waiting.shift();
-      left?.reject(left.signal?.reason);
-    }
     const [first] = this.#waiting;
     if (first) {
       this.#worker ??= this.#start();
@@ -112,13 +119,19 @@ export class Encoder {
   }
 }
 
+/** What a message, a part or a tool takes beside its text, in characters. */
+const OVERHEAD = 16;
+
 /** Whether there is much text in a value, wherever it stands. */
 function isLong(value: unknown): boolean {
   let left = LONG_CHARACTERS;
   const count = (each: unknown): void => {
     if (left <= 0) return;
     if (typeof each === "string") left -= each.length;
-    else if (typeof each === "object" && each !== null) for (const part of Object.values(each)) count(part);
+    else if (typeof each === "object" && each !== null) {
+      left -= OVERHEAD;
+      for (const part of Object.values(each)) count(part);
+    }
   };
   count(value);
   return left <= 0;

@@ -32,7 +32,9 @@ export type Shape =
 
 const MAX_SCHEMA_BYTES = 64 * 1024;
 const MAX_CALLS = 16;
+/** Grammars, and what they remember together. */
 const KEPT = 64;
+const MAX_REMEMBERED = 1_000_000;
 
 /** Grammars for one model's tokens. */
 export class Grammars {
@@ -83,9 +85,12 @@ export class Grammars {
     this.#kept.delete(key);
     const automaton = known ?? new Automaton(this.#grammar(shape, param, insideReasoning), trie, this.#endIds, this.#insides);
     this.#kept.set(key, automaton);
-    for (const [oldest] of this.#kept) {
-      if (this.#kept.size <= KEPT) break;
+    let remembered = 0;
+    for (const each of this.#kept.values()) remembered += each.kept;
+    for (const [oldest, { kept }] of this.#kept) {
+      if ((this.#kept.size <= KEPT && remembered <= MAX_REMEMBERED) || this.#kept.size === 1) break;
       this.#kept.delete(oldest);
+      remembered -= kept;
     }
     return automaton;
   }

@@ -179,7 +179,8 @@ function duration(seconds: number): string {
 
 /** A page elsewhere can point its own name at this machine; its requests still carry that name. */
 function checkHost(request: FastifyRequest, allowed: readonly string[]): void {
-  const name = request.hostname;
+  // Not what a proxy says of it, which a page can say too.
+  const name = (request.headers.host ?? "").replace(/:\d+$/, "");
   if (isLoopback(name) || allowed.includes(name)) return;
   throw new ServerError(
     "invalid_request",

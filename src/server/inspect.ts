@@ -3,6 +3,7 @@ import type { FastifyInstance, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
 import { detokenize, route, tokenize } from "./analysis.ts";
 import { ServerError } from "./errors.ts";
+import { signalOf } from "./openai.ts";
 import { chatPrompt, DetokenizeBody, messagesOf, RoutingBody, TokenizeBody } from "./schemas.ts";
 import type { Caller, Prompt } from "./served.ts";
 import { type Services, withModel } from "./services.ts";
@@ -10,10 +11,10 @@ import { type Services, withModel } from "./services.ts";
 export function registerInspection(app: FastifyInstance, services: Services, callerOf: (request: FastifyRequest) => Caller): void {
   const routes = app.withTypeProvider<ZodTypeProvider>();
 
-  routes.post("/tokenize", { schema: { body: TokenizeBody, tags: ["mixtape"], summary: "The tokens of a text" } }, (request) =>
+  routes.post("/tokenize", { schema: { body: TokenizeBody, tags: ["mixtape"], summary: "The tokens of a text" } }, (request, reply) =>
     withModel(services, callerOf(request), request.body.model, async (model) => {
       const { text, add_special_tokens } = request.body;
-      const { tokens, pieces } = await tokenize(model, text, add_special_tokens ?? true);
+      const { tokens, pieces } = await tokenize(model, text, add_special_tokens ?? true, signalOf(reply));
       return { tokens, pieces, count: tokens.length };
     }),
   );
@@ -28,13 +29,13 @@ export function registerInspection(app: FastifyInstance, services: Services, cal
   routes.post(
     "/v1/routing",
     { schema: { body: RoutingBody, tags: ["mixtape"], summary: "Which experts each token of a text or conversation uses" } },
-    (request) =>
+    (request, reply) =>
       withModel(services, callerOf(request), request.body.model, async (model) => {
         const { text, messages } = request.body;
         if ((text === undefined) === (messages === undefined))
           throw new ServerError("invalid_request", "give either text or messages", { param: text === undefined ? "text" : "messages" });
         const prompt: Prompt = text !== undefined ? { kind: "text", text } : chatPrompt(messagesOf(messages ?? []));
-        const { tokens, layers, experts, chosen } = await route(services, callerOf(request), model, prompt);
+        const { tokens, layers, experts, chosen } = await route(services, callerOf(request), model, prompt, signalOf(reply));
         const rows = (all: Int32Array | Float32Array) => tokens.map((_, t) => [...all.subarray(t * chosen, (t + 1) * chosen)]);
         return {
           model: model.name,

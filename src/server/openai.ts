@@ -2,10 +2,10 @@
 import { randomUUID } from "node:crypto";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
-import { embed } from "./analysis.ts";
+import { detokenize, embed } from "./analysis.ts";
 import { ServerError } from "./errors.ts";
 import { errorBody } from "./replies.ts";
-import { ChatBody, CompletionBody, chatRequest, completionRequest, EmbeddingBody, promptsOf } from "./schemas.ts";
+import { ChatBody, CompletionBody, chatRequest, completionRequests, EmbeddingBody, promptsOf, several } from "./schemas.ts";
 import type { Caller, CompletionEvent, CompletionRequest, FinishReason, TokenLogprob, Usage } from "./served.ts";
 import { answer, type Services, withModel } from "./services.ts";
 import { EventStream } from "./sse.ts";
@@ -63,10 +63,9 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
     withModel(services, callerOf(request), request.body.model, async (model) => {
       const { body } = request;
       const who = { owner: callerOf(request).id, signal: signalOf(reply) };
-      const prompts = promptsOf(body.prompt);
-      const requests = prompts.flatMap((prompt) => several(completionRequest(body, prompt, model.generationConfig, who), body.n ?? 1));
+      const requests = completionRequests(body, model.generationConfig, who);
       const echo = async ({ prompt, signal }: CompletionRequest) =>
-        model.encoder.decode((await model.encoder.encode(prompt, signal)).tokens, false);
+        detokenize(model, (await model.encoder.encode(prompt, signal)).tokens, false, "prompt");
       const echoes = body.echo ? await Promise.all(requests.map(echo)) : requests.map(() => "");
       const head = { id: `cmpl-${randomUUID()}`, object: "text_completion", created: now(), model: model.name };
       const answers = requests.map((_, i) => new TextAnswer(echoes[i]));
@@ -115,7 +114,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
   routes.post(
     "/v1/embeddings",
     { schema: { body: EmbeddingBody, tags: ["OpenAI"], summary: "Embed texts: the mean of the last hidden states, of length one" } },
-    (request) =>
+    (request, reply) =>
       withModel(services, callerOf(request), request.body.model, async (model) => {
         const { input, encoding_format: format, dimensions } = request.body;
         const { hiddenSize } = model.config;
@@ -123,7 +122,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
           throw new ServerError("invalid_request", `embeddings of this model have ${hiddenSize} dimensions, not ${dimensions}`, {
             param: "dimensions",
           });
-        const { vectors, tokens } = await embed(services, callerOf(request), model, promptsOf(input));
+        const { vectors, tokens } = await embed(services, callerOf(request), model, promptsOf(input), signalOf(reply));
         return {
           object: "list",
           model: model.name,
@@ -141,9 +140,12 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
 /** Aborted when the client goes away before its answer is complete. */
 export function signalOf(reply: FastifyReply): AbortSignal {
   const gone = new AbortController();
-  reply.raw.once("close", () => {
+  const look = () => {
     if (!reply.raw.writableFinished) gone.abort(new Error("the client has gone"));
-  });
+  };
+  if (reply.raw.closed || reply.raw.destroyed)
+    look(); // while the model was loaded
+  else reply.raw.once("close", look);
   return gone.signal;
 }
 
@@ -191,13 +193,6 @@ async function stream(reply: FastifyReply, write: (out: Pick<EventStream, "send"
   }
   await begin().end();
   return reply;
-}
-
-function several(request: CompletionRequest, n: number): CompletionRequest[] {
-  return Array.from({ length: n }, (_, i) => ({
-    ...request,
-    sampling: { ...request.sampling, seed: (request.sampling.seed + i) % (2 ** 53 - 1) },
-  }));
 }
 
 const NONE: Usage = { promptTokens: 0, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 };

@@ -20,16 +20,26 @@ const IGNORED = [
 ] as const;
 const ignored = Object.fromEntries(IGNORED.map((name) => [name, z.unknown().optional()]));
 
+/** Tokens with a bias, which each step lays out anew. */
+const MOST_BIASES = 1024;
+const MOST_MESSAGES = 10_000;
+/** Texts that one request for embeddings may have, and answers that one for completions may want: prompts by n. */
+export const MOST_INPUTS = 256;
+const MOST_ANSWERS = 128;
+
 const unit = z.number().min(-2).max(2);
 const sampling = {
   temperature: z.number().min(0).max(2).nullish().describe("0 is greedy. Default: the model's own."),
-  top_p: z.number().gt(0).max(1).nullish(),
+  top_p: z.number().min(0).max(1).nullish().describe("0 is greedy."),
   top_k: z.number().int().min(0).nullish().describe("Only the k most likely tokens; 0 is no limit. Not of OpenAI's."),
   min_p: z.number().min(0).max(1).nullish().describe("Only tokens at least this share as likely as the likeliest. Not of OpenAI's."),
   repetition_penalty: z.number().min(0.01).max(100).nullish().describe("Divides the logits of tokens that occurred. Not of OpenAI's."),
   presence_penalty: unit.nullish(),
   frequency_penalty: unit.nullish(),
-  logit_bias: z.record(z.string().regex(/^\d+$/, "token ids are whole numbers"), z.number().min(-100).max(100)).nullish(),
+  logit_bias: z
+    .record(z.string().regex(/^\d+$/, "token ids are whole numbers"), z.number().min(-100).max(100))
+    .refine((bias) => Object.keys(bias).length <= MOST_BIASES, `at most ${MOST_BIASES} tokens`)
+    .nullish(),
   seed: z
     .number()
     .int()
@@ -94,7 +104,7 @@ const responseFormat = z.discriminatedUnion("type", [
 
 export const ChatBody = z.strictObject({
   ...common,
-  messages: z.array(message).min(1),
+  messages: z.array(message).min(1).max(MOST_MESSAGES),
   max_tokens: z.number().int().min(1).nullish(),
   max_completion_tokens: z.number().int().min(1).nullish(),
   logprobs: z.boolean().nullish(),
@@ -115,9 +125,12 @@ export const CompletionBody = z.strictObject({
   ...common,
   prompt: z.union([
     z.string(),
-    z.array(z.string()).min(1),
-    z.array(z.number().int()).min(1),
-    z.array(z.array(z.number().int()).min(1)).min(1),
+    z.array(z.number().int().min(0)).min(1),
+    z.array(z.string()).min(1).max(MOST_ANSWERS),
+    z
+      .array(z.array(z.number().int().min(0)).min(1))
+      .min(1)
+      .max(MOST_ANSWERS),
   ]),
   max_tokens: z.number().int().min(1).nullish().describe("Default 16, as OpenAI's."),
   logprobs: z.number().int().min(0).max(20).nullish(),
@@ -127,24 +140,28 @@ export const CompletionBody = z.strictObject({
 });
 export type CompletionBody = z.infer<typeof CompletionBody>;
 
-/** Texts that one request for embeddings may have. */
-export const MOST_INPUTS = 256;
-
 export const EmbeddingBody = z.strictObject({
   ...ignored,
   model: z.string().min(1),
   input: z.union([
     z.string(),
+    z.array(z.number().int().min(0)).min(1),
     z.array(z.string()).min(1).max(MOST_INPUTS),
-    z.array(z.number().int()).min(1),
-    z.array(z.array(z.number().int()).min(1)).min(1).max(MOST_INPUTS),
+    z
+      .array(z.array(z.number().int().min(0)).min(1))
+      .min(1)
+      .max(MOST_INPUTS),
   ]),
   encoding_format: z.enum(["float", "base64"]).nullish(),
   dimensions: z.number().int().min(1).nullish(),
 });
 export type EmbeddingBody = z.infer<typeof EmbeddingBody>;
 
-export const TokenizeBody = z.strictObject({ model: z.string().min(1), text: z.string(), add_special_tokens: z.boolean().nullish() });
+export const TokenizeBody = z.strictObject({
+  model: z.string().min(1),
+  text: z.string(),
+  add_special_tokens: z.boolean().nullish(),
+});
 export const DetokenizeBody = z.strictObject({
   model: z.string().min(1),
   tokens: z.array(z.number().int().min(0)),
@@ -153,7 +170,7 @@ export const DetokenizeBody = z.strictObject({
 export const RoutingBody = z.strictObject({
   model: z.string().min(1),
   text: z.string().min(1).optional(),
-  messages: z.array(message).min(1).optional(),
+  messages: z.array(message).min(1).max(MOST_MESSAGES).optional(),
 });
 
 /** What decides how a template is used, and which: no variables of it. */
@@ -226,6 +243,27 @@ export function completionRequest(
   };
 }
 
+/** What a request for text completions asks for, one for each answer: `n` to each prompt. */
+export function completionRequests(
+  body: CompletionBody,
+  defaults: Readonly<Record<string, unknown>>,
+  who: Pick<CompletionRequest, "owner" | "signal">,
+): CompletionRequest[] {
+  const prompts = promptsOf(body.prompt);
+  const answers = prompts.length * (body.n ?? 1);
+  if (answers > MOST_ANSWERS)
+    throw new ServerError("invalid_request", `${answers} answers are asked for; one request may have ${MOST_ANSWERS}`, { param: "prompt" });
+  return prompts.flatMap((prompt) => several(completionRequest(body, prompt, defaults, who), body.n ?? 1));
+}
+
+/** The same request so many times, with seeds that count up. */
+export function several(request: CompletionRequest, n: number): CompletionRequest[] {
+  return Array.from({ length: n }, (_, i) => ({
+    ...request,
+    sampling: { ...request.sampling, seed: (request.sampling.seed + i) % (2 ** 53 - 1) },
+  }));
+}
+
 /** The prompts of a completion: each is answered on its own. */
 export function promptsOf(prompt: CompletionBody["prompt"] | EmbeddingBody["input"]): Prompt[] {
   if (typeof prompt === "string") return [{ kind: "text", text: prompt }];
@@ -253,7 +291,7 @@ function samplingOf(body: Pick<ChatBody, keyof typeof sampling>, defaults: Reado
   const controls = samples
     ? {
         temperature: or(body.temperature, "temperature", 1),
-        topP: or(body.top_p, "top_p", 1),
+        topP: or(body.top_p, "top_p", 1) || Number.EPSILON, // at 0 the likeliest token alone
         topK: or(body.top_k, "top_k", 0),
         minP: or(body.min_p, "min_p", 0),
       }

@@ -72,6 +72,24 @@ test("bodies that are too large, too deep, not JSON, not UTF-8, or of another ty
   expect(await status(Buffer.from('{"model":"nope\xff\xfe"}', "latin1"))).toEqual([400, "invalid_request"]); // not UTF-8
 });
 
+test("a client that leaves while its model is loaded, or its embeddings are computed, is computed for no more", async () => {
+  const models = [{ name: "default", path: "default", kvCacheTokens: 32768, preload: false }];
+  const running = await startHere({ models });
+  const send = (path: string, body: object, afterMs: number) =>
+    fetch(running.url + path, {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify({ model: "default", ...body }),
+      signal: AbortSignal.timeout(afterMs),
+    }).catch(() => null);
+  await send(CHAT, ENDLESS, 20);
+  const engine = await engineOf(running);
+  await expect.poll(() => engine.stats().running + engine.stats().waiting, { timeout: 3000 }).toBe(0);
+  expect(engine.stats().generatedTokens).toBeLessThan(2000);
+  await send("/v1/embeddings", { input: new Array(200).fill("word ".repeat(2000)) }, 300);
+  await expect.poll(() => engine.cache.free, { timeout: 3000 }).toBe(engine.cache.count);
+});
+
 test("ten thousand random requests: never a 500", async () => {
   const { server } = await startHere({ maxTokens: 3 });
   const json = fc.jsonValue({ maxDepth: 3 });

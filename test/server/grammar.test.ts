@@ -6,6 +6,8 @@ import { beforeAll, describe, expect, test } from "vitest";
 import { z } from "zod";
 import { AutoTokenizer } from "../../src/api/tokenizer.ts";
 import { ServerError } from "../../src/server/errors.ts";
+import { Automaton } from "../../src/server/grammar/automaton.ts";
+import { schemaGrammar } from "../../src/server/grammar/schema.ts";
 import { Trie } from "../../src/server/grammar/trie.ts";
 import { Grammars, type Shape } from "../../src/server/grammar.ts";
 import type { Tokenizer } from "../../src/tokenizer/tokenizer.ts";
@@ -185,18 +187,19 @@ describe("whatever is chosen from the masks is valid by its schema", () => {
   });
 });
 
-describe("what is valid can be written", () => {
-  const writes = async (schema: object, text: string): Promise<boolean> => {
-    const constraint = await grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, "x");
-    for (const id of tokenizer.encode(text, { add_special_tokens: false })) {
-      const mask = await constraint.next();
-      if (mask && !((mask[id >> 5] >>> (id & 31)) & 1)) return false;
-      constraint.accept(id);
-    }
-    const after = allowed(await constraint.next());
-    return ENDS.every((id) => after.includes(id));
-  };
+/** Whether a text can be written whole, and then end. */
+const writes = async (schema: object, text: string): Promise<boolean> => {
+  const constraint = await grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, "x");
+  for (const id of tokenizer.encode(text, { add_special_tokens: false })) {
+    const mask = await constraint.next();
+    if (mask && !((mask[id >> 5] >>> (id & 31)) & 1)) return false;
+    constraint.accept(id);
+  }
+  const after = allowed(await constraint.next());
+  return ENDS.every((id) => after.includes(id));
+};
 
+describe("what is valid can be written", () => {
   test("any JSON, compact, spaced or indented, in any cut into tokens", async () => {
     await fc.assert(
       fc.asyncProperty(fc.jsonValue({ maxDepth: 4 }), fc.constantFrom(undefined, 1, 2, 4), async (value, indent) => {
@@ -278,6 +281,16 @@ test.each([
   [{ enum: [] }, "no value is valid"],
   [{ properties: { a: false } }, "no value is valid"],
   [{ description: "x".repeat(70_000) }, "65536 are allowed"],
+  [{ const: 3, enum: [1, 2] }, "no value is valid"],
+  [{ enum: [1, 2, 3], anyOf: [{ const: 4 }] }, "no value is valid"],
+  [{ type: "string", pattern: "a{99999999999999999999999999}" }, "which is not supported"],
+  [{ oneOf: [{ const: { a: 1, b: 2 } }, { const: { b: 2, a: 1 } }] }, "branches that may overlap"],
+  [{ oneOf: Array.from({ length: 4000 }, (_, i) => ({ const: i })) }, "at most 200 are supported"],
+  [{ allOf: [{ properties: { a: { type: "integer" } } }, { additionalProperties: { type: "string" } }] }, "that add properties"],
+  [{ additionalProperties: { type: "integer" }, anyOf: [{ properties: { b: { type: "string" } } }] }, "that add properties"],
+  [{ allOf: [{ prefixItems: [{ type: "string" }] }, { items: { type: "integer" } }] }, "'prefixItems' in another"],
+  // Small enough to be sent, but each branch would read again what stands beside it.
+  [{ enum: Array.from({ length: 3000 }, (_, i) => i), anyOf: new Array(5000).fill({}) }, "the schema is too large"],
 ])("%j is refused: %s", async (schema, message) => {
   const refused = grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, "response_format.json_schema.schema");
   await expect(refused).rejects.toBeInstanceOf(ServerError);
@@ -292,6 +305,49 @@ test("a schema within a schema within a schema: refused, not a stack that overfl
   let schema: object = { type: "null" };
   for (let depth = 0; depth < 500; depth++) schema = { type: "array", items: schema };
   await expect(grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, "x")).rejects.toThrow("too large");
+});
+
+test("what a schema forbids by its other keywords cannot be written", async () => {
+  const any = { additionalProperties: true };
+  expect(await writes({ type: "object", unevaluatedProperties: false }, '{"x":1}')).toBe(false);
+  expect(await writes({ type: "object", unevaluatedProperties: false }, "{}")).toBe(true);
+  expect(await writes({ type: "array", unevaluatedItems: false }, "[1]")).toBe(false);
+  expect(await writes({ const: "a", enum: ["a", "b"] }, '"a"')).toBe(true);
+  for (const name of ['a"b', "a\\b", "a\nb"]) {
+    const schema = { type: "object", properties: { [name]: any }, additionalProperties: { type: "null" } };
+    for (const text of ['{"a"c":null}', '{"a\\x":null}', '{"a\nc":null}']) expect(await writes(schema, text)).toBe(false);
+    expect(await writes(schema, '{"az":null}')).toBe(true);
+    expect(await writes(schema, `{${JSON.stringify(name)}:{}}`)).toBe(true);
+  }
+});
+
+test("a class that leaves out thousands of characters is read in no time, and leaves them out", async () => {
+  const some = Array.from({ length: 8000 }, (_, i) => String.fromCodePoint(0x4e00 + 2 * i));
+  const start = performance.now();
+  const schema = { type: "string", pattern: `^[^${some.join("")}]$` };
+  expect(await writes(schema, JSON.stringify(some[777]))).toBe(false);
+  expect(await writes(schema, JSON.stringify(String.fromCodePoint(0x4e01)))).toBe(true);
+  expect(performance.now() - start).toBeLessThan(2000); // it was minutes
+});
+
+test("a long answer by an ambiguous schema remembers no more than so much", async () => {
+  const items = { anyOf: Array.from({ length: 300 }, (_, i) => ({ type: "string", minLength: 3000 + i })) };
+  const trie = await Trie.build(tokenizer.vocabulary, VOCABULARY);
+  const automaton = new Automaton(schemaGrammar({ type: "array", items }), trie, ENDS, new Map());
+  const [open, a] = [...tokenizer.encode('["', { split_special_tokens: true }), ...tokenizer.encode("a")].slice(-2);
+  let state = automaton.start;
+  for (const id of tokenizer.encode('["', { split_special_tokens: true })) state = automaton.accept(state, id) ?? expect.fail(`${open}`);
+  let most = 0;
+  let first: Int32Array | null = null;
+  for (let step = 0; step < 1500; step++) {
+    const mask = automaton.mask(state);
+    first ??= mask;
+    if (step === 1499) expect(mask).toEqual(first); // and allows the same as ever
+    state = automaton.accept(state, a) ?? expect.fail("refused");
+    most = Math.max(most, automaton.kept);
+  }
+  expect(most).toBeLessThan(200_000);
+  expect(most).toBeGreaterThan(50_000); // it did forget
 });
 
 test("patterns made to be ambiguous take a bounded time a token", async () => {

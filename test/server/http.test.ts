@@ -175,6 +175,9 @@ test("without keys, only names of this machine are answered to: a page can't poi
   expect([await ask("localhost:8000"), await ask("127.0.0.1"), await ask("[::1]:80"), await ask("chat.internal")]).toEqual([
     200, 200, 200, 200,
   ]);
+  const asProxied = { host: "evil.example.com", "x-forwarded-host": "localhost" };
+  const { app: behind } = await start({ trustProxy: true });
+  expect((await behind.inject({ url: "/v1/models", headers: asProxied })).statusCode).toBe(400);
   expect([await ask("evil.example.com"), await ask("127.0.0.1.evil.example.com")]).toEqual([400, 400]);
 });
 

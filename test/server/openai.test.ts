@@ -288,6 +288,28 @@ test("tokens of a text and back; the experts of a text", async () => {
   }
 });
 
+describe("text completions and texts: what is too much, or none of the model's, names the field", () => {
+  test.each([
+    ["/v1/completions", { prompt: new Array(129).fill("a") }, "prompt"],
+    ["/v1/completions", { prompt: new Array(20).fill("a"), n: 16 }, "prompt"],
+    ["/v1/completions", { prompt: [999999], echo: true }, "prompt[0]"],
+    ["/v1/completions", { prompt: [-1], echo: true }, "prompt"],
+    ["/v1/completions", { prompt: [999999] }, "prompt"],
+    ["/tokenize", { text: "a".repeat(600_000) }, "text"],
+    ["/detokenize", { tokens: [5, 999999] }, "tokens[1]"],
+  ])("%s %j", async (path, body, param) => {
+    const response = await post(running.url, path, { model: "default", ...body });
+    const { error } = (await response.json()) as { error: { param: string | null } };
+    expect([response.status, error.param?.slice(0, param.length)]).toEqual([400, param]);
+  });
+
+  test("top_p of 0 is greedy", async () => {
+    const ask = async (more: object) =>
+      (await running.client.completions.create({ model: "default", prompt: "The hotel", max_tokens: 8, ...more })).choices[0].text;
+    expect(await ask({ top_p: 0, temperature: 2 })).toBe(await ask({ temperature: 0 }));
+  });
+});
+
 describe("errors name the field, in OpenAI's shape", () => {
   const messages = [...HOTEL];
   test.each([
@@ -303,6 +325,7 @@ describe("errors name the field, in OpenAI's shape", () => {
     [{ model: "default", messages, frobnicate: 1 }, "frobnicate", 400],
     [{ model: "default", messages, logit_bias: { "999999": 1 } }, "logit_bias", 400],
     [{ model: "default", messages, stop: ["a", "b", "c", "d", "e"] }, "stop", 400],
+    [{ model: "default", messages, logit_bias: Object.fromEntries(Array.from({ length: 2000 }, (_, i) => [i, 1])) }, "logit_bias", 400],
     [{ model: "default", messages, tool_choice: "required" }, "tool_choice", 400],
     [{ model: "default", messages, top_logprobs: 2 }, "top_logprobs", 400],
     [{ model: "default", messages: [{ role: "user", content: "word ".repeat(5000) }], stream: true }, "messages", 400],

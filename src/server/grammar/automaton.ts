@@ -9,7 +9,8 @@ import type { Trie } from "./trie.ts";
 /** Frames of one state at most, and frames that are stepped for one mask at most. */
 const MAX_FRAMES = 1024;
 const MAX_WORK = 20_000;
-const MAX_STATES = 8192;
+/** Frames, and frames in states, that are remembered before all are forgotten and found anew. */
+const MAX_KEPT = 100_000;
 
 /** What is expected (null: the end), with counters of its kind, and what comes after it. The same ones are one object. */
 class Frame {
@@ -19,7 +20,6 @@ class Frame {
   readonly a: number;
   readonly b: number;
   readonly next: Frame | null;
-  readonly before = new Map<Expression, Map<number, Frame>>();
 
   constructor(id: number, expression: Expression | null, a: number, b: number, next: Frame | null) {
     this.id = id;
@@ -39,8 +39,11 @@ export class State {
   /** By byte; null: nothing allows it. */
   readonly next: (State | null | undefined)[] = [];
   mask: Int32Array | null = null;
+  /** States of one epoch know each other. */
+  readonly epoch: number;
 
-  constructor(frames: readonly Frame[], text: Frame | null) {
+  constructor(frames: readonly Frame[], text: Frame | null, epoch: number) {
+    this.epoch = epoch;
     this.frames = frames;
     this.accepting = frames.some((frame) => frame.expression === null);
     this.text = text;
@@ -62,7 +65,11 @@ export class Automaton {
   readonly #endIds: readonly number[];
   readonly #insides: Insides;
   #states = new Map<string, State>();
+  /** Frames by what comes after them. */
+  #before = new Map<Frame, Map<Expression, Map<number, Frame>>>();
   #start: State | null = null;
+  #epoch = 0;
+  #kept = 0;
   #frames = 0;
   #work = 0;
 
@@ -75,25 +82,35 @@ export class Automaton {
   }
 
   get start(): State {
-    // States in use go on as they are; new answers begin afresh where there have become too many.
-    if (this.#states.size > MAX_STATES) {
-      this.#states = new Map();
-      this.#start = null;
-    }
-    this.#start ??= this.#state([this.#enter(this.#grammar, this.#end())]) ?? new State([], null);
+    if (this.#kept > MAX_KEPT) this.#forget();
+    this.#start ??= this.#state([this.#enter(this.#grammar, this.#end())]) ?? new State([], null, this.#epoch);
     return this.#start;
+  }
+
+  /** How much is remembered, in units of a few hundred bytes. */
+  get kept(): number {
+    return this.#kept;
   }
 
   /** The state after a token; null where it is not allowed. End tokens are the caller's. */
   accept(state: State, id: number): State | null {
     const bytes = this.#trie.bytes[id];
-    if (bytes.length === 0) return this.#special(state, id);
-    let at: State | null = state;
+    let at: State | null = bytes.length === 0 ? this.#special(state, id) : state;
     for (const byte of bytes) {
-      at = this.#step(at, byte);
       if (at === null) return null;
+      at = this.#step(at, byte);
     }
-    return at;
+    if (this.#kept > MAX_KEPT) this.#forget();
+    // A state from before it was forgotten would hold on to all that can be reached from it.
+    return at === null || at.epoch === this.#epoch ? at : this.#known(at.frames, at.text);
+  }
+
+  #forget(): void {
+    this.#states = new Map();
+    this.#before = new Map();
+    this.#start = null;
+    this.#kept = 0;
+    this.#epoch++;
   }
 
   /** Tokens that may come next, as bits by id. Where there is none, the answer may only end. Not to be changed. */
@@ -107,6 +124,7 @@ export class Automaton {
     if (counted !== state) return this.mask(counted);
     this.#work = 0;
     const mask = new Int32Array(this.#trie.words);
+    this.#kept += 1 + (this.#trie.words >> 6);
     if (state.text) {
       const { expression, a, b, next } = state.text;
       const inside = this.#inside(expression as Expression, a, b);
@@ -199,11 +217,16 @@ export class Automaton {
     const frames = [...found.values()].sort((x, y) => x.id - y.id);
     const [first] = targets;
     const text = mayBeText && targets.every((t) => t === first) && first.expression?.kind === "text" ? first : null;
+    return this.#known(frames, text);
+  }
+
+  #known(frames: readonly Frame[], text: Frame | null): State {
     const key = `${text ? text.id : ""}:${frames.map((frame) => frame.id).join()}`;
     let state = this.#states.get(key);
     if (!state) {
-      state = new State(frames, text);
+      state = new State(frames, text, this.#epoch);
       this.#states.set(key, state);
+      this.#kept += 1 + frames.length;
     }
     return state;
   }
@@ -263,10 +286,15 @@ export class Automaton {
 
   #frame(e: Expression, a: number, b: number, next: Frame): Frame {
     const key = a * 2 * MANY + b;
-    let same = next.before.get(e);
-    if (!same) next.before.set(e, (same = new Map()));
+    let all = this.#before.get(next);
+    if (!all) this.#before.set(next, (all = new Map()));
+    let same = all.get(e);
+    if (!same) all.set(e, (same = new Map()));
     let frame = same.get(key);
-    if (!frame) same.set(key, (frame = new Frame(this.#frames++, e, a, b, next)));
+    if (!frame) {
+      same.set(key, (frame = new Frame(this.#frames++, e, a, b, next)));
+      this.#kept++;
+    }
     return frame;
   }
 

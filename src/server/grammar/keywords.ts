@@ -41,24 +41,34 @@ export function merged(a: Schema, b: unknown, path: string): Schema {
       sum[key] = shared;
     } else throw new SchemaError(path, `two values of '${key}' at once are not supported`);
   }
-  // Each of them forbids what the other alone mentions.
+  // What one of them says of all others, it says of what the other alone mentions.
   for (const [closed, other] of [
     [a, b],
     [b, a],
-  ])
-    if (closed["additionalProperties"] === false && isSchema(other["properties"])) {
+  ]) {
+    const more = closed["additionalProperties"] ?? true;
+    if (more !== true && !(isSchema(more) && !asserts(more)) && isSchema(other["properties"])) {
       const mine = isSchema(closed["properties"]) ? closed["properties"] : {};
       if (Object.keys(other["properties"]).some((name) => !Object.hasOwn(mine, name)))
-        throw new SchemaError(path, "'additionalProperties' is false in one of several schemas that add properties");
+        throw new SchemaError(path, "'additionalProperties' in one of several schemas that add properties is not supported");
     }
+    if (closed["items"] !== undefined && closed["prefixItems"] === undefined && other["prefixItems"] !== undefined)
+      throw new SchemaError(path, "'items' in one of several schemas and 'prefixItems' in another is not supported");
+  }
   return sum;
 }
 
+/** Each branch is held against each other. */
+const MAX_ONE_OF = 200;
+
 /** For `oneOf`, what fits one branch must fit no other: they differ in type, or in a required constant. */
 export function refuseOverlap(branches: readonly Schema[], path: string): void {
+  if (branches.length > MAX_ONE_OF)
+    throw new SchemaError(path, `${branches.length} branches; at most ${MAX_ONE_OF} are supported: use anyOf`);
+  const known = new Map(branches.map((branch) => [branch, constants(branch)]));
   const apart = (a: Schema, b: Schema): boolean => {
-    const [x, y] = [constants(a), constants(b)];
-    if (x && y) return !x.some((value) => y.includes(value));
+    const [x, y] = [known.get(a), known.get(b)];
+    if (x && y) return !meet(x, y);
     const [types, others] = [a, b].map((s) => [s["type"] ?? []].flat() as string[]);
     const wide = (all: string[]) => (all.includes("integer") ? [...all, "number"] : all);
     if (types.length > 0 && others.length > 0 && !wide(types).some((type) => wide(others).includes(type))) return true;
@@ -68,7 +78,7 @@ export function refuseOverlap(branches: readonly Schema[], path: string): void {
       const key = String(name);
       if (![b["required"] ?? []].flat().includes(name)) return false;
       const [p, q] = [constants(mine[key]), constants(theirs[key])];
-      return p !== null && q !== null && !p.some((value) => q.includes(value));
+      return p !== null && q !== null && !meet(p, q);
     });
   };
   for (const [i, a] of branches.entries())
@@ -77,10 +87,22 @@ export function refuseOverlap(branches: readonly Schema[], path: string): void {
         throw new SchemaError(path, "branches that may overlap are not supported: use anyOf, or a required constant in each");
 }
 
-function constants(schema: unknown): string[] | null {
+function meet(a: ReadonlySet<string>, b: ReadonlySet<string>): boolean {
+  for (const value of a) if (b.has(value)) return true;
+  return false;
+}
+
+function constants(schema: unknown): ReadonlySet<string> | null {
   if (!isSchema(schema)) return null;
   const values = schema["const"] !== undefined ? [schema["const"]] : schema["enum"];
-  return Array.isArray(values) ? values.map((value) => JSON.stringify(value)) : null;
+  return Array.isArray(values) ? new Set(values.map(canonical)) : null;
+}
+
+/** The same text for the same JSON value, whatever the order of its members. */
+export function canonical(value: unknown): string {
+  return JSON.stringify(value, (_key, each: unknown) =>
+    isSchema(each) ? Object.fromEntries(Object.entries(each).sort(([a], [b]) => (a < b ? -1 : 1))) : each,
+  );
 }
 
 export function isSchema(value: unknown): value is Schema {

@@ -106,6 +106,7 @@ class PatternReader {
     else if (this.#take("?")) [min, max] = [0, 1];
     else {
       const counts = this.#next === "{" ? /^\{(\d+)(,(\d*))?\}/.exec(this.#characters.slice(this.#at, this.#at + 24).join("")) : null;
+      if (!counts && this.#next === "{") throw this.#unsupported("a brace that is no repetition");
       if (!counts) return item;
       this.#at += counts[0].length;
       min = Number(counts[1]);
@@ -123,7 +124,7 @@ class PatternReader {
     switch (character) {
       case "(": {
         if (this.#take("?") && !this.#take(":")) {
-          const name = /^<\w+>/.exec(this.#characters.slice(this.#at).join(""))?.[0];
+          const name = /^<\w+>/.exec(this.#characters.slice(this.#at, this.#at + 64).join(""))?.[0];
           if (name === undefined) throw this.#unsupported("look-around");
           this.#at += name.length;
         }
@@ -206,19 +207,16 @@ function pointOf(character: string): readonly [number, number] {
 
 /** All code points but these. */
 function without(ranges: Ranges): Ranges {
-  let left = ALL;
-  for (const [from, to] of ranges)
-    left = left.flatMap(
-      ([low, high]): Ranges =>
-        to < low || from > high
-          ? [[low, high]]
-          : (
-              [
-                [low, from - 1],
-                [to + 1, high],
-              ] as const
-            ).filter(([a, b]) => a <= b),
-    );
+  const taken = [...ranges].sort(([a], [b]) => a - b);
+  const left: (readonly [number, number])[] = [];
+  for (const [low, high] of ALL) {
+    let from = low;
+    for (const [first, last] of taken) {
+      if (first > from && from <= high) left.push([from, Math.min(first - 1, high)]);
+      from = Math.max(from, last + 1);
+    }
+    if (from <= high) left.push([from, high]);
+  }
   return left;
 }
 

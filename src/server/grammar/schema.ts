@@ -4,7 +4,7 @@
  */
 import { characters, choice, EMPTY, type Expression, literal, MANY, oneOf, optional, repeat, sequence } from "./expression.ts";
 import { BOOLEAN, COLON, COMMA, NULL, object, PLAIN_CHARACTER, SPACE, string, VALUE } from "./json.ts";
-import { asserts, isSchema, list, merged, refuseOverlap, type Schema, SchemaError, SILENT } from "./keywords.ts";
+import { asserts, canonical, isSchema, list, merged, refuseOverlap, type Schema, SchemaError, SILENT } from "./keywords.ts";
 import { counts, numberOf, stringOf } from "./scalar.ts";
 
 const MAX_PARTS = 20_000;
@@ -48,8 +48,8 @@ class SchemaReader {
   }
 
   read(schema: unknown, path: string, depth: number): Expression {
-    if (++this.#parts > MAX_PARTS || depth > MAX_DEPTH)
-      throw new SchemaError(path, `the schema is too large: at most ${MAX_PARTS} parts, ${MAX_DEPTH} within each other`);
+    this.#spend(1, path);
+    if (depth > MAX_DEPTH) throw tooLarge(path);
     if (schema === true) return VALUE;
     if (schema === false) throw new SchemaError(path, "no value is valid");
     if (!isSchema(schema)) throw new SchemaError(path, `a schema must be an object, and this is ${JSON.stringify(schema)}`);
@@ -68,6 +68,10 @@ class SchemaReader {
     if (schema["allOf"] !== undefined) {
       const { allOf, ...others } = schema;
       const all = list(allOf, `${path}/allOf`).map((each, i) => this.#flat(each, `${path}/allOf/${i}`));
+      this.#spend(
+        all.reduce((sum, each) => sum + sizeOf(each), 0),
+        path,
+      );
       return this.read(
         all.reduce<Schema>((sum, each) => merged(sum, each, path), others),
         path,
@@ -78,12 +82,24 @@ class SchemaReader {
       if (schema[key] === undefined) continue;
       const { [key]: branches, ...others } = schema;
       const all = list(branches, `${path}/${key}`).map((each, i) => this.#flat(each, `${path}/${key}/${i}`));
+      this.#spend(all.length * sizeOf(others), path);
       if (key === "oneOf") refuseOverlap(all, `${path}/oneOf`);
       return choice(...all.map((each, i) => this.read(merged(others, each, path), `${path}/${key}/${i}`, depth + 1)));
     }
-    if (schema["const"] !== undefined) return this.#values([schema["const"]], schema, path);
+    if (schema["const"] !== undefined) {
+      const { enum: values, const: value } = schema;
+      if (values !== undefined && !list(values, `${path}/enum`).some((each) => canonical(each) === canonical(value)))
+        throw new SchemaError(path, "'const' is not one of 'enum': no value is valid");
+      return this.#values([value], schema, path);
+    }
     if (schema["enum"] !== undefined) return this.#values(list(schema["enum"], `${path}/enum`), schema, path);
     return choice(...this.#types(schema, path).map((type) => this.#typed(type, schema, path, depth)));
+  }
+
+  /** What is read more than once, as each branch of a choice reads what stands beside it, counts each time. */
+  #spend(parts: number, path: string): void {
+    this.#parts += parts;
+    if (this.#parts > MAX_PARTS) throw tooLarge(path);
   }
 
   /** The types that a schema may have: those it names, else those that its keywords are about. */
@@ -122,7 +138,7 @@ class SchemaReader {
     const properties = schema["properties"] ?? {};
     if (!isSchema(properties)) throw new SchemaError(`${path}/properties`, "properties must be an object of schemas");
     const required = list(schema["required"] ?? [], `${path}/required`).map(String);
-    const more = schema["additionalProperties"];
+    const more = schema["additionalProperties"] ?? (schema["unevaluatedProperties"] === false ? false : undefined);
     const keys = schema["propertyNames"];
     if (keys !== undefined && !isSchema(keys)) throw new SchemaError(`${path}/propertyNames`, "a schema must be an object");
     const [least, most] = counts(schema, "minProperties", "maxProperties", path);
@@ -164,7 +180,7 @@ class SchemaReader {
     const { items, prefixItems } = schema;
     const old = Array.isArray(items); // of drafts before 2020-12
     const first = list((old ? items : prefixItems) ?? [], `${path}/prefixItems`);
-    const rest = old ? schema["additionalItems"] : items;
+    const rest = (old ? schema["additionalItems"] : items) ?? (schema["unevaluatedItems"] === false ? false : undefined);
     const [least, longest] = counts(schema, "minItems", "maxItems", path);
     const most =
       rest === false || (rest === undefined && first.length > 0 && least <= first.length) ? Math.min(longest, first.length) : longest;
@@ -187,6 +203,7 @@ class SchemaReader {
     const other = Object.keys(schema).find((key) => !SILENT.has(key) && !["enum", "const", "type"].includes(key));
     if (other !== undefined)
       throw new SchemaError(path, `'${other}' beside 'enum' or 'const' is not supported: list the values that remain`);
+    this.#spend(values.length, path);
     const types = schema["type"] === undefined ? null : this.#types(schema, path);
     const allowed = values.filter((value) => !types || types.some((type) => isOfType(value, type)));
     if (allowed.length === 0) throw new SchemaError(path, "no value is valid");
@@ -235,6 +252,16 @@ class SchemaReader {
   }
 }
 
+function tooLarge(path: string): SchemaError {
+  return new SchemaError(path, `the schema is too large: at most ${MAX_PARTS} parts, ${MAX_DEPTH} within each other`);
+}
+
+/** How much work it is to put a schema together with another. */
+function sizeOf(schema: Schema): number {
+  const widths = Object.values(schema).map((value) => (typeof value === "object" && value !== null ? Object.keys(value).length : 0));
+  return widths.reduce((sum, width) => sum + width, 1);
+}
+
 /** A key that is none of these names, written without escapes. */
 function otherName(names: readonly string[]): Expression {
   const rest: Expression = { kind: "text", character: PLAIN_CHARACTER, min: 0, max: MANY };
@@ -248,7 +275,9 @@ function otherName(names: readonly string[]): Expression {
       from = Math.max(from, point + 1);
     }
     free.push([from, 0x10ffff]);
-    const longer = heads.map((head) => sequence(literal(head), differing(tails.filter((t) => t[0] === head).map((t) => t.slice(1)))));
+    // A name may begin like one with a quote in it, but then it would need escapes: it is left out.
+    const plain = heads.filter((head) => (head.codePointAt(0) ?? 0) >= 0x20 && head !== '"' && head !== "\\");
+    const longer = plain.map((head) => sequence(literal(head), differing(tails.filter((t) => t[0] === head).map((t) => t.slice(1)))));
     const ended = tails.some((tail) => tail.length === 0);
     return choice(sequence(characters(free), rest), ...(ended ? [] : [literal('"')]), ...longer);
   };

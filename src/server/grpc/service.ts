@@ -46,10 +46,12 @@ export function mixtapeService(calls: Calls, services: Services, maxJsonDepth: n
   return {
     Generate: completion<GenerateRequest>(generateRequest),
     Chat: completion<ChatRequest>(chatCompletionRequest),
-    Tokenize: unary<Named & { text: string; add_special_tokens?: boolean }>(async (model, { text, add_special_tokens = true }) => {
-      const { tokens, pieces } = await tokenize(model, text, add_special_tokens);
-      return { tokens, pieces };
-    }),
+    Tokenize: unary<Named & { text: string; add_special_tokens?: boolean }>(
+      async (model, { text, add_special_tokens = true }, { signal }) => {
+        const { tokens, pieces } = await tokenize(model, text, add_special_tokens, signal);
+        return { tokens, pieces };
+      },
+    ),
     Detokenize: unary<Named & { tokens: number[]; skip_special_tokens: boolean }>(async (model, { tokens, skip_special_tokens }) => ({
       text: await detokenize(model, tokens, skip_special_tokens),
     })),
@@ -62,8 +64,8 @@ export function mixtapeService(calls: Calls, services: Services, maxJsonDepth: n
       const { vectors, tokens } = await embed(services, caller, model, embedPrompts(request), signal);
       return { embeddings: vectors.map((vector) => ({ values: [...vector] })), prompt_tokens: tokens };
     }),
-    Route: stream<RouteRequest>(async (model, request, { caller, send }) => {
-      const { tokens, layers, chosen } = await route(services, caller, model, routePrompt(request));
+    Route: stream<RouteRequest>(async (model, request, { caller, signal, send }) => {
+      const { tokens, layers, chosen } = await route(services, caller, model, routePrompt(request), signal);
       const numbers = layers.map(({ layer }) => layer);
       for (const [t, id] of tokens.entries()) {
         const [experts, weights] = [new Int32Array(layers.length * chosen), new Float32Array(layers.length * chosen)];

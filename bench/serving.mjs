@@ -99,55 +99,60 @@ async function ask(url, content, more = {}) {
   return { status: response.status, text, times, ms: performance.now() - start, retryAfter: response.headers.get("retry-after") };
 }
 
+/** So many streams at once. */
+async function streams(server, users, alone) {
+  const before = await server.figures();
+  await server.lateness();
+  const start = performance.now();
+  const answers = await Promise.all(Array.from({ length: users }, (_, i) => ask(server.url, question(i))));
+  const seconds = (performance.now() - start) / 1000;
+  const late = await server.lateness();
+  const after = await server.figures();
+  const inSteps = after.get("mixtape_step_seconds_sum") - before.get("mixtape_step_seconds_sum");
+  return {
+    tokensPerSecond: (users * newTokens) / seconds,
+    same: answers.filter((a, i) => a.text === alone[i % 16]).length,
+    first: answers.map((a) => a.times[0]),
+    gaps: answers.flatMap((a) => a.times.slice(1).map((t, i) => t - a.times[i])),
+    outsideSteps: 1 - inSteps / seconds,
+    late,
+  };
+}
+
+/** What rounds of so many streams come to. */
+function summary(users, each) {
+  return {
+    users,
+    tokensPerSecond: median(each.map((e) => e.tokensPerSecond)),
+    sameAsAlone: `${Math.min(...each.map((e) => e.same))} of ${users}`,
+    firstMs: {
+      median: median(each.flatMap((e) => e.first)),
+      p99: quantile(
+        each.flatMap((e) => e.first),
+        0.99,
+      ),
+    },
+    gapMs: {
+      median: median(each.flatMap((e) => e.gaps)),
+      p99: quantile(
+        each.flatMap((e) => e.gaps),
+        0.99,
+      ),
+    },
+    outsideSteps: median(each.map((e) => e.outsideSteps)),
+    lateMs: { p99: median(each.map((e) => e.late.p99)), max: Math.max(...each.map((e) => e.late.max)) },
+  };
+}
+
 async function crowd() {
   const server = await serve();
   try {
     const alone = [];
     for (let i = 0; i < 16; i++) alone.push((await ask(server.url, question(i))).text);
-    const table = [];
-    for (const users of flags.users.split(",").map(Number)) {
-      const each = [];
-      for (let round = 0; round < rounds; round++) {
-        const before = await server.figures();
-        await server.lateness();
-        const start = performance.now();
-        const answers = await Promise.all(Array.from({ length: users }, (_, i) => ask(server.url, question(i))));
-        const seconds = (performance.now() - start) / 1000;
-        const late = await server.lateness();
-        const after = await server.figures();
-        const inSteps = after.get("mixtape_step_seconds_sum") - before.get("mixtape_step_seconds_sum");
-        each.push({
-          tokensPerSecond: (users * newTokens) / seconds,
-          same: answers.filter((a, i) => a.text === alone[i % 16]).length,
-          first: answers.map((a) => a.times[0]),
-          gaps: answers.flatMap((a) => a.times.slice(1).map((t, i) => t - a.times[i])),
-          outsideSteps: 1 - inSteps / seconds,
-          late,
-        });
-      }
-      table.push({
-        users,
-        tokensPerSecond: median(each.map((e) => e.tokensPerSecond)),
-        sameAsAlone: `${Math.min(...each.map((e) => e.same))} of ${users}`,
-        firstMs: {
-          median: median(each.flatMap((e) => e.first)),
-          p99: quantile(
-            each.flatMap((e) => e.first),
-            0.99,
-          ),
-        },
-        gapMs: {
-          median: median(each.flatMap((e) => e.gaps)),
-          p99: quantile(
-            each.flatMap((e) => e.gaps),
-            0.99,
-          ),
-        },
-        outsideSteps: median(each.map((e) => e.outsideSteps)),
-        lateMs: { p99: median(each.map((e) => e.late.p99)), max: Math.max(...each.map((e) => e.late.max)) },
-      });
-    }
-    return table;
+    const levels = flags.users.split(",").map(Number);
+    const each = new Map(levels.map((users) => [users, []]));
+    for (let round = 0; round < rounds; round++) for (const users of levels) each.get(users).push(await streams(server, users, alone));
+    return [...each].map(([users, all]) => summary(users, all));
   } finally {
     server.stop();
   }

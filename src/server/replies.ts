@@ -24,6 +24,7 @@ export interface Finding {
 
 /** A zod issue of one branch of a union. */
 interface Issue {
+  readonly code?: string;
   readonly path?: readonly (string | number)[];
   readonly message?: string;
 }
@@ -75,7 +76,9 @@ export function invalid(
     return new ServerError("invalid_request", param ? `${nameOf(param)}: ${what}` : what, { param: param || undefined });
   };
   if (keyword === "unrecognized_keys") return about((params?.keys ?? []).slice(0, 1), "there is no such field here");
-  // Of a union, the branch that got furthest tells most.
+  // Of a union, a branch that fits but for its length tells most, else the one that got furthest.
+  const long = (params?.errors ?? []).flat().find(({ code, path: at = [] }) => code === "too_big" && at.length === 0);
+  if (long) return about([], long.message ?? message);
   const furthest = (params?.errors ?? [])
     .flat()
     .reduce<Issue | null>((best, issue) => ((issue.path?.length ?? 0) > (best?.path?.length ?? 0) ? issue : best), null);

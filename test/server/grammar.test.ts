@@ -283,6 +283,7 @@ test.each([
   [{ description: "x".repeat(70_000) }, "65536 are allowed"],
   [{ const: 3, enum: [1, 2] }, "no value is valid"],
   [{ enum: [1, 2, 3], anyOf: [{ const: 4 }] }, "no value is valid"],
+  [{ type: "string", pattern: "a".repeat(9000) }, "8192 are supported"],
   [{ type: "string", pattern: "a{99999999999999999999999999}" }, "which is not supported"],
   [{ oneOf: [{ const: { a: 1, b: 2 } }, { const: { b: 2, a: 1 } }] }, "branches that may overlap"],
   [{ oneOf: Array.from({ length: 4000 }, (_, i) => ({ const: i })) }, "at most 200 are supported"],

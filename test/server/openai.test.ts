@@ -299,8 +299,9 @@ describe("text completions and texts: what is too much, or none of the model's, 
     ["/detokenize", { tokens: [5, 999999] }, "tokens[1]"],
   ])("%s %j", async (path, body, param) => {
     const response = await post(running.url, path, { model: "default", ...body });
-    const { error } = (await response.json()) as { error: { param: string | null } };
+    const { error } = (await response.json()) as { error: { param: string | null; message: string } };
     expect([response.status, error.param?.slice(0, param.length)]).toEqual([400, param]);
+    if ("prompt" in body && body.prompt.length > 128) expect(error.message).toContain("128"); // and not that it is no number
   });
 
   test("top_p of 0 is greedy", async () => {

@@ -141,7 +141,7 @@ export async function startFake(): Promise<FakeServer> {
         return;
       }
       if (i === script.hold?.after) await script.hold.until;
-      if (i === script.breakAfter) return void response.destroy();
+      if (i === script.breakAfter) return void response.socket?.end(); // what was sent arrives before
       send({ object: "chat.completion.chunk", choices: [{ index: 0, delta, finish_reason: null }] });
       if (script.everyMs) await new Promise((resolve) => setTimeout(resolve, script.everyMs));
     }

@@ -30,8 +30,11 @@ const LINE_END: Ranges = [
 ];
 const CONTROLS: Readonly<Record<string, number>> = { t: 9, n: 10, v: 11, f: 12, r: 13, "0": 0 };
 
+const MAX_PATTERN = 8192;
+
 /** The strings, with their quotes, in which a pattern matches. Throws Error that says what of it is not supported. */
 export function patternString(source: string): Expression {
+  if (source.length > MAX_PATTERN) throw new Error(`the pattern has ${source.length} characters; ${MAX_PATTERN} are supported`);
   try {
     new RegExp(source, "u");
   } catch (cause) {

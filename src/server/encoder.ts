@@ -103,6 +103,7 @@ export class Encoder {
     const worker = new Worker(SCRIPT, { workerData: this.#source });
     worker.unref(); // whoever waits for an answer keeps the process
     worker.on("message", (outcome: Outcome) => {
+      if (worker !== this.#worker) return; // it was ended, and what it was asked for has failed
       this.#waiting.shift()?.resolve(outcome);
       this.#next();
     });

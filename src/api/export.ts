@@ -11,7 +11,8 @@ import { type GgufEntry, metadataOf } from "../checkpoint/metadata.ts";
 import { locate } from "../checkpoint/names.ts";
 import { type GgufTensorData, ggufBytes, writeGguf } from "../checkpoint/packer.ts";
 import { type ErnieConfig, readConfig } from "../model/config.ts";
-import { type ErnieParameter, parameters } from "../model/ernie.ts";
+import { parameters } from "../model/ernie.ts";
+import type { ModelParameter } from "../model/model.ts";
 import { PACK } from "../tensor/stored.ts";
 import { openPieces, pieceEntries, placeholderPieces } from "./pieces.ts";
 
@@ -87,7 +88,7 @@ export async function exportGguf(source: string, outFile: string, options: Expor
 }
 
 /** A row that does not fill blocks of 32 is written in half precision. */
-function formatOf({ name, kind, shape }: ErnieParameter, type: GgufExportType): GgufFormat {
+function formatOf({ name, kind, shape }: ModelParameter, type: GgufExportType): GgufFormat {
   if (kind === "float32") return "f32";
   if ((type === "q8_0" || type === "q4_0") && (shape.at(-1) ?? 0) % PACK !== 0) return "f16";
   return type === "q4_0" && /^(model\.embed_tokens|lm_head)\./.test(name) ? "q8_0" : type;

@@ -2,12 +2,12 @@
 import type { Backend, WeightSource } from "../backend/backend.ts";
 import { physicalCores } from "../backend/cores.ts";
 import { nativeBackend } from "../backend/native.ts";
-import { referenceBackend } from "../backend/reference.ts";
+import { referenceBackend } from "../backend/reference/reference.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { locate } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
 import { type ErnieConfig, readConfig } from "../model/config.ts";
-import { parameterDtype, parameters } from "../model/ernie.ts";
+import { ernie, parameterDtype } from "../model/ernie.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
 import { thisMachine, warningsFor } from "./room.ts";
@@ -86,15 +86,14 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   checkCache(options);
   const checkpoint = await openCheckpoint(folder);
   const config = readConfig(checkpoint.config);
-  const all = parameters(config);
-  const { sources } = locate(all, checkpoint);
-  const weights = all.map((p): WeightSource => {
+  const model = ernie(config);
+  const { sources } = locate(model.parameters, checkpoint);
+  const weights = model.parameters.map((p): WeightSource => {
     const found = sources.get(p.name);
     if (!found) throw new Error(`internal: ${p.name} was not located`);
-    const vector = p.shape.length === 2 && p.name.endsWith("e_score_correction_bias");
     const dtype =
       wanted === "auto" && p.kind === "matrix" ? computedAs(found.dtype) : parameterDtype(p, wanted === "auto" ? "f32" : wanted);
-    return { name: p.name, stored: found.dtype, dtype, shape: vector ? p.shape.slice(1) : p.shape, parts: found.parts };
+    return { name: p.name, stored: found.dtype, dtype, shape: p.shape, parts: found.parts };
   });
   const backend = openBackend(options);
   try {
@@ -102,7 +101,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
     const engine = new Engine({
-      config,
+      model,
       backend,
       weights: await backend.load(weights),
       dtypeOf: (name) => dtypes.get(name) as Dtype,

@@ -12,7 +12,8 @@ import { locate } from "../checkpoint/names.ts";
 import { readTensor } from "../checkpoint/safetensors.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";
 import { readConfig } from "../model/config.ts";
-import { type ErnieParameter, parameterDtype, parameters } from "../model/ernie.ts";
+import { parameterDtype, parameters } from "../model/ernie.ts";
+import type { ModelParameter } from "../model/model.ts";
 import { PRESETS } from "../model/presets.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import { type BlockDtype, blockBytes, isBlockDtype } from "../tensor/quantized.ts";
@@ -47,7 +48,7 @@ const COPIED =
 interface Origin {
   readonly config: Record<string, unknown>;
   /** Writes part `index` of a parameter, a matrix [n, k], into `to`. */
-  fill(p: ErnieParameter, index: number, dtype: BlockDtype | "f32" | "bf16" | "f16", n: number, k: number, to: Uint8Array): Promise<void>;
+  fill(p: ModelParameter, index: number, dtype: BlockDtype | "f32" | "bf16" | "f16", n: number, k: number, to: Uint8Array): Promise<void>;
   /** Files to copy beside the weights. */
   readonly folder: string | null;
 }

@@ -1,10 +1,10 @@
 /** One step of generation: what the model is given for a batch, and what each sequence gets of what comes out. */
 import type { Numbers } from "../backend/backend.ts";
-import type { Programs } from "./programs.ts";
+import { OUTPUTS, type Programs } from "./programs.ts";
 import { layOut } from "./sampling.ts";
 import type { BatchEntry } from "./scheduler.ts";
 import type { GeneratedToken, TokenLogprob, TokenRouting } from "./sequence.ts";
-import type { Steps } from "./steps.ts";
+import type { Part, Steps } from "./steps.ts";
 
 export interface Drawn {
   readonly entries: readonly BatchEntry[];
@@ -18,18 +18,17 @@ export interface Drawn {
 /**
  * Computes a batch.
  * @param masks of each entry, what its constraint allows; null: nobody has one
- * @param wantExperts hand over the experts of all rows, also where no request asks for its own
+ * @param wantExperts return the experts of all rows, also where no request asks for its own
  * @param started called once native code is at work
  */
 export async function drawBatch(
   steps: Steps,
-  programs: Programs,
+  { model }: Programs,
   entries: readonly BatchEntry[],
   masks: readonly (Int32Array | null)[] | null,
   wantExperts: boolean,
   started: () => void,
 ): Promise<Drawn> {
-  const { vocabSize, moe } = programs.config;
   const picked: number[] = [];
   const sampled: Parameters<typeof layOut>[0][number][] = [];
   let [rows, most] = [0, 0];
@@ -45,28 +44,29 @@ export async function drawBatch(
   const outs = picked.length;
   const ids = new Int32Array(outs);
   const logprobs = new Float32Array(outs);
-  const outputs: Numbers[] = [ids, logprobs];
-  const top = levelOf(most, vocabSize);
-  const [topIds, topValues] = [new Int32Array(outs * top), new Float32Array(outs * top)];
-  if (top > 0) outputs.push(topIds, topValues);
-  const chosen = moe?.chosen ?? 0;
-  const routed = (routing ? programs.mixtures : []).map(() => {
-    const layer = { experts: new Int32Array(rows * chosen), weights: new Float32Array(rows * chosen) };
-    outputs.push(layer.experts, layer.weights);
-    return layer;
+  const [topIds, topValues] = [new Int32Array(outs * most), new Float32Array(outs * most)];
+  const outputs: Record<string, Numbers> = { [OUTPUTS.token]: ids, [OUTPUTS.logprob]: logprobs };
+  if (most > 0) Object.assign(outputs, { [OUTPUTS.topTokens]: topIds, [OUTPUTS.topLogprobs]: topValues });
+  const { chosen, layers } = model.mixtures;
+  const routed = (routing ? layers : []).map((layer) => {
+    const { experts, weights } = OUTPUTS.routing(layer);
+    const values = { experts: new Int32Array(rows * chosen), weights: new Float32Array(rows * chosen) };
+    Object.assign(outputs, { [experts]: values.experts, [weights]: values.weights });
+    return values;
   });
-  const controls = layOut(sampled);
-  await steps.run(
-    { kind: "sample", top, routing },
-    entries.map(({ sequence: s, count }) => ({ ids: s.tokens.slice(s.cached, s.cached + count), start: s.cached, pages: s.pages })),
-    Int32Array.from(picked),
-    [controls.floats, controls.ints, controls.history, controls.biasIds, controls.biasValues, controls.masks],
-    outputs,
-    started,
+  const parts = entries.map(
+    ({ sequence: s, count }): Part => ({
+      ids: s.tokens.slice(s.cached, s.cached + count),
+      start: s.cached,
+      pages: s.pages,
+      ...(s.request.positions ? { position: (index, axis) => s.position(index, axis) } : {}),
+      ...(s.request.embeddings ? { embeddings: s.embeddings(s.cached, count) } : {}),
+    }),
   );
+  await steps.run(parts, Int32Array.from(picked), layOut(sampled), outputs, most, started);
 
   const topOf = (out: number, count: number): TokenLogprob[] =>
-    Array.from({ length: count }, (_, i) => ({ id: topIds[out * top + i], logprob: topValues[out * top + i] }));
+    Array.from({ length: count }, (_, i) => ({ id: topIds[out * most + i], logprob: topValues[out * most + i] }));
   const routingOf = (row: number): TokenRouting => {
     const all = { experts: new Int32Array(routed.length * chosen), weights: new Float32Array(routed.length * chosen) };
     routed.forEach((layer, l) => {
@@ -87,12 +87,4 @@ export async function drawBatch(
       };
     });
   return { entries, tokens, rows, experts: wantExperts ? routed.map((layer) => layer.experts) : null };
-}
-
-/** How many alternatives a program gives where `wanted` are: a few sizes, so that there are few programs. */
-function levelOf(wanted: number, vocabSize: number): number {
-  if (wanted === 0) return 0;
-  let level = 8;
-  while (level < wanted) level *= 4;
-  return Math.min(level, vocabSize);
 }

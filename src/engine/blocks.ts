@@ -2,9 +2,9 @@
  * The KV cache's memory, handed out in blocks of tokens (https://arxiv.org/abs/2309.06180). Blocks may have several holders,
  * and full ones are remembered by what they hold after their last holder left, until their room is needed. Knows no requests.
  */
+import { BLOCK_TOKENS } from "../backend/backend.ts";
 
-/** Tokens of a block. The kernels are compiled for the same number. */
-export const BLOCK_TOKENS = 32;
+export { BLOCK_TOKENS } from "../backend/backend.ts";
 
 /** Where a chain of remembered blocks begins. */
 export const ROOT = 0;
@@ -18,10 +18,10 @@ export class Blocks {
   readonly #holders: Int32Array;
   /** Remembered blocks by the hash of what they hold. */
   readonly #found = new Map<number, number>();
-  /** Of each block the entry that continues its chain, ROOT where it is not remembered; the entry before it; and its tokens. */
+  /** Of each block the entry that continues its chain, ROOT where it is not remembered; the entry before it; and its keys. */
   readonly #entries: Float64Array;
   readonly #parents: Float64Array;
-  readonly #tokens: Int32Array;
+  readonly #keys: Float64Array;
   /** Entries are numbered for good, so that what follows a forgotten block is never found again. */
   #last = ROOT;
 
@@ -31,7 +31,7 @@ export class Blocks {
     this.#holders = new Int32Array(count);
     this.#entries = new Float64Array(count);
     this.#parents = new Float64Array(count);
-    this.#tokens = new Int32Array(count * BLOCK_TOKENS);
+    this.#keys = new Float64Array(count * BLOCK_TOKENS);
   }
 
   /** Blocks that can be had: nobody holds them. */
@@ -61,13 +61,13 @@ export class Blocks {
     for (const block of pages.splice(0).reverse()) this.#leave(block);
   }
 
-  /** The longest chain of remembered blocks that `tokens` begin with, at most `limit` blocks; the caller holds them from now on. */
-  match(tokens: readonly number[], limit: number): { pages: number[]; entry: number } {
+  /** The longest chain of remembered blocks that `keys` (one a token) begin with, at most `limit` blocks; the caller holds them from now on. */
+  match(keys: readonly number[], limit: number): { pages: number[]; entry: number } {
     const pages: number[] = [];
     let entry = ROOT;
     while (pages.length < limit) {
       const from = pages.length * BLOCK_TOKENS;
-      const block = this.#find(hashOf(entry, tokens, from), entry, tokens, from);
+      const block = this.#find(hashOf(entry, keys, from), entry, keys, from);
       if (block === undefined) break;
       this.#idle.delete(block);
       this.#holders[block]++;
@@ -78,14 +78,14 @@ export class Blocks {
   }
 
   /**
-   * Remembers the full block `pages[at]`, which holds the tokens of its positions, behind the chain of `entry`; gives the
+   * Remembers the full block `pages[at]`, which holds the tokens with these keys, behind the chain of `entry`; gives the
    * chain's new entry. Where another block holds the same already, that one takes its place in `pages`.
    */
-  remember(pages: number[], at: number, entry: number, tokens: readonly number[]): number {
+  remember(pages: number[], at: number, entry: number, keys: readonly number[]): number {
     const from = at * BLOCK_TOKENS;
     const block = pages[at];
-    const hash = hashOf(entry, tokens, from);
-    const known = this.#find(hash, entry, tokens, from);
+    const hash = hashOf(entry, keys, from);
+    const known = this.#find(hash, entry, keys, from);
     if (known !== undefined) {
       if (known !== block) {
         this.#idle.delete(known);
@@ -99,7 +99,7 @@ export class Blocks {
     if (other !== undefined) this.#forget(other); // the same hash by chance: the newer one stays
     this.#found.set(hash, block);
     this.#parents[block] = entry;
-    for (let i = 0; i < BLOCK_TOKENS; i++) this.#tokens[block * BLOCK_TOKENS + i] = tokens[from + i];
+    for (let i = 0; i < BLOCK_TOKENS; i++) this.#keys[block * BLOCK_TOKENS + i] = keys[from + i];
     this.#entries[block] = ++this.#last;
     return this.#last;
   }
@@ -115,18 +115,18 @@ export class Blocks {
     else this.#free.push(block);
   }
 
-  /** The block that holds these very tokens behind `entry`: the hash only says where to look. */
-  #find(hash: number, entry: number, tokens: readonly number[], from: number): number | undefined {
+  /** The block that holds tokens with these very keys behind `entry`: the hash only says where to look. */
+  #find(hash: number, entry: number, keys: readonly number[], from: number): number | undefined {
     const block = this.#found.get(hash);
     if (block === undefined || this.#parents[block] !== entry) return undefined;
     const at = block * BLOCK_TOKENS;
-    for (let i = 0; i < BLOCK_TOKENS; i++) if (this.#tokens[at + i] !== tokens[from + i]) return undefined;
+    for (let i = 0; i < BLOCK_TOKENS; i++) if (this.#keys[at + i] !== keys[from + i]) return undefined;
     return block;
   }
 
   #forget(block: number): void {
     const at = block * BLOCK_TOKENS;
-    this.#found.delete(hashOf(this.#parents[block], this.#tokens, at));
+    this.#found.delete(hashOf(this.#parents[block], this.#keys, at));
     this.#entries[block] = ROOT;
     if (this.#idle.delete(block)) this.#free.push(block);
   }
@@ -138,12 +138,12 @@ export class Blocks {
   }
 }
 
-/** FNV-1a over the entry and a block's tokens. */
-function hashOf(entry: number, tokens: ArrayLike<number>, from: number): number {
+/** FNV-1a over the entry and the low 32 bits of a block's keys. */
+function hashOf(entry: number, keys: ArrayLike<number>, from: number): number {
   let hash = 0x811c9dc5 ^ (entry % 2 ** 32);
   hash = Math.imul(hash ^ Math.floor(entry / 2 ** 32), 0x01000193);
   for (let i = from; i < from + BLOCK_TOKENS; i++) {
-    hash = Math.imul(hash ^ tokens[i], 0x01000193);
+    hash = Math.imul(hash ^ keys[i], 0x01000193);
     hash ^= hash >>> 15;
   }
   return hash;

@@ -2,12 +2,11 @@
  * Serves token sequences: ids in, ids out. Its loop is the definition of serving: who is next, one step of the model,
  * what came of it. Knows no text.
  */
-import { freemem } from "node:os";
 import { setImmediate as turn } from "node:timers/promises";
 import type { Backend, Weights } from "../backend/backend.ts";
-import { kvShapes } from "../graph/graph.ts";
 import { bytesOf } from "../graph/plan.ts";
-import type { ErnieConfig } from "../model/config.ts";
+import { type Content, checkContent } from "../model/content.ts";
+import type { Model } from "../model/model.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { isBlockDtype } from "../tensor/quantized.ts";
 import { type Drawn, drawBatch } from "./batch.ts";
@@ -24,7 +23,7 @@ export type { Inspection, RoutedLayer } from "./inspection.ts";
 export type { EngineStats, StepReport } from "./stats.ts";
 
 export interface EngineOptions {
-  readonly config: ErnieConfig;
+  readonly model: Model;
   readonly backend: Backend;
   readonly weights: Weights;
   /** The format that each parameter was loaded in. */
@@ -48,7 +47,7 @@ const READERS_AT_ONCE = 32;
 const LEAST_PROMPT_ROWS = 16;
 
 export class Engine {
-  readonly config: ErnieConfig;
+  readonly model: Model;
   readonly kvDtype: KvDtype;
   /** Bytes of KV cache that one token takes. */
   readonly kvBytesPerToken: number;
@@ -68,27 +67,27 @@ export class Engine {
   #running = false;
 
   constructor(options: EngineOptions) {
-    const { config, backend, weights, dtypeOf, maxRows = 512, maxSequences = 512, promptMs = 200, prefixCache = true } = options;
+    const { model, backend, weights, dtypeOf, maxRows = 512, maxSequences = 512, promptMs = 200, prefixCache = true } = options;
     for (const [name, value] of Object.entries({ maxRows, maxSequences }))
       if (!Number.isInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
-    const embedded = dtypeOf("model.embed_tokens.weight");
+    const embedded = dtypeOf(model.embedding);
     const kvDtype = options.kvDtype ?? (embedded === "f32" ? "f32" : isBlockDtype(embedded) ? "int8kv" : "f16");
-    this.config = config;
+    this.model = model;
     this.kvDtype = kvDtype;
-    this.kvBytesPerToken = kvBytesPerToken(config, kvDtype);
-    const available = freemem(); // what files in the page cache take counts as free, the weights' too
+    this.kvBytesPerToken = kvBytesPerToken(model, kvDtype);
+    const available = backend.memory().free; // what files in the page cache take counts as free, the weights' too
     const left = Math.max(available - weights.mappedBytes, available / 16); // a model larger than memory runs from disk
     const fits = Math.floor(left / 2 / this.kvBytesPerToken);
-    const kvTokens = options.kvTokens ?? Math.min(16 * config.maxPositions, Math.max(fits, BLOCK_TOKENS));
+    const kvTokens = options.kvTokens ?? Math.min(16 * model.maxPositions, Math.max(fits, BLOCK_TOKENS));
     this.#backend = backend;
     this.#weights = weights;
     this.#maxRows = maxRows;
     this.#promptMs = promptMs;
     this.#blocks = new Blocks(Math.ceil(kvTokens / BLOCK_TOKENS));
     this.#scheduler = new Scheduler(this.#blocks, { maxRows, maxSequences, prefixCache });
-    this.#programs = new Programs(config, dtypeOf, backend, weights, { dtype: kvDtype, blocks: this.#blocks.count });
+    this.#programs = new Programs(model, dtypeOf, backend, weights, { dtype: kvDtype, blocks: this.#blocks.count });
     this.#steps = new Steps(this.#programs);
-    this.#tally = new Tally(this.#programs.mixtures.length, config.moe?.experts ?? 0);
+    this.#tally = new Tally(model.mixtures.layers.length, model.mixtures.experts);
   }
 
   /** Blocks of the cache that no sequence holds, and all of them. */
@@ -108,14 +107,14 @@ export class Engine {
    * prompt beyond the longest position or the cache, or impossible controls. Leaving the loop, or the signal, cancels it.
    */
   submit(request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
-    this.#check(request.tokens);
-    checkSampling(request.sampling, this.config.vocabSize);
+    this.#check(request);
+    checkSampling(request.sampling, this.model.vocabSize);
     if (!Number.isInteger(request.maxNewTokens) || request.maxNewTokens < 0)
       throw new RangeError(`maxNewTokens is ${request.maxNewTokens}; it must be a whole number of at least 0`);
     const { topLogprobs = 0 } = request;
-    if (!Number.isInteger(topLogprobs) || topLogprobs < 0 || topLogprobs > this.config.vocabSize)
-      throw new RangeError(`topLogprobs is ${topLogprobs}; it must be a whole number from 0 to the vocabulary's ${this.config.vocabSize}`);
-    const sequence = new Sequence(request);
+    if (!Number.isInteger(topLogprobs) || topLogprobs < 0 || topLogprobs > this.model.vocabSize)
+      throw new RangeError(`topLogprobs is ${topLogprobs}; it must be a whole number from 0 to the vocabulary's ${this.model.vocabSize}`);
+    const sequence = new Sequence(request, this.model.cacheKey(request));
     if (request.maxNewTokens === 0) sequence.fail(null);
     else {
       this.#scheduler.add(sequence);
@@ -129,14 +128,14 @@ export class Engine {
    * states, routing. Waits for room in the cache.
    */
   async inspect(tokens: readonly number[], want: Wanted = {}): Promise<Inspection> {
-    this.#check(tokens);
-    return this.#withPages(tokens.length, (pages) => inspect(this.#steps, this.#programs, tokens, pages, this.#inspectedRows, want));
+    this.#check({ tokens });
+    return this.#withPages(tokens.length, (pages) => inspect(this.#steps, this.model, tokens, pages, this.#inspectedRows, want));
   }
 
   /** The mean over all positions of the hidden state after the final norm, [hidden]: an embedding of the text. */
   async embed(tokens: readonly number[]): Promise<Float32Array> {
-    this.#check(tokens);
-    return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.config, tokens, pages, this.#inspectedRows));
+    this.#check({ tokens });
+    return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.model, tokens, pages, this.#inspectedRows));
   }
 
   /** Seconds by op of all steps so far, and how many calls of it the traced programs have; with `rows`, of steps of about so many rows alone. */
@@ -164,7 +163,7 @@ export class Engine {
     if (this.#running) return;
     this.#running = true;
     while (this.#scheduler.busy) {
-      const batch = this.#scheduler.next(this.#promptRows());
+      const batch = this.#next();
       if (batch.length === 0) {
         // Nobody is left, or `inspect` holds the blocks that the others wait for, and needs the event loop to give them back.
         this.#wakeReaders();
@@ -187,6 +186,16 @@ export class Engine {
     }
     this.#wakeReaders();
     this.#running = false;
+  }
+
+  /** Who is next. Where that cannot be told, nobody is served any more: all requests end with the error, later ones start afresh. */
+  #next(): BatchEntry[] {
+    try {
+      return this.#scheduler.next(this.#promptRows());
+    } catch (error) {
+      this.#scheduler.close(error);
+      return [];
+    }
   }
 
   /** Rows of prompts that a step may add while others generate, by how long a row took lately. */
@@ -216,7 +225,7 @@ export class Engine {
       const mask = (await sequence.request.constraint?.next()) ?? null;
       const { maskWords } = this.#programs;
       if (mask && mask.length !== maskWords)
-        throw new RangeError(`the constraint's mask has ${mask.length} words; ${this.config.vocabSize} tokens take ${maskWords}`);
+        throw new RangeError(`the constraint's mask has ${mask.length} words; ${this.model.vocabSize} tokens take ${maskWords}`);
       return mask;
     } catch (error) {
       sequence.fail(error);
@@ -277,7 +286,7 @@ export class Engine {
 
   /** Positions that one sequence can have. */
   get #longest(): number {
-    return Math.min(this.config.maxPositions, this.#blocks.count * BLOCK_TOKENS);
+    return Math.min(this.model.maxPositions, this.#blocks.count * BLOCK_TOKENS);
   }
 
   /** Lends pages for `tokens`, once there are enough. */
@@ -292,12 +301,14 @@ export class Engine {
     }
   }
 
-  #check(tokens: readonly number[]): void {
+  #check(content: Content): void {
     if (this.#steps.disposed) throw new Error("the model has been disposed of");
-    const { vocabSize, maxPositions } = this.config;
+    const { vocabSize, maxPositions, positionAxes, hiddenSize } = this.model;
+    const { tokens } = content;
     if (tokens.length === 0) throw new RangeError("the prompt is empty: at least one token is needed");
     const wrong = tokens.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabSize);
     if (wrong !== undefined) throw new RangeError(`token id ${wrong} is outside the vocabulary of ${vocabSize}`);
+    checkContent(content, positionAxes, hiddenSize);
     if (tokens.length > maxPositions)
       throw new RangeError(`the prompt has ${tokens.length} tokens; the model's longest position is ${maxPositions}`);
     if (tokens.length > this.#longest) {
@@ -310,7 +321,6 @@ export class Engine {
 }
 
 /** Bytes of KV cache that one token takes. */
-export function kvBytesPerToken({ layers, kvHeads, headDim }: ErnieConfig, dtype: KvDtype): number {
-  const { keys, values } = kvShapes(dtype, 1, kvHeads, headDim, BLOCK_TOKENS);
-  return (layers * (bytesOf({ dtype, shape: keys }, {}) + bytesOf({ dtype, shape: values }, {}))) / BLOCK_TOKENS;
+export function kvBytesPerToken({ layers, cache: { heads, width } }: Pick<Model, "layers" | "cache">, dtype: KvDtype): number {
+  return 2 * layers * bytesOf({ dtype, shape: [1, 1, heads, width] }, {});
 }

@@ -1,7 +1,7 @@
 /** Everything a model computes on the way from tokens to logits, of every position of one sequence. */
 import type { Numbers } from "../backend/backend.ts";
-import type { ErnieConfig } from "../model/config.ts";
-import type { Programs, Purpose } from "./programs.ts";
+import type { Model } from "../model/model.ts";
+import { OUTPUTS } from "./programs.ts";
 import type { Steps } from "./steps.ts";
 
 export interface Wanted {
@@ -30,25 +30,21 @@ export interface RoutedLayer {
   readonly weights: Float32Array;
 }
 
-const NOTHING = new Int32Array();
-
 /** @param pages blocks for all tokens @param rows tokens of the next step at most, asked for before each */
 export async function inspect(
   steps: Steps,
-  programs: Programs,
+  model: Model,
   tokens: readonly number[],
   pages: readonly number[],
   rows: () => number,
   want: Wanted,
 ): Promise<Inspection> {
-  const { config, mixtures } = programs;
   const { logits: wantLogits = true, hiddenStates: wantHidden = false, routing: wantRouting = false } = want;
-  const purpose: Purpose = { kind: "inspect", logits: wantLogits, hiddenStates: wantHidden, routing: wantRouting };
+  const { layers, experts, chosen } = model.mixtures;
   const n = tokens.length;
-  const [experts, chosen] = [config.moe?.experts ?? 0, config.moe?.chosen ?? 0];
-  const logits = new Float32Array(wantLogits ? n * config.vocabSize : 0);
-  const hiddenStates = wantHidden ? Array.from({ length: config.layers + 1 }, () => new Float32Array(n * config.hiddenSize)) : [];
-  const routing = (wantRouting ? mixtures : []).map((layer) => ({
+  const logits = new Float32Array(wantLogits ? n * model.vocabSize : 0);
+  const hiddenStates = wantHidden ? Array.from({ length: model.layers + 1 }, () => new Float32Array(n * model.hiddenSize)) : [];
+  const routing = (wantRouting ? layers : []).map((layer) => ({
     layer,
     logits: new Float32Array(n * experts),
     experts: new Int32Array(n * chosen),
@@ -58,12 +54,20 @@ export async function inspect(
   while (next < n) {
     const from = next;
     const to = Math.min(n, from + rows());
-    const part = <T extends Numbers>(all: T, width: number) => all.subarray(from * width, to * width) as T;
-    const outputs: Numbers[] = hiddenStates.map((h) => part(h, config.hiddenSize));
-    if (wantLogits) outputs.unshift(part(logits, config.vocabSize));
-    for (const r of routing) outputs.push(part(r.logits, experts), part(r.experts, chosen), part(r.weights, chosen));
-    const picked = wantLogits ? Int32Array.from({ length: to - from }, (_, i) => i) : NOTHING;
-    await steps.run(purpose, [{ ids: tokens.slice(from, to), start: from, pages }], picked, [], outputs);
+    const part = (all: Numbers, width: number) => all.subarray(from * width, to * width);
+    const outputs: Record<string, Numbers> = {};
+    if (wantLogits) outputs[OUTPUTS.logits] = part(logits, model.vocabSize);
+    hiddenStates.forEach((h, i) => {
+      outputs[OUTPUTS.hidden(i)] = part(h, model.hiddenSize);
+    });
+    for (const r of routing) {
+      const names = OUTPUTS.routing(r.layer);
+      outputs[names.logits] = part(r.logits, experts);
+      outputs[names.experts] = part(r.experts, chosen);
+      outputs[names.weights] = part(r.weights, chosen);
+    }
+    const picked = Int32Array.from({ length: wantLogits ? to - from : 0 }, (_, i) => i);
+    await steps.run([{ ids: tokens.slice(from, to), start: from, pages }], picked, null, outputs);
     next = to;
   }
   return { logits, hiddenStates, routing };
@@ -72,18 +76,17 @@ export async function inspect(
 /** The mean over all positions of the hidden state after the final norm, [hidden]. */
 export async function meanHidden(
   steps: Steps,
-  config: ErnieConfig,
+  { hiddenSize, layers }: Model,
   tokens: readonly number[],
   pages: readonly number[],
   rows: () => number,
 ): Promise<Float32Array> {
-  const { hiddenSize } = config;
   const sum = new Float64Array(hiddenSize);
   let from = 0;
   while (from < tokens.length) {
     const ids = tokens.slice(from, from + rows());
     const states = new Float32Array(ids.length * hiddenSize);
-    await steps.run({ kind: "hidden" }, [{ ids, start: from, pages }], NOTHING, [], [states]);
+    await steps.run([{ ids, start: from, pages }], new Int32Array(), null, { [OUTPUTS.hidden(layers)]: states });
     states.forEach((x, i) => {
       sum[i % hiddenSize] += x;
     });

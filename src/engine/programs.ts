@@ -1,137 +1,75 @@
-/** The planned programs of one model: traced and planned when first needed, for a few sizes, then reused. */
-import type { Backend, Program, State, Weights } from "../backend/backend.ts";
-import { Graph, type KvCache, kvShapes, type Tensor } from "../graph/graph.ts";
-import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops.ts";
-import { type Plan, plan } from "../graph/plan.ts";
-import { type ErnieConfig, isMoeLayer } from "../model/config.ts";
-import { bindWeights, type Forward, forward } from "../model/ernie.ts";
+/** The programs of one model: traced once, prepared for a few sizes when first needed, then reused. */
+import { type Backend, BLOCK_TOKENS, type Program, type State, type Weights } from "../backend/backend.ts";
+import { Graph, type KvCache, type Tensor } from "../graph/graph.ts";
+import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
+import { linear } from "../model/linear.ts";
+import type { Model } from "../model/model.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
-import { symbol } from "../tensor/shape.ts";
-import { BLOCK_TOKENS } from "./blocks.ts";
+import { type SymbolValues, symbol } from "../tensor/shape.ts";
 
-/** What a program hands over, in this order. */
-export type Purpose =
-  /** Sampled tokens; the `top` likeliest, where it is not 0; experts and weights of each mixture layer. */
-  | { readonly kind: "sample"; readonly top: number; readonly routing: boolean }
-  /** Logits, hidden states before each layer and after the final norm, logits, experts and weights of each mixture layer. */
-  | { readonly kind: "inspect"; readonly logits: boolean; readonly hiddenStates: boolean; readonly routing: boolean }
-  /** The hidden states after the final norm. */
-  | { readonly kind: "hidden" };
-
-/** A program, and the plan that it runs. */
-export interface Prepared {
-  readonly program: Program;
-  readonly plan: Plan;
-}
+/** What a step can return, by name; shapes in terms of its rows and picked rows (`outs`). */
+export const OUTPUTS = {
+  /** [outs] i32: -1 where nothing could be chosen; and its log-probability, [outs]. */
+  token: "token",
+  logprob: "logprob",
+  /** The likeliest tokens, best first: [outs, top] i32, [outs, top]. */
+  topTokens: "topTokens",
+  topLogprobs: "topLogprobs",
+  /** [outs, vocab] */
+  logits: "logits",
+  /** [rows, hidden] before layer i, or at the end after the final norm. */
+  hidden: (i: number) => `hidden.${i}`,
+  /** [rows, experts], [rows, chosen] i32, [rows, chosen] of a mixture layer. */
+  routing: (layer: number) => ({
+    logits: `routing.${layer}.logits`,
+    experts: `routing.${layer}.experts`,
+    weights: `routing.${layer}.weights`,
+  }),
+} as const;
 
 export interface KvLayout {
   readonly dtype: KvDtype;
   readonly blocks: number;
 }
 
-const UNBOUNDED = 2 ** 31 - 1; // sizes that take no arena memory
-
 export class Programs {
-  readonly config: ErnieConfig;
-  /** Indices of the layers that are mixtures. */
-  readonly mixtures: readonly number[];
+  readonly model: Model;
   /** Words of a mask over the vocabulary. */
   readonly maskWords: number;
-  readonly #dtypeOf: (parameter: string) => Dtype;
   readonly #backend: Backend;
   readonly #weights: Weights;
-  readonly #kv: KvLayout;
+  readonly #graph: Graph;
   readonly #states = new Map<string, State>();
-  readonly #prepared = new Map<string, Prepared>();
+  readonly #prepared = new Map<string, { readonly program: Program; readonly rows: number }>();
 
-  constructor(config: ErnieConfig, dtypeOf: (parameter: string) => Dtype, backend: Backend, weights: Weights, kv: KvLayout) {
-    this.config = config;
-    this.mixtures = Array.from({ length: config.layers }, (_, i) => i).filter((i) => isMoeLayer(config, i));
-    this.maskWords = Math.ceil(config.vocabSize / 32);
-    this.#dtypeOf = dtypeOf;
+  constructor(model: Model, dtypeOf: (parameter: string) => Dtype, backend: Backend, weights: Weights, kv: KvLayout) {
+    this.model = model;
+    this.maskWords = Math.ceil(model.vocabSize / 32);
     this.#backend = backend;
     this.#weights = weights;
-    this.#kv = kv;
-    for (let i = 0; i < config.layers; i++)
-      for (const [kind, shape] of Object.entries(this.#kvShapes)) this.#states.set(`${kind}.${i}`, backend.state(kv.dtype, shape));
+    this.#graph = trace(model, dtypeOf, kv);
+    for (const t of this.#graph.values)
+      if (t.kind === "state") this.#states.set(t.name as string, backend.state(t.dtype, t.shape.map(Number)));
   }
 
-  /** A program with room for `rows` rows; made once for each power of two. */
-  for(purpose: Purpose, rows: number): Prepared {
-    const capacity = capacityFor(rows);
-    const key = `${Object.values(purpose).join()}:${capacity}`;
-    const made = this.#prepared.get(key) ?? this.#prepare(purpose, capacity);
+  /** A program with room for so many rows and picked rows; made once for each pair of powers of two. */
+  for(rows: number, outs: number): Program {
+    const capacity = { rows: powerOfTwo(rows), outs: powerOfTwo(outs) };
+    const key = `${capacity.rows}:${capacity.outs}`;
+    const made = this.#prepared.get(key) ?? { program: this.#prepare(capacity), rows: capacity.rows };
     this.#prepared.set(key, made);
-    return made;
+    return made.program;
   }
 
-  get #kvShapes() {
-    return kvShapes(this.#kv.dtype, this.#kv.blocks, this.config.kvHeads, this.config.headDim, BLOCK_TOKENS);
-  }
-
-  #prepare(purpose: Purpose, rows: number): Prepared {
-    const { config } = this;
-    const g = new Graph();
-    const weights = bindWeights(g, config, this.#dtypeOf);
-    const inputs = {
-      ids: g.input("ids", [symbol("rows")], "i32"),
-      positions: g.input("positions", [symbol("rows")], "i32"),
-      segments: g.input("segments", [symbol("sequences"), 3], "i32"),
-      pages: g.input("pages", [symbol("sequences"), symbol("pages")], "i32"),
-      picked: g.input("picked", [symbol("outs")], "i32"),
-    };
-    const shapes = this.#kvShapes;
-    const caches = Array.from(
-      { length: config.layers },
-      (_, i): KvCache => ({
-        keys: g.state(`keys.${i}`, shapes.keys, this.#kv.dtype),
-        values: g.state(`values.${i}`, shapes.values, this.#kv.dtype),
-      }),
-    );
-    const traced = forward(g, config, weights, inputs, caches);
-    const outputs = this.#outputs(g, traced, purpose);
-    const capacity = { rows, outs: rows, sequences: UNBOUNDED, pages: UNBOUNDED, history: UNBOUNDED, biases: UNBOUNDED, masks: UNBOUNDED };
-    const planned = plan(g, outputs, capacity);
-    return { program: this.#backend.prepare(planned, this.#weights, this.#states), plan: planned };
-  }
-
-  #outputs(g: Graph, { logits, hiddenStates, routing }: Forward, purpose: Purpose): Tensor[] {
-    switch (purpose.kind) {
-      case "sample": {
-        const top = purpose.top > 0 ? Object.values(g.topLogprobs(logits, purpose.top)) : [];
-        return [...this.#sampled(g, logits), ...top, ...(purpose.routing ? routing.flatMap((r) => [r.experts, r.weights]) : [])];
-      }
-      case "inspect":
-        return [
-          ...(purpose.logits ? [logits] : []),
-          ...(purpose.hiddenStates ? hiddenStates : []),
-          ...(purpose.routing ? routing.flatMap((r) => [r.logits, r.experts, r.weights]) : []),
-        ];
-      case "hidden":
-        return hiddenStates.slice(-1);
-      default:
-        return purpose satisfies never;
-    }
-  }
-
-  #sampled(g: Graph, logits: Tensor): Tensor[] {
-    const sampling = {
-      floats: g.input("floats", [symbol("outs"), SAMPLING_FLOATS.length], "f32"),
-      ints: g.input("ints", [symbol("outs"), SAMPLING_INTS.length], "i32"),
-      history: g.input("history", [symbol("history")], "i32"),
-      biasIds: g.input("biasIds", [symbol("biases")], "i32"),
-      biasValues: g.input("biasValues", [symbol("biases")], "f32"),
-      masks: g.input("masks", [symbol("masks"), this.maskWords], "i32"),
-    };
-    const { ids, logprobs } = g.sample(logits, g.processLogits(logits, sampling), sampling);
-    return [ids, logprobs];
+  #prepare(capacity: SymbolValues): Program {
+    return this.#backend.prepare(this.#graph, capacity, this.#weights, this.#states);
   }
 
   /** The weights that each op reads, by name, in a program that was prepared. Empty before the first. */
   weightsByOp(): Map<string, ReadonlySet<string>> {
     const byOp = new Map<string, Set<string>>();
-    for (const { plan } of this.#prepared.values())
-      for (const { op, inputs } of plan.graph.calls)
+    for (const { program } of this.#prepared.values())
+      for (const { op, inputs } of program.calls)
         for (const { kind, name } of inputs)
           if (kind === "weight" && name !== undefined) byOp.set(op, (byOp.get(op) ?? new Set()).add(name));
     return byOp;
@@ -140,10 +78,10 @@ export class Programs {
   /** Seconds by op, of everything that ran; with `rows`, of the programs alone that steps of so many rows run. */
   profile(rows?: number): Map<string, { readonly seconds: number; readonly calls: number }> {
     const byOp = new Map<string, { seconds: number; calls: number }>();
-    for (const { program, plan } of this.#prepared.values()) {
-      if (rows !== undefined && plan.capacity["rows"] !== capacityFor(rows)) continue;
+    for (const { program, rows: capacity } of this.#prepared.values()) {
+      if (rows !== undefined && capacity !== powerOfTwo(rows)) continue;
       const seconds = program.seconds();
-      plan.graph.calls.forEach(({ op }, i) => {
+      program.calls.forEach(({ op }, i) => {
         const sum = byOp.get(op) ?? { seconds: 0, calls: 0 };
         byOp.set(op, { seconds: sum.seconds + seconds[i], calls: sum.calls + 1 });
       });
@@ -159,6 +97,53 @@ export class Programs {
   }
 }
 
-function capacityFor(rows: number): number {
-  return 2 ** Math.ceil(Math.log2(rows));
+/** Everything that a step can compute: what a run does not ask for is left out. */
+function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout): Graph {
+  const g = new Graph();
+  const { heads, width } = model.cache;
+  const half = (name: string) => g.state(name, [kv.blocks, BLOCK_TOKENS, heads, width], kv.dtype);
+  const layers = Array.from({ length: model.layers }, (_, i): KvCache => ({ keys: half(`keys.${i}`), values: half(`values.${i}`) }));
+  const rows = symbol("rows");
+  const traced = model.forward(g, ({ name, shape }) => g.weight(name, shape, dtypeOf(name)), {
+    ids: g.input("ids", [rows], "i32"),
+    positions: g.input("positions", model.positionAxes === 1 ? [rows] : [model.positionAxes, rows], "i32"),
+    segments: g.input("segments", [symbol("sequences"), 3], "i32"),
+    cache: { pages: g.input("pages", [symbol("sequences"), symbol("pages")], "i32"), context: symbol("context"), layers },
+    embeddings: {
+      values: g.input("embeddings", [symbol("embedded"), model.hiddenSize], "f32"),
+      rows: g.input("embeddedRows", [symbol("embedded")], "i32"),
+    },
+  });
+  const last = traced.hiddenStates[traced.hiddenStates.length - 1];
+  const logits = linear(g, g.gather(last, g.input("picked", [symbol("outs")], "i32")), traced.head);
+  g.output(OUTPUTS.logits, logits);
+  traced.hiddenStates.forEach((t, i) => {
+    g.output(OUTPUTS.hidden(i), t);
+  });
+  for (const { layer, ...values } of traced.routing)
+    for (const which of ["logits", "experts", "weights"] as const) g.output(OUTPUTS.routing(layer)[which], values[which]);
+  traceSampling(g, logits);
+  return g;
+}
+
+function traceSampling(g: Graph, logits: Tensor): void {
+  const outs = symbol("outs");
+  const sampling = {
+    floats: g.input("floats", [outs, SAMPLING_FLOATS.length], "f32"),
+    ints: g.input("ints", [outs, SAMPLING_INTS.length], "i32"),
+    history: g.input("history", [symbol("history")], "i32"),
+    biasIds: g.input("biasIds", [symbol("biases")], "i32"),
+    biasValues: g.input("biasValues", [symbol("biases")], "f32"),
+    masks: g.input("masks", [symbol("masks"), Math.ceil(Number(logits.shape[1]) / 32)], "i32"),
+  };
+  const { ids, logprobs } = g.sample(logits, g.processLogits(logits, sampling), sampling);
+  const top = g.topLogprobs(logits, symbol("top"));
+  g.output(OUTPUTS.token, ids);
+  g.output(OUTPUTS.logprob, logprobs);
+  g.output(OUTPUTS.topTokens, top.ids);
+  g.output(OUTPUTS.topLogprobs, top.logprobs);
+}
+
+function powerOfTwo(n: number): number {
+  return n === 0 ? 0 : 2 ** Math.ceil(Math.log2(n));
 }

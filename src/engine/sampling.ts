@@ -1,5 +1,5 @@
 /** How a token is chosen from logits: the controls, their checks, and their layout for the kernels. Chooses nothing itself. */
-import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops.ts";
+import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
 
 /** Controls of one sequence. The order of processing is that of transformers: bias, penalties, n-grams, temperature, top-k, top-p, min-p. */
 export interface Sampling {

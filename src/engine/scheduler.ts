@@ -147,7 +147,7 @@ export class Scheduler {
     sequence.cached += count;
     if (!this.#options.prefixCache) return;
     for (; sequence.chained < Math.floor(sequence.cached / BLOCK_TOKENS); sequence.chained++)
-      sequence.entry = this.#blocks.remember(sequence.pages, sequence.chained, sequence.entry, sequence.tokens);
+      sequence.entry = this.#blocks.remember(sequence.pages, sequence.chained, sequence.entry, sequence.keys);
   }
 
   /** Forgets a sequence and takes its blocks back. */
@@ -239,7 +239,7 @@ export class Scheduler {
     if (this.#gaveUp.has(sequence) || sequence.arrival > (this.#reservations[0]?.arrival ?? Number.POSITIVE_INFINITY)) return false;
     const { maxSequences, prefixCache } = this.#options;
     const limit = prefixCache ? Math.floor((sequence.tokens.length - 1) / BLOCK_TOKENS) : 0;
-    const { pages, entry } = this.#blocks.match(sequence.tokens, limit);
+    const { pages, entry } = this.#blocks.match(sequence.keys, limit);
     const wanted = Math.ceil(sequence.tokens.length / BLOCK_TOKENS) - pages.length;
     const fits = (spare: number) => this.#running.size < maxSequences && wanted + spare <= this.#blocks.free;
     // Some blocks are left for those who generate: a newcomer should not have to give its own up at once.

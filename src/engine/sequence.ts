@@ -1,4 +1,5 @@
 /** One request while it is served: its tokens, its cache pages, and its reader. Knows no text and no schedule. */
+import type { Content, EmbeddedSpan } from "../model/content.ts";
 import { BLOCK_TOKENS, ROOT } from "./blocks.ts";
 import type { Sampling } from "./sampling.ts";
 
@@ -10,9 +11,8 @@ export interface Constraint {
   accept(id: number): void;
 }
 
-export interface Request {
-  /** The prompt; at least one token. */
-  readonly tokens: readonly number[];
+/** A prompt of at least one token, and what is wanted of its answer. */
+export interface Request extends Content {
   readonly sampling: Sampling;
   /** New tokens at most. */
   readonly maxNewTokens: number;
@@ -59,6 +59,8 @@ export class Sequence {
   readonly owner: string;
   /** Prompt and answer. */
   readonly tokens: number[];
+  /** What the prefix cache finds each token by: a model's `cacheKey`. The same array as `tokens` where a token is its id alone. */
+  readonly keys: number[];
   readonly promptCount: number;
   /** Blocks of the cache, in order. */
   readonly pages: number[] = [];
@@ -78,11 +80,35 @@ export class Sequence {
   #failure: unknown = null;
   #wake: (() => void) | null = null;
 
-  constructor(request: Request) {
+  /** How far positions of the answer are ahead of its indices. */
+  readonly #ahead: number;
+
+  /** @param keys the prompt's `cacheKey` */
+  constructor(request: Request, keys: readonly number[] = request.tokens) {
     this.request = request;
     this.owner = request.owner ?? "";
     this.tokens = [...request.tokens];
+    this.keys = keys === request.tokens ? this.tokens : [...keys];
     this.promptCount = request.tokens.length;
+    const { positions } = request;
+    this.#ahead = positions ? positions.reduce((top, p) => Math.max(top, p), 0) + 1 - this.promptCount : 0;
+  }
+
+  /** Position of a token on an axis. Those of an answer follow the prompt's largest. */
+  position(index: number, axis: number): number {
+    const { positions } = this.request;
+    return positions && index < this.promptCount ? positions[axis * this.promptCount + index] : index + this.#ahead;
+  }
+
+  /** Embeddings that fall among `count` tokens from `from` on, cut to those. */
+  embeddings(from: number, count: number): EmbeddedSpan[] {
+    return (this.request.embeddings ?? []).flatMap((span) => {
+      const [first, end] = [Math.max(from, span.at), Math.min(from + count, span.at + span.count)];
+      if (first >= end) return [];
+      const width = span.values.length / span.count;
+      const values = span.values.subarray((first - span.at) * width, (end - span.at) * width);
+      return [{ at: first, count: end - first, values }];
+    });
   }
 
   get aborted(): boolean {
@@ -105,6 +131,7 @@ export class Sequence {
   /** Appends a token; the sequence is done when it ends the answer. Its reader sees it after the next `wake`. */
   append(token: GeneratedToken): void {
     this.tokens.push(token.id);
+    if (this.keys !== this.tokens) this.keys.push(token.id);
     this.#events.push(token);
     if (token.finish) this.#done = true;
   }

@@ -1,15 +1,23 @@
 /** Runs steps of the model, one at a time: lays out which tokens stand where. Knows no requests and no schedule. */
 import type { Numbers } from "../backend/backend.ts";
+import type { EmbeddedSpan } from "../model/content.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
-import type { Programs, Purpose } from "./programs.ts";
+import type { Programs } from "./programs.ts";
+import type { Controls } from "./sampling.ts";
 
 /** The tokens of one sequence in a step. */
 export interface Part {
   readonly ids: readonly number[];
-  /** Position of the first. */
+  /** Index in its sequence of the first: how many come before it in the cache. */
   readonly start: number;
   readonly pages: readonly number[];
+  /** Position of a token of the sequence on an axis. Default: its index. */
+  readonly position?: (index: number, axis: number) => number;
+  /** Embeddings in place of those of ids; `at` counts from the sequence's first token. */
+  readonly embeddings?: readonly EmbeddedSpan[];
 }
+
+const NOTHING = { floats: new Float32Array(), ints: new Int32Array() };
 
 export class Steps {
   readonly #programs: Programs;
@@ -37,46 +45,33 @@ export class Steps {
   }
 
   /**
-   * Runs one step once those before it have ended. Controls and outputs are in the order in which `programs.ts` declares them.
+   * Runs one step once those before it have ended.
    * @param picked rows of all parts together whose logits are wanted
+   * @param controls of sampling, one row each picked row; null where nothing is sampled
+   * @param outputs arrays to fill, by the names of `OUTPUTS`; only those are computed
+   * @param top columns of the likeliest tokens
    * @param started called once native code is at work, and the event loop has time for others
    */
   run(
-    purpose: Purpose,
     parts: readonly Part[],
     picked: Int32Array,
-    controls: readonly Numbers[],
-    outputs: readonly Numbers[],
+    controls: Controls | null,
+    outputs: Readonly<Record<string, Numbers>>,
+    top = 0,
     started?: () => void,
   ): Promise<void> {
-    const rows = parts.reduce((n, p) => n + p.ids.length, 0);
-    const widest = Math.max(...parts.map((p) => p.pages.length));
-    const ids = new Int32Array(rows);
-    const positions = new Int32Array(rows);
-    const segments = new Int32Array(parts.length * 3);
-    const pages = new Int32Array(parts.length * widest).fill(-1);
-    let row = 0;
-    parts.forEach((p, s) => {
-      ids.set(p.ids, row);
-      segments.set([row, p.ids.length, p.start], s * 3);
-      pages.set(p.pages, s * widest);
-      for (let i = 0; i < p.ids.length; i++) positions[row + i] = p.start + i;
-      row += p.ids.length;
-    });
-    const [, , history, biases, , masks] = controls;
-    const sizes: SymbolValues = {
-      rows,
+    const { sizes, inputs } = layOutParts(parts, this.#programs);
+    const all: SymbolValues = {
+      ...sizes,
       outs: picked.length,
-      sequences: parts.length,
-      pages: widest,
-      history: history?.length ?? 0,
-      biases: biases?.length ?? 0,
-      masks: (masks?.length ?? 0) / this.#programs.maskWords,
+      top,
+      history: controls?.history.length ?? 0,
+      biases: controls?.biasIds.length ?? 0,
+      masks: (controls?.masks.length ?? 0) / this.#programs.maskWords,
     };
     const begin = () => {
       if (this.#disposed) throw new Error("the model has been disposed of");
-      const inputs = [ids, positions, segments, pages, picked, ...controls];
-      const running = this.#programs.for(purpose, rows).program.run(sizes, inputs, outputs);
+      const running = this.#programs.for(all["rows"], picked.length).run(all, { ...inputs, picked, ...controls }, outputs);
       started?.();
       return running;
     };
@@ -96,4 +91,36 @@ export class Steps {
     this.#disposed = true;
     await this.idle();
   }
+}
+
+function layOutParts(parts: readonly Part[], { model }: Programs) {
+  const axes = model.positionAxes;
+  const spans = parts.flatMap((p) => p.embeddings ?? []);
+  const embedded = spans.reduce((n, s) => n + s.count, 0);
+  const rows = parts.reduce((n, p) => n + p.ids.length, 0);
+  const pages = Math.max(...parts.map((p) => p.pages.length));
+  const sizes = { rows, sequences: parts.length, pages, context: parts.reduce((n, p) => n + p.start + p.ids.length, 0), embedded };
+  const inputs = {
+    ids: new Int32Array(rows),
+    positions: new Int32Array(axes * rows),
+    segments: new Int32Array(parts.length * 3),
+    pages: new Int32Array(parts.length * pages).fill(-1),
+    embeddings: embedded > 0 ? new Float32Array(embedded * model.hiddenSize) : NOTHING.floats,
+    embeddedRows: embedded > 0 ? new Int32Array(embedded) : NOTHING.ints,
+  };
+  let [row, filled] = [0, 0];
+  parts.forEach((p, s) => {
+    inputs.ids.set(p.ids, row);
+    inputs.segments.set([row, p.ids.length, p.start], s * 3);
+    inputs.pages.set(p.pages, s * pages);
+    for (let axis = 0; axis < axes; axis++)
+      for (let i = 0; i < p.ids.length; i++)
+        inputs.positions[axis * rows + row + i] = p.position ? p.position(p.start + i, axis) : p.start + i;
+    for (const { at, count, values } of p.embeddings ?? []) {
+      inputs.embeddings.set(values, filled * model.hiddenSize);
+      for (let i = 0; i < count; i++) inputs.embeddedRows[filled++] = row + at - p.start + i;
+    }
+    row += p.ids.length;
+  });
+  return { sizes, inputs };
 }

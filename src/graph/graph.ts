@@ -1,38 +1,17 @@
 /**
- * A graph is a list of op calls in execution order. Tracing a model's forward appends to it; nothing runs, and it holds
- * no data and knows no backend.
+ * A graph is a list of op calls in execution order, and the values that a run can be asked for by name. Tracing a model's
+ * forward appends to it; passes make a new graph of it. Nothing runs, and it holds no data and knows no backend.
  */
-import type { Dtype, KvDtype } from "../tensor/dtype.ts";
-import { type Dim, type Shape, showShape } from "../tensor/shape.ts";
-import { OPS, type OpName, type Params } from "./ops.ts";
+import type { Dtype } from "../tensor/dtype.ts";
+import { type Dim, type Shape, sameShape, showShape } from "../tensor/shape.ts";
+import type { Call, Op, OpTable, Params, Result, Sizes, Tensor } from "./call.ts";
+import { sizesOf } from "./ops/views.ts";
+import { OPS } from "./ops.ts";
 
-/**
- * Where a value's memory comes from: computed by a call, bound once when the program is prepared (`weight`, `state`), or
- * handed over with each run (`input`).
- */
-export type Kind = "computed" | "weight" | "state" | "input";
-
-/** A value of a graph. Holds no data: `id` indexes the graph's values. */
-export interface Tensor {
-  readonly id: number;
-  readonly kind: Kind;
-  /** The name that a weight, state or input is bound by. */
-  readonly name?: string;
-  readonly dtype: Dtype;
-  readonly shape: Shape;
-}
-
-export interface Call {
-  readonly op: OpName;
-  readonly inputs: readonly Tensor[];
-  readonly outputs: readonly Tensor[];
-  readonly params: Params;
-}
-
-/** Two tensors do not fit together; says which op saw what. */
+/** The inputs of an op do not agree; says which op saw what. */
 export class ShapeError extends TypeError {
   constructor(op: string, inputs: readonly Tensor[]) {
-    super(`${op}: shapes do not agree: ${inputs.map((t) => `${t.dtype}${showShape(t.shape)}`).join(", ")}`);
+    super(`${op}: shapes do not agree: ${inputs.map(show).join(", ")}`);
     this.name = "ShapeError";
   }
 }
@@ -40,13 +19,29 @@ export class ShapeError extends TypeError {
 export class Graph {
   readonly calls: Call[] = [];
   readonly values: Tensor[] = [];
-  readonly #casts = new Map<string, Tensor>();
+  /** What a run can return, by name. */
+  readonly outputs = new Map<string, Tensor>();
+  readonly table: OpTable;
+  #scope = "";
+
+  /** @param table rows of the ops that may occur */
+  constructor(table: OpTable = OPS) {
+    this.table = table;
+  }
+
+  /** A graph with the same values and outputs and no calls yet: what passes write to. */
+  branch(table: OpTable = this.table): Graph {
+    const next = new Graph(table);
+    for (const t of this.values) next.values.push(t);
+    for (const [name, t] of this.outputs) next.outputs.set(name, t);
+    return next;
+  }
 
   weight(name: string, shape: Shape, dtype: Dtype): Tensor {
     return this.#value({ kind: "weight", name, shape, dtype });
   }
 
-  /** Memory that outlives a run, such as a KV cache. */
+  /** Memory that outlives a run, such as a KV cache or a parameter that is trained. */
   state(name: string, shape: Shape, dtype: Dtype): Tensor {
     return this.#value({ kind: "state", name, shape, dtype });
   }
@@ -55,15 +50,49 @@ export class Graph {
     return this.#value({ kind: "input", name, shape, dtype });
   }
 
-  /** Appends a call; throws ShapeError where the inputs do not agree. */
-  call(op: OpName, inputs: readonly Tensor[], params: Params = {}): Tensor[] {
-    const rule = OPS[op];
-    for (const name of rule.params) if (params[name] === undefined) throw new Error(`internal: ${op} needs the parameter '${name}'`);
-    const results = rule.outputs(inputs, params);
-    if (!results) throw new ShapeError(op, inputs);
-    const outputs = results.map(({ shape, dtype }) => this.#value({ kind: "computed", shape, dtype }));
-    this.calls.push({ op, inputs, outputs, params });
-    return outputs;
+  /** Lets a run return `value`, a computed one, under this name. */
+  output(name: string, value: Tensor): void {
+    if (value.kind !== "computed") throw new Error(`internal: the output ${name} is no computed value`);
+    this.outputs.set(name, value);
+  }
+
+  /** Marks the calls that `trace` appends as belonging to `scope`. */
+  within<T>(scope: string, trace: () => T): T {
+    const outer = this.#scope;
+    this.#scope = scope;
+    try {
+      return trace();
+    } finally {
+      this.#scope = outer;
+    }
+  }
+
+  /**
+   * Appends a call; throws ShapeError where the inputs do not agree.
+   * @param outputs values that the call shall compute, where a pass puts it in the place of others; new ones by default
+   */
+  call(op: string, inputs: readonly (Tensor | undefined)[], params: Params = {}, sizes: Sizes = {}, outputs?: readonly Tensor[]): Tensor[] {
+    const row = this.row(op);
+    const given = inputs.filter((t) => t !== undefined);
+    const results = resultsOf(op, row, given, params, sizes);
+    const made = outputs ? fitted(op, results, outputs) : results.map((r) => this.#value({ kind: "computed", ...r }));
+    this.push({ op, inputs: given, outputs: made, params, sizes, scope: this.#scope, effects: effectsOf(row, given) });
+    return made as Tensor[];
+  }
+
+  /** Appends a call that another graph holds. */
+  push(call: Call): void {
+    this.calls.push(call);
+  }
+
+  row(op: string): Op {
+    if (!Object.hasOwn(this.table, op)) throw new Error(`internal: there is no op '${op}'`);
+    return this.table[op];
+  }
+
+  /** A new computed value, for calls that passes make. */
+  computed(result: Result): Tensor {
+    return this.#value({ kind: "computed", ...result });
   }
 
   #value(value: Omit<Tensor, "id">): Tensor {
@@ -72,60 +101,54 @@ export class Graph {
     return tensor;
   }
 
-  #one(op: OpName, inputs: readonly (Tensor | undefined)[], params?: Params): Tensor {
-    return this.call(
-      op,
-      inputs.filter((t) => t !== undefined),
-      params,
-    )[0];
+  #one(op: string, inputs: readonly (Tensor | undefined)[], params?: Params, sizes?: Sizes): Tensor {
+    return this.call(op, inputs, params, sizes)[0];
   }
 
-  /** Rows of `table` [n, width] chosen by `ids` [rows]. */
+  // Ops that models are traced in; what each computes stands in its row (graph/ops/).
+
   embed = (ids: Tensor, table: Tensor) => this.#one("embed", [ids, table]);
-  /** `x / sqrt(mean(x^2) + eps) * weight` over the last axis (https://arxiv.org/abs/1910.07467). */
   rmsNorm = (x: Tensor, weight: Tensor, eps: number) => this.#one("rmsNorm", [x, weight], { eps });
-  /** `x . weight^T (+ bias)`: [rows, k], [n, k] to [rows, n]. */
-  linear = (x: Tensor, weight: Tensor, bias?: Tensor) => this.#one("linear", [this.#activations(x, weight), weight, bias]);
-  /**
-   * Each expert slot times the matrix of its expert: x [rows, k] with `slots` slots a row, weight [experts, n, k],
-   * order and offsets from `group`, to [slots * rows, n] in slot order (not in the order of the experts).
-   */
+  linear = (x: Tensor, weight: Tensor, bias?: Tensor) => this.#one("linear", [x, weight, bias]);
   groupedLinear = (x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, slots: number, bias?: Tensor) =>
-    this.#one("groupedLinear", [this.#activations(x, weight), weight, order, offsets, bias], { slots });
-  /** `silu(x . gate^T) * (x . up^T)` in one pass (https://arxiv.org/abs/2002.05202): x [rows, k], gate and up [n, k] to [rows, n]. */
-  gatedLinear = (x: Tensor, gate: Tensor, up: Tensor) => this.#one("gatedLinear", [this.#activations(x, gate), gate, up]);
-  /** The same of each expert slot with the matrices of its expert, as `groupedLinear`. */
-  groupedGatedLinear = (x: Tensor, gate: Tensor, up: Tensor, order: Tensor, offsets: Tensor, slots: number) =>
-    this.#one("groupedGatedLinear", [this.#activations(x, gate), gate, up, order, offsets], { slots });
+    this.#one("groupedLinear", [x, weight, order, offsets, bias], { slots });
   add = (a: Tensor, b: Tensor) => this.#one("add", [a, b]);
-  /** `silu(gate) * up` (https://arxiv.org/abs/2002.05202). */
+  scale = (x: Tensor, by: number) => this.#one("scale", [x], { by });
   siluMul = (gate: Tensor, up: Tensor) => this.#one("siluMul", [gate, up]);
-  /** Cosine and sine of `position * theta^(-2i/dim)` for each pair i, side by side: [rows] to [rows, dim]. */
+  dropout = (x: Tensor, seed: Tensor, p: number, stream: number) => this.#one("dropout", [x, seed], { p, stream });
   angles = (positions: Tensor, dim: number, theta: number) => this.#one("angles", [positions], { dim, theta });
-  /** Turns adjacent pairs of each head by `angles` (https://arxiv.org/abs/2104.09864). */
   rope = (x: Tensor, angles: Tensor) => this.#one("rope", [x, angles]);
-  /** Stores the keys and values of this step's rows in their pages of the cache. */
+  gather = (x: Tensor, index: Tensor) => this.#one("gather", [x, index]);
+  replaceRows = (x: Tensor, by: Tensor, index: Tensor) => this.#one("replaceRows", [x, by, index]);
+  reshape = (x: Tensor, shape: Shape) => this.#one("reshape", [x], {}, sizesOf(shape));
+  slice = (x: Tensor, axis: number, start: number, count: Dim) => this.#one("slice", [x], { axis, start }, { count });
+  transpose = (x: Tensor, a: number, b: number) => this.#one("transpose", [x], { a, b });
+  dot = (a: Tensor, b: Tensor) => this.#one("dot", [a, b]);
+
+  attention = (q: Tensor, k: Tensor, v: Tensor, segments: Tensor, dim: number, causal = true) => {
+    const [y, logsumexp] = this.call("attention", [q, k, v, segments], { dim, causal: Number(causal) });
+    return { y, logsumexp };
+  };
   cacheWrite = (k: Tensor, v: Tensor, cache: KvCache, segments: Tensor, pages: Tensor): void => {
     this.call("cacheWrite", [k, v, cache.keys, cache.values, segments, pages]);
   };
-  /** Causal attention of q [rows, heads * dim] over the cached positions up to each row's own. */
-  attention = (q: Tensor, cache: KvCache, segments: Tensor, pages: Tensor) =>
-    this.#one("attention", [q, cache.keys, cache.values, segments, pages]);
-  /** The router: probabilities, then the `k` best by probability plus bias; weights sum to one, never divided by less than `normMin`. */
+  cacheRead = (half: Tensor, segments: Tensor, pages: Tensor, context: Dim) =>
+    this.#one("cacheRead", [half, segments, pages], {}, { context });
+
   route = (x: Tensor, gate: Tensor, bias: Tensor, k: number, normMin: number) => {
     const [logits, experts, weights] = this.call("route", [x, gate, bias], { k, normMin });
     return { logits, experts, weights };
   };
-  /** Sorts expert slots by expert: `order` lists slots, those of expert e from offsets[e] to offsets[e + 1]. */
   group = (experts: Tensor, count: number) => {
     const [order, offsets] = this.call("group", [experts], { count });
     return { order, offsets };
   };
-  /** Sums each row's expert slots times their weights: [k * rows, n], [rows, k] to [rows, n]. */
   combine = (slots: Tensor, weights: Tensor) => this.#one("combine", [slots, weights]);
-  /** Rows of x chosen by `index`. */
-  gather = (x: Tensor, index: Tensor) => this.#one("gather", [x, index]);
-  /** Applies each row's logits processors; see `engine/sampling.ts` for the columns of the controls. */
+
+  /** Losses of each row. */
+  crossEntropy = (x: Tensor, head: Tensor, labels: Tensor, chunk: number, bias?: Tensor) =>
+    this.#one("crossEntropy", [x, head, labels, bias], { chunk });
+
   processLogits = (logits: Tensor, sampling: SamplingInputs) =>
     this.#one("processLogits", [
       logits,
@@ -136,39 +159,25 @@ export class Graph {
       sampling.biasValues,
       sampling.masks,
     ]);
-  /**
-   * Chooses a token a row, greedily or at random, and gives its log-probability by the unprocessed logits. Where all of a row's
-   * tokens are ruled out, the token is -1.
-   */
   sample = (logits: Tensor, processed: Tensor, sampling: SamplingInputs) => {
     const [ids, logprobs] = this.call("sample", [logits, processed, sampling.floats, sampling.ints]);
     return { ids, logprobs };
   };
-  /** The `k` likeliest tokens of each row, best first, the lower id first among equals: ids and log-probabilities, [rows, k] each. */
-  topLogprobs = (logits: Tensor, k: number) => {
-    const [ids, logprobs] = this.call("topLogprobs", [logits], { k });
+  topLogprobs = (logits: Tensor, top: Dim) => {
+    const [ids, logprobs] = this.call("topLogprobs", [logits], {}, { top });
     return { ids, logprobs };
   };
-
-  /** x in the format that products with `weight` are made in: each conversion is made once, however many weights use it. */
-  #activations(x: Tensor, weight: Tensor): Tensor {
-    const op = weight.dtype === "bf16" ? "toBf16Pair" : weight.dtype === "int8" || weight.dtype === "int4" ? "toInt8" : null;
-    if (!op || x.dtype !== "f32") return x;
-    const key = `${op}:${x.id}`;
-    const made = this.#casts.get(key) ?? this.#one(op, [x]);
-    this.#casts.set(key, made);
-    return made;
-  }
 }
 
+export type { Tensor } from "./call.ts";
+
+/** A layer's cache, halves alike: states [blocks, tokens of a block, kv heads, head width]. Backends lay them out as their kernels want. */
 export interface KvCache {
-  /** [blocks, kv heads, head width, block tokens]: transposed, so that scores of neighbouring tokens lie side by side; of int8kv as `values`. */
   readonly keys: Tensor;
-  /** [blocks, kv heads, block tokens, head width] */
   readonly values: Tensor;
 }
 
-/** The controls of sampling, one row an output row; columns as in `ops.ts`. */
+/** The controls of sampling, one row an output row; columns as in `ops/sampling.ts`. */
 export interface SamplingInputs {
   readonly floats: Tensor;
   readonly ints: Tensor;
@@ -179,16 +188,52 @@ export interface SamplingInputs {
   readonly masks: Tensor;
 }
 
-/** Shapes of a cache of so many blocks. */
-export function kvShapes(
-  dtype: KvDtype,
-  blocks: number,
-  heads: number,
-  width: number,
-  tokens: number,
-): { keys: number[]; values: number[] } {
-  const values = [blocks, heads, tokens, width];
-  return { keys: dtype === "int8kv" ? values : [blocks, heads, width, tokens], values };
+/** `f32[rows,64]`. */
+export function show(t: Pick<Tensor, "dtype" | "shape">): string {
+  return `${t.dtype}${showShape(t.shape)}`;
 }
 
-export type { Dim };
+function resultsOf(op: string, row: Op, inputs: readonly Tensor[], params: Params, sizes: Sizes): readonly Result[] {
+  for (const name of row.params ?? []) if (params[name] === undefined) throw new Error(`internal: ${op} needs the parameter '${name}'`);
+  const results = row.outputs(inputs, params, sizes);
+  if (!results) throw new ShapeError(op, inputs);
+  return results;
+}
+
+function effectsOf({ writes = [] }: Op, inputs: readonly Tensor[]): Call["effects"] {
+  if (writes.length === 0 && !inputs.some((t) => t.kind === "state")) return NONE;
+  const written = writes.map((i) => inputs[i]);
+  return { reads: inputs.filter((t) => t.kind === "state"), writes: written };
+}
+
+const NONE: Call["effects"] = { reads: [], writes: [] };
+
+/** `outputs`, where they are what the op gives. */
+function fitted(op: string, results: readonly Result[], outputs: readonly Tensor[]): readonly Tensor[] {
+  const agree =
+    results.length === outputs.length && results.every((r, i) => r.dtype === outputs[i].dtype && sameShape(r.shape, outputs[i].shape));
+  if (!agree) throw new Error(`internal: ${op} gives ${results.map(show).join(", ")}, and is to compute ${outputs.map(show).join(", ")}`);
+  return outputs;
+}
+
+/** Throws `internal:` errors that name `pass` and the call where a graph is not whole: values used before they are computed, or results of another shape. */
+export function checked(graph: Graph, pass: string): Graph {
+  const known = new Set(graph.values.filter((t) => t.kind !== "computed"));
+  for (const { op, inputs, outputs, params, sizes, scope } of graph.calls) {
+    const at = `internal: ${pass}: ${op}${scope ? ` of ${scope}` : ""}`;
+    const early = inputs.find((t) => !known.has(t));
+    if (early) throw new Error(`${at} uses the value ${early.id} (${show(early)}) before it is computed`);
+    try {
+      fitted(op, resultsOf(op, graph.row(op), inputs, params, sizes), outputs);
+    } catch (error) {
+      throw new Error(`${at}: ${(error as Error).message.replace(/^internal: /, "")}`);
+    }
+    for (const t of outputs) {
+      if (known.has(t)) throw new Error(`${at} computes the value ${t.id} (${show(t)}) again`);
+      known.add(t);
+    }
+  }
+  for (const [name, t] of graph.outputs)
+    if (!known.has(t)) throw new Error(`internal: ${pass}: nothing computes the output '${name}' (${show(t)})`);
+  return graph;
+}

@@ -1,21 +1,32 @@
 /**
- * Turns a graph into what a backend runs: a flat program whose computed values share one arena, memory being reused as
+ * Turns a graph into what a backend runs: a flat program whose computed values share one workspace, memory being reused as
  * soon as a value is dead. Made once for a graph and a capacity; each run then fills in the symbolic sizes.
  */
 import type { Dtype } from "../tensor/dtype.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import { int8KvBytes, int8RowBytes } from "../tensor/quantized.ts";
 import { elements, type SymbolValues, sizeOf } from "../tensor/shape.ts";
-import type { Graph, Tensor } from "./graph.ts";
-import { OPS } from "./ops.ts";
+import type { Call, Tensor } from "./call.ts";
+import { type Graph, show } from "./graph.ts";
+import { type Placement, place } from "./place.ts";
 
-/** Words of a value's record: place, index, dtype, rank, then four pairs (size or factor, symbol or -1). `native/plan.cpp` reads the same. */
-export const VALUE_WORDS = 12;
-/** Offsets in the arena are in units of this many bytes, which is also their alignment. */
+/** Dimensions of a value at most: what a record has room for. */
+export const MAX_RANK = 4;
+/**
+ * Words of a value's record: place, index, byte offset in what it is a view of, output or -1, dtype, rank, then `MAX_RANK` pairs (size
+ * or factor, symbol or -1). The addon tells how many it reads, and they are compared when it loads.
+ */
+export const VALUE_WORDS = 6 + 2 * MAX_RANK;
+/** Offsets in the workspace are in units of this many bytes, which is also their alignment. */
 export const ARENA_UNIT = 64;
 
-const PLACES = { arena: 0, weight: 1, state: 2, input: 3, output: 4 } as const;
-/** Numbers that stand for dtypes in programs; `native/kernels.h` has the same. */
+/**
+ * Where a value is. `output`: in the caller's memory only; a value of the workspace that has an output's number is written to the
+ * caller's memory where a run asks for it. `view`: in the memory of the value `index`. `unused`: no call refers to it.
+ */
+export const PLACES = { arena: 0, weight: 1, state: 2, input: 3, output: 4, view: 5, unused: 6 } as const;
+
+/** Numbers that stand for dtypes in programs. */
 export const DTYPE_CODES: Readonly<Record<Dtype, number>> = {
   f32: 0,
   f16: 1,
@@ -29,82 +40,54 @@ export const DTYPE_CODES: Readonly<Record<Dtype, number>> = {
 };
 
 export interface Plan {
+  /** What was planned. The order of its outputs gives them their numbers. */
   readonly graph: Graph;
-  /** Symbol names, in the order in which a run passes their values. */
-  readonly symbols: readonly string[];
-  /** The largest value of each symbol that the arena has room for. */
-  readonly capacity: SymbolValues;
-  readonly arenaBytes: number;
-  /** Values by where they are bound, each in the order of its list. */
+  /** The calls of the program: the graph's, without those that views make superfluous. */
+  readonly calls: readonly Call[];
   readonly weights: readonly Tensor[];
   readonly states: readonly Tensor[];
   readonly inputs: readonly Tensor[];
-  readonly outputs: readonly Tensor[];
+  /** Symbol names, in the order in which a run passes their values. */
+  readonly symbols: readonly string[];
+  /** The largest value of each symbol that the workspace has room for; of those that are not named, any. */
+  readonly capacity: SymbolValues;
+  /** Bytes of workspace. */
+  readonly arenaBytes: number;
   /** The ops that occur; calls refer to them by position. */
   readonly ops: readonly string[];
   /** `VALUE_WORDS` a value. */
   readonly values: Int32Array;
   /** A call: op, inputs n, outputs m, first parameter, n + m value ids. */
-  readonly calls: Int32Array;
+  readonly program: Int32Array;
   readonly params: Float64Array;
 }
 
 /**
- * Plans `graph`. `outputs` are the computed values that a run hands to its caller, written straight into the caller's memory.
- * Throws when a symbol has no capacity.
+ * Plans `graph`. Throws `internal:` errors on a value in the workspace that has a symbol without a capacity, on more dimensions than a
+ * record holds, and on sizes beyond 32 bits.
  */
-export function plan(graph: Graph, outputs: readonly Tensor[], capacity: SymbolValues): Plan {
-  const symbols = Object.keys(capacity);
-  const ofKind = (kind: Tensor["kind"]) => graph.values.filter((t) => t.kind === kind);
-  const [weights, states, inputs] = [ofKind("weight"), ofKind("state"), ofKind("input")];
-  const arena = placeInArena(graph, new Set(outputs.map((t) => t.id)), capacity);
-
-  const values = new Int32Array(graph.values.length * VALUE_WORDS);
-  const record = (t: Tensor, place: number, index: number) => {
-    const dims = t.shape.flatMap((d) => (typeof d === "number" ? [d, -1] : [d.times, symbols.indexOf(d.symbol)]));
-    values.set([place, index, DTYPE_CODES[t.dtype], t.shape.length, ...dims], t.id * VALUE_WORDS);
-  };
-  weights.forEach((t, i) => {
-    record(t, PLACES.weight, i);
-  });
-  states.forEach((t, i) => {
-    record(t, PLACES.state, i);
-  });
-  inputs.forEach((t, i) => {
-    record(t, PLACES.input, i);
-  });
-  for (const [t, offset] of arena.offsets) record(t, PLACES.arena, offset / ARENA_UNIT);
-  outputs.forEach((t, i) => {
-    record(t, PLACES.output, i);
-  });
-
-  const ops = [...new Set(graph.calls.map((c) => c.op))];
-  const calls: number[] = [];
-  const params: number[] = [];
-  for (const c of graph.calls) {
-    calls.push(
-      ops.indexOf(c.op),
-      c.inputs.length,
-      c.outputs.length,
-      params.length,
-      ...c.inputs.map((t) => t.id),
-      ...c.outputs.map((t) => t.id),
-    );
-    params.push(...OPS[c.op].params.map((name) => c.params[name]));
-  }
+export function plan(graph: Graph, capacity: SymbolValues): Plan {
+  const used = new Set(graph.calls.flatMap((c) => [...c.inputs, ...c.outputs]));
+  const placement = place(graph, (t) => bytesWithin(t, capacity));
+  const calls = graph.calls.filter((c) => !c.outputs.some((t) => placement.views.has(t)));
+  const bound = (kind: Tensor["kind"]) => graph.values.filter((t) => t.kind === kind && used.has(t));
+  const [weights, states, inputs] = [bound("weight"), bound("state"), bound("input")];
+  const symbols = [
+    ...new Set([...Object.keys(capacity), ...[...used].flatMap((t) => t.shape.flatMap((d) => (typeof d === "number" ? [] : [d.symbol])))]),
+  ];
+  const ops = [...new Set(calls.map((c) => c.op))];
   return {
     graph,
-    symbols,
-    capacity,
-    arenaBytes: arena.bytes,
+    calls,
     weights,
     states,
     inputs,
-    outputs,
+    symbols,
+    capacity,
+    arenaBytes: placement.bytes,
     ops,
-    values,
-    calls: Int32Array.from(calls),
-    params: Float64Array.from(params),
+    values: records(graph, placement, { weights, states, inputs, symbols }),
+    ...flat(calls, ops, graph),
   };
 }
 
@@ -117,51 +100,56 @@ export function bytesOf(t: Pick<Tensor, "dtype" | "shape">, sizes: SymbolValues)
   return elements(t.shape, sizes) * ELEMENT_BYTES[t.dtype];
 }
 
-interface Hole {
-  readonly at: number;
-  readonly bytes: number;
+/** Bytes at capacity, whole units; null where a symbol has none. */
+function bytesWithin(t: Tensor, capacity: SymbolValues): number | null {
+  if (t.shape.some((d) => typeof d !== "number" && capacity[d.symbol] === undefined)) return null;
+  return Math.ceil(bytesOf(t, capacity) / ARENA_UNIT) * ARENA_UNIT;
 }
 
-/** First fit over the holes that dead values leave; an output of a call never overlaps its inputs. */
-function placeInArena(graph: Graph, pinned: ReadonlySet<number>, capacity: SymbolValues) {
-  const lastUse = new Map<number, number>();
-  graph.calls.forEach((c, i) => {
-    for (const t of [...c.inputs, ...c.outputs]) lastUse.set(t.id, i);
-  });
-  const offsets = new Map<Tensor, number>();
-  let holes: Hole[] = [];
-  let bytes = 0;
-  const roundUp = (n: number) => Math.ceil(n / ARENA_UNIT) * ARENA_UNIT;
+function records(
+  graph: Graph,
+  { offsets, views, bytes }: Placement,
+  { weights, states, inputs, symbols }: Pick<Plan, "weights" | "states" | "inputs" | "symbols">,
+) {
+  const numbers = new Map<Tensor, number>([weights, states, inputs].flatMap((list) => list.map((t, i): [Tensor, number] => [t, i])));
+  const outputs = new Map([...graph.outputs.values()].map((t, i) => [t, i]));
+  const values = new Int32Array(graph.values.length * VALUE_WORDS);
+  for (const t of graph.values) {
+    if (t.shape.length > MAX_RANK)
+      throw new Error(`internal: the value ${t.name ?? t.id} (${show(t)}) has more than ${MAX_RANK} dimensions`);
+    const view = views.get(t);
+    const offset = offsets.get(t);
+    const output = outputs.get(t) ?? -1;
+    const [where, index] = view
+      ? [PLACES.view, view.of.id]
+      : offset !== undefined
+        ? [PLACES.arena, offset / ARENA_UNIT]
+        : output >= 0
+          ? [PLACES.output, output]
+          : t.kind !== "computed" && numbers.has(t)
+            ? [PLACES[t.kind], numbers.get(t) as number]
+            : [PLACES.unused, 0];
+    const dims = t.shape.flatMap((d) => (typeof d === "number" ? [d, -1] : [d.times, symbols.indexOf(d.symbol)]));
+    const words = [where, index, view?.bytes ?? 0, output, DTYPE_CODES[t.dtype], t.shape.length, ...dims];
+    const large = words.find((w) => w > 0x7fffffff);
+    if (large !== undefined)
+      throw new Error(
+        `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${large} (of ${bytes} bytes of workspace); 32 bits hold less`,
+      );
+    values.set(words, t.id * VALUE_WORDS);
+  }
+  return values;
+}
 
-  const take = (size: number): number => {
-    const hole = holes.find((h) => h.bytes >= size);
-    if (hole) {
-      const rest = { at: hole.at + size, bytes: hole.bytes - size };
-      holes = holes.flatMap((h) => (h !== hole ? [h] : rest.bytes ? [rest] : []));
-      return hole.at;
-    }
-    const last = holes.at(-1);
-    const at = last && last.at + last.bytes === bytes ? last.at : bytes; // grow the hole at the end
-    if (at !== bytes) holes = holes.slice(0, -1);
-    bytes = at + size;
-    return at;
-  };
-  const release = (freed: Hole): void => {
-    const merged: Hole[] = [];
-    for (const h of [...holes, freed].sort((a, b) => a.at - b.at)) {
-      const before = merged.at(-1);
-      if (before && before.at + before.bytes === h.at) merged[merged.length - 1] = { at: before.at, bytes: before.bytes + h.bytes };
-      else merged.push(h);
-    }
-    holes = merged;
-  };
-
-  graph.calls.forEach((c, i) => {
-    for (const t of c.outputs) if (!pinned.has(t.id)) offsets.set(t, take(roundUp(bytesOf(t, capacity))));
-    for (const t of new Set([...c.inputs, ...c.outputs])) {
-      const at = offsets.get(t);
-      if (at !== undefined && lastUse.get(t.id) === i) release({ at, bytes: roundUp(bytesOf(t, capacity)) });
-    }
-  });
-  return { offsets, bytes };
+function flat(calls: readonly Call[], ops: readonly string[], graph: Graph): Pick<Plan, "program" | "params"> {
+  const program: number[] = [];
+  const params: number[] = [];
+  const positions = new Map(ops.map((op, i) => [op, i]));
+  for (const { op, inputs, outputs, params: given } of calls) {
+    program.push(positions.get(op) as number, inputs.length, outputs.length, params.length);
+    for (const t of inputs) program.push(t.id);
+    for (const t of outputs) program.push(t.id);
+    for (const name of graph.row(op).params ?? []) params.push(given[name]);
+  }
+  return { program: Int32Array.from(program), params: Float64Array.from(params) };
 }

@@ -1,29 +1,29 @@
-/** Self-attention of a decoder layer: grouped query heads over a paged cache of keys and values. */
+/** Self-attention of a decoder layer: grouped query heads, over whole sequences or a paged cache of keys and values. */
 import type { Graph, KvCache, Tensor } from "../graph/graph.ts";
 import { type Linear, linear } from "./linear.ts";
+import type { Step } from "./model.ts";
 
-export interface AttentionWeights {
-  readonly q: Linear;
-  readonly k: Linear;
-  readonly v: Linear;
-  readonly o: Linear;
+export interface AttentionWeights<T = Tensor> {
+  readonly q: Linear<T>;
+  readonly k: Linear<T>;
+  readonly v: Linear<T>;
+  readonly o: Linear<T>;
 }
 
-/** What a step brings along besides its tokens: where each row stands, and where each sequence's cache lies. */
-export interface Step {
-  /** [rows, head width]: cosine and sine of each row's angles. */
-  readonly angles: Tensor;
-  /** [sequences, 3]: first row, rows, position of the first row. */
-  readonly segments: Tensor;
-  /** [sequences, pages]: the cache blocks of each sequence in order. */
-  readonly pages: Tensor;
-}
-
-/** x [rows, hidden] to [rows, hidden]; this step's keys and values go into the cache first. */
-export function attention(g: Graph, x: Tensor, w: AttentionWeights, cache: KvCache, step: Step): Tensor {
-  const q = g.rope(linear(g, x, w.q), step.angles); // [rows, heads * dim]
-  const k = g.rope(linear(g, x, w.k), step.angles); // [rows, kv heads * dim]
-  const v = linear(g, x, w.v); // [rows, kv heads * dim]
-  g.cacheWrite(k, v, cache, step.segments, step.pages);
-  return linear(g, g.attention(q, cache, step.segments, step.pages), w.o);
+/**
+ * x [rows, hidden] to [rows, hidden]; this step's keys and values go into the cache first.
+ * @param angles [rows, head width]: cosine and sine of each row's rotation
+ */
+export function attention(g: Graph, x: Tensor, w: AttentionWeights, angles: Tensor, step: Step, cache?: KvCache): Tensor {
+  const { segments, seed } = step;
+  const q = g.rope(linear(g, x, w.q, seed), angles); // [rows, heads * dim]
+  const k = g.rope(linear(g, x, w.k, seed), angles); // [rows, kv heads * dim]
+  const v = linear(g, x, w.v, seed); // [rows, kv heads * dim]
+  const dim = Number(angles.shape[1]);
+  if (!step.cache || !cache) return linear(g, g.attention(q, k, v, segments, dim).y, w.o, seed);
+  const { pages, context } = step.cache;
+  g.cacheWrite(k, v, cache, segments, pages);
+  const keys = g.cacheRead(cache.keys, segments, pages, context); // [context, kv heads * dim]
+  const values = g.cacheRead(cache.values, segments, pages, context);
+  return linear(g, g.attention(q, keys, values, segments, dim).y, w.o, seed);
 }

@@ -114,6 +114,11 @@ export function isMoeLayer(config: ErnieConfig, i: number): boolean {
   return moe !== null && (i + 1) % moe.interval === 0 && i >= moe.startLayer && i <= moe.endLayer;
 }
 
+/** Indices of the layers that are mixtures of experts. */
+export function moeLayers(config: ErnieConfig): number[] {
+  return Array.from({ length: config.layers }, (_, i) => i).filter((i) => isMoeLayer(config, i));
+}
+
 /** A token id or a list of them, as `eos_token_id` may be. */
 export function readIds(value: unknown, name: string): number[] {
   const ids = Array.isArray(value) ? value : [value];

@@ -1,127 +1,135 @@
 /**
- * ERNIE-4.5, dense and mixture of experts: which weights it has and how a step's forward is written. It only describes:
+ * ERNIE-4.5, dense and mixture of experts: which parameters it has and how a step's forward is written. It only describes:
  * tracing `forward` gives a graph that any backend can run.
  */
-import type { Parameter } from "../checkpoint/names.ts";
-import type { Graph, KvCache, Tensor } from "../graph/graph.ts";
+import type { Graph, Tensor } from "../graph/graph.ts";
 import type { Dtype } from "../tensor/dtype.ts";
-import { type AttentionWeights, attention, type Step } from "./attention.ts";
-import { type ErnieConfig, isMoeLayer } from "./config.ts";
-import { type Linear, linear } from "./linear.ts";
+import { type AttentionWeights, attention } from "./attention.ts";
+import { type ErnieConfig, isMoeLayer, moeLayers } from "./config.ts";
+import { contentKeys } from "./content.ts";
+import type { Linear } from "./linear.ts";
+import type { Forward, Model, ModelParameter, Step } from "./model.ts";
 import { type MlpWeights, type MoeWeights, mlp, moe, type Routing } from "./moe.ts";
 
-/** A parameter, and whether it may be in half precision or int8, or must stay float32. */
-export interface ErnieParameter extends Parameter {
-  readonly kind: "matrix" | "float32";
+const EMBEDDING = "model.embed_tokens.weight";
+
+/** Low-rank adapters beside the matrices of a model. */
+export interface Adapters {
+  readonly rank: number;
+  /** What the branch is multiplied with: alpha / rank in PEFT's configs. */
+  readonly scale: number;
+  /** Probability of dropping an input of the branch. Default 0. */
+  readonly dropout?: number;
+  /** Whether a module gets one, by its name: `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj` (all experts'). */
+  accepts(module: string): boolean;
+}
+
+/** The model that a config describes. @param adapters default: none */
+export function ernie(config: ErnieConfig, adapters: Adapters | null = null): Model {
+  return {
+    vocabSize: config.vocabSize,
+    hiddenSize: config.hiddenSize,
+    maxPositions: config.maxPositions,
+    layers: config.layers,
+    positionAxes: 1,
+    cache: { heads: config.kvHeads, width: config.headDim },
+    mixtures: { layers: moeLayers(config), experts: config.moe?.experts ?? 0, chosen: config.moe?.chosen ?? 0 },
+    embedding: EMBEDDING,
+    parameters: parameters(config, adapters),
+    forward: (g, bind, step) => forward(g, config, visitParameters(config, adapters, bind), step),
+    cacheKey: contentKeys,
+  };
 }
 
 /**
  * The format of a parameter in a model whose matrices are `wanted`. The embedding and the head stay int8 in an int4 model:
  * they are 1 % of the 21B, and rounding them to 4 bits costs almost as much perplexity as all experts (docs/LOG.md).
  */
-export function parameterDtype<D extends Dtype>({ name, kind }: ErnieParameter, wanted: D): D | "f32" | "int8" {
-  if (kind === "float32") return "f32";
+export function parameterDtype<D extends Dtype>({ name, kind }: ModelParameter, wanted: D): D | "f32" | "int8" {
+  if (kind !== "matrix") return "f32";
   return wanted === "int4" && /^(model\.embed_tokens|lm_head)\./.test(name) ? "int8" : wanted;
 }
 
-/** Every parameter of the model, by the names of the hub's checkpoints. */
-export function parameters(config: ErnieConfig): ErnieParameter[] {
-  const all: ErnieParameter[] = [];
-  visitParameters(config, (p) => {
+/** Every parameter of the model, by the names of the hub's checkpoints, and those of its adapters. */
+export function parameters(config: ErnieConfig, adapters: Adapters | null = null): ModelParameter[] {
+  const all: ModelParameter[] = [];
+  visitParameters(config, adapters, (p) => {
     all.push(p);
     return null;
   });
   return all;
 }
 
-interface LayerWeights {
-  readonly inputNorm: Tensor;
-  readonly attention: AttentionWeights;
-  readonly postNorm: Tensor;
-  readonly mlp: MlpWeights | null;
-  readonly moe: MoeWeights | null;
+interface LayerWeights<T> {
+  readonly inputNorm: T;
+  readonly attention: AttentionWeights<T>;
+  readonly postNorm: T;
+  readonly mlp: MlpWeights<T> | null;
+  readonly moe: MoeWeights<T> | null;
 }
 
-export interface ErnieWeights {
-  readonly embed: Tensor;
-  readonly layers: readonly LayerWeights[];
-  readonly norm: Tensor;
-  readonly head: Linear;
+interface ErnieWeights<T = Tensor> {
+  readonly embed: T;
+  readonly layers: readonly LayerWeights<T>[];
+  readonly norm: T;
+  readonly head: Linear<T>;
 }
 
-/** The model's weights as values of `g`; `dtypeOf` says in which format each is loaded. */
-export function bindWeights(g: Graph, config: ErnieConfig, dtypeOf: (parameter: string) => Dtype): ErnieWeights {
-  return visitParameters(config, ({ name, shape }) => {
-    // The correction bias is stored as [1, experts]; programs read it as a vector.
-    return g.weight(name, shape[0] === 1 && name.endsWith("e_score_correction_bias") ? shape.slice(1) : shape, dtypeOf(name));
-  });
-}
-
-/** What a step's forward gives; `rows` and `outs` are symbolic. */
-export interface Forward {
-  /** [outs, vocab]: of the picked rows only. */
-  readonly logits: Tensor;
-  /** [rows, hidden] before each layer, then after the final norm. */
-  readonly hiddenStates: readonly Tensor[];
-  /** Of each mixture layer. */
-  readonly routing: readonly (Routing & { readonly layer: number })[];
-}
-
-export interface StepInputs {
-  /** [rows] */
-  readonly ids: Tensor;
-  /** [rows] */
-  readonly positions: Tensor;
-  readonly segments: Tensor;
-  readonly pages: Tensor;
-  /** [outs]: the rows whose logits are wanted. */
-  readonly picked: Tensor;
-}
-
-/** Traces one step: `inputs` say which tokens stand where, `caches` has one entry a layer. */
-export function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, inputs: StepInputs, caches: readonly KvCache[]): Forward {
-  const step: Step = {
-    angles: g.angles(inputs.positions, config.headDim, config.ropeTheta),
-    segments: inputs.segments,
-    pages: inputs.pages,
-  };
+function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, step: Step): Forward {
+  const angles = g.angles(step.positions, config.headDim, config.ropeTheta);
   const routing: (Routing & { layer: number })[] = [];
   const hiddenStates: Tensor[] = [];
-  let x = g.embed(inputs.ids, w.embed); // [rows, hidden]
+  let x = g.embed(step.ids, w.embed); // [rows, hidden]
+  if (step.embeddings) x = g.replaceRows(x, step.embeddings.values, step.embeddings.rows);
   w.layers.forEach((layer, i) => {
-    hiddenStates.push(x);
-    const h = g.add(x, attention(g, g.rmsNorm(x, layer.inputNorm, config.normEps), layer.attention, caches[i], step));
-    const y = g.rmsNorm(h, layer.postNorm, config.normEps);
-    if (layer.moe) {
-      const mixture = moe(g, y, layer.moe);
-      routing.push({ layer: i, ...mixture.routing });
-      x = g.add(h, mixture.y);
-    } else {
-      x = g.add(h, mlp(g, y, layer.mlp as MlpWeights));
-    }
+    g.within(`layers.${i}`, () => {
+      hiddenStates.push(x);
+      const normed = g.rmsNorm(x, layer.inputNorm, config.normEps);
+      const h = g.add(x, attention(g, normed, layer.attention, angles, step, step.cache?.layers[i]));
+      const y = g.rmsNorm(h, layer.postNorm, config.normEps);
+      if (layer.moe) {
+        const mixture = moe(g, y, layer.moe, step.seed);
+        routing.push({ layer: i, ...mixture.routing });
+        x = g.add(h, mixture.y);
+      } else {
+        x = g.add(h, mlp(g, y, layer.mlp as MlpWeights, step.seed));
+      }
+    });
   });
-  const last = g.rmsNorm(x, w.norm, config.normEps);
-  hiddenStates.push(last);
-  return { logits: linear(g, g.gather(last, inputs.picked), w.head), hiddenStates, routing };
+  hiddenStates.push(g.rmsNorm(x, w.norm, config.normEps));
+  return { hiddenStates, routing, head: w.head };
 }
 
 /** Calls `visit` for each parameter and puts what it returns in the parameter's place. The one list of names and shapes. */
-function visitParameters<T>(config: ErnieConfig, visit: (p: ErnieParameter) => T): Weights<T> {
+function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visit: (p: ModelParameter) => T): ErnieWeights<T> {
   const { hiddenSize: hidden, headDim, heads, kvHeads, moe: m } = config;
   const float32 = (name: string, ...shape: number[]) => visit({ name, shape, kind: "float32" });
+  let stream = 0;
+  /** The adapter of a matrix, or of each expert's; its parameters are named as PEFT does. */
+  const adapter = (module: string, out: number, into: number, experts?: number) => {
+    if (!adapters?.accepts(module)) return {};
+    const { rank, scale, dropout = 0 } = adapters;
+    const stack = experts === undefined ? [] : [experts];
+    const low = (half: "A" | "B", ...shape: number[]) =>
+      visit({ name: `${module}.lora_${half}.weight`, shape: [...stack, ...shape], ...(experts ? { experts } : {}), kind: "adapter" });
+    return { adapter: { a: low("A", rank, into), b: low("B", out, rank), scale, dropout, stream: stream++ } };
+  };
   const matrix = (name: string, out: number, into: number) => ({
     weight: visit({ name: `${name}.weight`, shape: [out, into], kind: "matrix" }),
     ...(config.useBias ? { bias: float32(`${name}.bias`, out) } : {}),
+    ...adapter(name, out, into),
   });
   const feedForward = (prefix: string, width: number) => ({
     gate: matrix(`${prefix}.gate_proj`, width, hidden),
     up: matrix(`${prefix}.up_proj`, width, hidden),
     down: matrix(`${prefix}.down_proj`, hidden, width),
   });
-  const stacked = (name: string, count: number, out: number, into: number) =>
-    visit({ name: `${name}.weight`, shape: [count, out, into], experts: count, kind: "matrix" });
+  const stacked = (name: string, count: number, out: number, into: number) => ({
+    weight: visit({ name: `${name}.weight`, shape: [count, out, into], experts: count, kind: "matrix" }),
+    ...adapter(name, out, into, count),
+  });
 
-  const embed = visit({ name: "model.embed_tokens.weight", shape: [config.vocabSize, hidden], kind: "matrix" });
+  const embed = visit({ name: EMBEDDING, shape: [config.vocabSize, hidden], kind: "matrix" });
   const layers = Array.from({ length: config.layers }, (_, i) => {
     const at = `model.layers.${i}`;
     const mixture = m && isMoeLayer(config, i) ? m : null;
@@ -157,11 +165,3 @@ function visitParameters<T>(config: ErnieConfig, visit: (p: ErnieParameter) => T
   };
   return { embed, layers, norm, head };
 }
-
-/** `ErnieWeights` with T in place of each tensor. */
-type Weights<T> = { readonly [K in keyof ErnieWeights]: Replace<ErnieWeights[K], T> };
-type Replace<V, T> = V extends Tensor
-  ? T
-  : V extends number | string | null | undefined
-    ? V
-    : { readonly [K in keyof V]: Replace<V[K], T> };

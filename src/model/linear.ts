@@ -1,14 +1,61 @@
-/** A weight matrix applied to activations, with its bias where it has one. */
+/** Weight matrices applied to activations, one matrix or one an expert, with bias and low-rank adapter where they have them. */
 import type { Graph, Tensor } from "../graph/graph.ts";
 
-export interface Linear {
-  /** [out, in] */
-  readonly weight: Tensor;
-  /** [out] */
-  readonly bias?: Tensor;
+/** A low-rank branch beside a matrix: scale * B(A(x)) (https://arxiv.org/abs/2106.09685). */
+export interface Adapter<T = Tensor> {
+  /** [rank, in], or [experts, rank, in] */
+  readonly a: T;
+  /** [out, rank], or [experts, out, rank] */
+  readonly b: T;
+  readonly scale: number;
+  readonly dropout: number;
+  /** Tells this adapter's dropout from every other's. */
+  readonly stream: number;
 }
 
-/** x [rows, in] to [rows, out]. */
-export function linear(g: Graph, x: Tensor, w: Linear): Tensor {
-  return g.linear(x, w.weight, w.bias);
+export interface Linear<T = Tensor> {
+  /** [out, in] */
+  readonly weight: T;
+  /** [out] */
+  readonly bias?: T;
+  readonly adapter?: Adapter<T>;
+}
+
+/** Matrices of experts, stacked. */
+export interface ExpertLinear<T = Tensor> {
+  /** [experts, out, in] */
+  readonly weight: T;
+  readonly adapter?: Adapter<T>;
+}
+
+/** Which expert slots stand where; from `route` and `group`. */
+export interface Slots {
+  readonly order: Tensor;
+  readonly offsets: Tensor;
+}
+
+/** x [rows, in] to [rows, out]. @param seed what the adapter's dropout draws from */
+export function linear(g: Graph, x: Tensor, { weight, bias, adapter }: Linear, seed?: Tensor): Tensor {
+  const y = g.linear(x, weight, bias);
+  if (!adapter) return y;
+  return g.add(y, g.scale(g.linear(g.linear(dropped(g, x, adapter, seed), adapter.a), adapter.b), adapter.scale));
+}
+
+/** x [rows, in] with `slots` slots a row to [slots * rows, out], each slot by the matrix of its expert. */
+export function expertLinear(
+  g: Graph,
+  x: Tensor,
+  { weight, adapter }: ExpertLinear,
+  { order, offsets }: Slots,
+  slots: number,
+  seed?: Tensor,
+): Tensor {
+  const y = g.groupedLinear(x, weight, order, offsets, slots);
+  if (!adapter) return y;
+  const low = g.groupedLinear(dropped(g, x, adapter, seed), adapter.a, order, offsets, slots);
+  return g.add(y, g.scale(g.groupedLinear(low, adapter.b, order, offsets, 1), adapter.scale));
+}
+
+function dropped(g: Graph, x: Tensor, { dropout, stream }: Adapter, seed?: Tensor): Tensor {
+  return seed && dropout > 0 ? g.dropout(x, seed, dropout, stream) : x;
 }

@@ -1,22 +1,22 @@
 /** The feed-forward half of a layer: one MLP, or a mixture of experts with a router and shared experts. */
 import type { Graph, Tensor } from "../graph/graph.ts";
-import { type Linear, linear } from "./linear.ts";
+import { type ExpertLinear, expertLinear, type Linear, linear } from "./linear.ts";
 
-export interface MlpWeights {
-  readonly gate: Linear;
-  readonly up: Linear;
-  readonly down: Linear;
+export interface MlpWeights<T = Tensor> {
+  readonly gate: Linear<T>;
+  readonly up: Linear<T>;
+  readonly down: Linear<T>;
 }
 
-export interface MoeWeights {
+export interface MoeWeights<T = Tensor> {
   /** [experts, hidden], float32 always: rounding it changes which experts are chosen. */
-  readonly router: Tensor;
-  /** [experts], float32 always; decides who is chosen, not with what weight (https://arxiv.org/abs/2408.15664). */
-  readonly bias: Tensor;
-  /** Matrices [experts, out, in]; they have no biases. */
-  readonly experts: { readonly gate: Tensor; readonly up: Tensor; readonly down: Tensor };
+  readonly router: T;
+  /** [1, experts], float32 always; decides who is chosen, not with what weight (https://arxiv.org/abs/2408.15664). */
+  readonly bias: T;
+  /** They have no biases. */
+  readonly experts: { readonly gate: ExpertLinear<T>; readonly up: ExpertLinear<T>; readonly down: ExpertLinear<T> };
   /** The shared experts, fused into one MLP; null where there are none. */
-  readonly shared: MlpWeights | null;
+  readonly shared: MlpWeights<T> | null;
   readonly chosen: number;
   readonly normMin: number;
 }
@@ -32,17 +32,18 @@ export interface Routing {
 }
 
 /** SwiGLU: down(silu(gate(x)) * up(x)). */
-export function mlp(g: Graph, x: Tensor, { gate, up, down }: MlpWeights): Tensor {
-  const plain = !gate.bias && !up.bias;
-  return linear(g, plain ? g.gatedLinear(x, gate.weight, up.weight) : g.siluMul(linear(g, x, gate), linear(g, x, up)), down);
+export function mlp(g: Graph, x: Tensor, { gate, up, down }: MlpWeights, seed?: Tensor): Tensor {
+  return linear(g, g.siluMul(linear(g, x, gate, seed), linear(g, x, up, seed)), down, seed);
 }
 
 /** x [rows, hidden] to [rows, hidden], and how it was routed. */
-export function moe(g: Graph, x: Tensor, w: MoeWeights): { y: Tensor; routing: Routing } {
-  const routing = g.route(x, w.router, w.bias, w.chosen, w.normMin);
-  const { order, offsets } = g.group(routing.experts, Number(w.router.shape[0]));
-  const { gate, up, down } = w.experts;
-  const h = g.groupedGatedLinear(x, gate, up, order, offsets, w.chosen); // [chosen * rows, width]
-  const routed = g.combine(g.groupedLinear(h, down, order, offsets, 1), routing.weights);
-  return { y: w.shared ? g.add(routed, mlp(g, x, w.shared)) : routed, routing };
+export function moe(g: Graph, x: Tensor, w: MoeWeights, seed?: Tensor): { y: Tensor; routing: Routing } {
+  const experts = w.router.shape[0];
+  const routing = g.route(x, w.router, g.reshape(w.bias, [experts]), w.chosen, w.normMin);
+  const slots = g.group(routing.experts, Number(experts));
+  const gate = expertLinear(g, x, w.experts.gate, slots, w.chosen, seed); // [chosen * rows, width]
+  const up = expertLinear(g, x, w.experts.up, slots, w.chosen, seed);
+  const down = expertLinear(g, g.siluMul(gate, up), w.experts.down, slots, 1, seed);
+  const routed = g.combine(down, routing.weights);
+  return { y: w.shared ? g.add(routed, mlp(g, x, w.shared, seed)) : routed, routing };
 }

@@ -1,7 +1,7 @@
 /** Counts a model's parameters and the memory it takes, from its config alone. */
 
 import { blockBytes } from "../tensor/quantized.ts";
-import { type ErnieConfig, isMoeLayer } from "./config.ts";
+import type { ErnieConfig } from "./config.ts";
 import { parameterDtype, parameters } from "./ernie.ts";
 
 export interface Size {
@@ -36,9 +36,4 @@ export function measure(config: ErnieConfig): Size {
   const kv = 2 * config.layers * config.kvHeads * config.headDim * 2;
   const { total, active, fp32, bf16, int8, int4 } = sum;
   return { parameters: { total, active }, memory: { fp32, bf16, int8, int4, kv_per_token: kv, kv_longest: kv * config.maxPositions } };
-}
-
-/** Indices of the layers that are mixtures of experts. */
-export function moeLayers(config: ErnieConfig): number[] {
-  return Array.from({ length: config.layers }, (_, i) => i).filter((i) => isMoeLayer(config, i));
 }

@@ -7,6 +7,7 @@ import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { kvBytesPerToken } from "../engine/engine.ts";
 import { readConfig } from "../model/config.ts";
+import { ernie } from "../model/ernie.ts";
 import { measure } from "../model/size.ts";
 import type { ModelConfig } from "./config.ts";
 import { Encoder } from "./encoder.ts";
@@ -226,7 +227,7 @@ async function estimate(folder: string, model: ModelConfig, budget: number | nul
   const weightBytes = { auto: stored, ...memory, fp16: memory.bf16 }[model.dtype];
   // Where the format is left to the engine, the widest that it may choose for such weights.
   const kvDtype = { fp32: "f32", fp16: "f16", int8: "int8kv" } as const;
-  const perToken = kvBytesPerToken(config, kvDtype[model.kvCacheDtype ?? (weightBytes >= memory.fp32 ? "fp32" : "fp16")]);
+  const perToken = kvBytesPerToken(ernie(config), kvDtype[model.kvCacheDtype ?? (weightBytes >= memory.fp32 ? "fp32" : "fp16")]);
   const longest = 16 * config.maxPositions;
   const share = budget === null ? undefined : Math.max(BLOCK_TOKENS, Math.min(longest, Math.floor(budget / 4 / perToken)));
   const kvTokens = model.kvCacheTokens ?? share;

@@ -1,0 +1,77 @@
+/** What the CPU's kernels want graphs lowered to: activations in its own formats, keys and values in blocks as its registers read them. */
+import { FIRST_ORDER, type Op, type OpTable, SERVING, type Tensor } from "../graph/call.ts";
+import type { Lowering } from "../graph/lower.ts";
+import { products } from "../graph/ops/matrix.ts";
+import { f32, matches } from "../graph/ops/shapes.ts";
+import { OPS } from "../graph/ops.ts";
+import type { Dtype } from "../tensor/dtype.ts";
+import { sameDim, sameShape } from "../tensor/shape.ts";
+
+const ACTIVATIONS: Partial<Record<Dtype, Dtype>> = { bf16: "bf16pair", int8: "int8row", int4: "int8row" };
+
+/** A matrix of activations in another format. */
+function converted(dtype: Dtype): Op {
+  return { outputs: ([x]) => (matches(x, "f32", 2) ? [{ shape: x.shape, dtype }] : null), gradient: FIRST_ORDER };
+}
+
+/** Keys lie transposed within a block, so that scores of neighbouring tokens lie side by side; in bytes they lie as values do. */
+function cacheFits(keys: Tensor | undefined, values: Tensor | undefined, segments: Tensor | undefined, pages: Tensor | undefined): boolean {
+  if (keys?.shape.length !== 4 || values?.shape.length !== 4) return false;
+  const [blocks, heads, tokens, dim] = values.shape;
+  return (
+    keys.dtype === values.dtype &&
+    sameShape(keys.shape, keys.dtype === "int8kv" ? values.shape : [blocks, heads, dim, tokens]) &&
+    matches(segments, "i32", 2) &&
+    sameDim(segments.shape[1], 3) &&
+    matches(pages, "i32", 2) &&
+    sameDim(segments.shape[0], pages.shape[0])
+  );
+}
+
+const CPU_OPS = {
+  ...products((weight) => ACTIVATIONS[weight] ?? "f32"),
+  /** The sum of two bfloat16 numbers, exact to 2^-17. */
+  toBf16Pair: converted("bf16pair"),
+  /** 255 steps, in groups of 64 (see `tensor/quantized.ts`). */
+  toInt8: converted("int8row"),
+  /** `cacheWrite` to the CPU's layout. */
+  pagedWrite: {
+    outputs: ([k, v, keys, values, segments, pages]) =>
+      matches(k, "f32", 2) &&
+      matches(v, "f32", 2) &&
+      sameShape(k.shape, v.shape) &&
+      cacheFits(keys, values, segments, pages) &&
+      k.shape[1] === Number(values.shape[1]) * Number(values.shape[3])
+        ? []
+        : null,
+    gradient: SERVING,
+    writes: [2, 3],
+  },
+  /** `cacheRead` of keys and values and causal `attention` of q in one, reading the cache where it lies. */
+  pagedAttention: {
+    outputs: ([q, keys, values, segments, pages]) =>
+      matches(q, "f32", 2) &&
+      cacheFits(keys, values, segments, pages) &&
+      Number(q.shape[1]) % (Number(values.shape[1]) * Number(values.shape[3])) === 0
+        ? [f32(...q.shape)]
+        : null,
+    gradient: SERVING,
+  },
+} satisfies Record<string, Op>;
+
+export type CpuOpName = keyof typeof CPU_OPS;
+
+/** The op table with the CPU's rows. */
+export const CPU_TABLE: OpTable = { ...OPS, ...CPU_OPS };
+
+export const CPU: Lowering = {
+  table: CPU_TABLE,
+  activations(weight) {
+    if (weight === "bf16") return "toBf16Pair";
+    return weight === "int8" || weight === "int4" ? "toInt8" : null;
+  },
+  cache({ dtype, shape: [blocks, tokens, heads, dim] }) {
+    const values = [blocks, heads, tokens, dim];
+    return { keys: dtype === "int8kv" ? values : [blocks, heads, dim, tokens], values };
+  },
+};

@@ -1,0 +1,78 @@
+/** The loss over a vocabulary, chunk by chunk, and steps of the optimiser, as plain loops. */
+import { ADAMW_RATES } from "../../graph/ops/loss.ts";
+import { accumulate, dot, type Kernel, type Operand } from "./operand.ts";
+
+/** Calls `visit(row, logits)` for each row that has a label; the logits are those of one chunk of rows, and soon overwritten. */
+function forEachLogits(
+  x: Operand,
+  head: Operand,
+  labels: Operand,
+  bias: Operand | undefined,
+  chunk: number,
+  visit: (row: number, logits: Float64Array) => void,
+): void {
+  const [rows, k] = x.dims;
+  const vocab = head.dims[0];
+  const logits = new Float64Array(Math.min(chunk, rows) * vocab);
+  for (let from = 0; from < rows; from += chunk) {
+    const to = Math.min(rows, from + chunk);
+    const of = (r: number) => logits.subarray((r - from) * vocab, (r - from + 1) * vocab);
+    for (let r = from; r < to; r++)
+      for (let j = 0; j < vocab; j++) of(r)[j] = dot(x.data, r * k, head.data, j * k, k) + (bias ? bias.data[j] : 0);
+    for (let r = from; r < to; r++) {
+      if (labels.data[r] >= vocab) throw new Error(`label ${labels.data[r]} is outside the vocabulary of ${vocab}`);
+      if (labels.data[r] >= 0) visit(r, of(r));
+    }
+  }
+}
+
+export const LOSS_KERNELS = {
+  crossEntropy([x, head, labels, bias], [losses, logsumexp], { chunk }) {
+    losses.data.fill(0);
+    logsumexp.data.fill(0);
+    forEachLogits(x, head, labels, bias, chunk, (r, logits) => {
+      const top = logits.reduce((a, b) => Math.max(a, b));
+      const lse = top + Math.log(logits.reduce((sum, l) => sum + Math.exp(l - top), 0));
+      losses.data[r] = lse - logits[labels.data[r]];
+      logsumexp.data[r] = lse;
+    });
+  },
+
+  crossEntropyGrad([dy, x, head, labels, logsumexp, bias], [dx, dHead, dBias], { chunk }) {
+    const k = x.dims[1];
+    const [sumHead, sumBias] = [new Float64Array(dHead?.data.length ?? 0), new Float64Array(dBias?.data.length ?? 0)];
+    dx.data.fill(0);
+    forEachLogits(x, head, labels, bias, chunk, (r, logits) => {
+      const row = new Float32Array(k);
+      logits.forEach((l, j) => {
+        const d = dy.data[r] * (Math.exp(l - logsumexp.data[r]) - (j === labels.data[r] ? 1 : 0));
+        accumulate(row, 0, d, head.data, j * k, k);
+        if (dHead) for (let i = 0; i < k; i++) sumHead[j * k + i] += d * x.data[r * k + i];
+        if (dBias) sumBias[j] += d;
+      });
+      dx.data.set(row, r * k);
+    });
+    dHead?.data.set(sumHead);
+    dBias?.data.set(sumBias);
+  },
+
+  norm(tensors, [y]) {
+    y.data[0] = Math.sqrt(tensors.reduce((sum, { data }) => sum + dot(data, 0, data, 0, data.length), 0));
+  },
+
+  clip([norm], [factor], { max }) {
+    factor.data[0] = Math.min(1, max / (norm.data[0] + 1e-6));
+  },
+
+  adamw([parameter, gradient, m, v, rates, factor]) {
+    const at = (name: (typeof ADAMW_RATES)[number]) => rates.data[ADAMW_RATES.indexOf(name)];
+    const [lr, beta1, beta2] = [at("learningRate"), at("beta1"), at("beta2")];
+    for (let i = 0; i < parameter.data.length; i++) {
+      const g = gradient.data[i] * (factor ? factor.data[0] : 1);
+      m.data[i] = beta1 * m.data[i] + (1 - beta1) * g;
+      v.data[i] = beta2 * v.data[i] + (1 - beta2) * g * g;
+      const step = m.data[i] / at("bias1") / (Math.sqrt(v.data[i] / at("bias2")) + at("eps"));
+      parameter.data[i] = parameter.data[i] * (1 - lr * at("weightDecay")) - lr * step;
+    }
+  },
+} satisfies Record<string, Kernel>;

@@ -1,0 +1,112 @@
+/**
+ * The backend every other one is tested against: plain loops in TypeScript, one array a value, no tricks. Slow. It runs
+ * graphs as they are, traced or behind any pass, and so it checks the passes too.
+ */
+import type { Call, Tensor } from "../../graph/call.ts";
+import { type Graph, show } from "../../graph/graph.ts";
+import { needed } from "../../graph/needed.ts";
+import { elements, type SymbolValues } from "../../tensor/shape.ts";
+import type { Backend, Numbers, Program, State, WeightSource, Weights } from "../backend.ts";
+import { hostMemory } from "../memory.ts";
+import { KERNELS } from "./kernels.ts";
+import type { Kernel, Operand } from "./operand.ts";
+import { readWeight } from "./weights.ts";
+
+interface ReferenceWeights extends Weights {
+  readonly values: ReadonlyMap<string, Float32Array>;
+}
+interface ReferenceState extends State {
+  readonly values: Float32Array;
+}
+
+export function referenceBackend(): Backend {
+  return {
+    name: "reference",
+    threads: 1,
+    memory: hostMemory,
+
+    async load(sources: readonly WeightSource[]): Promise<ReferenceWeights> {
+      const values = new Map<string, Float32Array>();
+      for (const source of sources) values.set(source.name, await readWeight(source));
+      const ownedBytes = [...values.values()].reduce((n, v) => n + v.byteLength, 0);
+      return { names: [...values.keys()], mappedBytes: 0, ownedBytes, values, dispose: () => values.clear() };
+    },
+
+    state(_dtype, shape): ReferenceState {
+      const values = new Float32Array(elements(shape));
+      return {
+        bytes: values.byteLength,
+        values,
+        read: () => values.slice(),
+        write(numbers) {
+          if (numbers.length !== values.length) throw new RangeError(`${numbers.length} numbers for a state of ${values.length}`);
+          values.set(numbers);
+        },
+        dispose() {},
+      };
+    },
+
+    prepare(graph: Graph, _capacity: SymbolValues, weights: Weights, states: ReadonlyMap<string, State>): Program {
+      const kernels = new Map(graph.calls.map((call) => [call, kernelOf(call.op)]));
+      const bound = new Map<Tensor, Numbers>();
+      for (const t of graph.values) {
+        if (t.kind === "weight") bound.set(t, found((weights as ReferenceWeights).values.get(t.name ?? ""), t));
+        if (t.kind === "state") bound.set(t, found((states.get(t.name ?? "") as ReferenceState | undefined)?.values, t));
+      }
+      const seconds = new Map(graph.calls.map((call) => [call, 0]));
+      return {
+        calls: graph.calls,
+        async run(sizes, inputs, outputs) {
+          const values = new Map(bound);
+          for (const t of graph.values) if (t.kind === "input" && inputs[t.name ?? ""]) values.set(t, fits(t, inputs[t.name ?? ""], sizes));
+          for (const [name, data] of Object.entries(outputs)) {
+            const t = graph.outputs.get(name);
+            if (t) values.set(t, fits(t, data, sizes));
+          }
+          for (const call of needed(graph, Object.keys(outputs))) {
+            const start = performance.now();
+            runCall(call, kernels.get(call) as Kernel, values, sizes);
+            seconds.set(call, (seconds.get(call) ?? 0) + (performance.now() - start) / 1000);
+          }
+        },
+        seconds: () => graph.calls.map((call) => seconds.get(call) ?? 0),
+        dispose() {},
+      };
+    },
+
+    dispose() {},
+  };
+}
+
+function kernelOf(op: string): Kernel {
+  if (!Object.hasOwn(KERNELS, op)) throw new Error(`internal: the reference backend has no kernel for the op '${op}'`);
+  return KERNELS[op as keyof typeof KERNELS];
+}
+
+function runCall(call: Call, kernel: Kernel, values: Map<Tensor, Numbers>, sizes: SymbolValues): void {
+  const operand = (t: Tensor): Operand => {
+    const dims = t.shape.map((d) => elements([d], sizes));
+    let data = values.get(t);
+    if (!data) {
+      if (t.kind === "input") throw new Error(`internal: ${call.op} reads the input '${t.name}', which was not given`);
+      const n = elements(dims);
+      data = t.dtype === "i32" ? new Int32Array(n) : new Float32Array(n).fill(Number.NaN); // a kernel must write all of it
+      values.set(t, data);
+    }
+    return { dims, data, dtype: t.dtype };
+  };
+  kernel(call.inputs.map(operand), call.outputs.map(operand), call.params);
+}
+
+/** The part of an array that a value takes. */
+function fits(t: Tensor, data: Numbers, sizes: SymbolValues): Numbers {
+  const count = elements(t.shape, sizes);
+  const right = t.dtype === "i32" ? data instanceof Int32Array : data instanceof Float32Array;
+  if (!right || data.length < count) throw new Error(`internal: ${t.name ?? "an output"} (${show(t)}) does not fit its array`);
+  return data.subarray(0, count);
+}
+
+function found<T>(value: T | undefined, t: Tensor): T {
+  if (value === undefined) throw new Error(`internal: the ${t.kind} ${t.name} was not loaded`);
+  return value;
+}

@@ -1,0 +1,76 @@
+/** The loss, and steps of the optimiser. */
+import { sameDim, sameShape } from "../../tensor/shape.ts";
+import { FIRST_ORDER, type Op, type Tensor } from "../call.ts";
+import { alike, biasFits, f32, isMatrix, matches } from "./shapes.ts";
+
+/** Columns of an AdamW step's rates [7]: `bias1` and `bias2` are 1 - beta^t of step t, counted from 1. */
+export const ADAMW_RATES = ["learningRate", "beta1", "beta2", "eps", "weightDecay", "bias1", "bias2"] as const;
+
+function headFits(x: Tensor | undefined, head: Tensor | undefined, labels: Tensor | undefined, bias: Tensor | undefined): boolean {
+  return (
+    matches(x, "f32", 2) &&
+    isMatrix(head, 2) &&
+    sameDim(x.shape[1], head.shape[1]) &&
+    matches(labels, "i32", 1) &&
+    sameDim(labels.shape[0], x.shape[0]) &&
+    biasFits(bias, [head.shape[0]])
+  );
+}
+
+export const LOSS_OPS = {
+  /**
+   * -log softmax(x . head^T + bias)[label] of each row: x [rows, k], head [vocab, k], labels [rows], bias [vocab] to losses [rows] and
+   * the logarithm of each softmax's denominator [rows]. Rows with a negative label have the loss 0. Logits are computed for
+   * `chunk` rows at a time, and never held for all.
+   */
+  crossEntropy: {
+    params: ["chunk"],
+    outputs: ([x, head, labels, bias], { chunk }) =>
+      headFits(x, head, labels, bias) && chunk >= 1 ? [f32(x.shape[0]), f32(x.shape[0])] : null,
+    gradient: (emit, { inputs: [x, head, labels, bias], outputs: [, logsumexp], params }, [dy], [, wantsHead, , wantsBias]) => {
+      if (!dy) return [null, null, null, null];
+      const head_ = wantsHead || wantsBias;
+      const [dx, dHead, dBias] = emit("crossEntropyGrad", [dy, x, head, labels, logsumexp, bias], {
+        ...params,
+        head: Number(head_ ?? false),
+      });
+      return [dx, dHead ?? null, null, dBias ?? null];
+    },
+  },
+  /** Gradients of x, and with `head` 1 of the head and its bias, where there is one; logits are computed again in chunks. */
+  crossEntropyGrad: {
+    params: ["chunk", "head"],
+    outputs: ([dy, x, weight, labels, logsumexp, bias], { head }) =>
+      headFits(x, weight, labels, bias) && alike(dy, logsumexp) && sameDim(dy.shape[0], x.shape[0])
+        ? [f32(...x.shape), ...(head ? [f32(...weight.shape), ...(bias ? [f32(...bias.shape)] : [])] : [])]
+        : null,
+    gradient: FIRST_ORDER,
+  },
+  /** The square root of the sum of all squares of all inputs, [1]. */
+  norm: {
+    outputs: (tensors) => (tensors.length > 0 && tensors.every((t) => t.dtype === "f32") ? [f32(1)] : null),
+    gradient: FIRST_ORDER,
+  },
+  /** What gradients of that norm [1] are multiplied with, [1]: min(1, max / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`. */
+  clip: {
+    params: ["max"],
+    outputs: ([norm]) => (matches(norm, "f32", 1) && norm.shape[0] === 1 ? [f32(1)] : null),
+    gradient: FIRST_ORDER,
+  },
+  /**
+   * One step of AdamW (https://arxiv.org/abs/1711.05101) on a parameter and its two moments, in place; rates as `ADAMW_RATES`; the gradient
+   * is first multiplied with `factor` [1], where there is one.
+   */
+  adamw: {
+    outputs: ([parameter, gradient, m, v, rates, factor]) =>
+      alike(parameter, gradient, m, v) &&
+      [parameter, m, v].every((t) => t.kind === "state") &&
+      matches(rates, "f32", 1) &&
+      sameShape(rates.shape, [ADAMW_RATES.length]) &&
+      biasFits(factor, [1])
+        ? []
+        : null,
+    gradient: FIRST_ORDER,
+    writes: [0, 2, 3],
+  },
+} satisfies Record<string, Op>;

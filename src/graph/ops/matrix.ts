@@ -1,0 +1,133 @@
+/** Products with weight matrices, one matrix or one an expert, and their gradients. */
+import type { Dtype } from "../../tensor/dtype.ts";
+import { sameDim, times } from "../../tensor/shape.ts";
+import { AFTER_BACKWARD, FIRST_ORDER, type Gradient, type Op, type Tensor, WHOLE_NUMBERS } from "../call.ts";
+import { biasFits, f32, isMatrix, matches } from "./shapes.ts";
+
+/** The format in which products with weights of a format take their activations. */
+export type ActivationFormat = (weight: Dtype) => Dtype;
+
+/** dx = dy . W, dW = dy^T x, db = sum of dy. Of a frozen weight, in whatever format, dx is all there is. */
+const linearGradient: Gradient = (emit, { inputs: [x, w, bias] }, [dy], [wantsX, wantsW, wantsBias]) => [
+  wantsX && dy ? emit("linearT", [dy, w])[0] : null,
+  wantsW && dy ? emit("outer", [dy, x])[0] : null,
+  ...(bias ? [wantsBias && dy ? emit("sumRows", [dy])[0] : null] : []),
+];
+
+const groupedGradient: Gradient = (emit, { inputs: [x, w, order, offsets, bias], params }, [dy], [wantsX, wantsW, , , wantsBias]) => [
+  wantsX && dy ? emit("groupedLinearT", [dy, w, order, offsets], params, { rows: x.shape[0] })[0] : null,
+  wantsW && dy ? emit("groupedOuter", [dy, x, order, offsets], params)[0] : null,
+  null,
+  null,
+  ...(bias ? [wantsBias && dy ? emit("groupedSumRows", [dy, order, offsets])[0] : null] : []),
+];
+
+/** Whether order and offsets are those of `slots` expert slots for each row of x. */
+function grouped(x: Tensor, order: Tensor | undefined, offsets: Tensor | undefined, slots: number): boolean {
+  return matches(order, "i32", 1) && sameDim(order.shape[0], times(x.shape[0], slots)) && matches(offsets, "i32", 1);
+}
+
+/** The rows of products that take activations as they come, or in a format that the backend converts them to. */
+export function products(activations: ActivationFormat) {
+  const meets = (x: Tensor | undefined, w: Tensor, rank: number): x is Tensor =>
+    x?.shape.length === 2 && x.dtype === activations(w.dtype) && sameDim(x.shape[1], w.shape[rank - 1]);
+  const twins = (gate: Tensor | undefined, up: Tensor | undefined, rank: number): boolean =>
+    isMatrix(gate, rank) && isMatrix(up, rank) && gate.dtype === up.dtype && gate.shape.every((d, i) => sameDim(d, up.shape[i]));
+  return {
+    /** `x . w^T (+ bias)`: [rows, k], [n, k], [n] to [rows, n]. */
+    linear: {
+      outputs: ([x, w, bias]) => (isMatrix(w, 2) && meets(x, w, 2) && biasFits(bias, [w.shape[0]]) ? [f32(x.shape[0], w.shape[0])] : null),
+      gradient: linearGradient,
+    },
+    /** Each expert slot times its expert's matrix: x [rows, k], w [experts, n, k], bias [experts, n] to [slots * rows, n], in slot order. */
+    groupedLinear: {
+      params: ["slots"],
+      outputs: ([x, w, order, offsets, bias], { slots }) =>
+        isMatrix(w, 3) && meets(x, w, 3) && grouped(x, order, offsets, slots) && biasFits(bias, w.shape.slice(0, 2))
+          ? [f32(times(x.shape[0], slots), w.shape[1])]
+          : null,
+      gradient: groupedGradient,
+    },
+    /** `silu(x . gate^T) * (x . up^T)` (https://arxiv.org/abs/2002.05202): what `fuse` makes of two products and `siluMul`. */
+    gatedLinear: {
+      outputs: ([x, gate, up]) => (twins(gate, up, 2) && meets(x, gate, 2) ? [f32(x.shape[0], gate.shape[0])] : null),
+      gradient: AFTER_BACKWARD,
+    },
+    groupedGatedLinear: {
+      params: ["slots"],
+      outputs: ([x, gate, up, order, offsets], { slots }) =>
+        twins(gate, up, 3) && meets(x, gate, 3) && grouped(x, order, offsets, slots)
+          ? [f32(times(x.shape[0], slots), gate.shape[1])]
+          : null,
+      gradient: AFTER_BACKWARD,
+    },
+  } satisfies Record<string, Op>;
+}
+
+export const MATRIX_OPS = {
+  ...products(() => "f32"),
+  /** Rows of `table` [n, width] chosen by `ids` [rows]. */
+  embed: {
+    outputs: ([ids, table]) => (matches(ids, "i32", 1) && isMatrix(table, 2) ? [f32(ids.shape[0], table.shape[1])] : null),
+    gradient: (emit, { inputs: [ids, table] }, [dy], [, wantsTable]) => [
+      null,
+      wantsTable && dy ? emit("scatterRows", [dy, ids], {}, { rows: table.shape[0] })[0] : null,
+    ],
+  },
+  /** `dy . w`: [rows, n], [n, k] to [rows, k]. */
+  linearT: {
+    outputs: ([dy, w]) =>
+      matches(dy, "f32", 2) && isMatrix(w, 2) && sameDim(dy.shape[1], w.shape[0]) ? [f32(dy.shape[0], w.shape[1])] : null,
+    gradient: FIRST_ORDER,
+  },
+  /** `dy^T x`: [rows, n], [rows, k] to [n, k]. */
+  outer: {
+    outputs: ([dy, x]) =>
+      matches(dy, "f32", 2) && matches(x, "f32", 2) && sameDim(dy.shape[0], x.shape[0]) ? [f32(dy.shape[1], x.shape[1])] : null,
+    gradient: FIRST_ORDER,
+  },
+  /** [rows, n] to [n]. */
+  sumRows: { outputs: ([x]) => (matches(x, "f32", 2) ? [f32(x.shape[1])] : null), gradient: FIRST_ORDER },
+  /** Of each row the sum over its slots of dy . w of the slot's expert: [slots * rows, n], [experts, n, k] to [rows, k]. */
+  groupedLinearT: {
+    params: ["slots"],
+    outputs: ([dy, w, order, offsets], { slots }, { rows }) =>
+      matches(dy, "f32", 2) &&
+      isMatrix(w, 3) &&
+      sameDim(dy.shape[1], w.shape[1]) &&
+      rows !== undefined &&
+      sameDim(dy.shape[0], times(rows, slots)) &&
+      grouped(dy, order, offsets, 1)
+        ? [f32(rows, w.shape[2])]
+        : null,
+    gradient: FIRST_ORDER,
+  },
+  /** Of each expert dy^T x over its slots, zero where it has none: [slots * rows, n], [rows, k] to [experts, n, k]. */
+  groupedOuter: {
+    params: ["slots"],
+    outputs: ([dy, x, order, offsets], { slots }) =>
+      matches(dy, "f32", 2) && matches(x, "f32", 2) && sameDim(dy.shape[0], times(x.shape[0], slots)) && grouped(dy, order, offsets, 1)
+        ? [f32(Number(offsets.shape[0]) - 1, dy.shape[1], x.shape[1])]
+        : null,
+    gradient: FIRST_ORDER,
+  },
+  /** Of each expert the sum of dy over its slots: [slots * rows, n] to [experts, n]. */
+  groupedSumRows: {
+    outputs: ([dy, order, offsets]) =>
+      matches(dy, "f32", 2) && grouped(dy, order, offsets, 1) ? [f32(Number(offsets.shape[0]) - 1, dy.shape[1])] : null,
+    gradient: FIRST_ORDER,
+  },
+  /** Sorts expert slots by expert, [rows, k]: `order` lists slots, those of expert e from offsets[e] to offsets[e + 1]. */
+  group: {
+    params: ["count"],
+    outputs: ([experts], { count }) =>
+      matches(experts, "i32", 2)
+        ? [
+            { shape: [times(experts.shape[0], Number(experts.shape[1]))], dtype: "i32" },
+            { shape: [count + 1], dtype: "i32" },
+          ]
+        : null,
+    gradient: WHOLE_NUMBERS,
+    kept: "follows from what was routed",
+  },
+} satisfies Record<string, Op>;

@@ -1,0 +1,29 @@
+/** What the rows of the op table say about shapes, in short. */
+import type { Dtype } from "../../tensor/dtype.ts";
+import { type Dim, type Shape, sameShape } from "../../tensor/shape.ts";
+import type { Result, Tensor } from "../call.ts";
+
+export const f32 = (...shape: Dim[]): Result => ({ shape, dtype: "f32" });
+export const i32 = (...shape: Dim[]): Result => ({ shape, dtype: "i32" });
+
+export function matches(t: Tensor | undefined, dtype: Dtype, rank: number): t is Tensor {
+  return t?.dtype === dtype && t.shape.length === rank;
+}
+
+/** Whether all are float32 of one shape. */
+export function alike(...tensors: readonly (Tensor | undefined)[]): boolean {
+  const [first] = tensors;
+  return first !== undefined && tensors.every((t) => t?.dtype === "f32" && sameShape(t.shape, first.shape));
+}
+
+/** A vector or stack of biases, where there is one. */
+export function biasFits(bias: Tensor | undefined, shape: Shape): boolean {
+  return !bias || (bias.dtype === "f32" && sameShape(bias.shape, shape));
+}
+
+/** Formats of weight matrices. */
+const MATRIX: ReadonlySet<Dtype> = new Set(["f32", "f16", "bf16", "int8", "int4"]);
+
+export function isMatrix(t: Tensor | undefined, rank: number): t is Tensor {
+  return t !== undefined && MATRIX.has(t.dtype) && t.shape.length === rank;
+}

@@ -9,7 +9,7 @@ import { AutoModelForCausalLM } from "../../src/api/model.ts";
 import { quantize } from "../../src/api/quantize.ts";
 import { AutoTokenizer } from "../../src/api/tokenizer.ts";
 import { convertStored } from "../../src/backend/native.ts";
-import { decode } from "../../src/backend/reference.ts";
+import { decode } from "../../src/backend/reference/weights.ts";
 import { openCheckpoint } from "../../src/checkpoint/checkpoint.ts";
 import { readHeader, readTensor } from "../../src/checkpoint/safetensors.ts";
 import { writeSafetensors } from "../../src/checkpoint/writer.ts";

@@ -1,9 +1,9 @@
 /** What every kernel is tested with: each op in each format, at sizes that fit no vector width. */
 
-import type { Numbers } from "../../src/backend/backend.ts";
+import { BLOCK_TOKENS, type Numbers } from "../../src/backend/backend.ts";
 import { GREEDY, layOut, type Sampling } from "../../src/engine/sampling.ts";
-import { Graph, kvShapes, type Tensor } from "../../src/graph/graph.ts";
-import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops.ts";
+import { Graph, type Tensor } from "../../src/graph/graph.ts";
+import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops/sampling.ts";
 import type { KvDtype } from "../../src/tensor/dtype.ts";
 import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
 
@@ -11,7 +11,9 @@ export type MatrixDtype = "f32" | "f16" | "bf16" | "int8" | "int4";
 
 export interface Case {
   readonly name: string;
+  /** As traced: backends fuse and lower it. */
   readonly graph: Graph;
+  /** Values that are compared; the graph's outputs are named `0`, `1`, ... after their places here. */
   readonly outputs: readonly Tensor[];
   readonly sizes: SymbolValues;
   readonly inputs: ReadonlyMap<string, Numbers>;
@@ -68,6 +70,9 @@ class Builder {
   }
 
   done(name: string, outputs: readonly Tensor[], sizes: SymbolValues, tolerance = 2e-6): Case {
+    outputs.forEach((t, i) => {
+      this.g.output(`${i}`, t);
+    });
     return { name, graph: this.g, outputs, sizes, inputs: this.inputs, weights: this.weights, states: this.states, tolerance };
   }
 }
@@ -94,7 +99,8 @@ function linears(): Case[] {
         const b = new Builder();
         const bias = i % 2 ? b.weight("bias", [n]) : undefined;
         const y = b.g.linear(b.rows("x", rows, k), b.weight("w", [n, k], dtype), bias);
-        const gated = b.g.gatedLinear(b.rows("z", rows, k), b.weight("gate", [n, k], dtype), b.weight("up", [n, k], dtype));
+        const z = b.rows("z", rows, k);
+        const gated = b.g.siluMul(b.g.linear(z, b.weight("gate", [n, k], dtype)), b.g.linear(z, b.weight("up", [n, k], dtype)));
         return b.done(`linear ${dtype} rows ${rows} [${n},${k}]${bias ? " bias" : ""}`, [y, gated], { rows }, LINEAR_TOLERANCE[dtype]);
       }),
     ),
@@ -117,13 +123,10 @@ function groupedLinears(): Case[] {
         const { order, offsets } = b.g.group(b.input("experts", [symbol("rows"), slots], chosen), experts);
         const h = b.g.groupedLinear(b.rows("x", rows, k), b.weight("up", [experts, n, k], dtype), order, offsets, slots);
         const y = b.g.groupedLinear(h, b.weight("down", [experts, k, n], dtype), order, offsets, 1, b.weight("bias", [experts, k]));
-        const gated = b.g.groupedGatedLinear(
-          b.rows("z", rows, k),
-          b.weight("gate", [experts, n, k], dtype),
-          b.weight("open", [experts, n, k], dtype),
-          order,
-          offsets,
-          slots,
+        const z = b.rows("z", rows, k);
+        const gated = b.g.siluMul(
+          b.g.groupedLinear(z, b.weight("gate", [experts, n, k], dtype), order, offsets, slots),
+          b.g.groupedLinear(z, b.weight("open", [experts, n, k], dtype), order, offsets, slots),
         );
         const weights = b.input("weights", [symbol("rows"), slots], noise(rows * slots, 99));
         return b.done(
@@ -160,6 +163,29 @@ function rowOps(): Case[] {
         1e-6,
       );
     });
+    const fused = RAGGED.map((n) => {
+      const b = new Builder();
+      const sum = b.g.add(b.rows("a", rows, n), b.rows("b", rows, n));
+      const normed = b.g.rmsNorm(sum, b.weight("norm", [n]), 1e-5);
+      const picked = Int32Array.from({ length: Math.ceil(rows / 3) }, (_, i) => i * 3);
+      const by = b.input("by", [symbol("embedded"), n], noise(picked.length * n, 77));
+      const replaced = b.g.replaceRows(b.g.scale(normed, -0.3), by, b.input("index", [symbol("embedded")], picked));
+      return b.done(
+        `add rmsNorm scale replaceRows rows ${rows} width ${n}`,
+        [sum, normed, replaced],
+        { rows, embedded: picked.length },
+        1e-6,
+      );
+    });
+    const shaped = RAGGED.map((n) => {
+      const b = new Builder();
+      const x = b.rows("x", rows, n * 6);
+      const cube = b.g.reshape(x, [symbol("rows"), n, 3, 2]);
+      const turned = b.g.transpose(cube, 1, 2);
+      const part = b.g.slice(turned, 1, 1, 2);
+      const flat = b.g.reshape(part, [symbol("rows"), n * 4]);
+      return b.done(`reshape transpose slice rows ${rows} width ${n}`, [cube, turned, part, b.g.scale(flat, 2)], { rows }, 0);
+    });
     const turned = [2, 10, 64, 128].map((dim) => {
       const b = new Builder();
       const positions = b.input(
@@ -174,7 +200,7 @@ function rowOps(): Case[] {
         1e-5,
       );
     });
-    return [...embeds, ...others, ...turned];
+    return [...embeds, ...others, ...fused, ...shaped, ...turned];
   }).concat(farGates());
 }
 
@@ -243,14 +269,15 @@ function attentions(): Case[] {
           [symbol("sequences"), symbol("pages")],
           Int32Array.from({ length: counts.length * pagesEach }, (_, i) => blocks - 1 - i),
         );
-        const shapes = kvShapes(dtype, blocks, kvHeads, dim, 32);
-        const cache = { keys: b.state("keys", shapes.keys, dtype), values: b.state("values", shapes.values, dtype) };
+        const half = (name: string) => b.state(name, [blocks, BLOCK_TOKENS, kvHeads, dim], dtype);
+        const cache = { keys: half("keys"), values: half("values") };
         b.g.cacheWrite(b.rows("k", rows, kvHeads * dim), b.rows("v", rows, kvHeads * dim), cache, segments, pages);
-        const y = b.g.attention(b.rows("q", rows, heads * dim), cache, segments, pages);
+        const read = (state: Tensor) => b.g.cacheRead(state, segments, pages, symbol("context"));
+        const { y } = b.g.attention(b.rows("q", rows, heads * dim), read(cache.keys), read(cache.values), segments, dim);
         return b.done(
           `attention ${dtype} heads ${heads}/${kvHeads} dim ${dim} rows ${counts}`,
           [y],
-          { rows, sequences: counts.length, pages: pagesEach },
+          { rows, sequences: counts.length, pages: pagesEach, context: rows },
           tolerance,
         );
       }),

@@ -1,8 +1,12 @@
 /** Runs a case on a backend, its weights coming from a file as they always do. */
 import { writeFileSync } from "node:fs";
 import type { Backend, Numbers, WeightSource } from "../../src/backend/backend.ts";
+import { CPU } from "../../src/backend/cpu.ts";
 import { convertStored } from "../../src/backend/native.ts";
-import { type Plan, plan } from "../../src/graph/plan.ts";
+import { referenceBackend } from "../../src/backend/reference/reference.ts";
+import { fuse } from "../../src/graph/fuse.ts";
+import type { Graph } from "../../src/graph/graph.ts";
+import { lower } from "../../src/graph/lower.ts";
 import { ELEMENT_BYTES } from "../../src/tensor/dtype.ts";
 import { blockBytes, isBlockDtype } from "../../src/tensor/quantized.ts";
 import { elements } from "../../src/tensor/shape.ts";
@@ -37,29 +41,38 @@ export async function writeWeights(c: Case, path: string): Promise<WeightSource[
   return sources;
 }
 
-export function planOf(c: Case): Plan {
-  return plan(c.graph, c.outputs, c.sizes);
-}
-
-export function outputsOf(c: Case): Numbers[] {
-  return c.outputs.map((t) =>
-    t.dtype === "i32" ? new Int32Array(elements(t.shape, c.sizes)).fill(-7) : new Float32Array(elements(t.shape, c.sizes)).fill(Number.NaN),
+/** The case as the CPU's kernels run it: fused and lowered. */
+export function loweredOf(c: Case): Graph {
+  return lower(
+    fuse(c.graph, () => true),
+    CPU,
   );
 }
 
-export async function runCase(c: Case, backend: Backend, sources: readonly WeightSource[]): Promise<Numbers[]> {
-  const planned = planOf(c);
+/** Arrays for the case's outputs, by name; whatever is not written stands out. */
+export function outputsOf(c: Case): Record<string, Numbers> {
+  return Object.fromEntries(
+    c.outputs.map((t, i) => {
+      const count = elements(t.shape, c.sizes);
+      return [`${i}`, t.dtype === "i32" ? new Int32Array(count).fill(-7) : new Float32Array(count).fill(Number.NaN)];
+    }),
+  );
+}
+
+/** Runs a case, as traced or with `graph` in its place, and gives its outputs in order. */
+export async function runCase(c: Case, backend: Backend, sources: readonly WeightSource[], graph = c.graph): Promise<Numbers[]> {
   const weights = await backend.load(sources);
   const states = new Map([...c.states].map(([name, s]) => [name, backend.state(s.dtype, s.shape)]));
-  const program = backend.prepare(planned, weights, states);
+  const program = backend.prepare(graph, c.sizes, weights, states);
   const outputs = outputsOf(c);
-  await program.run(
-    c.sizes,
-    planned.inputs.map((t) => c.inputs.get(t.name ?? "") as Numbers),
-    outputs,
-  );
+  await program.run(c.sizes, Object.fromEntries(c.inputs), outputs);
   program.dispose();
   for (const s of states.values()) s.dispose();
   weights.dispose();
-  return outputs;
+  return Object.values(outputs);
+}
+
+/** What the CPU's kernels are to compute: the lowered case on the reference backend, which rounds as they do. */
+export function expectedOf(c: Case, sources: readonly WeightSource[]): Promise<Numbers[]> {
+  return runCase(c, referenceBackend(), sources, loweredOf(c));
 }

@@ -2,11 +2,10 @@
 import { beforeAll, describe, expect, test } from "vitest";
 import type { Backend } from "../../src/backend/backend.ts";
 import { instructionSets, nativeBackend } from "../../src/backend/native.ts";
-import { referenceBackend } from "../../src/backend/reference.ts";
+import { referenceBackend } from "../../src/backend/reference/reference.ts";
 import { GREEDY, layOut, type Sampling } from "../../src/engine/sampling.ts";
 import { Graph } from "../../src/graph/graph.ts";
-import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops.ts";
-import { plan } from "../../src/graph/plan.ts";
+import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops/sampling.ts";
 import { symbol } from "../../src/tensor/shape.ts";
 import { openGoldens } from "../goldens.ts";
 
@@ -32,16 +31,12 @@ async function sample(backend: Backend, logits: Float32Array, history: readonly 
   const processed = g.processLogits(raw, sampling);
   const { ids, logprobs } = g.sample(raw, processed, sampling);
   const sizes = { outs, history: laid.history.length, biases: laid.biasIds.length, masks: 0 };
-  const planned = plan(g, [processed, ids, logprobs], sizes);
+  for (const [name, t] of Object.entries({ processed, ids, logprobs })) g.output(name, t);
   const weights = await backend.load([]);
-  const program = backend.prepare(planned, weights, new Map());
+  const program = backend.prepare(g, sizes, weights, new Map());
   const inputs = { ...laid, logits: Float32Array.from({ length: outs * vocab }, (_, i) => logits[i % vocab]) };
   const result = { processed: new Float32Array(outs * vocab), ids: new Int32Array(outs), logprobs: new Float32Array(outs) };
-  await program.run(
-    sizes,
-    planned.inputs.map((t) => inputs[t.name as keyof typeof inputs]),
-    [result.processed, result.ids, result.logprobs],
-  );
+  await program.run(sizes, inputs, result);
   program.dispose();
   weights.dispose();
   return result;

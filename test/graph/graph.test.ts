@@ -1,7 +1,8 @@
 /** Tracing: what each op makes of its inputs, and what it says of inputs that do not fit. */
 import { describe, expect, test } from "vitest";
-import { Graph, ShapeError, type Tensor } from "../../src/graph/graph.ts";
-import { OPS, type OpName } from "../../src/graph/ops.ts";
+import type { OpTable } from "../../src/graph/call.ts";
+import { checked, Graph, ShapeError, type Tensor } from "../../src/graph/graph.ts";
+import { OPS } from "../../src/graph/ops.ts";
 import type { Dtype } from "../../src/tensor/dtype.ts";
 import { type Dim, showShape, symbol } from "../../src/tensor/shape.ts";
 
@@ -52,8 +53,16 @@ describe("shapes that do not agree", () => {
     [({ g, x, i }) => g.siluMul(x(rows, 4), i(rows, 4)), "siluMul: shapes do not agree: f32[rows,4], i32[rows,4]"],
     [({ g, x, w }) => g.linear(x(3, 4), w("f32", 6, 5)), "linear: shapes do not agree: f32[3,4], f32[6,5]"],
     [({ g, x, w }) => g.linear(x(3, 4), w("f32", 6, 4), w("f32", 5)), "linear: shapes do not agree: f32[3,4], f32[6,4], f32[5]"],
-    [({ g, x, w }) => g.linear(x(3, 4), w("bf16", 6, 5)), "linear: shapes do not agree: bf16pair[3,4], bf16[6,5]"],
-    [({ g, x, w }) => g.linear(x(3, 4), w("int8", 6, 5)), "linear: shapes do not agree: int8row[3,4], int8[6,5]"],
+    [({ g, x, w }) => g.linear(x(3, 4), w("bf16", 6, 5)), "linear: shapes do not agree: f32[3,4], bf16[6,5]"],
+    [({ g, x, w }) => g.linear(x(3, 4), w("int8", 6, 5)), "linear: shapes do not agree: f32[3,4], int8[6,5]"],
+    [({ g, x }) => g.reshape(x(rows, 4), [symbol("rows"), 5]), "reshape: shapes do not agree: f32[rows,4]"],
+    [({ g, x }) => g.reshape(x(rows, 4), [symbol("outs"), 4]), "reshape: shapes do not agree: f32[rows,4]"],
+    [({ g, x }) => g.slice(x(9, 4), 0, 7, 3), "slice: shapes do not agree: f32[9,4]"],
+    [({ g, x }) => g.transpose(x(9, 4), 0, 2), "transpose: shapes do not agree: f32[9,4]"],
+    [
+      ({ g, x, i, w }) => g.crossEntropy(x(rows, 4), w("f32", 9, 4), i(3), 8),
+      "crossEntropy: shapes do not agree: f32[rows,4], f32[9,4], i32[3]",
+    ],
     [({ g, x, w }) => g.embed(x(rows), w("f32", 9, 4)), "embed: shapes do not agree: f32[rows], f32[9,4]"],
     [({ g, x, w }) => g.rmsNorm(x(rows, 4), w("f32", 5), 0), "rmsNorm: shapes do not agree: f32[rows,4], f32[5]"],
     [({ g, i }) => g.angles(i(rows), 7, 1e4), "angles: shapes do not agree: i32[rows]"],
@@ -64,7 +73,7 @@ describe("shapes that do not agree", () => {
     [({ g, x }) => g.group(x(rows, 2), 8), "group: shapes do not agree: f32[rows,2]"],
   ])("case %#", (make, message) => {
     const parts = setUp();
-    const calls = () => parts.g.calls.filter((c) => !["toBf16Pair", "toInt8", "angles"].includes(c.op)).length;
+    const calls = () => parts.g.calls.filter((c) => c.op !== "angles").length;
     let error: unknown;
     try {
       make(parts);
@@ -76,23 +85,24 @@ describe("shapes that do not agree", () => {
     expect(calls(), "a call that does not fit is not recorded").toBe(0);
   });
 
-  test("attention: a cache of other heads, pages of other sequences", () => {
-    const cacheOf = ({ g }: Parts, heads: number, dim: number, values: readonly Dim[] = [9, heads, 32, dim]) => ({
-      keys: g.state("k", [9, heads, dim, 32], "f16"),
-      values: g.state("v", values, "f16"),
-    });
-    const run = (p: Parts, cache: ReturnType<typeof cacheOf>, pages: Dim) =>
-      p.g.attention(p.x(rows, 64), cache, p.i(symbol("sequences"), 3), p.i(pages, 4));
-    const fits = setUp();
-    expect(showShape(run(fits, cacheOf(fits, 2, 16), symbol("sequences")).shape)).toBe("[rows,64]");
-    for (const [heads, dim, values, pages] of [
-      [3, 16, undefined, symbol("sequences")],
-      [2, 16, [9, 2, 16, 32], symbol("sequences")],
-      [2, 16, undefined, symbol("others")],
-    ] as const) {
-      const p = setUp();
-      expect(() => run(p, cacheOf(p, heads, dim, values), pages)).toThrow(/^attention: shapes do not agree: f32\[rows,64\], f16\[9,/);
-    }
+  test("attention: keys of other heads, a cache of another format, pages of other sequences", () => {
+    const { g, x, i } = setUp();
+    const segments = i(symbol("sequences"), 3);
+    const cache = (dtype: "f16" | "f32", heads: number) => g.state("cache", [9, 32, heads, 16], dtype);
+    const read = (pages: Dim) => g.cacheRead(cache("f16", 2), segments, i(pages, 4), symbol("context"));
+    const keys = read(symbol("sequences"));
+    expect(showShape(keys.shape)).toBe("[context,32]");
+    const { y, logsumexp } = g.attention(x(rows, 64), keys, keys, segments, 16);
+    expect([showShape(y.shape), showShape(logsumexp.shape)]).toEqual(["[rows,64]", "[rows,4]"]);
+    expect(() => g.attention(x(rows, 48), keys, keys, segments, 16)).toThrow(
+      "attention: shapes do not agree: f32[rows,48], f32[context,32]",
+    );
+    expect(() => read(symbol("others"))).toThrow(/^cacheRead: shapes do not agree: f16\[9,32,2,16\]/);
+    const write = (other: Tensor) =>
+      g.cacheWrite(x(rows, 32), x(rows, 32), { keys: cache("f16", 2), values: other }, segments, i(symbol("sequences"), 4));
+    write(cache("f16", 2));
+    expect(() => write(cache("f32", 2))).toThrow(/^cacheWrite: shapes do not agree/);
+    expect(() => write(cache("f16", 3))).toThrow(/^cacheWrite: shapes do not agree/);
   });
 
   test("a parameter that is not given is a bug of ours", () => {
@@ -100,19 +110,74 @@ describe("shapes that do not agree", () => {
     expect(() => g.call("rmsNorm", [x(rows, 4), w("f32", 4)])).toThrow("internal: rmsNorm needs the parameter 'eps'");
   });
 
-  test("any op refuses no inputs at all", () => {
-    for (const op of Object.keys(OPS) as OpName[]) {
-      const params = Object.fromEntries(OPS[op].params.map((name) => [name, 2]));
-      expect(() => new Graph().call(op, [], params), op).toThrow();
-    }
+  test("any op refuses no inputs at all, but the one that has none", () => {
+    for (const [op, { params = [] }] of Object.entries(OPS as OpTable))
+      if (op !== "fill") expect(() => new Graph().call(op, [], Object.fromEntries(params.map((name) => [name, 2]))), op).toThrow();
   });
 });
 
-test("activations are converted once for all weights that need it", () => {
-  const { g, x, w } = setUp();
-  const h = x(rows, 64);
-  for (let i = 0; i < 3; i++) g.linear(h, w("bf16", 8, 64));
-  for (let i = 0; i < 2; i++) g.linear(h, w("int8", 8, 64));
-  g.linear(h, w("f16", 8, 64));
-  expect(g.calls.map((c) => c.op)).toEqual(["toBf16Pair", "linear", "linear", "linear", "toInt8", "linear", "linear", "linear"]);
+test("an op without a gradient says why", () => {
+  for (const [op, { gradient }] of Object.entries(OPS as OpTable))
+    if (typeof gradient === "string") expect(gradient.length, op).toBeGreaterThan(10);
+});
+
+test("calls carry the scope that traced them, and the states that they touch", () => {
+  const { g, x, i } = setUp();
+  const cache = { keys: g.state("k", [9, 32, 2, 16], "f16"), values: g.state("v", [9, 32, 2, 16], "f16") };
+  const [segments, pages] = [i(symbol("sequences"), 3), i(symbol("sequences"), 4)];
+  g.within("layers.3", () => {
+    g.cacheWrite(x(rows, 32), x(rows, 32), cache, segments, pages);
+    g.cacheRead(cache.keys, segments, pages, symbol("context"));
+  });
+  g.add(x(rows, 2), x(rows, 2));
+  const [write, read, add] = g.calls;
+  expect([write.scope, read.scope, add.scope]).toEqual(["layers.3", "layers.3", ""]);
+  expect(write.effects.writes).toEqual([cache.keys, cache.values]);
+  expect([read.effects.reads, read.effects.writes]).toEqual([[cache.keys], []]);
+  expect(add.effects).toEqual({ reads: [], writes: [] });
+});
+
+test("an output must be computed", () => {
+  const { g, x } = setUp();
+  expect(() => g.output("y", x(rows, 2))).toThrow("internal: the output y is no computed value");
+});
+
+describe("a graph that a pass left broken is caught, and the pass named", () => {
+  const pair = () => {
+    const { g, x } = setUp();
+    const a = g.add(x(rows, 4), x(rows, 4));
+    const b = g.scale(a, 2);
+    g.output("y", b);
+    return { g, a, b };
+  };
+
+  test("a value of another shape", () => {
+    const { g, b } = pair();
+    const next = g.branch();
+    next.push(g.calls[0]);
+    next.push({ ...g.calls[1], op: "sumRows", outputs: [b], params: {} });
+    expect(() => checked(next, "fuse")).toThrow("internal: fuse: sumRows: sumRows gives f32[4], and is to compute f32[rows,4]");
+  });
+
+  test("inputs that do not agree", () => {
+    const { g } = pair();
+    const next = g.branch();
+    next.push(g.calls[0]);
+    next.push({ ...g.calls[1], inputs: [], scope: "layers.1" });
+    expect(() => checked(next, "lower")).toThrow("internal: lower: scale of layers.1: scale: shapes do not agree: ");
+  });
+
+  test("a value that is used before it is computed, never, or twice", () => {
+    const { g } = pair();
+    const [add, scale] = g.calls;
+    const of = (...calls: (typeof add)[]) => {
+      const next = g.branch();
+      for (const c of calls) next.push(c);
+      return () => checked(next, "remat");
+    };
+    expect(of(scale, add)).toThrow("internal: remat: scale uses the value 2 (f32[rows,4]) before it is computed");
+    expect(of(add)).toThrow("internal: remat: nothing computes the output 'y' (f32[rows,4])");
+    expect(of(add, scale, scale)).toThrow("internal: remat: scale computes the value 3 (f32[rows,4]) again");
+    expect(of(add, scale)).not.toThrow();
+  });
 });

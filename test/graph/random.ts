@@ -5,7 +5,7 @@ import { symbol } from "../../src/tensor/shape.ts";
 
 export interface RandomGraph {
   readonly graph: Graph;
-  /** Values that a run hands over, in any order. */
+  /** Values that a run can return: the graph's outputs `0`, `1`, ... */
   readonly outputs: readonly Tensor[];
   /** Shapes of the weights, all f32. */
   readonly weights: readonly Tensor[];
@@ -15,7 +15,7 @@ export interface RandomGraph {
 export const WIDTHS = [1, 5, 16, 33];
 
 const step = fc.record({
-  op: fc.constantFrom("add", "siluMul", "rmsNorm", "linear", "gather", "route"),
+  op: fc.constantFrom("add", "siluMul", "rmsNorm", "linear", "gather", "route", "view", "scale"),
   /** Picks among the values there are; taken modulo their number. */
   a: fc.nat(1000),
   b: fc.nat(1000),
@@ -46,10 +46,23 @@ export const randomGraph: fc.Arbitrary<RandomGraph> = fc
       if (op === "add" || op === "siluMul") values.push(graph[op](x, y));
       else if (op === "rmsNorm") values.push(graph.rmsNorm(x, weight(wide), 1e-5));
       else if (op === "linear") values.push(graph.linear(x, weight(width, wide), b % 2 ? weight(width) : undefined));
+      else if (op === "scale") values.push(graph.scale(x, 0.5));
+      else if (op === "view") values.push(viewed(graph, x, b));
       else if (op === "gather") values.push(graph.gather(x, index));
       else values.push(graph.route(x, weight(5, wide), weight(5), 5, 0).weights); // its other outputs are never used
     }
     const computed = values.filter((v) => v.kind === "computed");
     const outputs = [...new Set(kept.map((k) => computed[k % computed.length]))];
+    outputs.forEach((t, i) => {
+      graph.output(`${i}`, t);
+    });
     return { graph, outputs, weights, rows };
   });
+
+/** The same numbers in their place, by way of other shapes, some of which are no view. */
+function viewed(g: Graph, x: Tensor, how: number): Tensor {
+  const [rows, width] = [symbol("rows"), Number(x.shape[1])];
+  if (how % 3 === 0) return g.reshape(g.transpose(g.reshape(x, [rows, width, 1]), 1, 2), [rows, width]);
+  if (how % 3 === 1) return g.transpose(g.transpose(x, 0, 1), 0, 1);
+  return g.slice(x, 0, 0, rows);
+}

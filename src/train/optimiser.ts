@@ -1,0 +1,54 @@
+/** A step of AdamW (https://arxiv.org/abs/1711.05101), appended to a graph of gradients. */
+import { gradientName } from "../graph/backward.ts";
+import { checked, type Graph, type Tensor } from "../graph/graph.ts";
+import { ADAMW_RATES } from "../graph/ops/loss.ts";
+
+/** The state that holds the first (`m`) or second (`v`) moment of a parameter's gradient. */
+export function momentName(parameter: string, which: "m" | "v"): string {
+  return `${which}.${parameter}`;
+}
+
+/**
+ * The graph, and behind it a step of every state that has a gradient; the rates are an input `rates` [7], as `ADAMW_RATES`.
+ * @param clip largest norm of all gradients together, beyond which they are scaled down to it; null: as they are. The norm before is
+ * then the output `gradientNorm`.
+ */
+export function adamw(graph: Graph, trained: readonly string[], clip: number | null): Graph {
+  const next = graph.branch();
+  for (const call of graph.calls) next.push(call);
+  const states = new Map(graph.values.filter((t) => t.kind === "state").map((t) => [t.name as string, t]));
+  const steps = trained.map((name) => {
+    const [parameter, gradient] = [states.get(name), graph.outputs.get(gradientName(name))];
+    if (!parameter || !gradient) throw new Error(`internal: adamw: '${name}' is not trained in this graph`);
+    return { name, parameter, gradient };
+  });
+  const rates = next.input("rates", [ADAMW_RATES.length], "f32");
+  let factor: Tensor | undefined;
+  if (clip !== null) {
+    const [norm] = next.call(
+      "norm",
+      steps.map((s) => s.gradient),
+    );
+    next.output("gradientNorm", norm);
+    [factor] = next.call("clip", [norm], { max: clip });
+  }
+  for (const { name, parameter, gradient } of steps) {
+    const moment = (which: "m" | "v") => next.state(momentName(name, which), parameter.shape, "f32");
+    next.call("adamw", [parameter, gradient, moment("m"), moment("v"), rates, factor]);
+  }
+  return checked(next, "adamw");
+}
+
+export interface AdamwOptions {
+  readonly learningRate: number;
+  readonly beta1: number;
+  readonly beta2: number;
+  readonly eps: number;
+  readonly weightDecay: number;
+}
+
+/** The input `rates` of step `step`, counted from 1. */
+export function adamwRates(options: AdamwOptions, step: number): Float32Array {
+  const all = { ...options, bias1: 1 - options.beta1 ** step, bias2: 1 - options.beta2 ** step };
+  return Float32Array.from(ADAMW_RATES, (name) => all[name]);
+}

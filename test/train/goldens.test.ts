@@ -1,0 +1,178 @@
+/** Training against recorded runs of PyTorch, transformers and PEFT: gradients, ten losses, the model that comes out. */
+import { readFileSync } from "node:fs";
+import { describe, expect, test } from "vitest";
+import type { Numbers, State, WeightSource } from "../../src/backend/backend.ts";
+import { referenceBackend } from "../../src/backend/reference/reference.ts";
+import { readWeight } from "../../src/backend/reference/weights.ts";
+import { openCheckpoint } from "../../src/checkpoint/checkpoint.ts";
+import { locate } from "../../src/checkpoint/names.ts";
+import { readHeader, readTensor } from "../../src/checkpoint/safetensors.ts";
+import { gradientName } from "../../src/graph/backward.ts";
+import { Graph } from "../../src/graph/graph.ts";
+import { readConfig } from "../../src/model/config.ts";
+import { type Adapters, ernie } from "../../src/model/ernie.ts";
+import { linear } from "../../src/model/linear.ts";
+import type { Model, ModelParameter } from "../../src/model/model.ts";
+import { elements, symbol } from "../../src/tensor/shape.ts";
+import { adamwRates, momentName } from "../../src/train/optimiser.ts";
+import { trainingStep } from "../../src/train/step.ts";
+import { type Goldens, openGoldens, relativeError } from "../goldens.ts";
+
+const LENGTH = 24;
+const SEQUENCES = 2;
+const ROWS = SEQUENCES * LENGTH;
+const ADAMW = { learningRate: 5e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.01 };
+/** As the recorded run: r 4, alpha 8, on the projections of attention. */
+const LORA: Adapters = { rank: 4, scale: 2, accepts: (module) => /\.self_attn\.[qkvo]_proj$/.test(module) };
+
+/** Two rows of 24 tokens; each position's label is the next token's, as transformers shifts them. */
+async function batch(goldens: Goldens): Promise<Record<string, Numbers>> {
+  const ids = (await goldens.tensor("train.input_ids")).data as Int32Array;
+  const given = (await goldens.tensor("train.labels")).data;
+  const labels = Int32Array.from({ length: ROWS }, (_, r) => (r % LENGTH === LENGTH - 1 ? -1 : given[r + 1]));
+  const count = labels.filter((l) => l >= 0).length;
+  return {
+    ids,
+    labels,
+    weights: new Float32Array(ROWS).fill(1 / count),
+    positions: Int32Array.from({ length: ROWS }, (_, r) => r % LENGTH),
+    segments: Int32Array.from([0, LENGTH, 0, LENGTH, LENGTH, 0]),
+    seed: new Int32Array(2),
+  };
+}
+
+/** Names and numbers of a PEFT adapter's file, without the prefix of its wrapper. */
+async function readAdapter(file: string): Promise<Map<string, Float32Array>> {
+  const { tensors } = await readHeader(file);
+  const values = new Map<string, Float32Array>();
+  for (const [name, entry] of tensors) {
+    const bytes = await readTensor(entry);
+    values.set(name.replace(/^base_model\.model\./, ""), new Float32Array(Uint8Array.from(bytes).buffer));
+  }
+  return values;
+}
+
+/** A trained parameter's gradient, as transformers 5 holds it: gate and up of all experts in one. */
+async function recordedGradient(goldens: Goldens, { name, shape }: ModelParameter): Promise<Float32Array> {
+  const of = async (stored: string) => (await goldens.tensor(`full_finetune.first_grad.${stored}`)).data as Float32Array;
+  const match = /^(.*\.experts)\.(gate|up|down)_proj\.weight$/.exec(name);
+  if (!match) return of(name);
+  const [, prefix, which] = match;
+  if (which === "down") return of(`${prefix}.down_proj`);
+  const both = await of(`${prefix}.gate_up_proj`);
+  const [experts, n, k] = shape;
+  const half = n * k;
+  const parts = Array.from({ length: experts }, (_, e) => both.subarray((2 * e + (which === "up" ? 1 : 0)) * half).subarray(0, half));
+  return Float32Array.from(parts.flatMap((p) => [...p]));
+}
+
+interface Run {
+  readonly losses: number[];
+  readonly first: ReadonlyMap<string, Float32Array>;
+  readonly logits: Float32Array;
+  readonly states: ReadonlyMap<string, Float32Array>;
+  readonly trained: readonly ModelParameter[];
+}
+
+/** Ten steps on one batch, and the logits of the model that they make. */
+async function train(
+  goldens: Goldens,
+  model: Model,
+  trains: (p: ModelParameter) => boolean,
+  start: ReadonlyMap<string, Float32Array>,
+  checkpointing: boolean,
+): Promise<Run> {
+  const backend = referenceBackend();
+  const checkpoint = await openCheckpoint(goldens.folder);
+  const { sources } = locate(
+    model.parameters.filter((p) => p.kind !== "adapter"),
+    checkpoint,
+  );
+  const all = [...sources.values()].map(
+    (s): WeightSource => ({ name: s.name, stored: s.dtype, dtype: "f32", shape: s.shape, parts: s.parts }),
+  );
+  const weights = await backend.load(all);
+  const { graph, trained } = trainingStep(model, { trains, dtypeOf: () => "f32", checkpointing, chunk: 7 });
+  const states = new Map<string, State>();
+  for (const { name, shape } of trained) {
+    const state = backend.state("f32", shape);
+    const source = all.find((s) => s.name === name);
+    state.write(start.get(name) ?? (await readWeight(source as WeightSource)));
+    states.set(name, state);
+    for (const which of ["m", "v"] as const) states.set(momentName(name, which), backend.state("f32", shape));
+  }
+  const program = backend.prepare(graph, { rows: ROWS }, weights, states);
+  const inputs = await batch(goldens);
+  const sizes = { rows: ROWS, sequences: SEQUENCES };
+  const first = new Map(trained.map(({ name, shape }) => [name, new Float32Array(elements(shape))]));
+  const gradients = Object.fromEntries([...first].map(([name, data]) => [gradientName(name), data]));
+  const losses: number[] = [];
+  for (let step = 1; step <= 10; step++) {
+    const loss = new Float32Array(1);
+    await program.run(sizes, { ...inputs, rates: adamwRates(ADAMW, step) }, step === 1 ? { loss, ...gradients } : { loss });
+    losses.push(loss[0]);
+  }
+  const logits = new Float32Array(ROWS * model.vocabSize);
+  const evaluation = backend.prepare(logitsOf(model, new Set(trained.map((p) => p.name))), { rows: ROWS }, weights, states);
+  await evaluation.run(sizes, inputs, { logits });
+  return { losses, first, logits, trained, states: new Map([...states].map(([name, s]) => [name, s.read()])) };
+}
+
+function logitsOf(model: Model, trained: ReadonlySet<string>): Graph {
+  const g = new Graph();
+  const { hiddenStates, head } = model.forward(
+    g,
+    ({ name, shape }) => (trained.has(name) ? g.state(name, shape, "f32") : g.weight(name, shape, "f32")),
+    {
+      ids: g.input("ids", [symbol("rows")], "i32"),
+      positions: g.input("positions", [symbol("rows")], "i32"),
+      segments: g.input("segments", [symbol("sequences"), 3], "i32"),
+      cache: null,
+    },
+  );
+  g.output("logits", linear(g, hiddenStates[hiddenStates.length - 1], head));
+  return g;
+}
+
+describe.each(["moe-tiny", "dense-tiny"])("%s", (variant) => {
+  const open = async (adapters: Adapters | null) => {
+    const goldens = await openGoldens(variant);
+    const config = JSON.parse(readFileSync(`${goldens.folder}/config.json`, "utf8"));
+    const meta = JSON.parse(readFileSync(`${goldens.folder}/goldens.json`, "utf8"));
+    return { goldens, model: ernie(readConfig(config), adapters), meta };
+  };
+  const whole = (p: ModelParameter) => !p.name.endsWith("e_score_correction_bias");
+
+  test("every parameter trained", async () => {
+    const { goldens, model, meta } = await open(null);
+    const run = await train(goldens, model, whole, new Map(), true);
+    for (const p of run.trained)
+      expect(relativeError(run.first.get(p.name) as Float32Array, await recordedGradient(goldens, p)), p.name).toBeLessThan(1e-3);
+    expect(run.trained.length).toBe(model.parameters.filter(whole).length);
+    meta.full_finetune.losses.forEach((loss: number, i: number) => {
+      expect(Math.abs(run.losses[i] - loss), `loss ${i}`).toBeLessThan(1e-4);
+    });
+    expect(relativeError(run.logits, (await goldens.tensor("full_finetune.final_logits")).data)).toBeLessThan(1e-3);
+  }, 120_000);
+
+  test("adapters trained beside a frozen model", async () => {
+    const { goldens, model, meta } = await open(LORA);
+    const start = await readAdapter(`${goldens.folder}/lora-init/adapter_model.safetensors`);
+    const run = await train(goldens, model, (p) => p.kind === "adapter", start, true);
+    expect(run.trained.map((p) => p.name).sort()).toEqual([...start.keys()].sort());
+    meta.lora.losses.forEach((loss: number, i: number) => {
+      expect(Math.abs(run.losses[i] - loss), `loss ${i}`).toBeLessThan(1e-4);
+    });
+    const end = await readAdapter(`${goldens.folder}/lora-final/adapter_model.safetensors`);
+    for (const [name, values] of end) expect(relativeError(run.states.get(name) as Float32Array, values), name).toBeLessThan(1e-3);
+    expect(relativeError(run.logits, (await goldens.tensor("lora.final_logits")).data)).toBeLessThan(1e-3);
+  }, 120_000);
+
+  test("layers computed again for their gradients: the same to the bit", async () => {
+    const { goldens, model } = await open(null);
+    const [again, held] = [await train(goldens, model, whole, new Map(), true), await train(goldens, model, whole, new Map(), false)];
+    expect(again.losses).toEqual(held.losses);
+    expect(again.first).toEqual(held.first);
+    expect(again.logits).toEqual(held.logits);
+  }, 120_000);
+});

@@ -13,7 +13,7 @@ import { elements } from "../../src/tensor/shape.ts";
 import type { Case } from "./cases.ts";
 
 /** Writes a case's weights in their formats; stacked matrices one after another. */
-export async function writeWeights(c: Case, path: string): Promise<WeightSource[]> {
+export async function writeWeights(c: Pick<Case, "weights">, path: string): Promise<WeightSource[]> {
   const pieces: Uint8Array[] = [];
   const sources: WeightSource[] = [];
   let offset = 0;

@@ -52,7 +52,11 @@ export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
   const reads = new Map<Tensor, number[]>();
   graph.calls.forEach((call, at) => {
     for (const t of call.outputs) makers.set(t, { call, at });
-    for (const t of new Set(call.inputs)) reads.set(t, [...(reads.get(t) ?? []), at]);
+    for (const t of call.inputs) {
+      const before = reads.get(t);
+      if (!before) reads.set(t, [at]);
+      else if (before[before.length - 1] !== at) before.push(at);
+    }
   });
   const returned = new Set(graph.outputs.values());
   const uses: Uses = { maker: (t) => makers.get(t)?.call, single: (t) => reads.get(t)?.length === 1 && !returned.has(t) };
@@ -79,5 +83,5 @@ export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
     if (found) next.within(call.scope, () => next.call(found.op, found.inputs, found.params, {}, found.outputs));
     else if (!gone.has(call)) next.push(call);
   });
-  return checked(next, "fuse");
+  return checked(next, "fuse", graph);
 }

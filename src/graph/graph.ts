@@ -216,20 +216,28 @@ function fitted(op: string, results: readonly Result[], outputs: readonly Tensor
   return outputs;
 }
 
-/** Throws `internal:` errors that name `pass` and the call where a graph is not whole: values used before they are computed, or results of another shape. */
-export function checked(graph: Graph, pass: string): Graph {
-  const known = new Set(graph.values.filter((t) => t.kind !== "computed"));
-  for (const { op, inputs, outputs, params, sizes, scope } of graph.calls) {
-    const at = `internal: ${pass}: ${op}${scope ? ` of ${scope}` : ""}`;
-    const early = inputs.find((t) => !known.has(t));
-    if (early) throw new Error(`${at} uses the value ${early.id} (${show(early)}) before it is computed`);
-    try {
-      fitted(op, resultsOf(op, graph.row(op), inputs, params, sizes), outputs);
-    } catch (error) {
-      throw new Error(`${at}: ${(error as Error).message.replace(/^internal: /, "")}`);
+/**
+ * Throws `internal:` errors that name `pass` and the call where a graph is not whole: values used before they are computed, or results
+ * of another shape.
+ * @param from the graph that the pass was given: calls that it took over as they were have been checked
+ */
+export function checked(graph: Graph, pass: string, from?: Graph): Graph {
+  const known = new Set<Tensor>();
+  for (const t of graph.values) if (t.kind !== "computed") known.add(t);
+  const taken = new Set(from?.calls);
+  for (const call of graph.calls) {
+    const { op, inputs, outputs, params, sizes, scope } = call;
+    const at = () => `internal: ${pass}: ${op}${scope ? ` of ${scope}` : ""}`;
+    for (const t of inputs) if (!known.has(t)) throw new Error(`${at()} uses the value ${t.id} (${show(t)}) before it is computed`);
+    if (!taken.has(call)) {
+      try {
+        fitted(op, resultsOf(op, graph.row(op), inputs, params, sizes), outputs);
+      } catch (error) {
+        throw new Error(`${at()}: ${(error as Error).message.replace(/^internal: /, "")}`);
+      }
     }
     for (const t of outputs) {
-      if (known.has(t)) throw new Error(`${at} computes the value ${t.id} (${show(t)}) again`);
+      if (known.has(t)) throw new Error(`${at()} computes the value ${t.id} (${show(t)}) again`);
       known.add(t);
     }
   }

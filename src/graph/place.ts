@@ -3,7 +3,7 @@
  * they view; a result takes over the memory of an input that ends with its call, where the op's row allows that.
  */
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
-import type { Call, Tensor } from "./call.ts";
+import type { Tensor } from "./call.ts";
 import { type Graph, show } from "./graph.ts";
 
 /** A value that shares another's memory: `of` is no view itself. */
@@ -14,8 +14,8 @@ export interface View {
 }
 
 export interface Placement {
-  /** Bytes from the start of the workspace. */
-  readonly offsets: ReadonlyMap<Tensor, number>;
+  /** By value id: bytes from the start of the workspace; -1 for values that are elsewhere. */
+  readonly offsets: Float64Array;
   readonly views: ReadonlyMap<Tensor, View>;
   /** Size of the workspace. */
   readonly bytes: number;
@@ -26,47 +26,53 @@ export function place(graph: Graph, bytesOf: (t: Tensor) => number | null): Plac
   const views = findViews(graph);
   const root = (t: Tensor): Tensor => views.get(t)?.of ?? t;
   const returned = new Set(graph.outputs.values());
-  const lastUse = new Map<Tensor, number>();
+  const count = graph.values.length;
+  // By value id; of views, what they view stands for them.
+  const lastUse = new Int32Array(count).fill(-1);
+  const offsets = new Float64Array(count).fill(-1);
+  const sizes = new Float64Array(count).fill(-1);
   graph.calls.forEach(({ inputs, outputs }, i) => {
-    for (const t of inputs) lastUse.set(root(t), i);
-    for (const t of outputs) lastUse.set(root(t), i);
+    for (const t of inputs) lastUse[root(t).id] = i;
+    for (const t of outputs) lastUse[root(t).id] = i;
   });
 
   const arena = new Arena();
-  const offsets = new Map<Tensor, number>();
-  const sizes = new Map<Tensor, number>();
+  const end = (t: Tensor, i: number): void => {
+    const { id } = root(t);
+    if (sizes[id] < 0 || lastUse[id] !== i) return;
+    arena.release(offsets[id], sizes[id]);
+    sizes[id] = -1;
+  };
   graph.calls.forEach((call, i) => {
-    const dying = (t: Tensor) => offsets.has(t) && lastUse.get(t) === i;
-    const taken = takenOver(call, graph, (t) => dying(t) && !returned.has(t) && call.inputs.every((u) => u === t || root(u) !== t));
-    for (const [o, t] of call.outputs.entries()) {
-      if (views.has(t)) continue;
+    const { inputs, outputs } = call;
+    // An input whose memory the first result may have: it ends here, nobody can ask for it, and no other input is a view of it.
+    const free = (t: Tensor) =>
+      t.kind === "computed" && sizes[t.id] >= 0 && lastUse[t.id] === i && !returned.has(t) && inputs.every((u) => u === t || root(u) !== t);
+    const taken = graph
+      .row(call.op)
+      .inPlace?.map((at) => inputs[at])
+      .find((t) => t.dtype === outputs[0].dtype && free(t));
+    outputs.forEach((t, o) => {
+      if (views.has(t)) return;
       const bytes = bytesOf(t);
       if (bytes === null) {
         // Nobody but the caller knows how much it is, so nobody but the caller has room for it.
-        if (returned.has(t) && lastUse.get(t) === i) continue;
+        if (returned.has(t) && lastUse[t.id] === i) return;
         throw new Error(`internal: the result ${show(t)} of ${call.op} has no bound: its sizes have no capacity`);
       }
-      if (o === 0 && taken && (sizes.get(taken) ?? 0) >= bytes) {
-        offsets.set(t, offsets.get(taken) as number);
-        sizes.set(t, sizes.get(taken) as number);
-        sizes.delete(taken); // no longer its own to give back
+      if (o === 0 && taken && sizes[taken.id] >= bytes) {
+        offsets[t.id] = offsets[taken.id];
+        sizes[t.id] = sizes[taken.id];
+        sizes[taken.id] = -1; // no longer its own to give back
       } else {
-        offsets.set(t, arena.take(bytes));
-        sizes.set(t, bytes);
+        offsets[t.id] = arena.take(bytes);
+        sizes[t.id] = bytes;
       }
-    }
-    for (const t of new Set([...call.inputs, ...call.outputs].map(root))) {
-      const size = sizes.get(t);
-      if (size !== undefined && dying(t)) arena.release(offsets.get(t) as number, size);
-    }
+    });
+    for (const t of inputs) end(t, i);
+    for (const t of outputs) end(t, i);
   });
   return { offsets, views, bytes: arena.bytes };
-}
-
-/** The input whose memory the call's first result may have. */
-function takenOver(call: Call, graph: Graph, free: (t: Tensor) => boolean): Tensor | undefined {
-  const { inPlace = [] } = graph.row(call.op);
-  return inPlace.map((i) => call.inputs[i]).find((t) => t?.kind === "computed" && t.dtype === call.outputs[0].dtype && free(t));
 }
 
 /** Calls whose results need no memory of their own. What a run can return is no view: it goes to the caller's memory. */

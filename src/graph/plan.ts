@@ -67,14 +67,22 @@ export interface Plan {
  * record holds, and on sizes beyond 32 bits.
  */
 export function plan(graph: Graph, capacity: SymbolValues): Plan {
-  const used = new Set(graph.calls.flatMap((c) => [...c.inputs, ...c.outputs]));
+  const used = new Uint8Array(graph.values.length);
+  const names = new Set(Object.keys(capacity));
+  const use = (t: Tensor): void => {
+    if (used[t.id]) return;
+    used[t.id] = 1;
+    for (const d of t.shape) if (typeof d !== "number") names.add(d.symbol);
+  };
+  for (const c of graph.calls) {
+    c.inputs.forEach(use);
+    c.outputs.forEach(use);
+  }
   const placement = place(graph, (t) => bytesWithin(t, capacity));
-  const calls = graph.calls.filter((c) => !c.outputs.some((t) => placement.views.has(t)));
-  const bound = (kind: Tensor["kind"]) => graph.values.filter((t) => t.kind === kind && used.has(t));
+  const calls = placement.views.size === 0 ? graph.calls : graph.calls.filter((c) => !c.outputs.some((t) => placement.views.has(t)));
+  const bound = (kind: Tensor["kind"]) => graph.values.filter((t) => t.kind === kind && used[t.id] === 1);
   const [weights, states, inputs] = [bound("weight"), bound("state"), bound("input")];
-  const symbols = [
-    ...new Set([...Object.keys(capacity), ...[...used].flatMap((t) => t.shape.flatMap((d) => (typeof d === "number" ? [] : [d.symbol])))]),
-  ];
+  const symbols = [...names];
   const ops = [...new Set(calls.map((c) => c.op))];
   return {
     graph,
@@ -111,32 +119,41 @@ function records(
   { offsets, views, bytes }: Placement,
   { weights, states, inputs, symbols }: Pick<Plan, "weights" | "states" | "inputs" | "symbols">,
 ) {
-  const numbers = new Map<Tensor, number>([weights, states, inputs].flatMap((list) => list.map((t, i): [Tensor, number] => [t, i])));
-  const outputs = new Map([...graph.outputs.values()].map((t, i) => [t, i]));
+  const bound = new Int32Array(graph.values.length).fill(-1);
+  for (const list of [weights, states, inputs])
+    list.forEach((t, i) => {
+      bound[t.id] = i;
+    });
+  const outputs = new Int32Array(graph.values.length).fill(-1);
+  [...graph.outputs.values()].forEach((t, i) => {
+    outputs[t.id] = i;
+  });
+  const numbered = new Map(symbols.map((name, i) => [name, i]));
   const values = new Int32Array(graph.values.length * VALUE_WORDS);
   for (const t of graph.values) {
     if (t.shape.length > MAX_RANK)
       throw new Error(`internal: the value ${t.name ?? t.id} (${show(t)}) has more than ${MAX_RANK} dimensions`);
+    let at = t.id * VALUE_WORDS;
+    const write = (word: number): void => {
+      if (word > 0x7fffffff)
+        throw new Error(
+          `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${word} (of ${bytes} bytes of workspace); 32 bits hold less`,
+        );
+      values[at++] = word;
+    };
     const view = views.get(t);
-    const offset = offsets.get(t);
-    const output = outputs.get(t) ?? -1;
-    const [where, index] = view
-      ? [PLACES.view, view.of.id]
-      : offset !== undefined
-        ? [PLACES.arena, offset / ARENA_UNIT]
-        : output >= 0
-          ? [PLACES.output, output]
-          : t.kind !== "computed" && numbers.has(t)
-            ? [PLACES[t.kind], numbers.get(t) as number]
-            : [PLACES.unused, 0];
-    const dims = t.shape.flatMap((d) => (typeof d === "number" ? [d, -1] : [d.times, symbols.indexOf(d.symbol)]));
-    const words = [where, index, view?.bytes ?? 0, output, DTYPE_CODES[t.dtype], t.shape.length, ...dims];
-    const large = words.find((w) => w > 0x7fffffff);
-    if (large !== undefined)
-      throw new Error(
-        `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${large} (of ${bytes} bytes of workspace); 32 bits hold less`,
-      );
-    values.set(words, t.id * VALUE_WORDS);
+    const offset = offsets[t.id];
+    const output = outputs[t.id];
+    if (view) [PLACES.view, view.of.id, view.bytes].forEach(write);
+    else if (offset >= 0) [PLACES.arena, offset / ARENA_UNIT, 0].forEach(write);
+    else if (output >= 0) [PLACES.output, output, 0].forEach(write);
+    else if (t.kind !== "computed" && bound[t.id] >= 0) [PLACES[t.kind], bound[t.id], 0].forEach(write);
+    else [PLACES.unused, 0, 0].forEach(write);
+    [output, DTYPE_CODES[t.dtype], t.shape.length].forEach(write);
+    for (const d of t.shape) {
+      write(typeof d === "number" ? d : d.times);
+      write(typeof d === "number" ? -1 : (numbered.get(d.symbol) ?? -1)); // a symbol of an unused value has no number
+    }
   }
   return values;
 }

@@ -1,5 +1,5 @@
 /** Products with weight matrices and their gradients, as plain loops. */
-import { accumulate, dot, forEachSlot, type Kernel, row } from "./operand.ts";
+import { accumulate, dot, forEachSlot, type Kernel, type Operand, row } from "./operand.ts";
 
 export function gated(gate: number, up: number): number {
   return (gate / (1 + Math.exp(-gate))) * up;
@@ -83,18 +83,24 @@ export const MATRIX_KERNELS = {
     forEachSlot(order, offsets, (e, slot) => accumulate(db.data, e * n, 1, dy.data, slot * n, n));
   },
 
+  // Both products are rounded to float32, as they would be between the calls that are fused here.
   gatedLinear([x, gate, up], [y]) {
     const [n, k] = gate.dims;
     for (let r = 0; r < x.dims[0]; r++)
-      for (let j = 0; j < n; j++) y.data[r * n + j] = gated(dot(x.data, r * k, gate.data, j * k, k), dot(x.data, r * k, up.data, j * k, k));
+      for (let j = 0; j < n; j++) {
+        const product = (w: Operand) => Math.fround(dot(x.data, r * k, w.data, j * k, k));
+        y.data[r * n + j] = gated(product(gate), product(up));
+      }
   },
 
   groupedGatedLinear([x, gate, up, order, offsets], [y], { slots }) {
     const [, n, k] = gate.dims;
     forEachSlot(order, offsets, (e, slot) => {
       const at = Math.floor(slot / slots) * k;
-      for (let j = 0; j < n; j++)
-        y.data[slot * n + j] = gated(dot(x.data, at, gate.data, (e * n + j) * k, k), dot(x.data, at, up.data, (e * n + j) * k, k));
+      for (let j = 0; j < n; j++) {
+        const product = (w: Operand) => Math.fround(dot(x.data, at, w.data, (e * n + j) * k, k));
+        y.data[slot * n + j] = gated(product(gate), product(up));
+      }
     });
   },
 

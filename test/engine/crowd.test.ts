@@ -200,7 +200,7 @@ describe("64 at once", () => {
       return model.engine;
     };
     const [plain, cached] = [await open1({ prefix_cache: false }), await open1({})];
-    const requests = mixed(plain.config.vocabSize);
+    const requests = mixed(plain.model.vocabSize);
     const alone: number[][] = [];
     for (const request of requests) alone.push(await answer(plain, request));
     const together = () => Promise.all(requests.map((request) => answer(cached, request)));

@@ -1,131 +1,13 @@
-// The bridge to Node: the only file that knows N-API. Everything slow runs on a worker thread; errors become exceptions.
-#include <node_api.h>
-
-#include <functional>
-#include <memory>
-#include <stdexcept>
-#include <string>
-#include <vector>
+// The addon's calls, as src/backend/native.ts declares them. Steps run on their device's thread, work on files on Node's
+// thread pool; errors become exceptions.
+#include <cmath>
+#include <cstring>
 
 #include "cpu/dispatch.h"
 #include "machine.h"
-#include "plan.h"
+#include "runner.h"
 
 namespace {
-
-// ---- values in and out of JavaScript ----
-
-struct Pending {};  // a JavaScript exception is already pending
-
-void check(napi_env env, napi_status status) {
-  if (status == napi_ok) return;
-  bool pending = false;
-  napi_is_exception_pending(env, &pending);
-  if (pending) throw Pending{};
-  const napi_extended_error_info* info = nullptr;
-  napi_get_last_error_info(env, &info);
-  throw std::runtime_error(std::string("internal: ") + (info && info->error_message ? info->error_message : "a value of an unexpected type"));
-}
-
-napi_value get(napi_env env, napi_value object, const char* name) {
-  napi_value v;
-  check(env, napi_get_named_property(env, object, name, &v));
-  return v;
-}
-
-double number(napi_env env, napi_value v) {
-  double x;
-  check(env, napi_get_value_double(env, v, &x));
-  return x;
-}
-
-std::string text(napi_env env, napi_value v) {
-  size_t n = 0;
-  check(env, napi_get_value_string_utf8(env, v, nullptr, 0, &n));
-  std::string s(n, 0);
-  check(env, napi_get_value_string_utf8(env, v, s.data(), n + 1, &n));
-  return s;
-}
-
-napi_value to_js(napi_env env, double x) {
-  napi_value v;
-  check(env, napi_create_double(env, x, &v));
-  return v;
-}
-
-napi_value to_js(napi_env env, const std::string& s) {
-  napi_value v;
-  check(env, napi_create_string_utf8(env, s.c_str(), s.size(), &v));
-  return v;
-}
-
-template <class T, class Convert>
-std::vector<T> list(napi_env env, napi_value array, Convert convert) {
-  uint32_t n = 0;
-  check(env, napi_get_array_length(env, array, &n));
-  std::vector<T> out;
-  out.reserve(n);
-  for (uint32_t i = 0; i < n; i++) {
-    napi_value v;
-    check(env, napi_get_element(env, array, i, &v));
-    out.push_back(convert(v));
-  }
-  return out;
-}
-
-Span span(napi_env env, napi_value v) {
-  napi_typedarray_type type;
-  size_t n = 0, offset = 0;
-  void* data = nullptr;
-  napi_value buffer;
-  check(env, napi_get_typedarray_info(env, v, &type, &n, &data, &buffer, &offset));
-  const size_t bytes = type == napi_uint8_array || type == napi_int8_array ? 1 : type == napi_float64_array ? 8 : 4;
-  return {data, n * bytes};
-}
-
-template <class T>
-std::vector<T> numbers(napi_env env, napi_value v) {
-  Span s = span(env, v);
-  return std::vector<T>(static_cast<T*>(s.data), static_cast<T*>(s.data) + s.bytes / sizeof(T));
-}
-
-// ---- objects that JavaScript holds: externals, freed by dispose() or with the last reference ----
-
-template <class T>
-struct Handle {
-  std::shared_ptr<T> object;
-};
-
-template <class T>
-napi_value wrap(napi_env env, std::shared_ptr<T> object) {
-  napi_value v;
-  auto* handle = new Handle<T>{std::move(object)};
-  check(env, napi_create_external(env, handle, [](napi_env, void* data, void*) { delete static_cast<Handle<T>*>(data); }, nullptr, &v));
-  return v;
-}
-
-template <class T>
-std::shared_ptr<T>& unwrap(napi_env env, napi_value v) {
-  void* data = nullptr;
-  check(env, napi_get_value_external(env, v, &data));
-  return static_cast<Handle<T>*>(data)->object;
-}
-
-template <class T>
-std::shared_ptr<T> alive(napi_env env, napi_value v, const char* what) {
-  std::shared_ptr<T> object = unwrap<T>(env, v);
-  if (!object) throw std::runtime_error(std::string("the ") + what + " has been disposed of");
-  return object;
-}
-
-// A program, and what it must not outlive.
-struct Bound {
-  std::shared_ptr<Weights> weights;
-  std::vector<std::shared_ptr<Memory>> states;
-  std::unique_ptr<Program> program;
-};
-
-// ---- calls ----
 
 using Arguments = std::vector<napi_value>;
 
@@ -144,7 +26,7 @@ napi_value entry(napi_env env, napi_callback_info info) {
   return nullptr;
 }
 
-// Runs `work` on a worker thread; the promise resolves with what `result` makes of it on the main thread.
+// Runs `work` on Node's thread pool; `result` then makes the value that the promise resolves with.
 struct Job {
   std::function<void()> work;
   std::function<napi_value(napi_env)> result;
@@ -185,7 +67,7 @@ napi_value in_background(napi_env env, napi_value keep, std::function<void()> wo
       } catch (const Pending&) {
         napi_value thrown;
         napi_get_and_clear_last_exception(e, &thrown);
-        j->error = "internal: the result could not be handed over";
+        j->error = "internal: cannot convert the result";
       }
     }
     napi_value message;
@@ -199,7 +81,7 @@ napi_value in_background(napi_env env, napi_value keep, std::function<void()> wo
   return promise;
 }
 
-// isas(): names of the instruction sets that run here, best first.
+// isas(): names of the instruction sets that this processor has, best first.
 napi_value isas(napi_env env, const Arguments&) {
   napi_value out;
   check(env, napi_create_array(env, &out));
@@ -217,8 +99,52 @@ napi_value ops(napi_env env, const Arguments& a) {
   return out;
 }
 
-// team(threads)
-napi_value team(napi_env env, const Arguments& a) { return wrap(env, std::make_shared<Team>(static_cast<int>(number(env, a.at(0))))); }
+template <class Codes>
+napi_value codes(napi_env env, const Codes& entries) {
+  napi_value out;
+  check(env, napi_create_object(env, &out));
+  for (const auto& [name, code] : entries) check(env, napi_set_named_property(env, out, name, to_js(env, code)));
+  return out;
+}
+
+template <class Names>
+napi_value names(napi_env env, const Names& entries) {
+  napi_value out;
+  check(env, napi_create_array(env, &out));
+  uint32_t i = 0;
+  for (const char* name : entries) check(env, napi_set_element(env, out, i++, to_js(env, std::string(name))));
+  return out;
+}
+
+// describe(): what both sides must agree on; src/backend/native.ts compares it with its own.
+napi_value describe(napi_env env, const Arguments&) {
+  struct Code {
+    const char* name;
+    double code;
+  };
+#define CODE(id, code, name) Code{name, code},
+#define NAME(id, name) name,
+  static const Code dtypes[] = {DTYPES(CODE)}, places[] = {PLACES(CODE)};
+  static const char *const floats[] = {SAMPLING_FLOATS(NAME)}, *const ints[] = {SAMPLING_INTS(NAME)};
+#undef CODE
+#undef NAME
+  napi_value out;
+  check(env, napi_create_object(env, &out));
+  const auto set = [&](const char* name, napi_value v) { check(env, napi_set_named_property(env, out, name, v)); };
+  set("valueWords", to_js(env, VALUE_WORDS));
+  set("arenaUnit", to_js(env, ARENA_UNIT));
+  set("blockTokens", to_js(env, BLOCK_TOKENS));
+  set("dtypes", codes(env, dtypes));
+  set("places", codes(env, places));
+  set("samplingFloats", names(env, floats));
+  set("samplingInts", names(env, ints));
+  return out;
+}
+
+// open(isa, threads): a device.
+napi_value open(napi_env env, const Arguments& a) {
+  return wrap(env, std::make_shared<Runner>(env, choose_kernels(text(env, a.at(0))), static_cast<int>(number(env, a.at(1)))));
+}
 
 FilePart file_part(napi_env env, napi_value p) {
   return {text(env, get(env, p, "file")), static_cast<uint64_t>(number(env, get(env, p, "offset"))), static_cast<uint64_t>(number(env, get(env, p, "bytes")))};
@@ -269,9 +195,34 @@ napi_value random(napi_env env, const Arguments& a) {
 // memory(bytes)
 napi_value memory(napi_env env, const Arguments& a) { return wrap(env, std::make_shared<Memory>(static_cast<size_t>(number(env, a.at(0))))); }
 
-// prepare(plan, isa, weights, [memory]): a program. `plan` is a Plan of src/graph/plan.ts with names in place of tensors.
+// The bytes of `memory` from `offset` on that `bytes` stands for.
+uint8_t* part_of(const Memory& memory, double offset, size_t bytes) {
+  if (!(std::fabs(offset) <= 0x1p53)) throw std::runtime_error("internal: the offset in a state is not a whole number");
+  if (offset < 0 || offset > static_cast<double>(memory.bytes()) || bytes > memory.bytes() - static_cast<size_t>(offset))
+    throw std::runtime_error("internal: " + std::to_string(bytes) + " bytes from byte " + std::to_string(static_cast<int64_t>(offset)) + " on are not within a state of " + std::to_string(memory.bytes()) + " bytes");
+  return memory.data() + static_cast<size_t>(offset);
+}
+
+// readMemory(memory, byteOffset, Uint8Array), writeMemory(memory, byteOffset, Uint8Array)
+napi_value read_memory(napi_env env, const Arguments& a) {
+  const auto memory = alive<Memory>(env, a.at(0), "state");
+  const Span to = span(env, a.at(2));
+  const uint8_t* from = part_of(*memory, number(env, a.at(1)), to.bytes);
+  if (to.bytes) std::memcpy(to.data, from, to.bytes);
+  return nullptr;
+}
+
+napi_value write_memory(napi_env env, const Arguments& a) {
+  const auto memory = alive<Memory>(env, a.at(0), "state");
+  const Span from = span(env, a.at(2));
+  uint8_t* to = part_of(*memory, number(env, a.at(1)), from.bytes);
+  if (from.bytes) std::memcpy(to, from.data, from.bytes);
+  return nullptr;
+}
+
+// prepare(device, plan, weights, [memory]): a program. `plan` is a Plan of src/graph/plan.ts with names in place of tensors.
 napi_value prepare(napi_env env, const Arguments& a) {
-  napi_value p = a.at(0);
+  napi_value p = a.at(1);
   auto string = [&](napi_value v) { return text(env, v); };
   Plan plan;
   plan.ops = list<std::string>(env, get(env, p, "ops"), string);
@@ -281,32 +232,29 @@ napi_value prepare(napi_env env, const Arguments& a) {
   plan.params = numbers<double>(env, get(env, p, "params"));
   plan.capacity = list<int64_t>(env, get(env, p, "capacity"), [&](napi_value v) { return static_cast<int64_t>(number(env, v)); });
   plan.arena_bytes = static_cast<size_t>(number(env, get(env, p, "arenaBytes")));
-  auto bound = std::make_shared<Bound>();
-  bound->weights = alive<Weights>(env, a.at(2), "model");
-  bound->states = list<std::shared_ptr<Memory>>(env, a.at(3), [&](napi_value v) { return alive<Memory>(env, v, "KV cache"); });
-  std::vector<Memory*> states;
-  for (auto& s : bound->states) states.push_back(s.get());
-  bound->program = std::make_unique<Program>(plan, choose_kernels(text(env, a.at(1))), *bound->weights, states);
-  return wrap(env, bound);
+  return wrap(env, std::make_shared<Bound>(alive<Runner>(env, a.at(0), "backend"), alive<Weights>(env, a.at(2), "model"),
+                                           list<std::shared_ptr<Memory>>(env, a.at(3), [&](napi_value v) { return alive<Memory>(env, v, "state"); }), plan));
 }
 
-// run(program, team, sizes, [input], [output]): a promise; the arrays must stay untouched until it settles.
+// run(program, sizes, [input | null], [output | null], calls): a promise; the arrays must stay untouched until it settles.
 napi_value run(napi_env env, const Arguments& a) {
-  auto bound = alive<Bound>(env, a.at(0), "model");
-  auto threads = alive<Team>(env, a.at(1), "backend");
-  auto sizes = list<int64_t>(env, a.at(2), [&](napi_value v) { return static_cast<int64_t>(number(env, v)); });
-  auto inputs = list<Span>(env, a.at(3), [&](napi_value v) { return span(env, v); });
-  auto outputs = list<Span>(env, a.at(4), [&](napi_value v) { return span(env, v); });
+  auto bound = alive<Bound>(env, a.at(0), "program");
+  Step step;
+  step.sizes = list<int64_t>(env, a.at(1), [&](napi_value v) { return static_cast<int64_t>(number(env, v)); });
+  step.inputs = list<Span>(env, a.at(2), [&](napi_value v) { return span_or_null(env, v); });
+  step.outputs = list<Span>(env, a.at(3), [&](napi_value v) { return span_or_null(env, v); });
+  step.calls = numbers<int32_t>(env, a.at(4));
   napi_value keep;
   check(env, napi_create_array_with_length(env, 2, &keep));
-  check(env, napi_set_element(env, keep, 0, a[3]));
-  check(env, napi_set_element(env, keep, 1, a[4]));
-  return in_background(env, keep, [=] { bound->program->run(*threads, sizes, inputs, outputs); }, nullptr);
+  check(env, napi_set_element(env, keep, 0, a[2]));
+  check(env, napi_set_element(env, keep, 1, a[3]));
+  Runner& runner = *bound->runner;
+  return runner.run(env, std::move(bound), std::move(step), keep);
 }
 
 // seconds(program): what each call took in all runs so far.
 napi_value seconds(napi_env env, const Arguments& a) {
-  auto bound = alive<Bound>(env, a.at(0), "model");
+  auto bound = alive<Bound>(env, a.at(0), "program");
   napi_value out;
   check(env, napi_create_array(env, &out));
   uint32_t i = 0;
@@ -330,7 +278,14 @@ napi_value limits(napi_env env, const Arguments& a) {
                        });
 }
 
-// dispose...(handle): lets go; memory is freed once no run uses it.
+// disposeDevice(device): ends its threads once no run is pending.
+napi_value dispose_device(napi_env env, const Arguments& a) {
+  const std::shared_ptr<Runner> runner = std::move(unwrap<Runner>(env, a.at(0)));
+  if (runner) runner->close();
+  return nullptr;
+}
+
+// dispose...(handle): frees the memory once no run uses it.
 template <class T>
 napi_value dispose(napi_env env, const Arguments& a) {
   unwrap<T>(env, a.at(0)).reset();
@@ -342,9 +297,11 @@ napi_value init(napi_env env, napi_value exports) {
     const char* name;
     napi_callback call;
   } functions[] = {
-      {"isas", entry<isas>}, {"ops", entry<ops>}, {"team", entry<team>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>},
-      {"convert", entry<convert>}, {"random", entry<random>}, {"memory", entry<memory>}, {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>}, {"limits", entry<limits>},
-      {"disposeTeam", entry<dispose<Team>>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Bound>>},
+      {"isas", entry<isas>}, {"ops", entry<ops>}, {"describe", entry<describe>}, {"open", entry<open>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>},
+      {"convert", entry<convert>}, {"random", entry<random>}, {"limits", entry<limits>},
+      {"memory", entry<memory>}, {"readMemory", entry<read_memory>}, {"writeMemory", entry<write_memory>},
+      {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},
+      {"disposeDevice", entry<dispose_device>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Bound>>},
   };
   for (const auto& f : functions) {
     napi_value v;

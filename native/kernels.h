@@ -3,12 +3,18 @@
 #include <atomic>
 #include <cstdint>
 
-// Codes as in src/graph/plan.ts. Of GGUF's formats (32 numbers a block, row by row), which files hold and no kernel reads.
-enum Dtype : int32_t { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, INT8 = 4, INT8ROW = 5, INT4 = 6, BF16PAIR = 7, INT8KV = 8, Q8_0 = 100, Q4_0 = 101 };
+// Names and codes are compared with those of src/backend/native.ts when the addon loads. The last two are GGUF's formats
+// (32 numbers a block, row by row): only files hold them, no kernel reads them.
+#define DTYPES(_) \
+  _(F32, 0, "f32") _(F16, 1, "f16") _(BF16, 2, "bf16") _(I32, 3, "i32") _(INT8, 4, "int8") _(INT8ROW, 5, "int8row") _(INT4, 6, "int4") \
+  _(BF16PAIR, 7, "bf16pair") _(INT8KV, 8, "int8kv") _(Q8_0, 100, "q8_0") _(Q4_0, 101, "q4_0")
+#define ENUMERATOR(id, code, name) id = code,
+enum Dtype : int32_t { DTYPES(ENUMERATOR) };
+#undef ENUMERATOR
 
 struct Tensor {
   void* data;           // first (or only) part
-  void* const* parts;   // stacked weights: one pointer for each of dims[0]; null otherwise
+  void* const* parts;   // stacked matrices: one pointer for each of dims[0]; null otherwise
   Dtype dtype;
   int32_t rank;
   int64_t dims[4];
@@ -23,13 +29,13 @@ struct Tensor {
   }
 };
 
-// All threads of a team run every kernel of a program side by side; a kernel takes the share of its `index`.
+// All threads of a team run every kernel of a program at the same time; each computes the share that its `index` says.
 struct Barrier;
 struct Worker {
   int index, count;
   Barrier* barrier;
-  void wait() const;  // until every worker of the team has come here
-  // Notes that this step failed (the first note wins); the step runs on, and its caller gets the message.
+  void wait() const;  // until every worker of the team has arrived here
+  // Records that this run failed (the first message wins). The run continues; its caller gets the message.
   void fail(const char* format, long long a, long long b) const;
 
   // This worker's share of n items: [begin, end), contiguous, in units of `unit` items.
@@ -59,7 +65,7 @@ struct KernelEntry {
   Kernel run;
 };
 
-// What an instruction set is best at, alone: how fast kernels could be at most (native/machine.cpp).
+// Loops that measure an upper bound on any kernel's speed (native/machine.cpp).
 struct LimitKernels {
   using Loop = float (*)(int64_t turns);
   float (*read)(const uint8_t* data, int64_t bytes);  // in pieces of 4 KiB
@@ -67,12 +73,29 @@ struct LimitKernels {
   int64_t int8_ops, float_ops;  // of one turn
 };
 
-// One table for each instruction set; its entries end with one of a null name.
+// One table for each instruction set; a null name ends its entries.
 struct KernelTable {
   const char* isa;
   const KernelEntry* entries;
   LimitKernels limits;
 };
+
+// Tokens in a block of the paged KV cache; a multiple of every vector's lanes. src/engine must use the same.
+constexpr int BLOCK_TOKENS = 32;
+
+// Columns of the sampling controls, by name, compared like the dtypes.
+#define SAMPLING_FLOATS(_) \
+  _(TEMPERATURE, "temperature") _(TOP_P, "topP") _(MIN_P, "minP") _(REPETITION, "repetitionPenalty") _(PRESENCE, "presencePenalty") \
+  _(FREQUENCY, "frequencyPenalty")
+#define SAMPLING_INTS(_) \
+  _(TOP_K, "topK") _(NGRAM, "noRepeatNgram") _(SEED_LOW, "seedLow") _(SEED_HIGH, "seedHigh") _(STEP, "step") _(HISTORY_START, "historyStart") \
+  _(HISTORY_COUNT, "historyCount") _(PROMPT_COUNT, "promptCount") _(BIAS_START, "biasStart") _(BIAS_COUNT, "biasCount") _(MASK, "mask")
+#define ENUMERATOR(id, name) id,
+namespace sampling {
+enum { SAMPLING_FLOATS(ENUMERATOR) FLOATS };
+enum { SAMPLING_INTS(ENUMERATOR) INTS };
+}  // namespace sampling
+#undef ENUMERATOR
 
 // Block formats, as in src/tensor/quantized.ts.
 constexpr int TILE_ROWS = 16, GROUP = 64, HALF = 32;

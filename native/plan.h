@@ -1,4 +1,5 @@
-// A planned program, bound to weights and memory, ready to run. Reads the layout that src/graph/plan.ts writes.
+// A planned program, bound to weights and memory, ready to run. Reads the layout that src/graph/plan.ts writes; owns no
+// memory but its tables.
 #pragma once
 #include <string>
 #include <vector>
@@ -6,24 +7,37 @@
 #include "threads.h"
 #include "weights.h"
 
-// Words of a value's record, and what its place may be, as in src/graph/plan.ts.
-enum { PLACE, INDEX, DTYPE, RANK, DIMS, VALUE_WORDS = 12 };
-enum { ARENA, WEIGHT, STATE, INPUT, OUTPUT };
+// Offsets in the workspace are in units of this many bytes.
+constexpr int64_t ARENA_UNIT = 64;
+
+// Words of a value's record; DIMS begins four pairs (size or factor, symbol or -1). OUT is the value's index among the
+// program's outputs, or -1.
+enum { PLACE, INDEX, OFFSET, OUT, DTYPE, RANK, DIMS, VALUE_WORDS = DIMS + 8 };
+
+// Where a value's memory is. Names and codes are compared with those of src/backend/native.ts when the addon loads.
+//   ARENA   the workspace, at INDEX units; where it is an output that the caller wants, the caller's memory
+//   WEIGHT, STATE, INPUT, OUTPUT   the INDEX-th of its list
+//   VIEW    that of value INDEX, from byte OFFSET on
+//   UNUSED  none: no call refers to it
+#define PLACES(_) _(ARENA, 0, "arena") _(WEIGHT, 1, "weight") _(STATE, 2, "state") _(INPUT, 3, "input") _(OUTPUT, 4, "output") _(VIEW, 5, "view") _(UNUSED, 6, "unused")
+#define ENUMERATOR(id, code, name) id = code,
+enum Place : int32_t { PLACES(ENUMERATOR) };
+#undef ENUMERATOR
 
 struct Plan {
   std::vector<std::string> ops;
   std::vector<std::string> weights;  // names
-  std::vector<int32_t> values, calls;
+  std::vector<int32_t> values;       // VALUE_WORDS each
+  std::vector<int32_t> calls;        // op, inputs n, outputs m, first parameter, n + m value ids
   std::vector<double> params;
   std::vector<int64_t> capacity;  // of each symbol
   size_t arena_bytes = 0;
-  int inputs = 0, outputs = 0;
 };
 
-// Gives a tensor the shape that its record has with these sizes; returns its bytes (not those of INT8 weights).
+// Gives a tensor the shape that its record has with these sizes; returns its bytes (not those of weights in blocks).
 size_t resize(Tensor& t, const int32_t* record, const std::vector<int64_t>& sizes);
 
-// Memory that a run hands over.
+// Memory that the caller lends for a run. `data` is null where it lent none, and points somewhere even where it is empty.
 struct Span {
   void* data;
   size_t bytes;
@@ -31,27 +45,40 @@ struct Span {
 
 class Program {
  public:
-  // Throws std::runtime_error: an op without a kernel, a weight that is missing or of another shape or format.
-  // `weights` and `states` must outlive the program.
+  // Throws std::runtime_error: an op without a kernel; a weight that is missing or has another shape or format; a plan
+  // that would reach beyond its own tables. `weights` and `states` must outlive the program.
   Program(const Plan& plan, const KernelTable& kernels, const Weights& weights, const std::vector<Memory*>& states);
 
-  // Throws std::runtime_error before anything runs (sizes over capacity, spans too short), or after, with what a kernel noted.
-  void run(Team& team, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs);
+  // Runs the calls with these indices, in this order. Values in the arena live in `workspace`, of at least arena_bytes(),
+  // and do not outlive the run. Throws std::runtime_error before anything runs (sizes over capacity, memory missing or too
+  // small), or after, with the first failure that a kernel reported.
+  void run(Team& team, const Memory& workspace, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs,
+           const std::vector<int32_t>& calls);
 
-  // Seconds that each call took in all runs so far, its wait for the slowest thread included; in the order of the calls.
+  size_t arena_bytes() const { return plan_.arena_bytes; }
+  size_t call_count() const { return calls_.size(); }
+  // Seconds that each call took in all runs so far, waiting for the slowest thread included; in the order of the calls.
   const std::vector<double>& seconds() const { return seconds_; }
 
  private:
   struct Call {
     Kernel kernel;
-    int inputs, outputs;
+    int op, inputs, outputs;
     const double* params;
     const int32_t* ids;
   };
+  const int32_t* record(size_t value) const { return &plan_.values[value * VALUE_WORDS]; }
+  void check_record(size_t value);
+  void bind_weight(size_t value, const Weights& weights);
+  void bind_state(size_t value, const std::vector<Memory*>& states);
+  void read_calls(const KernelTable& kernels);
+  void place_values(const Memory& workspace, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs);
+
   Plan plan_;
-  Memory arena_;
-  std::vector<Memory*> states_;
   std::vector<Tensor> tensors_;
+  std::vector<size_t> bytes_;              // of each value, in the run under way
+  std::vector<int32_t> changing_, views_;  // values that each run places anew; views come after what they show
+  std::vector<std::vector<void*>> parts_;  // of stacked states
   std::vector<Call> calls_;
   std::vector<double> seconds_;
 };

@@ -1,6 +1,8 @@
 #include "threads.h"
 
 #include <cstdio>
+#include <stdexcept>
+#include <system_error>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -9,12 +11,11 @@ static inline void pause_cpu() { _mm_pause(); }
 static inline void pause_cpu() { asm volatile("yield"); }
 #endif
 
-// First a short spin, for a thread that is about to come; then yields, so that one that was put off its core gets it back,
-// long enough to bridge the gap between two steps of one generation; then sleep: an idle engine uses no processor.
+// A short spin, for a thread that is about to arrive; then yields, so that one that lost its core gets it back, for about as
+// long as the gap between two steps of a generation; then sleep: an idle engine uses no processor.
 static constexpr int SPINS = 300, YIELDS = 200;
 
-// Waits until `value` is no longer `old`.
-static void await_change(const std::atomic<uint32_t>& value, uint32_t old) {
+void await_change(const std::atomic<uint32_t>& value, uint32_t old) {
   for (int i = 0; i < SPINS; i++) {
     if (value.load(std::memory_order_acquire) != old) return;
     pause_cpu();
@@ -48,12 +49,12 @@ void Worker::fail(const char* format, long long a, long long b) const { barrier-
 Team::Team(int count) : barrier_(count) {
   try {
     for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { loop(i); });
-  } catch (...) {  // out of threads: let those that started go
+  } catch (const std::system_error& e) {  // end those that started
     stop_ = true;
     epoch_.fetch_add(1);
     epoch_.notify_all();
     for (auto& t : threads_) t.join();
-    throw;
+    throw std::runtime_error("cannot start " + std::to_string(count) + " threads: " + e.what());
   }
 }
 
@@ -65,7 +66,6 @@ Team::~Team() {
 }
 
 std::string Team::run(const std::function<void(const Worker&)>& job) {
-  std::lock_guard lock(busy_);
   barrier_.failed = false;
   barrier_.message[0] = 0;
   job_ = &job;

@@ -1,13 +1,16 @@
-// A team of threads that runs one job at a time side by side, the caller being one of them. Spins briefly, then sleeps.
+// A team of threads that runs one job at a time, all at once, the caller being one of them. Idle threads spin briefly, then
+// sleep.
 #pragma once
 #include <atomic>
 #include <functional>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "kernels.h"
+
+// Waits until `value` is no longer `old`: spins, yields, sleeps.
+void await_change(const std::atomic<uint32_t>& value, uint32_t old);
 
 struct Barrier {
   explicit Barrier(int count) : count(count) {}
@@ -28,15 +31,14 @@ class Team {
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
-  // Calls job(worker) on every thread of the team and returns when all are done; the first failure noted, or "".
-  // One job at a time: a second caller waits.
+  // Calls job(worker) on every thread of the team; returns when all are done: the first failure reported, or "". The
+  // caller is worker 0. Only one thread at a time may call this.
   std::string run(const std::function<void(const Worker&)>& job);
   int count() const { return barrier_.count; }
 
  private:
   void loop(int index);
 
-  std::mutex busy_;
   Barrier barrier_;
   const std::function<void(const Worker&)>* job_ = nullptr;
   alignas(64) std::atomic<uint32_t> epoch_{0};

@@ -17,7 +17,7 @@
 Memory::Memory(size_t bytes) : bytes_(bytes) {
   if (!bytes) return;
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::runtime_error("no memory: " + std::to_string(bytes >> 20) + " MiB could not be had");
+  if (p == MAP_FAILED) throw std::runtime_error("out of memory: cannot map " + std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB");
   data_ = static_cast<uint8_t*>(p);
 }
 

@@ -1,11 +1,10 @@
 // Attention over the paged KV cache, block by block with a running softmax (https://arxiv.org/abs/2205.14135), so that
-// memory does not grow with the context. Keys lie transposed within a block: lanes are neighbouring tokens. This file has
-// the cache in floats and how the work is shared out; attention_int8.inl the cache in bytes.
-
+// memory use does not grow with the context. Keys are transposed within a block: lanes are neighbouring tokens. This file
+// handles float caches and splits the work between threads; attention_int8.inl handles int8 caches.
 
 namespace ISA {
 
-constexpr int BLOCK_TOKENS = 32;  // as in src/engine/blocks.ts; a multiple of W
+static_assert(BLOCK_TOKENS % W == 0);
 constexpr int QUERIES = W == 16 ? 8 : 4;  // query vectors that share a pass over a block
 constexpr int MAX_DIM = 512;
 
@@ -33,14 +32,14 @@ template <class T>
 static void write_cache(const Operands& o, const Worker& worker, int64_t head_elements, void (*put_head)(const float*, const float*, int64_t, int64_t, T*, T*)) {
   const Tensor &k = o.in(0), &v = o.in(1), &keys = o.in(2), &values = o.in(3), &segments = o.in(4), &pages = o.in(5);
   const int64_t heads = keys.dims[1], dim = head_width(keys);
-  if (dim > MAX_DIM) return worker.fail("cacheWrite: head width %lld is beyond %lld", dim, MAX_DIM);
+  if (dim > MAX_DIM) return worker.fail("pagedWrite: head width %lld exceeds %lld", dim, MAX_DIM);
   for (int64_t s = 0; s < segments.rows(); s++) {
     const int32_t* segment = segments.as<int32_t>() + s * 3;  // first row, rows, position of the first row
     int64_t begin, end;
     worker.share(segment[1], 1, begin, end);
     for (int64_t i = begin; i < end; i++) {
       const int64_t position = segment[2] + i, block = page_of(pages, s, position, keys.dims[0]);
-      if (block < 0) { worker.fail("internal: cacheWrite: position %lld of sequence %lld has no page", position, s); continue; }
+      if (block < 0) { worker.fail("internal: pagedWrite: position %lld of sequence %lld has no page", position, s); continue; }
       for (int64_t h = 0; h < heads; h++) {
         const int64_t from = ((segment[0] + i) * heads + h) * dim, to = (block * heads + h) * head_elements;
         put_head(k.as<float>() + from, v.as<float>() + from, dim, position % BLOCK_TOKENS, keys.as<T>() + to, values.as<T>() + to);
@@ -150,7 +149,7 @@ struct Pass {
 
 namespace ISA {
 
-static void cache_write(const Operands& o, const Worker& worker) {
+static void paged_write(const Operands& o, const Worker& worker) {
   const int64_t dim = head_width(o.in(2));
   switch (o.in(2).dtype) {
     case INT8KV: return write_cache(o, worker, Int8Pass::head_elements(dim), put_int8);
@@ -163,14 +162,14 @@ template <class P>
 static void attend(const Operands& o, const Worker& worker) {
   const Tensor &q = o.in(0), &keys = o.in(1), &values = o.in(2), &segments = o.in(3), &pages = o.in(4), &y = o.out(0);
   const int64_t kv_heads = keys.dims[1], dim = head_width(keys), width = q.dims[1], share = width / dim / kv_heads;
-  if (dim > MAX_DIM) return worker.fail("attention: head width %lld is beyond %lld", dim, MAX_DIM);
+  if (dim > MAX_DIM) return worker.fail("pagedAttention: head width %lld exceeds %lld", dim, MAX_DIM);
   const float scale = 1 / __builtin_sqrtf(static_cast<float>(dim));
   int64_t task = 0;
   P pass;
   for (int64_t s = 0; s < segments.rows(); s++) {
     const int32_t* segment = segments.as<int32_t>() + s * 3;
     for (int64_t position = segment[2]; position < segment[2] + segment[1]; position++)
-      if (page_of(pages, s, position, keys.dims[0]) < 0) return worker.fail("internal: attention: position %lld of sequence %lld has no page", position, s);
+      if (page_of(pages, s, position, keys.dims[0]) < 0) return worker.fail("internal: pagedAttention: position %lld of sequence %lld has no page", position, s);
     // Queries of a KV head: rows x the heads that share it, in passes. A lone token's heads are spread over the team.
     const int64_t queries = segment[1] * share;
     int64_t size = P::most;
@@ -195,7 +194,7 @@ static void attend(const Operands& o, const Worker& worker) {
   }
 }
 
-static void attention(const Operands& o, const Worker& worker) {
+static void paged_attention(const Operands& o, const Worker& worker) {
   switch (o.in(1).dtype) {
     case INT8KV: return attend<Int8Pass>(o, worker);
     case F16: return attend<Pass<f16>>(o, worker);

@@ -31,7 +31,7 @@ static void choose(const float* logits, const float* bias, int64_t count, int64_
 static void route(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &gate = o.in(1), &bias = o.in(2), &logits = o.out(0), &experts = o.out(1), &weights = o.out(2);
   const int64_t count = gate.dims[0], hidden = gate.dims[1], k = experts.dims[1];
-  if (count > MAX_EXPERTS) return worker.fail("route: %lld experts are beyond %lld", count, MAX_EXPERTS);
+  if (count > MAX_EXPERTS) return worker.fail("route: %lld experts exceed %lld", count, MAX_EXPERTS);
   // Many rows are spread over the team; of a few, the experts are.
   const bool by_rows = x.rows() >= 4 * worker.count;
   using F = RowMajor<float, float>;

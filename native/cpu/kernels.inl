@@ -5,6 +5,7 @@
 #include "experts.inl"
 #include "attention.inl"
 #include "elementwise.inl"
+#include "layout.inl"
 #include "sampling.inl"
 #include "limits.inl"
 
@@ -13,6 +14,7 @@ namespace ISA {
 static const KernelEntry ENTRIES[] = {
     {"embed", embed},
     {"rmsNorm", rms_norm},
+    {"addRmsNorm", add_rms_norm},
     {"toBf16Pair", to_bf16_pairs},
     {"toInt8", to_int8_rows},
     {"linear", linear},
@@ -20,15 +22,20 @@ static const KernelEntry ENTRIES[] = {
     {"gatedLinear", gated_linear},
     {"groupedGatedLinear", grouped_gated_linear},
     {"add", add},
+    {"scale", scale},
     {"siluMul", silu_mul},
     {"angles", angles},
     {"rope", rope},
-    {"cacheWrite", cache_write},
-    {"attention", attention},
+    {"pagedWrite", paged_write},
+    {"pagedAttention", paged_attention},
     {"route", route},
     {"group", group},
     {"combine", combine},
     {"gather", gather},
+    {"replaceRows", replace_rows},
+    {"reshape", reshape},
+    {"slice", slice},
+    {"transpose", transpose},
     {"processLogits", process_logits},
     {"sample", sample},
     {"topLogprobs", top_logprobs},

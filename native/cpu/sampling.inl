@@ -2,9 +2,7 @@
 
 namespace ISA {
 
-// Columns, as in src/graph/ops.ts.
-enum { TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY, FLOATS };
-enum { TOP_K, NGRAM, SEED_LOW, SEED_HIGH, STEP, HISTORY_START, HISTORY_COUNT, PROMPT_COUNT, BIAS_START, BIAS_COUNT, MASK, INTS };
+using namespace sampling;  // the columns of the controls
 
 // Whether token a comes before token b: the larger logit, the lower id among equals.
 struct Before {

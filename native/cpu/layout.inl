@@ -1,0 +1,85 @@
+// Ops that move numbers and compute none: gathers, replaced rows, and the copies that the planner could not turn into
+// views. Elements are 4 bytes, floats or integers alike.
+
+namespace ISA {
+
+static void gather(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &index = o.in(1), &y = o.out(0);
+  const int64_t n = x.dims[1];
+  for (int64_t r = worker.index; r < y.rows(); r += worker.count) {
+    const int32_t from = index.as<int32_t>()[r];
+    if (from < 0 || from >= x.rows()) worker.fail("internal: gather: row %lld of %lld", from, x.rows());
+    else for (int64_t i = 0; i < n; i++) y.as<float>()[r * n + i] = x.as<float>()[from * n + i];
+  }
+}
+
+// y = x, with row index[i] replaced by rows[i]. `y` may be `x`; then nothing is copied but the rows, usually none.
+static void replace_rows(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &rows = o.in(1), &index = o.in(2), &y = o.out(0);
+  const int64_t n = x.dims[1];
+  int64_t begin, end;
+  worker.share(x.rows(), 1, begin, end);
+  const size_t bytes = static_cast<size_t>(n) * 4;
+  if (y.data != x.data) __builtin_memcpy(y.as<float>() + begin * n, x.as<float>() + begin * n, static_cast<size_t>(end - begin) * bytes);
+  for (int64_t i = 0; i < index.rows(); i++) {
+    const int32_t to = index.as<int32_t>()[i];
+    if (to < 0 || to >= x.rows()) worker.fail("internal: replaceRows: row %lld of %lld", to, x.rows());
+    else if (to >= begin && to < end) __builtin_memcpy(y.as<float>() + to * n, rows.as<float>() + i * n, bytes);
+  }
+}
+
+// Numbers [begin, end) of y in runs that are contiguous in x: `place(i, run)` gives where y[i] comes from and shortens
+// `run` to what follows it there.
+template <class Place>
+static inline void copy_runs(const Tensor& y, const int32_t* x, const Worker& worker, Place place) {
+  int64_t begin, end;
+  worker.share(y.rows() * y.width(), 16, begin, end);
+  for (int64_t i = begin; i < end;) {
+    int64_t run = end - i;
+    const int64_t from = place(i, run);
+    __builtin_memcpy(y.as<int32_t>() + i, x + from, static_cast<size_t>(run) * 4);
+    i += run;
+  }
+}
+
+static void reshape(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &y = o.out(0);
+  if (x.rows() * x.width() != y.rows() * y.width()) return worker.fail("internal: reshape: %lld numbers to %lld", x.rows() * x.width(), y.rows() * y.width());
+  copy_runs(y, x.as<int32_t>(), worker, [](int64_t i, int64_t&) { return i; });
+}
+
+// y has as many of x's entries along `axis` as its shape says, from `start` on.
+static void slice(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &y = o.out(0);
+  const int axis = static_cast<int>(o.params[0]);
+  const int64_t start = static_cast<int64_t>(o.params[1]);
+  if (start < 0 || start + y.dims[axis] > x.dims[axis]) return worker.fail("internal: slice: ends at %lld of %lld", start + y.dims[axis], x.dims[axis]);
+  int64_t inner = 1;
+  for (int d = axis + 1; d < x.rank; d++) inner *= x.dims[d];
+  const int64_t taken = y.dims[axis] * inner, whole = x.dims[axis] * inner;
+  copy_runs(y, x.as<int32_t>(), worker, [&](int64_t i, int64_t& run) {
+    run = min(run, taken - i % taken);
+    return i / taken * whole + start * inner + i % taken;
+  });
+}
+
+// Swaps two axes.
+static void transpose(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &y = o.out(0);
+  const int a = static_cast<int>(o.params[0]), b = static_cast<int>(o.params[1]), rank = y.rank;
+  int64_t strides[4];  // in x, of y's axes
+  for (int64_t d = rank - 1, stride = 1; d >= 0; stride *= x.dims[d--]) strides[d] = stride;
+  const int64_t kept = strides[a];
+  strides[a] = strides[b], strides[b] = kept;
+  const int64_t n = y.dims[rank - 1];
+  int64_t begin, end;
+  worker.share(n ? y.rows() * y.width() / n : 0, 1, begin, end);
+  for (int64_t row = begin; row < end; row++) {
+    int64_t from = 0, rest = row;
+    for (int d = rank - 2; d >= 0; rest /= y.dims[d--]) from += rest % y.dims[d] * strides[d];
+    const int32_t* in = x.as<int32_t>() + from;
+    for (int64_t i = 0; i < n; i++) y.as<int32_t>()[row * n + i] = in[i * strides[rank - 1]];
+  }
+}
+
+}  // namespace ISA

@@ -1,0 +1,45 @@
+// A device as JavaScript holds it: each run is a promise, settled on the thread of its environment when the device's thread
+// is done with the step. While a run is pending the process stays alive; else the device does not keep it.
+#pragma once
+#include "device.h"
+#include "js.h"
+
+class Runner;
+
+// A program, and what it must not outlive.
+struct Bound {
+  Bound(std::shared_ptr<Runner> runner, std::shared_ptr<Weights> weights, std::vector<std::shared_ptr<Memory>> states, const Plan& plan);
+  ~Bound();
+
+  const std::shared_ptr<Runner> runner;
+  const std::shared_ptr<Weights> weights;
+  const std::vector<std::shared_ptr<Memory>> states;
+  std::unique_ptr<Program> program;
+};
+
+// Used on the environment's thread alone.
+class Runner : public std::enable_shared_from_this<Runner> {
+ public:
+  Runner(napi_env env, const KernelTable& kernels, int threads);
+  ~Runner();
+  Runner(const Runner&) = delete;
+  Runner& operator=(const Runner&) = delete;
+
+  // Null once it is closed.
+  Device* device() const { return device_.get(); }
+  // Throws std::runtime_error where it is closed. `keep`: what must not be collected before the promise settles.
+  napi_value run(napi_env env, std::shared_ptr<Bound> bound, Step step, napi_value keep);
+  // Ends the threads as soon as no run is pending; none can begin any more.
+  void close();
+
+ private:
+  void settle(napi_env env);
+  void shut();
+  static void tear_down(void* self);
+
+  const napi_env env_;
+  napi_threadsafe_function wake_ = nullptr;
+  std::unique_ptr<Device> device_;
+  int pending_ = 0;
+  bool closing_ = false;
+};

@@ -1,7 +1,7 @@
-// Runs recorded programs and compares what they compute, without Node: for processors that are only emulated and for
-// sanitizers. Knows no ops; test/backend/replay.ts writes the files.
+// Runs recorded programs and compares their results, without Node: for emulated processors and for sanitizers. Knows no ops;
+// test/backend/replay.ts writes the files.
 //
-//   replay ISA THREADS FILE...    ISA is a name, or "all" for every one that this processor has
+//   replay ISA THREADS FILE...    ISA is a name, or "all" for all that this processor has
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +10,7 @@
 #include <iterator>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 
 #include "cpu/dispatch.h"
@@ -30,7 +31,7 @@ struct Case {
   std::vector<std::vector<int32_t>> inputs, expected;  // bits
 };
 
-// Little-endian, as every processor that we run on. A list is its length (int32), then its items.
+// Little-endian, like every processor that is supported. A list is its length (uint32), then its items.
 class Reader {
   const char* take(size_t n) {
     if (n > bytes_.size() - at_) throw std::runtime_error(path_ + ": ends in the middle of a case");
@@ -112,8 +113,8 @@ class Reader {
   }
 };
 
-// Makes memory behind `end`, up to the next multiple of `unit`, an error to touch: the address sanitizer knows the heap
-// only, not what is mapped.
+// Makes it an error to touch memory from `end` up to the next multiple of `unit`: the address sanitizer knows the heap, not
+// mapped memory.
 void fence([[maybe_unused]] const void* end, [[maybe_unused]] size_t unit) {
 #ifdef __SANITIZE_ADDRESS__
   ASAN_POISON_MEMORY_REGION(end, (unit - reinterpret_cast<uintptr_t>(end) % unit) % unit);
@@ -126,7 +127,12 @@ void unfence([[maybe_unused]] const void* begin, [[maybe_unused]] size_t bytes) 
 #endif
 }
 
-// "" where they agree.
+Span span_of(std::vector<int32_t>& bits) {
+  bits.reserve(1);  // an empty one has an address too: null means that there is none
+  return {bits.data(), bits.size() * 4};
+}
+
+// The first difference, or "".
 std::string compare(const std::vector<int32_t>& actual, const std::vector<int32_t>& expected, Dtype dtype, double tolerance) {
   double worst = 0, top = 0;
   for (size_t i = 0; i < expected.size(); i++) {
@@ -148,8 +154,8 @@ std::string compare(const std::vector<int32_t>& actual, const std::vector<int32_
   return text;
 }
 
-// "" where all outputs agree. With `apart` no computed values share memory: each is an output of its own, whose bounds
-// the address sanitizer knows.
+// The first problem, or "". With `apart`, no two computed values share memory: each is an output of its own, whose bounds
+// the address sanitizer knows. Views stay views.
 std::string replay(const Case& c, const KernelTable& kernels, Team& team, bool apart) {
   Weights weights(c.weights);
   std::vector<std::unique_ptr<Memory>> owned;
@@ -162,8 +168,8 @@ std::string replay(const Case& c, const KernelTable& kernels, Team& team, bool a
   for (const auto& e : c.expected) memory.emplace_back(e.size(), 0x7fc00000);  // NaN
   for (size_t i = 0; i < plan.values.size(); i += VALUE_WORDS) {
     int32_t* v = &plan.values[i];
-    if (v[PLACE] == OUTPUT) dtypes.at(v[INDEX]) = static_cast<Dtype>(v[DTYPE]);
-    if (v[PLACE] != ARENA || !apart) continue;
+    if (v[OUT] >= 0) dtypes.at(static_cast<size_t>(v[OUT])) = static_cast<Dtype>(v[DTYPE]);
+    if (v[PLACE] != ARENA || v[OUT] >= 0 || !apart) continue;
     v[PLACE] = OUTPUT;
     v[INDEX] = static_cast<int32_t>(memory.size());
     Tensor t;
@@ -172,9 +178,12 @@ std::string replay(const Case& c, const KernelTable& kernels, Team& team, bool a
 
   std::vector<Span> inputs, outputs;
   std::vector<std::vector<int32_t>> given = c.inputs;
-  for (auto& bits : given) inputs.push_back({bits.data(), bits.size() * 4});
-  for (auto& bits : memory) outputs.push_back({bits.data(), bits.size() * 4});
+  for (auto& bits : given) inputs.push_back(span_of(bits));
+  for (auto& bits : memory) outputs.push_back(span_of(bits));
   Program program(plan, kernels, weights, states);
+  const Memory workspace(plan.arena_bytes);
+  std::vector<int32_t> calls(program.call_count());
+  std::iota(calls.begin(), calls.end(), 0);
 
   auto each_mapped = [&](auto visit) {
     for (const WeightSpec& spec : c.weights)
@@ -187,7 +196,7 @@ std::string replay(const Case& c, const KernelTable& kernels, Team& team, bool a
   }
   std::string problem;
   try {
-    program.run(team, c.sizes, inputs, outputs);
+    program.run(team, workspace, c.sizes, inputs, outputs, calls);
   } catch (const std::exception& e) {
     problem = e.what();
   }

@@ -263,6 +263,7 @@ static void sample(const Operands& o, const Worker& worker) {
 static void top_logprobs(const Operands& o, const Worker& worker) {
   const Tensor &logits = o.in(0), &ids = o.out(0), &logprobs = o.out(1);
   const int64_t vocab = logits.dims[1], k = ids.dims[1];
+  if (k < 1 || k > vocab) return worker.fail("internal: topLogprobs: %lld of %lld tokens", k, vocab);
   for (int64_t r = worker.index; r < logits.rows(); r += worker.count) {
     const float* x = logits.as<float>() + r * vocab;
     int32_t* best = ids.as<int32_t>() + r * k;  // a heap with the worst of the best on top

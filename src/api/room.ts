@@ -1,25 +1,23 @@
-/** Whether a model fits this machine: what to refuse before it is loaded, and what to warn of. Loads nothing. */
-import { freemem, totalmem } from "node:os";
+/** Whether a model fits this machine: what to refuse before it is loaded, and what to warn about. Loads nothing. */
 import type { WeightSource } from "../backend/backend.ts";
+import { hostMemory } from "../backend/memory.ts";
 import { storedBytes } from "../tensor/stored.ts";
 
 export interface Machine {
-  /** Bytes that this process may use, and those of them that are free or hold only pages of files. */
+  /** Bytes that this process may use, and those of them that are free or hold only pages of files, which can be dropped. */
   readonly memory: number;
   readonly free: number;
   /** Physical cores. */
   readonly cores: number;
 }
 
-/** This machine, or as much of it as the process's control group grants. */
-export function thisMachine(cores: number): Machine {
-  const granted = process.constrainedMemory?.() || Number.POSITIVE_INFINITY; // 0: none known
-  const memory = Math.min(totalmem(), granted);
-  return { memory, free: Math.min(freemem(), memory), cores };
+/** This machine, or as much of it as the process's control groups grant. */
+export function thisMachine(cores: number, memory = hostMemory()): Machine {
+  return { memory: memory.total, free: memory.free, cores };
 }
 
 /**
- * Warnings about a model that will run all the same, but slowly.
+ * Warnings about a model that will run, but slowly.
  * @throws RangeError when copies of weights in another format would not fit memory
  */
 export function warningsFor(weights: readonly WeightSource[], threads: number, { memory, free, cores }: Machine): string[] {

@@ -1,13 +1,13 @@
-/** How many threads pay on this machine: its physical cores, of those that this process may use. Reads what Linux tells. */
-import { readFileSync } from "node:fs";
+/** How many threads pay off on this machine: the physical cores that this process may use. Reads what Linux reports. */
 import { availableParallelism } from "node:os";
+import { groupsOf, type Read, readText } from "./cgroup.ts";
 
 /**
- * Physical cores that this process may use, and no more than its control group grants; where the system does not tell, as many
- * as Node.js counts. A second thread on a core shares its vector units and its way to memory: it does not pay here.
+ * Physical cores that this process may use, and no more than its control groups grant; where the system does not tell, as many
+ * as Node.js counts. Two threads on a core share its vector units and its path to memory: the second is not worth it here.
  * @param read the text of a file, null where there is none
  */
-export function physicalCores(read: (path: string) => string | null = readText): number {
+export function physicalCores(read: Read = readText): number {
   const allowed = /^Cpus_allowed_list:\s*(.+)$/m.exec(read("/proc/self/status") ?? "")?.[1];
   const cores = new Set<string>();
   for (const cpu of allowed ? cpuList(allowed) : []) {
@@ -18,11 +18,17 @@ export function physicalCores(read: (path: string) => string | null = readText):
   return granted(read, cores.size || availableParallelism());
 }
 
-/** At most what the control group's quota comes to, at least one. */
-function granted(read: (path: string) => string | null, cores: number): number {
-  const [quota, period] = (read("/sys/fs/cgroup/cpu.max") ?? "max").trim().split(" ");
-  const share = quota === "max" || !(Number(period) > 0) ? Number.POSITIVE_INFINITY : Number(quota) / Number(period);
-  return Math.max(1, Math.min(cores, Math.floor(share)));
+/** At most the smallest quota of the control groups, at least one. */
+function granted(read: Read, cores: number): number {
+  const groups = groupsOf("cpu", read);
+  const quotas = (groups?.folders ?? ["/sys/fs/cgroup"]).map((folder) => {
+    const [quota, period] =
+      groups?.version === 1
+        ? ["cpu.cfs_quota_us", "cpu.cfs_period_us"].map((name) => read(`${folder}/${name}`))
+        : (read(`${folder}/cpu.max`) ?? "max").split(" ");
+    return Number(quota) > 0 && Number(period) > 0 ? Number(quota) / Number(period) : Number.POSITIVE_INFINITY;
+  });
+  return Math.max(1, Math.min(cores, ...quotas.map(Math.floor)));
 }
 
 /** The numbers in a list like `0-3,8,10-11`. */
@@ -31,12 +37,4 @@ function cpuList(text: string): number[] {
     const [first, last = first] = part.split("-").map(Number);
     return Array.from({ length: Math.max(0, last - first + 1) }, (_, i) => first + i);
   });
-}
-
-function readText(path: string): string | null {
-  try {
-    return readFileSync(path, "utf8");
-  } catch {
-    return null; // another system, or a sandbox that hides it
-  }
 }

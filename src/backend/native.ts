@@ -1,56 +1,24 @@
-/** The CPU backend in C++: loads the addon and hands it plans. Knows how the addon is called, not what it computes. */
-import { createRequire } from "node:module";
-import { bytesOf, DTYPE_CODES, type Plan } from "../graph/plan.ts";
+/** The CPU backend in C++: runs the CPU's passes on a graph and passes the plan to the addon. Knows no kernel. */
+import type { Tensor } from "../graph/call.ts";
+import { fuse } from "../graph/fuse.ts";
+import { type Graph, show } from "../graph/graph.ts";
+import { lower } from "../graph/lower.ts";
+import { needed } from "../graph/needed.ts";
+import { bytesOf, DTYPE_CODES, type Plan, plan } from "../graph/plan.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
+import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
 import type { Backend, Numbers, Program, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
+import { CPU } from "./cpu.ts";
+import { hostMemory } from "./memory.ts";
 
-/** What the addon holds for us; freed by its dispose call or with the last reference. */
-type Handle = { readonly __handle: unique symbol };
-
-interface Addon {
-  isas(): string[];
-  ops(isa: string): string[];
-  team(threads: number): Handle;
-  load(specs: readonly object[]): Promise<Handle>;
-  weightBytes(weights: Handle): { mapped: number; owned: number };
-  convert(part: Slice, stored: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
-  random(seed: number, deviation: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
-  memory(bytes: number): Handle;
-  prepare(plan: object, isa: string, weights: Handle, states: readonly Handle[]): Handle;
-  run(program: Handle, team: Handle, sizes: readonly number[], inputs: readonly Numbers[], outputs: readonly Numbers[]): Promise<void>;
-  seconds(program: Handle): number[];
-  limits(isa: string, threads: number): Promise<MachineLimits>;
-  disposeTeam(team: Handle): void;
-  disposeWeights(weights: Handle): void;
-  disposeMemory(memory: Handle): void;
-  disposeProgram(program: Handle): void;
-}
-
-/** Those, and those of formats that only files have; `native/kernels.h` has the same. */
-export const STORED_CODES: Readonly<Record<StoredFormat, number>> = { ...DTYPE_CODES, q8_0: 100, q4_0: 101 };
-
-function openAddon(): Addon {
-  const path = new URL("../../native/build/mixtape.node", import.meta.url);
-  try {
-    return createRequire(import.meta.url)(path.pathname) as Addon;
-  } catch (error) {
-    throw new Error(`the native addon could not be loaded (${(error as Error).message.split("\n")[0]}); build it with 'npm run build'`);
-  }
-}
+export type { MachineLimits } from "./addon.ts";
 
 /** Names of the instruction sets that this processor can run, best first. */
 export function instructionSets(): string[] {
   return openAddon().isas();
-}
-
-/** What the machine does at best, of all threads together; an operation is a multiplication or an addition. */
-export interface MachineLimits {
-  readonly readBytesPerSecond: number;
-  readonly int8OpsPerSecond: number;
-  readonly floatOpsPerSecond: number;
 }
 
 /** Measures, in about a second and off the event loop, what kernels of an instruction set could reach. */
@@ -65,67 +33,159 @@ export interface NativeOptions {
   readonly isa?: string;
 }
 
-/** Throws when the addon is missing, the instruction set unknown or the thread count out of range. */
+/** What the addon made of this backend's weights and states. */
+type Held<T> = T & { readonly handle: Handle };
+
+/** Throws when the addon is missing or of another version, the instruction set unknown or the thread count out of range. */
 export function nativeBackend(options: NativeOptions = {}): Backend {
   const addon = openAddon();
   const isa = options.isa ?? process.env.MIXTAPE_ISA ?? "";
   const threads = options.threads ?? physicalCores();
   if (!Number.isInteger(threads) || threads < 1 || threads > 1024)
     throw new RangeError(`threads: ${threads} is not a whole number from 1 to 1024`);
-  const known = new Set(addon.ops(isa)); // throws on an unknown instruction set
-  const team = addon.team(threads);
+  const kernels = new Set(addon.ops(isa)); // throws on an unknown instruction set
+  const name = isa || addon.isas()[0];
+  const device = addon.open(isa, threads);
 
   return {
-    name: isa || addon.isas()[0],
+    name,
     threads,
+    memory: hostMemory,
 
-    async load(sources: readonly WeightSource[]): Promise<Weights> {
+    async load(sources: readonly WeightSource[]): Promise<Held<Weights>> {
       const handle = await addon.load(sources.map((s) => ({ ...s, stored: STORED_CODES[s.stored], dtype: DTYPE_CODES[s.dtype] })));
       const { mapped, owned } = addon.weightBytes(handle);
-      const weights = {
+      return {
         names: sources.map((s) => s.name),
         mappedBytes: mapped,
         ownedBytes: owned,
         handle,
         dispose: () => addon.disposeWeights(handle),
       };
-      return weights;
     },
 
-    state(dtype, shape): State {
-      const bytes = bytesOf({ dtype, shape }, {});
-      const handle = addon.memory(bytes);
-      const state = { bytes, handle, dispose: () => addon.disposeMemory(handle) };
-      return state;
-    },
+    state: (dtype, shape) => nativeState(addon, dtype, shape),
 
-    prepare(plan: Plan, weights: Weights, states: ReadonlyMap<string, State>): Program {
-      const missing = plan.ops.find((op) => !known.has(op));
-      if (missing) throw new Error(`internal: the ${isa || addon.isas()[0]} backend has no kernel for the op '${missing}'`);
-      const handle = addon.prepare(
-        { ...plan, weights: plan.weights.map((t) => t.name), capacity: plan.symbols.map((s) => plan.capacity[s]) },
-        isa,
-        (weights as Weights & { handle: Handle }).handle,
-        plan.states.map((t) => (states.get(t.name ?? "") as State & { handle: Handle }).handle),
+    prepare(graph: Graph, capacity: SymbolValues, weights: Weights, states: ReadonlyMap<string, State>): Program {
+      const lowered = lower(
+        fuse(graph, (op) => kernels.has(op)),
+        CPU,
       );
-      return {
-        run: (sizes, inputs, outputs) => {
-          checkSpans(plan, sizes, inputs, outputs);
-          return addon.run(
-            handle,
-            team,
-            plan.symbols.map((s) => sizes[s]),
-            inputs,
-            outputs,
-          );
+      const planned = plan(lowered, capacity);
+      const missing = planned.ops.find((op) => !kernels.has(op));
+      if (missing) throw new Error(`internal: the ${name} backend has no kernel for the op '${missing}'`);
+      const { ops, values, program, params, arenaBytes } = planned;
+      const handle = addon.prepare(
+        device,
+        {
+          ops,
+          values,
+          calls: program,
+          params,
+          arenaBytes,
+          weights: planned.weights.map((t) => t.name as string),
+          capacity: planned.symbols.map((s) => capacity[s] ?? UNBOUNDED),
         },
-        seconds: () => addon.seconds(handle),
-        dispose: () => addon.disposeProgram(handle),
-      };
+        (weights as Held<Weights>).handle,
+        planned.states.map((t) => {
+          const state = states.get(t.name as string);
+          if (!state) throw new Error(`internal: the state ${t.name} was not given`);
+          return (state as Held<State>).handle;
+        }),
+      );
+      return nativeProgram(addon, handle, planned);
     },
 
-    dispose: () => addon.disposeTeam(team),
+    dispose: () => addon.disposeDevice(device),
   };
+}
+
+/** Of symbols that no value in the workspace depends on. */
+const UNBOUNDED = 2 ** 31 - 1;
+
+function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held<State> {
+  const bytes = bytesOf({ dtype, shape }, {});
+  const handle = addon.memory(bytes);
+  const check = () => {
+    if (dtype !== "f32")
+      throw new Error(`internal: a state of ${dtype} is laid out as the backend wants; only float32 can be read and written`);
+  };
+  return {
+    bytes,
+    handle,
+    read() {
+      check();
+      const values = new Float32Array(bytes / 4);
+      addon.readMemory(handle, 0, new Uint8Array(values.buffer));
+      return values;
+    },
+    write(values) {
+      check();
+      if (values.byteLength !== bytes) throw new RangeError(`${values.length} numbers for a state of ${bytes / 4}`);
+      addon.writeMemory(handle, 0, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
+    },
+    dispose: () => addon.disposeMemory(handle),
+  };
+}
+
+/** What a run that is asked for some of the outputs takes. */
+interface Errand {
+  /** Positions in the plan's calls. */
+  readonly calls: Int32Array;
+  readonly inputs: ReadonlySet<Tensor>;
+  readonly symbols: ReadonlySet<string>;
+}
+
+function nativeProgram(addon: Addon, handle: Handle, planned: Plan): Program {
+  const errands = new Map<string, Errand>();
+  const errandFor = (names: readonly string[]): Errand => {
+    const key = names.join("\n");
+    const known = errands.get(key) ?? errandOf(planned, names);
+    errands.set(key, known);
+    return known;
+  };
+  const returned = [...planned.graph.outputs];
+  return {
+    calls: planned.calls,
+    async run(sizes, inputs, outputs) {
+      const errand = errandFor(Object.keys(outputs));
+      return addon.run(
+        handle,
+        planned.symbols.map((s) => {
+          if (sizes[s] === undefined && errand.symbols.has(s)) throw new Error(`internal: the size '${s}' was not given`);
+          return sizes[s] ?? 0;
+        }),
+        planned.inputs.map((t) => (errand.inputs.has(t) ? fitting(t, `input '${t.name}'`, inputs[t.name as string], sizes) : null)),
+        returned.map(([name, t]) => (outputs[name] ? fitting(t, `output '${name}'`, outputs[name], sizes) : null)),
+        errand.calls,
+      );
+    },
+    seconds: () => addon.seconds(handle),
+    dispose: () => addon.disposeProgram(handle),
+  };
+}
+
+function errandOf({ graph, calls }: Plan, names: readonly string[]): Errand {
+  const positions = new Map(calls.map((call, i) => [call, i]));
+  const wanted = needed(graph, names); // with those that became views: they are no calls of the plan
+  const touched = wanted.flatMap((call) => [...call.inputs, ...call.outputs]);
+  return {
+    calls: Int32Array.from(wanted.flatMap((call) => positions.get(call) ?? [])),
+    inputs: new Set(touched.filter((t) => t.kind === "input")),
+    symbols: new Set(touched.flatMap((t) => t.shape.flatMap((d) => (typeof d === "number" ? [] : [d.symbol])))),
+  };
+}
+
+/** The array of an input or output, which must be of its type and large enough. */
+function fitting(t: Tensor, label: string, data: Numbers | undefined, sizes: SymbolValues): Numbers {
+  if (!data) throw new Error(`internal: the ${label} was not given`);
+  const right = t.dtype === "i32" ? data instanceof Int32Array : data instanceof Float32Array;
+  const bytes = bytesOf(t, sizes);
+  if (!right || data.byteLength < bytes)
+    throw new Error(
+      `internal: the ${label} (${show(t)}) needs ${bytes} bytes of ${t.dtype}, not ${data.byteLength} of ${data.constructor.name}`,
+    );
+  return data;
 }
 
 /** Converts a stored matrix [n, k] (or vector, n = 1) to another format, off the event loop. `to` must have the exact size. */
@@ -136,17 +196,4 @@ export function convertStored(part: Slice, stored: StoredFormat, dtype: StoredFo
 /** Fills a matrix [n, k] with repeatable noise of the given standard deviation, off the event loop. `to` must have the exact size. */
 export function randomMatrix(seed: number, deviation: number, dtype: Dtype, n: number, k: number, to: Uint8Array): Promise<void> {
   return openAddon().random(seed, deviation, DTYPE_CODES[dtype], n, k, to);
-}
-
-function checkSpans(plan: Plan, sizes: SymbolValues, inputs: readonly Numbers[], outputs: readonly Numbers[]): void {
-  const check = (kind: string, tensors: Plan["inputs"], spans: readonly Numbers[]) => {
-    if (tensors.length !== spans.length) throw new Error(`internal: ${spans.length} ${kind}s for ${tensors.length}`);
-    tensors.forEach((t, i) => {
-      const right = t.dtype === "i32" ? spans[i] instanceof Int32Array : spans[i] instanceof Float32Array;
-      if (!right || spans[i].byteLength < bytesOf(t, sizes))
-        throw new Error(`internal: ${kind} ${i} (${t.name ?? t.id}) does not fit its shape`);
-    });
-  };
-  check("input", plan.inputs, inputs);
-  check("output", plan.outputs, outputs);
 }

@@ -1,19 +1,22 @@
 /** Writes planned programs with their inputs and expected outputs for native/replay.cpp, which reads them in the same order. */
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Numbers, WeightSource } from "../../src/backend/backend.ts";
-import { STORED_CODES } from "../../src/backend/native.ts";
-import { referenceBackend } from "../../src/backend/reference.ts";
+import { STORED_CODES } from "../../src/backend/addon.ts";
+import { BLOCK_TOKENS, type Numbers, type WeightSource } from "../../src/backend/backend.ts";
+import { CPU } from "../../src/backend/cpu.ts";
 import { openCheckpoint } from "../../src/checkpoint/checkpoint.ts";
 import { locate } from "../../src/checkpoint/names.ts";
+import { fuse } from "../../src/graph/fuse.ts";
 import { Graph } from "../../src/graph/graph.ts";
+import { lower } from "../../src/graph/lower.ts";
 import { bytesOf, DTYPE_CODES, type Plan, plan } from "../../src/graph/plan.ts";
 import { readConfig } from "../../src/model/config.ts";
-import { bindWeights, forward, parameters } from "../../src/model/ernie.ts";
+import { ernie } from "../../src/model/ernie.ts";
+import { linear } from "../../src/model/linear.ts";
 import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
 import { type Goldens, openGoldens } from "../goldens.ts";
 import { allCases, type Case } from "./cases.ts";
-import { planOf, runCase, writeWeights } from "./run.ts";
+import { expectedOf, loweredOf, writeWeights } from "./run.ts";
 
 interface Recording {
   readonly name: string;
@@ -21,57 +24,68 @@ interface Recording {
   readonly plan: Plan;
   readonly sources: readonly WeightSource[];
   readonly sizes: SymbolValues;
-  /** In the plan's order, as are the expected outputs. */
-  readonly inputs: readonly Numbers[];
+  readonly inputs: Readonly<Record<string, Numbers>>;
+  /** In the order of the graph's outputs. */
   readonly expected: readonly Numbers[];
 }
 
 function recordCase(c: Case, sources: readonly WeightSource[], expected: readonly Numbers[]): Recording {
-  const planned = planOf(c);
-  const inputs = planned.inputs.map((t) => c.inputs.get(t.name ?? "") as Numbers);
-  return { name: c.name, tolerance: c.tolerance, plan: planned, sources, sizes: c.sizes, inputs, expected };
+  const { name, tolerance, sizes } = c;
+  return { name, tolerance, plan: plan(loweredOf(c), sizes), sources, sizes, inputs: Object.fromEntries(c.inputs), expected };
 }
 
 /** A whole model in float32 that reads a prompt at once, against its recorded logits. */
 async function recordModel(name: string, goldens: Goldens, rows: number): Promise<Recording> {
   const checkpoint = await openCheckpoint(goldens.folder);
-  const config = readConfig(checkpoint.config);
-  const all = parameters(config);
-  const found = locate(all, checkpoint).sources;
+  const model = ernie(readConfig(checkpoint.config));
+  const found = locate(model.parameters, checkpoint).sources;
   const g = new Graph();
-  const weights = bindWeights(g, config, () => "f32");
-  const sources = all.map(({ name }): WeightSource => {
-    const { dtype, parts } = found.get(name) ?? fail(`${name} is not in the checkpoint`);
-    const shape = g.values.find((t) => t.name === name)?.shape as number[];
-    return { name, stored: dtype, dtype: "f32", shape, parts };
-  });
-  const inputs = {
+  const sources: WeightSource[] = [];
+  const sizes = { rows, pages: Math.ceil(rows / BLOCK_TOKENS), context: rows, embedded: 0 };
+  const half = (name: string) => g.state(name, [sizes.pages, BLOCK_TOKENS, model.cache.heads, model.cache.width], "f32");
+  const step = {
     ids: g.input("ids", [symbol("rows")], "i32"),
     positions: g.input("positions", [symbol("rows")], "i32"),
     segments: g.input("segments", [1, 3], "i32"),
-    pages: g.input("pages", [1, symbol("pages")], "i32"),
-    picked: g.input("picked", [symbol("rows")], "i32"),
+    cache: {
+      pages: g.input("pages", [1, symbol("pages")], "i32"),
+      context: symbol("context"),
+      layers: Array.from({ length: model.layers }, (_, i) => ({ keys: half(`keys.${i}`), values: half(`values.${i}`) })),
+    },
+    embeddings: {
+      values: g.input("embeddings", [symbol("embedded"), model.hiddenSize], "f32"),
+      rows: g.input("embeddedRows", [symbol("embedded")], "i32"),
+    },
   };
-  const pages = Math.ceil(rows / 32);
-  const caches = Array.from({ length: config.layers }, (_, i) => ({
-    keys: g.state(`keys.${i}`, [pages, config.kvHeads, config.headDim, 32], "f32"),
-    values: g.state(`values.${i}`, [pages, config.kvHeads, 32, config.headDim], "f32"),
-  }));
-  const { logits } = forward(g, config, weights, inputs, caches);
+  const { hiddenStates, head } = model.forward(
+    g,
+    ({ name, shape }) => {
+      const { dtype, parts } = found.get(name) ?? fail(`${name} is not in the checkpoint`);
+      sources.push({ name, stored: dtype, dtype: "f32", shape, parts });
+      return g.weight(name, shape, "f32");
+    },
+    step,
+  );
+  g.output("logits", linear(g, hiddenStates[hiddenStates.length - 1], head));
+  const lowered = lower(
+    fuse(g, () => true),
+    CPU,
+  );
   const counted = (n: number) => Int32Array.from({ length: n }, (_, i) => i);
   return {
     name,
     tolerance: 2e-4,
-    plan: plan(g, [logits], { rows, pages }),
+    plan: plan(lowered, sizes),
     sources,
-    sizes: { rows, pages },
-    inputs: [
-      Int32Array.from(await goldens.ids(rows)),
-      counted(rows),
-      Int32Array.from([0, rows, 0]),
-      counted(pages).reverse(),
-      counted(rows),
-    ],
+    sizes,
+    inputs: {
+      ids: Int32Array.from(await goldens.ids(rows)),
+      positions: counted(rows),
+      segments: Int32Array.from([0, rows, 0]),
+      pages: counted(sizes.pages).reverse(),
+      embeddings: new Float32Array(),
+      embeddedRows: new Int32Array(),
+    },
     expected: [(await goldens.tensor(`forward.${rows}.logits`)).data],
   };
 }
@@ -85,7 +99,7 @@ export async function recordAll(folder: string): Promise<{ readonly file: string
   const recordings: Recording[] = [];
   for (const [i, c] of allCases().entries()) {
     const sources = await writeWeights(c, join(folder, `${i}.bin`));
-    recordings.push(recordCase(c, sources, await runCase(c, referenceBackend(), sources)));
+    recordings.push(recordCase(c, sources, await expectedOf(c, sources)));
   }
   for (const variant of ["moe-tiny", "dense-tiny"]) recordings.push(await recordModel(variant, await openGoldens(variant), 33));
   const file = join(folder, "cases.replay");
@@ -123,9 +137,9 @@ function encode(recordings: readonly Recording[]): Buffer {
       text,
     );
     numbers(r.plan.values);
-    numbers(r.plan.calls);
+    numbers(r.plan.program);
     numbers(r.plan.params);
-    doubles(r.plan.symbols.map((s) => r.plan.capacity[s]));
+    doubles(r.plan.symbols.map((s) => r.plan.capacity[s] ?? r.sizes[s] ?? 0));
     double(r.plan.arenaBytes);
     each(r.sources, (w) => {
       text(w.name);
@@ -139,8 +153,11 @@ function encode(recordings: readonly Recording[]): Buffer {
       });
     });
     doubles(r.plan.states.map((t) => bytesOf(t, r.sizes)));
-    doubles(r.plan.symbols.map((s) => r.sizes[s]));
-    each(r.inputs, numbers);
+    doubles(r.plan.symbols.map((s) => r.sizes[s] ?? 0));
+    each(
+      r.plan.inputs.map((t) => r.inputs[t.name as string]),
+      numbers,
+    );
     each(r.expected, numbers);
   }
   return Buffer.concat(pieces);

@@ -1,0 +1,138 @@
+/** The native addon: how it is called, where it is, and whether it matches this version. Knows nothing of graphs or backends. */
+import { createRequire } from "node:module";
+import { fileURLToPath } from "node:url";
+import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
+import { ARENA_UNIT, DTYPE_CODES, PLACES, VALUE_WORDS } from "../graph/plan.ts";
+import type { StoredFormat } from "../tensor/stored.ts";
+import { BLOCK_TOKENS, type Numbers, type Slice } from "./backend.ts";
+
+/** What the addon holds for us; freed by its dispose call or with the last reference. */
+export type Handle = { readonly __handle: unique symbol };
+
+/** What both sides must agree on. */
+export interface Description {
+  /** Words of a value's record, bytes of a unit of the workspace, tokens of a block of the KV cache. */
+  readonly valueWords: number;
+  readonly arenaUnit: number;
+  readonly blockTokens: number;
+  readonly dtypes: Readonly<Record<string, number>>;
+  readonly places: Readonly<Record<string, number>>;
+  /** Columns of the sampling controls, in order. */
+  readonly samplingFloats: readonly string[];
+  readonly samplingInts: readonly string[];
+}
+
+/** What the machine does at best, of all threads together; an operation is a multiplication or an addition. */
+export interface MachineLimits {
+  readonly readBytesPerSecond: number;
+  readonly int8OpsPerSecond: number;
+  readonly floatOpsPerSecond: number;
+}
+
+/** A plan as the addon takes it: names instead of tensors. */
+export interface NativePlan {
+  readonly ops: readonly string[];
+  readonly weights: readonly string[];
+  readonly values: Int32Array;
+  readonly calls: Int32Array;
+  readonly params: Float64Array;
+  readonly capacity: readonly number[];
+  readonly arenaBytes: number;
+}
+
+export interface Addon {
+  isas(): string[];
+  ops(isa: string): string[];
+  describe(): Description;
+  open(isa: string, threads: number): Handle;
+  load(specs: readonly object[]): Promise<Handle>;
+  weightBytes(weights: Handle): { mapped: number; owned: number };
+  convert(part: Slice, stored: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
+  random(seed: number, deviation: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
+  limits(isa: string, threads: number): Promise<MachineLimits>;
+  memory(bytes: number): Handle;
+  readMemory(memory: Handle, byteOffset: number, to: Uint8Array): void;
+  writeMemory(memory: Handle, byteOffset: number, from: Uint8Array): void;
+  prepare(device: Handle, plan: NativePlan, weights: Handle, states: readonly Handle[]): Handle;
+  /** Runs the calls of these positions. A null input or output is one that none of them touches. */
+  run(
+    program: Handle,
+    sizes: readonly number[],
+    inputs: readonly (Numbers | null)[],
+    outputs: readonly (Numbers | null)[],
+    calls: Int32Array,
+  ): Promise<void>;
+  seconds(program: Handle): number[];
+  disposeDevice(device: Handle): void;
+  disposeWeights(weights: Handle): void;
+  disposeMemory(memory: Handle): void;
+  disposeProgram(program: Handle): void;
+}
+
+/** Codes of dtypes, and of formats that only files have. */
+export const STORED_CODES: Readonly<Record<StoredFormat, number>> = { ...DTYPE_CODES, q8_0: 100, q4_0: 101 };
+
+/** This side's description. */
+export const DESCRIPTION: Description = {
+  valueWords: VALUE_WORDS,
+  arenaUnit: ARENA_UNIT,
+  blockTokens: BLOCK_TOKENS,
+  dtypes: STORED_CODES,
+  places: PLACES,
+  samplingFloats: SAMPLING_FLOATS,
+  samplingInts: SAMPLING_INTS,
+};
+
+/** What an addon has and this side does not expect, or the other way round: a phrase for each difference. */
+export function differences(theirs: Description, ours: Description = DESCRIPTION): string[] {
+  const found: string[] = [];
+  const number = (label: string, a: number, b: number) => {
+    if (a !== b) found.push(`${label}: ${a}, expected ${b}`);
+  };
+  number("words of a value record", theirs.valueWords, ours.valueWords);
+  number("bytes of a workspace unit", theirs.arenaUnit, ours.arenaUnit);
+  number("tokens of a KV block", theirs.blockTokens, ours.blockTokens);
+  const codes = (kind: string, a: Readonly<Record<string, number>>, b: Readonly<Record<string, number>>) => {
+    for (const name of Object.keys(b)) {
+      if (a[name] === undefined) found.push(`no ${kind} '${name}'`);
+      else number(`${kind} '${name}'`, a[name], b[name]);
+    }
+    for (const name of Object.keys(a)) if (b[name] === undefined) found.push(`an unknown ${kind} '${name}'`);
+  };
+  codes("dtype", theirs.dtypes, ours.dtypes);
+  codes("place", theirs.places, ours.places);
+  const columns = (kind: string, a: readonly string[], b: readonly string[]) => {
+    if (a.join() !== b.join()) found.push(`${kind} sampling columns are ${a.join(", ")}; expected ${b.join(", ")}`);
+  };
+  columns("float", theirs.samplingFloats, ours.samplingFloats);
+  columns("integer", theirs.samplingInts, ours.samplingInts);
+  return found;
+}
+
+/**
+ * The addon at `path`, if it matches this version.
+ * @throws Error that names the file, what is wrong with it, and how to rebuild it
+ */
+export function loadAddon(path: string): Addon {
+  const rebuild = /[\\/]node_modules[\\/]/.test(path) ? "'npm rebuild mixtape'" : "'npm run build'";
+  let addon: Partial<Addon>;
+  try {
+    addon = createRequire(import.meta.url)(path) as Partial<Addon>;
+  } catch (error) {
+    throw new Error(`cannot load the native addon (${(error as Error).message.split("\n")[0]}); build it with ${rebuild}`);
+  }
+  if (typeof addon.describe !== "function")
+    throw new Error(`the native addon ${path} is older than this version of mixtape; rebuild it with ${rebuild}`);
+  const found = differences(addon.describe());
+  if (found.length > 0)
+    throw new Error(`the native addon ${path} does not match this version of mixtape: ${found.join("; ")}; rebuild it with ${rebuild}`);
+  return addon as Addon;
+}
+
+let loaded: Addon | undefined;
+
+/** The addon that was built with this package. */
+export function openAddon(): Addon {
+  loaded ??= loadAddon(fileURLToPath(new URL("../../native/build/mixtape.node", import.meta.url)));
+  return loaded;
+}

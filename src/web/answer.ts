@@ -1,4 +1,4 @@
-/** An answer while it is written: puts its pieces together and times them. Knows no server and no page. */
+/** An answer while it is generated: assembles the streamed deltas and times them. Knows nothing of the server or the page. */
 import type { Figures, Message, ToolCall } from "./conversation.ts";
 import { Trace } from "./trace.ts";
 import type { Delta, Usage } from "./wire.ts";
@@ -16,7 +16,7 @@ export class Answer {
   #last = 0;
   #trace: Trace | null = null;
 
-  /** @param now milliseconds, from any beginning */
+  /** @param now a clock in milliseconds, from any origin */
   constructor(now: () => number = () => performance.now()) {
     this.#now = now;
     this.#started = now();
@@ -41,22 +41,22 @@ export class Answer {
     if (this.#pieces++ === 0) this.#first = this.#last;
   }
 
-  /** Null where the server told no routing. */
+  /** Null when the server sent no routing. */
   get trace(): Trace | null {
     return this.#trace;
   }
 
-  /** As far as it is written. */
+  /** The answer so far. */
   get parts(): Pick<Message, "content" | "reasoning" | "toolCalls" | "figures"> {
     return { content: this.#content, reasoning: this.#reasoning, toolCalls: [...this.#toolCalls], figures: this.#figures };
   }
 
-  /** How the server says that it ended. */
+  /** The server's reason for the end; `stop` for every reason but `length`. */
   get end(): "stop" | "length" {
     return this.#finish === "length" ? "length" : "stop";
   }
 
-  /** Null before the first token. Until the server tells its count, a piece is taken for a token. */
+  /** Null before the first token. Until the server reports its count, each piece counts as one token. */
   get #figures(): Figures | null {
     if (this.#pieces === 0) return null;
     const tokens = this.#usage?.completionTokens ?? this.#pieces;

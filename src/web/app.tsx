@@ -1,4 +1,4 @@
-/** The page's frame: what is shown where, by its address (`#/c/ID`, `#/status`), and the keys that work everywhere. */
+/** The page's frame: chooses the view from the address (`#/c/ID`, `#/status`) and handles the global keyboard shortcuts. */
 import type { ComponentType } from "preact";
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Chat } from "./chat.tsx";
@@ -76,11 +76,11 @@ export function App({ session, client, vault, preferences: first }: AppParts) {
     requestAnimationFrame(() => document.getElementById("message")?.focus());
   }, [session]);
 
-  /** An unsaid conversation is only here; one with messages is kept. */
+  /** A conversation without messages lives only here; one with messages is saved. */
   const change = (next: Conversation) => (next.messages.length === 0 ? setDraft(next) : session.put(next));
 
   useEffect(() => {
-    // The first message of a new conversation gives it its address.
+    // A new conversation gets its address with its first message.
     if (!atStatus && conversation.messages.length > 0 && wanted !== conversation.id) location.replace(`#/c/${conversation.id}`);
     document.title = atStatus ? `${say("status")} · mixtape` : conversation.title ? `${conversation.title} · mixtape` : "mixtape";
   });
@@ -126,7 +126,7 @@ export function App({ session, client, vault, preferences: first }: AppParts) {
 
   return (
     <PageContext.Provider value={page}>
-      {/* biome-ignore lint/a11y/useValidAnchor: a link, as screen readers list them; what it does it does by hand */}
+      {/* biome-ignore lint/a11y/useValidAnchor: a link, because screen readers list links; its action is in the handler */}
       <a class="skip" href="#main" onClick={skipToMain}>
         {say("skipToMain")}
       </a>
@@ -186,14 +186,14 @@ export function App({ session, client, vault, preferences: first }: AppParts) {
   );
 }
 
-/** The status page, with its charts, is fetched when it is first looked at. */
+/** Loads the status page and its chart library on first use. */
 function StatusLater({ onMenu }: { readonly onMenu: () => void }) {
   const [Status, setStatus] = useState<ComponentType<{ readonly onMenu: () => void }> | null>(null);
   useEffect(() => void import("./status.tsx").then((module) => setStatus(() => module.Status)), []);
   return Status && <Status onMenu={onMenu} />;
 }
 
-/** By hand: the address names what is shown, and would be lost. */
+/** Moves the focus without following the link, which would replace the address of the current view. */
 function skipToMain(event: Event): void {
   event.preventDefault();
   document.getElementById("main")?.focus();

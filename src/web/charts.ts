@@ -1,8 +1,8 @@
-/** The charts of the status page: what each shows, from which of the server's metrics. Knows no picture. */
+/** The charts of the status page: what each one shows, computed from the server's metrics. Draws nothing. */
 import { growth, quantile, type Samples, total } from "./metrics.ts";
 import type { Word } from "./words.ts";
 
-/** The metrics at a moment, in seconds since 1970. */
+/** The metrics at one moment; `at` is in seconds since 1970. */
 export interface Reading {
   readonly at: number;
   readonly samples: Samples;
@@ -15,7 +15,7 @@ export interface Chart {
   readonly unit: Unit;
   readonly series: readonly {
     readonly label: Word;
-    /** The value at `now`; null where there is nothing to tell. Percent are 0 to 100. */
+    /** The value at `now`, or null when there is no data. Percentages are 0 to 100. */
     of(before: Reading, now: Reading): number | null;
   }[];
 }
@@ -37,7 +37,7 @@ const spread = (name: string): Chart["series"] => [
   { label: "seriesSlow", of: (before, now) => quantile(before.samples, now.samples, name, 0.95) },
 ];
 
-/** Names are those of src/server/metrics.ts. */
+/** The metric names come from src/server/metrics.ts. */
 export const CHARTS: readonly Chart[] = [
   {
     title: "chartThroughput",

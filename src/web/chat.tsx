@@ -1,4 +1,4 @@
-/** One conversation: its head, its messages, and the field to say something. */
+/** One conversation: its header, its messages and the message field. */
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { Panel } from "./app.tsx";
 import { Composer } from "./composer.tsx";
@@ -8,7 +8,7 @@ import { MessageView } from "./message.tsx";
 import { usePage, useView } from "./page.ts";
 import { finishedSentences } from "./speech.ts";
 
-/** As near to the end as counts as being there, in pixels. */
+/** Within this distance of the end, in pixels, the reader counts as being at the end. */
 const NEAR_END = 80;
 
 export interface ChatParts {
@@ -32,7 +32,7 @@ export function Chat({ conversation, panel, onPanel, onChange, onMenu, traced, o
   useSpoken(messages.at(-1) ?? null, running);
 
   const toEnd = () => scroller.current?.scrollTo({ top: scroller.current.scrollHeight });
-  // What is written stays in sight, unless the reader has gone elsewhere.
+  // Keep new text in view, unless the reader has scrolled away.
   useLayoutEffect(() => {
     if (atEnd) toEnd();
   });
@@ -119,7 +119,7 @@ export function Chat({ conversation, panel, onPanel, onChange, onMenu, traced, o
   );
 }
 
-/** Tells a screen reader each sentence of the answer once it is whole, and that the answer has ended. */
+/** Announces each sentence of the answer to screen readers once it is complete, and then the end of the answer. */
 function useSpoken(last: Message | null, running: boolean): void {
   const { announce, say } = usePage();
   const content = last?.role === "assistant" ? last.content : "";

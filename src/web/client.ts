@@ -1,14 +1,17 @@
-/** Asks the server: models, streamed answers, figures. Knows no page and keeps no conversation. */
+/** The HTTP client of the page: models, streamed answers, metrics. Knows nothing of the page and stores no conversation. */
 import { readEvents } from "./events.ts";
 import type { Vault } from "./vault.ts";
 import { type Delta, readDelta, readFailure, readModels, readShape } from "./wire.ts";
 
-/** A question that got no answer, or not all of it. */
+/** A request that failed, or whose answer is incomplete. */
 export class ClientError extends Error {
   override readonly name = "ClientError";
-  /** `network`: the server was not reached; `broken`: the answer stopped before its end; `key`: a key is wanted; `busy`: try later. */
+  /**
+   * `network`: the server could not be reached; `broken`: the answer was malformed or cut off; `key`: a valid API key is required (401);
+   * `busy`: try again later (429, 503); `refused`: any other error status.
+   */
   readonly kind: "network" | "broken" | "key" | "busy" | "refused";
-  /** Seconds after which to ask again; null where the server named none. */
+  /** Seconds to wait before a retry; null when the server sent no `Retry-After`. */
   readonly retryAfterSeconds: number | null;
 
   constructor(kind: ClientError["kind"], message: string, retryAfterSeconds: number | null = null) {
@@ -23,7 +26,7 @@ export interface ChatMessage {
   readonly content: string;
 }
 
-/** The body of POST /v1/chat/completions, less what streaming adds. */
+/** The body of POST /v1/chat/completions without the streaming fields. */
 export interface ChatRequest {
   readonly model: string;
   readonly messages: readonly ChatMessage[];
@@ -35,7 +38,7 @@ export class Client {
   readonly #vault: Vault;
   readonly #base: string;
 
-  /** @param base URL of the server, with a slash at its end */
+  /** @param base URL of the server, ending in a slash */
   constructor(vault: Vault, base: string) {
     this.#vault = vault;
     this.#base = base;
@@ -45,7 +48,7 @@ export class Client {
     return readModels(await (await this.#ask("v1/models", { signal })).json());
   }
 
-  /** Mixture layers and experts of a model; null for one that has none. */
+  /** The mixture layers of a model and its number of experts; null when the reply names none. The server refuses dense models. */
   async shape(model: string): Promise<ReturnType<typeof readShape>> {
     return readShape(await (await this.#post("v1/routing", { model, text: "." })).json());
   }
@@ -54,7 +57,7 @@ export class Client {
     return (await this.#ask(path, { signal })).text();
   }
 
-  /** True when the server takes requests, false when it says that it does not. */
+  /** True when the server accepts requests, false when it answers that it does not. Throws ClientError when it cannot be reached. */
   async ready(signal?: AbortSignal): Promise<boolean> {
     try {
       await this.#ask("ready", { signal });
@@ -65,10 +68,10 @@ export class Client {
     }
   }
 
-  /** An answer, piece by piece. Throws ClientError; when `signal` is aborted, its reason. */
+  /** Streams an answer, delta by delta. Throws ClientError, or the signal's reason once `signal` is aborted. */
   async *chat(request: ChatRequest, signal: AbortSignal): AsyncGenerator<Delta, void, undefined> {
     const response = await this.#post("v1/chat/completions", { ...request, stream: true, stream_options: { include_usage: true } }, signal);
-    if (!response.body) throw new ClientError("broken", "the answer is empty");
+    if (!response.body) throw new ClientError("broken", "the server sent a response without a body");
     let complete = false;
     try {
       for await (const data of readEvents(response.body)) {
@@ -80,14 +83,14 @@ export class Client {
         const failure = readFailure(event);
         if (failure) throw new ClientError("broken", failure.message);
         const delta = readDelta(event);
-        if (!delta) throw new ClientError("broken", "an event of the answer is not what it should be");
+        if (!delta) throw new ClientError("broken", "the server sent an event that is not a chat completion chunk");
         yield delta;
       }
     } catch (error) {
       if (signal.aborted) throw signal.reason;
       throw error instanceof ClientError ? error : new ClientError("broken", (error as Error).message);
     }
-    if (!complete) throw new ClientError("broken", "the connection ended before the answer did");
+    if (!complete) throw new ClientError("broken", "the connection closed before the answer was complete");
   }
 
   #post(path: string, body: unknown, signal?: AbortSignal): Promise<Response> {
@@ -114,7 +117,7 @@ export class Client {
   }
 }
 
-/** Undefined for what is not JSON. */
+/** Returns undefined for text that is not JSON. */
 function parse(text: string): unknown {
   try {
     return JSON.parse(text);

@@ -1,6 +1,6 @@
-/** Puts a text on the clipboard, also where browsers keep their interface for it to pages that came by TLS. */
+/** Copies text to the clipboard, also on pages served without TLS, where browsers withhold `navigator.clipboard`. */
 
-/** False where the browser does not let it. */
+/** Returns false when the browser denies access. */
 export async function copyText(text: string): Promise<boolean> {
   if (navigator.clipboard)
     return navigator.clipboard.writeText(text).then(
@@ -11,7 +11,7 @@ export async function copyText(text: string): Promise<boolean> {
   const field = document.createElement("textarea");
   field.value = text;
   field.className = "unseen";
-  // Where a dialog is open, only what is in it can be selected.
+  // While a modal dialog is open, only text inside it can be selected.
   (document.querySelector("dialog[open]") ?? document.body).append(field);
   field.select();
   const copied = document.execCommand("copy");

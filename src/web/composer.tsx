@@ -1,4 +1,4 @@
-/** The field in which messages are written, and the buttons that send one and stop an answer. */
+/** The message field, and the buttons that send a message and stop an answer. */
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Icon } from "./icons.tsx";
 import { usePage } from "./page.ts";
@@ -14,7 +14,7 @@ export function Composer({ running, onSend, onStop }: ComposerParts) {
   const [text, setText] = useState("");
   const field = useRef<HTMLTextAreaElement>(null);
   useEffect(() => {
-    // Where there is no keyboard on the screen that would come up.
+    // Only on devices with a pointer: on touch screens, focus would open the on-screen keyboard.
     if (matchMedia("(hover: hover)").matches && document.activeElement === document.body) field.current?.focus();
   }, []);
   useLayoutEffect(() => fitHeight(field.current), [text]);
@@ -73,7 +73,7 @@ export function Composer({ running, onSend, onStop }: ComposerParts) {
   );
 }
 
-/** As high as its text, up to what the style sheet allows. */
+/** Grows the field with its text, up to the height that the style sheet allows. */
 export function fitHeight(field: HTMLTextAreaElement | null): void {
   if (!field) return;
   field.style.height = "auto";

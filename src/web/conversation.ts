@@ -1,44 +1,44 @@
 /**
- * A conversation as a tree: every message follows another, and edited or repeated ones are branches beside each other.
- * All functions give a new conversation and leave the old as it is. Knows no server, no storage and no page.
+ * A conversation as a tree: each message has a parent, and edited or regenerated messages are branches of the same parent.
+ * Every function returns a new conversation and leaves its argument unchanged. Knows nothing of server, storage or page.
  */
 
 export interface ToolCall {
   readonly name: string;
-  /** JSON as the model wrote it, which may be broken. */
+  /** JSON as the model wrote it; it may be malformed. */
   readonly arguments: string;
 }
 
-/** How fast an answer came. */
+/** Token counts and timing of one answer. */
 export interface Figures {
   readonly promptTokens: number;
   readonly cachedTokens: number;
   readonly completionTokens: number;
   readonly firstTokenSeconds: number;
-  /** Behind the first; 0 where there was but one. */
+  /** Measured after the first token; 0 when there was only one. */
   readonly tokensPerSecond: number;
 }
 
-/** `stopped`: by the user, or because the page was closed. */
+/** Why a message ended. `stopped`: by the user, or because the page was closed. */
 export type MessageEnd = "stop" | "length" | "stopped" | "failed";
 
 export interface Message {
   readonly id: string;
-  /** Null for a first message. */
+  /** Id of the parent message; null for a first message. */
   readonly parent: string | null;
   readonly role: "user" | "assistant";
   readonly content: string;
   readonly reasoning: string;
   readonly toolCalls: readonly ToolCall[];
-  /** Null while it is written. */
+  /** Null while the answer is being generated. */
   readonly end: MessageEnd | null;
-  /** What went wrong, where `end` is `failed`. */
+  /** The error message when `end` is `failed`, else null. */
   readonly error: string | null;
   readonly model: string;
   readonly figures: Figures | null;
 }
 
-/** How answers are chosen; null leaves a control to the model's own default. */
+/** Sampling controls; null means the model's default. */
 export interface Controls {
   readonly temperature: number | null;
   readonly topP: number | null;
@@ -63,22 +63,22 @@ export const DEFAULT_CONTROLS: Controls = {
 
 export interface Conversation {
   readonly id: string;
-  /** Empty until there is a first message or the user names it. */
+  /** Empty until the first message, or until the user names the conversation. */
   readonly title: string;
   /** Milliseconds since 1970. */
   readonly updated: number;
   readonly model: string;
   readonly system: string;
   readonly controls: Controls;
-  /** In the order in which they came to be: each behind the one it follows. */
+  /** In order of creation, so a parent always comes before its children. */
   readonly messages: readonly Message[];
-  /** Which branch is shown: behind the message of each key, the message of its value. The key of first messages is "". */
+  /** Which branch is shown: maps the id of a parent to the id of its visible child. The key "" stands for the root. */
   readonly shown: Readonly<Record<string, string>>;
 }
 
 const TITLE_CHARS = 60;
 
-/** Never used before. By hand: browsers have `randomUUID` only where the page came by TLS or from this machine. */
+/** A random 128-bit id in hexadecimal. Browsers offer `crypto.randomUUID` only over TLS or on localhost. */
 export function newId(): string {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
@@ -108,7 +108,7 @@ export function emptyAnswer(parent: string | null, model: string): Message {
   };
 }
 
-/** The branch that is shown, first message first. */
+/** The messages of the visible branch, from the first to the last. */
 export function shownMessages({ messages, shown }: Pick<Conversation, "messages" | "shown">): Message[] {
   const byId = new Map(messages.map((m) => [m.id, m]));
   const path: Message[] = [];
@@ -116,7 +116,7 @@ export function shownMessages({ messages, shown }: Pick<Conversation, "messages"
   return path;
 }
 
-/** The messages from the first to this one. */
+/** The messages from the first up to and including the one with this id. */
 export function messagesUpTo({ messages }: Pick<Conversation, "messages">, id: string | null): Message[] {
   const byId = new Map(messages.map((m) => [m.id, m]));
   const path: Message[] = [];
@@ -124,12 +124,12 @@ export function messagesUpTo({ messages }: Pick<Conversation, "messages">, id: s
   return path;
 }
 
-/** The message and those beside it, oldest first. */
+/** The message and its siblings, oldest first. */
 export function siblings({ messages }: Pick<Conversation, "messages">, message: Message): Message[] {
   return messages.filter((m) => m.parent === message.parent);
 }
 
-/** Adds a message behind its parent, and shows it. */
+/** Adds a message under its parent and makes its branch the visible one. */
 export function append(conversation: Conversation, message: Message): Conversation {
   const title = conversation.title || (message.role === "user" ? titleOf(message.content) : "");
   return {
@@ -141,7 +141,7 @@ export function append(conversation: Conversation, message: Message): Conversati
   };
 }
 
-/** Shows the branch that the message is on. */
+/** Makes the branch of this message the visible one. */
 export function show(conversation: Conversation, message: Message): Conversation {
   return { ...conversation, shown: { ...conversation.shown, [message.parent ?? ""]: message.id } };
 }
@@ -150,7 +150,7 @@ export function change(conversation: Conversation, id: string, changes: Partial<
   return { ...conversation, messages: conversation.messages.map((m) => (m.id === id ? { ...m, ...changes } : m)) };
 }
 
-/** What a conversation is called after its first words. */
+/** A title from the first line of the first message. */
 function titleOf(text: string): string {
   const line = text.trim().split("\n", 1)[0];
   const characters = [...line];

@@ -1,6 +1,6 @@
-/** Reads a stream of server-sent events as it arrives, in whatever pieces. Knows not what the events say. */
+/** Reads server-sent events from a stream that may be split anywhere. Does not interpret their data. */
 
-/** The data of each event, its lines joined. Ends with the stream; an event that the stream breaks off in is not delivered. */
+/** Yields the data of each event, its lines joined with newlines. An event that the end of the stream cuts off is dropped. */
 export async function* readEvents(body: ReadableStream<Uint8Array>): AsyncGenerator<string, void, undefined> {
   const reader = body.getReader();
   const decoder = new TextDecoder();
@@ -11,7 +11,7 @@ export async function* readEvents(body: ReadableStream<Uint8Array>): AsyncGenera
       const { value, done } = await reader.read();
       if (done) return;
       held += decoder.decode(value, { stream: true });
-      // A line end that the piece stops in the middle of (\r, then \n) waits for the rest.
+      // A \r at the end of a chunk may be the first half of \r\n, so it waits for the next chunk.
       const lines = held.split(/\r\n|\n|\r(?!$)/);
       held = lines.pop() ?? "";
       for (const line of lines) {
@@ -22,7 +22,7 @@ export async function* readEvents(body: ReadableStream<Uint8Array>): AsyncGenera
       }
     }
   } finally {
-    // Where the reader stopped early, the connection is closed and the server stops computing.
+    // If the consumer stopped early, this closes the connection, and the server stops generating.
     await reader.cancel().catch(() => {});
   }
 }

@@ -1,10 +1,10 @@
-/** Conversations as a file: what is exported, and what of a file, which may be anything, is let in. Knows no storage. */
+/** Exports conversations to a file and validates the files that are imported. Knows nothing of storage. */
 import { type Controls, type Conversation, DEFAULT_CONTROLS, type Figures, type Message, newId, type ToolCall } from "./conversation.ts";
 
 const FORMAT = "mixtape-conversations";
 const VERSION = 1;
 
-/** The file holds no conversations that can be used. `at` is the place in it, like `conversations[2].messages[0].role`. */
+/** The file is not a valid export. `at` is the path of the bad value, such as `conversations[2].messages[0].role`. */
 export class ExchangeError extends Error {
   override readonly name = "ExchangeError";
   readonly at: string;
@@ -19,7 +19,7 @@ export function writeConversations(conversations: readonly Conversation[]): stri
   return JSON.stringify({ format: FORMAT, version: VERSION, conversations }, null, 1);
 }
 
-/** Each with a new id, so that none replaces one that is here. Throws ExchangeError; unknown fields are left out. */
+/** Parses an export. Every conversation gets a new id, so none replaces an existing one; unknown fields are dropped. Throws ExchangeError. */
 export function readConversations(text: string): Conversation[] {
   let file: unknown;
   try {
@@ -33,7 +33,7 @@ export function readConversations(text: string): Conversation[] {
   return root.field("conversations").items().map(readConversation);
 }
 
-/** A value and where it was found. */
+/** A value and its path in the file. */
 class Place {
   readonly value: unknown;
   readonly #at: string;
@@ -60,7 +60,7 @@ class Place {
   }
 
   text(): string {
-    return typeof this.value === "string" ? this.value : this.fail("not a text");
+    return typeof this.value === "string" ? this.value : this.fail("not a string");
   }
 
   number(): number {
@@ -71,7 +71,7 @@ class Place {
     return allowed.includes(this.value as T) ? (this.value as T) : this.fail(`not one of ${allowed.join(", ")}`);
   }
 
-  /** What `read` makes of it, or null. */
+  /** The result of `read`, or null when the value is null or missing. */
   maybe<T>(read: (place: Place) => T): T | null {
     return this.value === null || this.value === undefined ? null : read(this);
   }
@@ -108,7 +108,7 @@ function readMessage(place: Place): Message {
     content: place.field("content").text(),
     reasoning: place.field("reasoning").text(),
     toolCalls: place.field("toolCalls").items().map(readToolCall),
-    // What was being written when the file was made is not written any more.
+    // An answer that was still being generated at the time of the export counts as stopped.
     end: place.field("end").oneOf(["stop", "length", "stopped", "failed", null] as const) ?? "stopped",
     error: place.field("error").maybe((p) => p.text()),
     model: place.field("model").text(),
@@ -136,7 +136,7 @@ function readControls(place: Place): Controls {
   return Object.fromEntries(names.map((name) => [name, place.field(name).maybe((p) => p.number())])) as unknown as Controls;
 }
 
-/** The file's choice of branches where it is one, else the newest of each. */
+/** The visible branches named in the file; wherever it names none that exists, the newest. */
 function readShown(place: Place, messages: readonly Message[]): Record<string, string> {
   const newest = Object.fromEntries(messages.map((m) => [m.parent ?? "", m.id]));
   const chosen = messages.filter((m) => place.field(m.parent ?? "").value === m.id).map((m) => [m.parent ?? "", m.id]);

@@ -1,4 +1,4 @@
-/** The routing view: which experts each token of an answer used, layer by layer, while it is written and after. */
+/** The routing view: the experts that each token of an answer used, layer by layer, live and afterwards. */
 import { useEffect, useId, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { Message } from "./conversation.ts";
 import { type Cell, cellAt, coloursOf, type Heat, paint } from "./heatmap.ts";
@@ -7,7 +7,7 @@ import { formatNumber, usePage, useView } from "./page.ts";
 import type { Trace } from "./trace.ts";
 
 export interface ExpertsParts {
-  /** The answer that is looked at; null where there is none yet. */
+  /** The answer to show; null while there is none. */
   readonly answer: Message | null;
   readonly onClose: () => void;
 }
@@ -39,13 +39,13 @@ export function Experts({ answer, onClose }: ExpertsParts) {
 
 interface TraceParts {
   readonly trace: Trace;
-  /** Experts of a layer. */
+  /** Number of experts in a layer. */
   readonly experts: number;
 }
 
 function TraceView({ trace, experts }: TraceParts) {
   const { say } = usePage();
-  /** Null: the newest, whichever it is. */
+  /** Null follows the latest token. */
   const [picked, setPicked] = useState<number | null>(null);
   const token = Math.min(picked ?? trace.length - 1, trace.length - 1);
   const choices = trace.choices(token);
@@ -155,12 +155,12 @@ interface TokensParts {
   readonly trace: Trace;
   readonly count: number;
   readonly token: number;
-  /** Whether the newest is kept in sight. */
+  /** Whether to keep the latest token in view. */
   readonly follow: boolean;
   readonly onPick: (token: number) => void;
 }
 
-/** The answer cut into tokens, one of which is chosen. Elements are added by hand: an answer may have thousands. */
+/** The answer as a list of tokens, one of them selected. Elements are appended directly, since an answer may have thousands. */
 function Tokens({ trace, count, token, follow, onPick }: TokensParts) {
   const { say } = usePage();
   const list = useRef<HTMLDivElement>(null);
@@ -208,7 +208,7 @@ function Tokens({ trace, count, token, follow, onPick }: TokensParts) {
   );
 }
 
-/** A token with its white space to be seen. */
+/** A token's text with its white space made visible. */
 function shownText(text: string): string {
   return text === "" ? "∅" : text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ | $/g, "\u00a0");
 }
@@ -216,7 +216,7 @@ function shownText(text: string): string {
 function LoadTable({ heat: { layers, experts, load } }: { readonly heat: Heat }) {
   const { say } = usePage();
   return (
-    // biome-ignore lint/a11y/noNoninteractiveTabindex: it scrolls, which the keyboard needs a place for
+    // biome-ignore lint/a11y/noNoninteractiveTabindex: scrollable regions must be focusable to scroll by keyboard
     <section class="table" tabIndex={0} aria-label={say("routingLoad")}>
       <table class="load-table">
         <thead>

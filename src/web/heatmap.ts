@@ -1,11 +1,11 @@
-/** Paints how often each expert was chosen: layers down, experts across. Knows no token and no page beyond its canvas. */
+/** Paints how often each expert was chosen, with layers as rows and experts as columns. Knows nothing of the page beyond its canvas. */
 
 export interface Heat {
   readonly layers: readonly number[];
   readonly experts: number;
-  /** How often each was chosen, [layers, experts]. */
+  /** How often each expert was chosen, [layers, experts]. */
   readonly load: Uint32Array;
-  /** Experts of the chosen token, of each layer. */
+  /** For each layer, the experts of the selected token. */
   readonly outlined: readonly (readonly number[])[];
 }
 
@@ -14,16 +14,16 @@ export interface Cell {
   readonly expert: number;
 }
 
-/** Room for the layers' numbers on the left and the experts' below, in CSS pixels. */
+/** Space for the layer numbers on the left and the expert numbers below, in CSS pixels. */
 const [LEFT, BELOW] = [30, 20];
 const [LEAST_ROW, MOST_ROW, WANTED_HEIGHT] = [9, 22, 150];
 
-/** Few layers get high rows, many low ones. */
+/** Models with few layers get tall rows, those with many get short ones. */
 function rowHeight({ layers }: Pick<Heat, "layers">): number {
   return Math.min(MOST_ROW, Math.max(LEAST_ROW, Math.floor(WANTED_HEIGHT / layers.length)));
 }
 
-/** The colours of the page's theme, as the style sheet names them. */
+/** Returns a lookup of the theme's colours by their names in the style sheet. */
 export function coloursOf(element: Element): (name: string) => string {
   const probe = document.createElement("span");
   probe.hidden = true;
@@ -82,7 +82,7 @@ export function paint(canvas: HTMLCanvasElement, heat: Heat, colour: (name: stri
   for (let e = 0; e < experts; e += every) context.fillText(String(e), LEFT + (e + 0.5) * across, height - 4);
 }
 
-/** The cell under a point of the canvas, in CSS pixels; null beside all. */
+/** The cell at a point of the canvas, in CSS pixels; null outside the cells. */
 export function cellAt(canvas: HTMLCanvasElement, heat: Heat, x: number, y: number): Cell | null {
   const { layers, experts } = heat;
   const expert = Math.floor(((x - LEFT) * experts) / (canvas.clientWidth - LEFT));

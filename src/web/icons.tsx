@@ -1,4 +1,4 @@
-/** The page's icons: outlines on a grid of 24, in the colour of the text beside them, hidden from screen readers. */
+/** The page's icons: outlines on a 24 x 24 grid in the colour of the surrounding text, hidden from screen readers. */
 
 const PATHS = {
   menu: "M4 7h16M4 12h16M4 17h16",
@@ -37,7 +37,7 @@ export function Icon({ name }: { readonly name: IconName }) {
   );
 }
 
-/** The page's own sign: a cassette. */
+/** The logo: a cassette. */
 export function Mark() {
   return (
     <svg class="mark" viewBox="0 0 32 32" aria-hidden="true" focusable="false">

@@ -1,4 +1,4 @@
-/** Asks for the API key of a server that wants one. */
+/** The form for the API key, shown when the server requires one. */
 import { useEffect, useId, useRef, useState } from "preact/hooks";
 import { Icon } from "./icons.tsx";
 import { usePage } from "./page.ts";

@@ -1,17 +1,17 @@
-/** Conversations and traces in the browser's own database (IndexedDB). Knows no server and no page. */
+/** Stores conversations and traces in the browser (IndexedDB). Knows nothing of the server or the page. */
 import type { Conversation } from "./conversation.ts";
 import type { StoredTrace } from "./trace.ts";
 
 const NAME = "mixtape";
 const VERSION = 1;
 
-/** Nothing could be kept: `full` where the browser has no more room. */
+/** The browser's database failed; `full` is true when its storage quota is used up. */
 export class LibraryError extends Error {
   override readonly name = "LibraryError";
   readonly full: boolean;
 
   constructor(cause: unknown) {
-    super((cause as Error | null)?.message ?? "the browser's database gave no reason", { cause });
+    super((cause as Error | null)?.message ?? "the browser's database failed without giving a reason", { cause });
     this.full = (cause as Error | null)?.name === "QuotaExceededError";
   }
 }
@@ -33,12 +33,13 @@ export class Library {
       };
       opening.onsuccess = () => resolve(opening.result);
       opening.onerror = () => reject(new LibraryError(opening.error));
-      opening.onblocked = () => reject(new LibraryError(new Error("another tab holds an older version of the database open")));
+      opening.onblocked = () =>
+        reject(new LibraryError(new Error("another tab has an older version of the database open: close it and reload")));
     });
-    this.#open.catch(() => {}); // each use below reports it
+    this.#open.catch(() => {}); // every method below reports the failure
   }
 
-  /** All, the newest first. */
+  /** All conversations, newest first. */
   async all(): Promise<Conversation[]> {
     const found = await this.#run<Conversation[]>("readonly", (stores) => stores("conversations").getAll());
     return found.sort((a, b) => b.updated - a.updated);
@@ -48,7 +49,7 @@ export class Library {
     await this.#run("readwrite", (stores) => stores("conversations").put(conversation));
   }
 
-  /** With its traces. */
+  /** Removes a conversation and its traces. */
   async remove(id: string): Promise<void> {
     await this.#run("readwrite", (stores) => {
       const keys = stores("traces").index("conversation").getAllKeys(id);
@@ -67,7 +68,7 @@ export class Library {
     return (await this.#run<KeptTrace | undefined>("readonly", (stores) => stores("traces").get(message))) ?? null;
   }
 
-  /** One transaction; resolves when it is on disk. Throws LibraryError. */
+  /** Runs one transaction and resolves once it has completed. Throws LibraryError. */
   async #run<T>(mode: IDBTransactionMode, use: (stores: (name: string) => IDBObjectStore) => IDBRequest): Promise<T> {
     const database = await this.#open;
     return new Promise<T>((resolve, reject) => {

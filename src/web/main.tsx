@@ -12,7 +12,7 @@ import "./style/panels.css";
 import { Vault } from "./vault.ts";
 
 const preferences = readPreferences();
-applyPreferences(preferences); // before anything is drawn
+applyPreferences(preferences); // before the first render, so that the theme does not flash
 
 const vault = new Vault();
 const client = new Client(vault, new URL("./", document.baseURI).href);

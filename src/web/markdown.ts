@@ -1,6 +1,6 @@
 /**
- * A model's text as HTML that can do nothing: no HTML of the text's own, no images from elsewhere, and everything cleaned
- * once more behind. Knows no page.
+ * Renders a model's Markdown as safe HTML: raw HTML is escaped, images are not loaded, and the result is sanitised once more.
+ * Knows nothing of the page.
  */
 import DOMPurify from "dompurify";
 import hljs from "highlight.js/lib/core";
@@ -19,7 +19,7 @@ import yaml from "highlight.js/lib/languages/yaml";
 import MarkdownIt from "markdown-it";
 
 const LANGUAGES = { bash, cpp, css, go, java, json, python, rust, sql, typescript, xml, yaml };
-/** Longer code stays plain: it is looked through again whenever a line is added. */
+/** Longer code blocks are not highlighted: highlighting starts over whenever a line is added. */
 const LONGEST_HIGHLIGHTED = 20_000;
 
 for (const [name, language] of Object.entries(LANGUAGES)) hljs.registerLanguage(name, language);
@@ -42,7 +42,7 @@ function createMarkdown(): InstanceType<typeof MarkdownIt> {
   return md;
 }
 
-/** HTML of each block of the text, in order, not yet cleaned: while a text grows, only its last blocks change. */
+/** The HTML of each block of the text, in order and not yet sanitised. While a text grows, only its last blocks change. */
 export function renderBlocks(text: string): string[] {
   const env = {};
   const tokens = markdown.parse(text, env);
@@ -70,7 +70,7 @@ function createPurify(): typeof DOMPurify {
   return purify;
 }
 
-/** Only elements and attributes that the renderer writes. */
+/** Sanitises HTML, keeping only the elements and attributes that the renderer writes. */
 export function clean(html: string): string {
   return purify.sanitize(html, {
     ALLOWED_TAGS: (

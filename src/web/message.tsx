@@ -1,4 +1,4 @@
-/** One message with what can be done to it. The model's text is shown as cleaned Markdown, the user's as it is. */
+/** One message and its actions. The model's text is shown as sanitised Markdown, the user's verbatim. */
 
 import { useEffect, useId, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { copyText } from "./clipboard.ts";
@@ -12,12 +12,12 @@ import { formatNumber, formatSeconds, usePage } from "./page.ts";
 export interface MessageParts {
   readonly conversation: Conversation;
   readonly message: Message;
-  /** Whether an answer of this conversation is under way, so that no other can be begun. */
+  /** Whether an answer is being generated in this conversation, so that no other can start. */
   readonly busy: boolean;
   readonly waitUntil: number | null;
   /** Whether this answer's experts are shown. */
   readonly traced: boolean;
-  /** Shows this answer's experts; null while none are shown. */
+  /** Shows this answer's experts; null while the routing view is closed. */
   readonly onTraced: (() => void) | null;
 }
 
@@ -51,7 +51,7 @@ export function MessageView({ conversation, message, busy, waitUntil, traced, on
       {message.toolCalls.map((call, i) => (
         <div class="tool" key={i}>
           <p class="tool-name">{say("toolCall", { name: call.name })}</p>
-          {/* biome-ignore lint/a11y/noNoninteractiveTabindex: it scrolls, which the keyboard needs a place for */}
+          {/* biome-ignore lint/a11y/noNoninteractiveTabindex: scrollable regions must be focusable to scroll by keyboard */}
           <pre tabIndex={0}>{indented(call.arguments)}</pre>
         </div>
       ))}
@@ -106,12 +106,12 @@ interface BlockParts {
   readonly announce: (text: string) => void;
 }
 
-/** Drawn again only when its HTML has changed. Code gets its copy button here: the page's own, not one of the text's. */
+/** Renders again only when its HTML has changed. Copy buttons are added here, after sanitising, so that model text cannot forge one. */
 const Block = memo(({ html, copyLabel, copiedLabel, announce }: BlockParts) => {
   const element = useRef<HTMLDivElement>(null);
   useLayoutEffect(() => {
     if (!element.current) return;
-    // The only place where the page takes HTML in. It comes from `clean`.
+    // The only place where the page inserts HTML; `clean` has sanitised it.
     element.current.innerHTML = clean(html);
     for (const code of element.current.querySelectorAll(".code")) {
       const button = document.createElement("button");
@@ -171,7 +171,7 @@ function Copy({ text }: { readonly text: string }) {
   );
 }
 
-/** Which of the branches beside each other is shown, and the way to the others. */
+/** Shows which branch is visible, with buttons to switch to its siblings. */
 function Branches({ conversation, message }: Pick<MessageParts, "conversation" | "message">) {
   const { session, say } = usePage();
   const all = siblings(conversation, message);
@@ -190,7 +190,7 @@ function Branches({ conversation, message }: Pick<MessageParts, "conversation" |
   );
 }
 
-/** How it ended and how fast it came. */
+/** How the answer ended, and its token counts and timing. */
 function Facts({ message: { end, figures } }: Pick<MessageParts, "message">) {
   const { say } = usePage();
   return (
@@ -230,7 +230,7 @@ function Waiting({ until }: { readonly until: number }) {
   );
 }
 
-/** @param onDone told the new text, or null when it is given up */
+/** @param onDone called with the new text, or with null when the edit is cancelled */
 function Editor({ message, onDone }: { readonly message: Message; readonly onDone: (text: string | null) => void }) {
   const { say } = usePage();
   const id = useId();
@@ -281,7 +281,7 @@ function Editor({ message, onDone }: { readonly message: Message; readonly onDon
   );
 }
 
-/** JSON with line breaks; what is not JSON as it is. */
+/** Indents JSON; returns any other text unchanged. */
 function indented(json: string): string {
   try {
     return JSON.stringify(JSON.parse(json), null, 2);

@@ -1,17 +1,17 @@
-/** Reads Prometheus' text format. Knows no metric by its name. */
+/** Parses the Prometheus text format. Knows no metric by name. */
 
 export interface Sample {
   readonly labels: Readonly<Record<string, string>>;
   readonly value: number;
 }
 
-/** Samples by the name of their metric; those of histograms under their `_bucket`, `_sum` and `_count`. */
+/** Samples by metric name; histograms appear as `_bucket`, `_sum` and `_count`. */
 export type Samples = ReadonlyMap<string, readonly Sample[]>;
 
 const LINE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+\S+)?$/;
 const LABEL = /([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"/g;
 
-/** Lines that are none of the format are passed over. */
+/** Parses a reply of /metrics; malformed lines are skipped. */
 export function readMetrics(text: string): Samples {
   const found = new Map<string, Sample[]>();
   for (const line of text.split("\n")) {
@@ -34,19 +34,19 @@ function unescaped(text: string): string {
   return text.replace(/\\(.)/g, (_, c: string) => (c === "n" ? "\n" : c));
 }
 
-/** The sum of those samples of a metric that have these labels; 0 where there is none. */
+/** The sum of a metric's samples that have these labels; 0 when there are none. */
 export function total(samples: Samples, name: string, labels: Readonly<Record<string, string>> = {}): number {
   return (samples.get(name) ?? [])
     .filter((sample) => Object.entries(labels).every(([key, value]) => sample.labels[key] === value))
     .reduce((sum, { value }) => sum + value, 0);
 }
 
-/** What a counter grew by; from 0 when it began anew, because the server did. */
+/** The increase of a counter. A lower value means that the server restarted, so the counter started again from 0. */
 export function growth(before: number, now: number): number {
   return now >= before ? now - before : now;
 }
 
-/** The value below which the share `q` of what a histogram saw between two readings lies; null where it saw nothing. */
+/** The `q` quantile (0 to 1) of what a histogram observed between two readings, interpolated within its bucket; null when it observed nothing. */
 export function quantile(before: Samples, now: Samples, name: string, q: number): number | null {
   const bounds = [...new Set((now.get(`${name}_bucket`) ?? []).map(({ labels }) => labels["le"]))]
     .map((le) => ({ le, bound: le === "+Inf" ? Number.POSITIVE_INFINITY : Number(le) }))
@@ -57,6 +57,6 @@ export function quantile(before: Samples, now: Samples, name: string, q: number)
   const at = counts.findIndex((count) => count >= wanted);
   const [lower, below] = at === 0 ? [0, 0] : [bounds[at - 1].bound, counts[at - 1]];
   const upper = bounds[at].bound;
-  // Beyond the last bound nothing more is known than that.
+  // In the last bucket only its lower bound is known.
   return upper === Number.POSITIVE_INFINITY ? lower : lower + ((upper - lower) * (wanted - below)) / (counts[at] - below);
 }

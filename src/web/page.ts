@@ -1,4 +1,4 @@
-/** What every part of the page is given: what there is to show, and words to show it with. */
+/** The context that every component uses: session, client, preferences and translated texts. */
 import { createContext } from "preact";
 import { useContext, useEffect, useReducer } from "preact/hooks";
 import type { Client } from "./client.ts";
@@ -14,7 +14,7 @@ export interface Page {
   readonly language: Language;
   readonly theme: Theme;
   readonly say: Say;
-  /** Tells a screen reader, politely. */
+  /** Announces a text to screen readers, without interrupting. */
   readonly announce: (text: string) => void;
 }
 
@@ -22,18 +22,18 @@ export const PageContext = createContext<Page | null>(null);
 
 export function usePage(): Page {
   const page = useContext(PageContext);
-  if (!page) throw new Error("internal: a part of the page is drawn outside of it");
+  if (!page) throw new Error("internal: a component is rendered outside of PageContext");
   return page;
 }
 
-/** The session's view, drawn again whenever it changes. */
+/** The session's view; the component renders again whenever it changes. */
 export function useView(session: Session): View {
   const [, draw] = useReducer((count: number) => count + 1, 0);
   useEffect(() => session.subscribe(() => draw(undefined as never)), [session]);
   return session.view;
 }
 
-/** Numbers as the language writes them, with so many digits behind the point. */
+/** Formats a number in the conventions of the language, with `digits` decimals. */
 export function formatNumber(value: number, language: Language, digits = 0): string {
   return new Intl.NumberFormat(language, { minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
 }

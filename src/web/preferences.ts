@@ -1,4 +1,4 @@
-/** What the user prefers of the page itself: language and colours, kept in this browser. Knows no conversation. */
+/** User preferences of the page: language and theme, stored in this browser. Knows nothing of conversations. */
 import { LANGUAGES, type Language } from "./words.ts";
 
 export const THEMES = ["auto", "light", "dark"] as const;
@@ -11,7 +11,7 @@ export interface Preferences {
 
 const NAMES = { language: "mixtape.language", theme: "mixtape.theme" } as const;
 
-/** What was chosen before, else what the browser is set to. */
+/** The saved preferences, else those of the browser. */
 export function readPreferences(): Preferences {
   const language = localStorage.getItem(NAMES.language);
   const theme = localStorage.getItem(NAMES.theme);
@@ -21,12 +21,12 @@ export function readPreferences(): Preferences {
   };
 }
 
-/** The first of the browser's languages that the page speaks; English where there is none. */
+/** The first of the browser's languages that the page supports; English when it supports none. */
 export function languageOf(wanted: readonly string[]): Language {
   return wanted.map((tag) => tag.split("-", 1)[0].toLowerCase()).find((tag): tag is Language => Object.hasOwn(LANGUAGES, tag)) ?? "en";
 }
 
-/** Applies them to the document and keeps them. */
+/** Applies the preferences to the document and saves them. */
 export function applyPreferences({ language, theme }: Preferences): void {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   document.documentElement.dataset["theme"] = theme;

@@ -1,4 +1,4 @@
-/** What the page shows and what the user does to it: conversations, answers under way, models, troubles. Draws nothing. */
+/** The state of the page and the user's actions on it: conversations, running answers, models, failures. Renders nothing. */
 import { Answer } from "./answer.ts";
 import { type ChatMessage, type ChatRequest, type Client, ClientError } from "./client.ts";
 import {
@@ -17,25 +17,25 @@ import {
 import { type Library, LibraryError } from "./library.ts";
 import { Trace } from "./trace.ts";
 
-/** Milliseconds between two drawings of an answer that is being written, and between two savings of it. */
+/** Minimum milliseconds between two updates of a streaming answer on the page, and between two saves of it. */
 const [DRAW_MS, SAVE_MS] = [40, 1000];
-/** Times that a busy server is asked again by itself, and the longest it may ask to wait for that. */
+/** How often a request to a busy server is retried automatically, and the longest `Retry-After` for which it is. */
 const [RETRIES, LONGEST_WAIT_SECONDS] = [3, 120];
 
 export interface View {
   /** False until the library has been read. */
   readonly loaded: boolean;
-  /** The newest first. */
+  /** Newest first. */
   readonly conversations: readonly Conversation[];
   readonly models: readonly string[];
   readonly connection: "unknown" | "good" | "key" | "unreachable";
-  /** Why nothing is kept at the moment. */
+  /** Whether conversations can be saved at the moment, and if not, why. */
   readonly storage: "good" | "full" | "failed";
-  /** Conversations with an answer under way. */
+  /** Ids of conversations with a running answer. */
   readonly running: ReadonlySet<string>;
-  /** Answers that wait for a busy server: until when, in milliseconds since 1970. */
+  /** Answers waiting for a busy server: message id to the time of the next attempt, in milliseconds since 1970. */
   readonly waits: ReadonlyMap<string, number>;
-  /** Counts up whenever a trace has changed. */
+  /** Incremented whenever a trace or the known shape of a model changes. */
   readonly traced: number;
 }
 
@@ -58,7 +58,7 @@ export class Session {
   readonly #traces = new Map<string, Trace | null>();
   readonly #experts = new Map<string, number>();
   #view = NOTHING;
-  /** Whether answers are asked for with their routing. */
+  /** Whether requests ask for routing. */
   wantRouting = false;
 
   constructor(client: Client, library: Library) {
@@ -70,7 +70,7 @@ export class Session {
     return this.#view;
   }
 
-  /** Calls `listener` after each change, until what it gives back is called. */
+  /** Calls `listener` after each change. Returns a function that unsubscribes. */
   subscribe(listener: () => void): () => void {
     this.#listeners.add(listener);
     return () => this.#listeners.delete(listener);
@@ -82,7 +82,7 @@ export class Session {
 
   async #read(): Promise<void> {
     try {
-      // What was being written when the page was closed is not written any more.
+      // An answer that was being generated when the page was closed counts as stopped.
       const conversations = (await this.#library.all()).map((c) => ({
         ...c,
         messages: c.messages.map((m) => (m.end === null ? { ...m, end: "stopped" as const } : m)),
@@ -94,7 +94,7 @@ export class Session {
     }
   }
 
-  /** Asks which models there are: also the way to find out whether the server is there and the key right. */
+  /** Loads the list of models. This also shows whether the server is reachable and the key valid. */
   async connect(): Promise<void> {
     try {
       this.#set({ models: await this.#client.models(), connection: "good" });
@@ -107,19 +107,19 @@ export class Session {
     return this.#view.conversations.find((c) => c.id === id);
   }
 
-  /** A conversation with the controls of the newest one. It is kept once it has a message. */
+  /** A new conversation with the settings of the latest one. It is saved once it has a message. */
   create(): Conversation {
     const [newest] = this.#view.conversations;
     return newConversation({ model: newest?.model ?? "", system: newest?.system ?? "", controls: newest?.controls ?? DEFAULT_CONTROLS });
   }
 
-  /** The model that a conversation talks to: its own where the server has it, else the first. */
+  /** The model that answers a conversation: its own if the server has it, else the server's first. */
   modelOf({ model }: Conversation): string {
     const { models } = this.#view;
     return models.includes(model) || models.length === 0 ? model : models[0];
   }
 
-  /** Replaces a conversation, or adds it, and keeps it. */
+  /** Adds or replaces a conversation, and saves it. */
   put(conversation: Conversation): void {
     this.#replace(conversation);
     void this.#save(conversation.id);
@@ -132,14 +132,14 @@ export class Session {
     await this.#library.remove(id).catch((error: unknown) => this.#storageFailed(error));
   }
 
-  /** Says something behind what is shown, and has it answered. */
+  /** Appends a user message to the visible branch and requests an answer. */
   send(conversation: Conversation, text: string): void {
     const message = userMessage(shownMessages(conversation).at(-1)?.id ?? null, text);
     this.put(append(conversation, message));
     this.#answer(conversation.id, message.id);
   }
 
-  /** Puts a branch with another text beside a message; behind a changed question comes a new answer. */
+  /** Adds an edited copy of a message as a new branch; an edited user message also gets a new answer. */
   edit(conversation: Conversation, message: Message, text: string): void {
     const { id } = conversation;
     const edited =
@@ -150,12 +150,12 @@ export class Session {
     if (edited.role === "user") this.#answer(id, edited.id);
   }
 
-  /** Has the message before an answer answered once more, in a branch beside it. */
+  /** Generates another answer to the same message, as a new branch. */
   regenerate(conversation: Conversation, answer: Message): void {
     this.#answer(conversation.id, answer.parent);
   }
 
-  /** Has a failed answer written again in its place. */
+  /** Generates a failed answer again, in its place. */
   retry(conversation: Conversation, answer: Message): void {
     this.#answer(conversation.id, answer.parent, answer);
   }
@@ -164,7 +164,7 @@ export class Session {
     this.#answers.get(id)?.abort();
   }
 
-  /** The experts of an answer; null where there are none, or they are still read from the library. */
+  /** The routing of an answer; null when there is none, or while it is being read from the library. */
   trace(message: string): Trace | null {
     const known = this.#traces.get(message);
     if (known !== undefined) return known;
@@ -180,7 +180,7 @@ export class Session {
     return null;
   }
 
-  /** How many experts a layer of a model has. Asked of the server once; null until it answered, and for unknown models. */
+  /** The number of experts per layer of a model, asked of the server once; null until it answers, and for unknown models. */
   experts(model: string): number | null {
     const known = this.#experts.get(model);
     if (known !== undefined) return known || null;
@@ -191,12 +191,12 @@ export class Session {
         this.#experts.set(model, shape?.experts ?? 0);
         this.#set({ traced: this.#view.traced + 1 });
       },
-      () => {}, // a busy server: asked again with the next answer
+      () => {}, // a busy server or a dense model: asked again with the next answer
     );
     return null;
   }
 
-  /** @param again the answer to write once more in its place; without it, a new branch */
+  /** @param again the answer to replace; without it, the answer becomes a new branch */
   #answer(id: string, parent: string | null, again?: Message): void {
     const conversation = this.find(id);
     if (!conversation || this.#answers.has(id)) return;
@@ -206,7 +206,7 @@ export class Session {
     this.put(again ? change(conversation, again.id, message) : append(conversation, message));
     const stop = new AbortController();
     this.#answers.set(id, stop);
-    this.#traces.set(message.id, null); // one written before, in the same place, is no longer true
+    this.#traces.set(message.id, null); // a retried answer must not keep its old trace
     this.#set({ running: new Set(this.#answers.keys()) });
     void this.#write(id, message.id, this.#request(conversation, model, parent), stop.signal).then((trace) => {
       this.#answers.delete(id);
@@ -217,7 +217,7 @@ export class Session {
 
   #request(conversation: Conversation, model: string, parent: string | null): ChatRequest {
     const { system, controls } = conversation;
-    // An answer that failed before its first word is not one that the model gave.
+    // Leave out answers that failed before their first token: the model did not say anything.
     const real = messagesUpTo(conversation, parent).filter((m) => m.role === "user" || m.content !== "");
     const said = real.map(({ role, content }): ChatMessage => ({ role, content }));
     return {
@@ -228,7 +228,7 @@ export class Session {
     };
   }
 
-  /** Writes an answer into its message until it ends, is stopped or fails. Resolves with its trace; never rejects. */
+  /** Streams an answer into its message until it ends, is stopped or fails. Resolves with its trace; never rejects. */
   async #write(id: string, message: string, request: ChatRequest, signal: AbortSignal): Promise<Trace | null> {
     const update = (changes: Partial<Message>) => {
       const now = this.find(id);
@@ -248,7 +248,7 @@ export class Session {
         for await (const delta of this.#client.chat(request, signal)) {
           answer.take(delta);
           const now = performance.now();
-          drawing ??= setTimeout(draw, Math.max(0, drawn + DRAW_MS - now)); // what came last is drawn too, whatever follows
+          drawing ??= setTimeout(draw, Math.max(0, drawn + DRAW_MS - now)); // a timer, so that the last delta is shown even if nothing follows
           if (now - saved >= SAVE_MS) {
             saved = now;
             void this.#save(id);
@@ -279,7 +279,7 @@ export class Session {
     await this.#save(id);
   }
 
-  /** False when it was stopped meanwhile. */
+  /** Waits before a retry. Resolves with false if the answer was stopped meanwhile. */
   async #wait(message: string, seconds: number, signal: AbortSignal): Promise<boolean> {
     this.#set({ waits: new Map(this.#view.waits).set(message, Date.now() + seconds * 1000) });
     await new Promise<void>((resolve) => {
@@ -305,7 +305,7 @@ export class Session {
     this.#set({ conversations: [conversation, ...others].sort((a, b) => b.updated - a.updated) });
   }
 
-  /** The newest state of it. */
+  /** Saves the latest state of a conversation, if it has messages. */
   async #save(id: string): Promise<void> {
     const conversation = this.find(id);
     if (!conversation || conversation.messages.length === 0) return;
@@ -327,7 +327,7 @@ export class Session {
   }
 }
 
-/** Controls as the API names them; those left to the model are left out. */
+/** The controls under their API names, without those left at the model's default. */
 function controlFields(controls: Controls): Record<string, number> {
   const fields = {
     temperature: controls.temperature,

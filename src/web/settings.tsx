@@ -1,4 +1,4 @@
-/** The controls of one conversation: system prompt and sampling. */
+/** The settings of one conversation: system prompt and sampling. */
 import { useEffect, useId, useState } from "preact/hooks";
 import { type Controls, type Conversation, DEFAULT_CONTROLS } from "./conversation.ts";
 import { Icon } from "./icons.tsx";
@@ -13,7 +13,7 @@ interface ControlRow {
   readonly step: number;
 }
 
-/** The ranges that the API accepts. */
+/** The sampling controls, within the ranges that the API accepts. */
 const ROWS: readonly ControlRow[] = [
   { name: "temperature", hint: "temperatureHint", min: 0, max: 2, step: 0.1 },
   { name: "topP", hint: "topPHint", min: 0.01, max: 1, step: 0.01 },
@@ -77,7 +77,7 @@ interface ControlParts {
   readonly onChange: (value: number | null) => void;
 }
 
-/** What is typed takes effect, within the range, when the field is left. */
+/** An input for one control. It applies when the field loses focus, clamped to the range; an empty field restores the default. */
 function Control({ row: { name, hint, min, max, step }, value, onChange }: ControlParts) {
   const { say } = usePage();
   const id = useId();

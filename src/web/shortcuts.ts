@@ -1,9 +1,9 @@
-/** The keys that work everywhere on the page. Single letters are left alone: speech input and screen readers use them. */
+/** The global keyboard shortcuts. Single letters are not used, since speech input and screen readers need them. */
 import type { Word } from "./words.ts";
 
 export type Shortcut = "stop" | "message" | "new" | "experts" | "settings" | "status" | "help";
 
-/** All of them, as the page lists them. */
+/** All shortcuts, in the order of the help dialog. */
 export const SHORTCUTS: readonly { readonly keys: readonly string[]; readonly word: Word }[] = [
   { keys: ["Enter"], word: "shortcutSend" },
   { keys: ["Shift", "Enter"], word: "shortcutLine" },
@@ -25,7 +25,10 @@ const BY_CODE: Readonly<Record<string, Shortcut>> = {
   KeyH: "help",
 };
 
-/** By the key's place: with Alt, some layouts write another letter. Null for all other keys, and while an input method composes. */
+/**
+ * The shortcut of a key press; null for all other keys and while an input method is composing. Matches the physical key (`code`),
+ * because with Alt some layouts produce another letter.
+ */
 export function shortcutOf({
   key,
   code,

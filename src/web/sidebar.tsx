@@ -1,4 +1,4 @@
-/** The list of conversations, and what concerns the page as a whole. A drawer where the screen is narrow. */
+/** The sidebar: the list of conversations and the page-wide controls. A drawer on narrow screens. */
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Conversation } from "./conversation.ts";
 import { Dialog } from "./dialog.tsx";
@@ -12,7 +12,7 @@ const THEME_WORDS: Readonly<Record<Theme, Word>> = { auto: "themeAuto", light: "
 
 export interface SidebarParts {
   readonly open: boolean;
-  /** Id of the conversation that is shown. */
+  /** Id of the visible conversation. */
   readonly current: string | null;
   readonly atStatus: boolean;
   readonly preferences: Preferences;
@@ -166,7 +166,7 @@ function Rename({ conversation, onClose }: { readonly conversation: Conversation
   );
 }
 
-/** Conversations to a file and from one. */
+/** Export to a file, and import from one. */
 function Exchange() {
   const { session, say, announce } = usePage();
   const [outcome, setOutcome] = useState<{ readonly bad: boolean; readonly text: string } | null>(null);
@@ -232,7 +232,7 @@ interface ChoiceParts<T extends string> {
   readonly onChange: (value: T) => void;
 }
 
-/** One of a few, side by side: radio buttons, so the arrow keys move between them. */
+/** A segmented control: radio buttons, so the arrow keys move between them. */
 function Choice<T extends string>({ label, name, value, options, onChange }: ChoiceParts<T>) {
   return (
     <fieldset class="choice">

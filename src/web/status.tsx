@@ -1,4 +1,4 @@
-/** The status page: whether the server takes requests, and its figures as they change. */
+/** The status page: whether the server accepts requests, and live charts of its metrics. */
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
@@ -14,7 +14,7 @@ const [EVERY_MS, KEPT] = [2000, 151];
 const HEIGHT = 168;
 
 interface State {
-  /** Null before the first answer; `unreachable` where there was none. */
+  /** The server's answer to /ready: null before the first one, `unreachable` when the request failed. */
   readonly ready: boolean | "unreachable" | null;
   readonly readings: readonly Reading[];
   readonly problem: string | null;
@@ -27,7 +27,7 @@ export function Status({ onMenu }: { readonly onMenu: () => void }) {
     const left = new AbortController();
     let timer = 0;
     const ask = async () => {
-      // Nobody looks at a hidden page.
+      // No polling while the page is hidden.
       if (!document.hidden) {
         const [ready, metrics] = await Promise.allSettled([client.ready(left.signal), client.text("metrics", left.signal)]);
         if (left.signal.aborted) return;
@@ -59,7 +59,7 @@ export function Status({ onMenu }: { readonly onMenu: () => void }) {
           {say(ready === null ? "statusChecking" : ready === "unreachable" ? "unreachable" : ready ? "statusReady" : "statusNotReady")}
         </p>
       </header>
-      {/* biome-ignore lint/a11y/noNoninteractiveTabindex: it scrolls, which the keyboard needs a place for */}
+      {/* biome-ignore lint/a11y/noNoninteractiveTabindex: scrollable regions must be focusable to scroll by keyboard */}
       <section class="scroll" tabIndex={0} aria-label={say("statusTitle")}>
         <div class="status-body">
           {problem !== null && ready !== "unreachable" && (
@@ -104,7 +104,7 @@ function Card({ chart, readings }: { readonly chart: Chart; readonly readings: r
   );
 }
 
-/** The last value that there is, as text; null where there is none. */
+/** The latest value as text; null when there is none. */
 function latest(values: uPlot.AlignedData[number], unit: Unit, language: Language): string | null {
   const value = Array.from(values as ArrayLike<number | null>).findLast((v) => v !== null);
   return value === undefined || value === null ? null : formatValue(value, unit, language);
@@ -147,7 +147,7 @@ function Plot({ chart, data }: { readonly chart: Chart; readonly data: uPlot.Ali
         legend: { show: false },
         cursor: { y: false, drag: { x: false, y: false } },
         scales: {
-          // Five minutes wide from the beginning, so that curves grow in from the right.
+          // Always five minutes wide, so that curves grow in from the right.
           x: { range: (_, __, max) => [(max ?? 0) - (EVERY_MS / 1000) * (KEPT - 1), max ?? 0] },
           y: { range: (_, __, max) => [0, chart.unit === "percent" ? 100 : niceAbove(max ?? 0)] },
         },
@@ -189,7 +189,7 @@ function Plot({ chart, data }: { readonly chart: Chart; readonly data: uPlot.Ali
   return <div ref={place} class="plot" aria-hidden="true" />;
 }
 
-/** A round number not below. */
+/** The next round number above the value, for the top of an axis. */
 function niceAbove(value: number): number {
   if (!(value > 0)) return 1;
   const ten = 10 ** Math.floor(Math.log10(value));

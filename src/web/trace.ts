@@ -1,7 +1,7 @@
-/** Which experts the tokens of one answer used, token by token and summed. Knows no server and no picture. */
+/** Which experts the tokens of one answer used, per token and in total. Knows nothing of server or page. */
 import type { TokenRouting } from "./wire.ts";
 
-/** A trace as it is kept: tokens in order; experts and weights are [tokens, layers, chosen]. */
+/** A trace as it is stored: tokens in order; experts and weights are [tokens, layers, chosen]. */
 export interface StoredTrace {
   readonly layers: readonly number[];
   readonly chosen: number;
@@ -10,12 +10,12 @@ export interface StoredTrace {
   readonly weights: Float32Array<ArrayBuffer>;
 }
 
-/** One layer's choice for a token, the heaviest first. */
+/** The experts of one layer for one token, largest weight first. */
 export type Choice = readonly { readonly expert: number; readonly weight: number }[];
 
 export class Trace {
   readonly layers: readonly number[];
-  /** Experts chosen in each layer. */
+  /** Number of experts chosen in each layer. */
   readonly chosen: number;
   readonly #texts: string[];
   #experts: Uint16Array<ArrayBuffer>;
@@ -29,12 +29,12 @@ export class Trace {
     this.#weights = weights;
   }
 
-  /** A trace without tokens, for ones like this. */
+  /** An empty trace for tokens of this shape. */
   static like({ layers, experts }: TokenRouting): Trace {
     return new Trace({ layers, chosen: experts[0]?.length ?? 0, texts: [], experts: new Uint16Array(0), weights: new Float32Array(0) });
   }
 
-  /** Tokens so far. */
+  /** Number of tokens so far. */
   get length(): number {
     return this.#texts.length;
   }
@@ -43,7 +43,7 @@ export class Trace {
     return this.#texts;
   }
 
-  /** False, and nothing added, for a token of a model of another shape. */
+  /** Adds a token. Returns false, adding nothing, when its shape differs. */
   push({ text, layers, experts, weights }: TokenRouting): boolean {
     if (layers.length !== this.layers.length || (experts[0]?.length ?? 0) !== this.chosen) return false;
     const at = this.length * this.#stride;
@@ -58,7 +58,7 @@ export class Trace {
     return true;
   }
 
-  /** What each layer chose for a token, in the order of `layers`. */
+  /** The experts of a token, layer by layer in the order of `layers`. */
   choices(token: number): Choice[] {
     return this.layers.map((_, layer) => {
       const from = token * this.#stride + layer * this.chosen;

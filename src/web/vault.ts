@@ -1,4 +1,4 @@
-/** Keeps the API key: for this tab, or in this browser if the user says so. Nothing else of the page reads it. */
+/** Stores the API key: for this tab, or in this browser if the user asks for it. No other part of the page reads that storage. */
 
 const NAME = "mixtape.key";
 
@@ -9,7 +9,7 @@ export class Vault {
     this.#key = sessionStorage.getItem(NAME) ?? localStorage.getItem(NAME) ?? "";
   }
 
-  /** Empty where there is none. */
+  /** Empty when there is none. */
   get key(): string {
     return this.#key;
   }
@@ -18,7 +18,7 @@ export class Vault {
     return localStorage.getItem(NAME) !== null;
   }
 
-  /** @param keep whether it stays after the tab is closed */
+  /** @param keep whether to keep the key after the tab is closed; an empty key removes the stored one */
   set(key: string, keep: boolean): void {
     this.#key = key.trim();
     sessionStorage.removeItem(NAME);

@@ -1,6 +1,6 @@
-/** What the server sends, checked before it is believed: pieces of a streamed answer, models, errors. Knows no fetch and no page. */
+/** Validates what the server sends: stream events, models, errors. Knows nothing of requests or the page. */
 
-/** Which experts computed one token: by mixture layer, chosen ones and their weights, [layers][chosen]. */
+/** Which experts computed one token: per mixture layer the chosen experts and their weights, [layers][chosen]. */
 export interface TokenRouting {
   readonly text: string;
   readonly layers: readonly number[];
@@ -8,32 +8,32 @@ export interface TokenRouting {
   readonly weights: readonly (readonly number[])[];
 }
 
-/** A piece of a tool call: the first has its name, each the next piece of its arguments. */
+/** A delta of a tool call: the first has the name, and each has the next part of the arguments. */
 export interface ToolCallPiece {
   readonly index: number;
   readonly name: string | null;
   readonly arguments: string;
 }
 
-/** Tokens that a request took. */
+/** Token counts of a request. */
 export interface Usage {
   readonly promptTokens: number;
   readonly cachedTokens: number;
   readonly completionTokens: number;
 }
 
-/** What one event of a stream adds to an answer. */
+/** What one stream event adds to an answer. */
 export interface Delta {
   readonly content: string;
   readonly reasoning: string;
   readonly toolCalls: readonly ToolCallPiece[];
   readonly routing: readonly TokenRouting[];
-  /** Why the answer ended, in the last piece. */
+  /** Why the answer ended; only in its last delta. */
   readonly finish: string | null;
   readonly usage: Usage | null;
 }
 
-/** An error as OpenAI's API tells it. */
+/** An error in the shape of OpenAI's API. */
 export interface Failure {
   readonly message: string;
   readonly code: string | null;
@@ -61,7 +61,7 @@ function countOf(value: unknown): number {
   return typeof value === "number" && Number.isFinite(value) && value >= 0 ? value : 0;
 }
 
-/** Null for what is not an event of a chat completion. */
+/** Reads a stream event; null when it is not a chat completion chunk. */
 export function readDelta(value: unknown): Delta | null {
   if (!isFields(value) || !Array.isArray(value["choices"])) return null;
   const choice = fieldsOf(value["choices"][0]);
@@ -89,7 +89,7 @@ function readUsage(usage: Fields): Usage {
   };
 }
 
-/** Every layer has as many experts as weights, and as many as the other layers. */
+/** Checks that all layers have the same number of experts, and as many weights. */
 export function isTokenRouting(value: unknown): value is TokenRouting {
   if (!isFields(value) || typeof value["text"] !== "string") return false;
   const [layers, experts, weights] = [value["layers"], value["experts"], value["weights"]];
@@ -106,7 +106,7 @@ function isIndex(value: unknown): value is number {
   return Number.isInteger(value) && (value as number) >= 0 && (value as number) < 65_536;
 }
 
-/** Ids of GET /v1/models, in its order. */
+/** The ids in a reply to GET /v1/models, in order; anything malformed is left out. */
 export function readModels(value: unknown): readonly string[] {
   return listOf(fieldsOf(value)["data"]).flatMap((model) => {
     const { id } = fieldsOf(model);
@@ -114,7 +114,7 @@ export function readModels(value: unknown): readonly string[] {
   });
 }
 
-/** Layers and number of experts of a model, from the answer to POST /v1/routing; null for what is none. */
+/** The mixture layers and number of experts of a model, from a reply to POST /v1/routing; null when it is malformed. */
 export function readShape(value: unknown): { readonly layers: readonly number[]; readonly experts: number } | null {
   const rows = listOf(fieldsOf(value)["layers"]).filter(isFields);
   const layers = rows.map((row) => row["layer"]).filter(isIndex);
@@ -122,7 +122,7 @@ export function readShape(value: unknown): { readonly layers: readonly number[];
   return experts > 0 && layers.length === rows.length ? { layers, experts } : null;
 }
 
-/** Null where the body is no error of this API. */
+/** Reads an error reply; null when the body does not have that shape. */
 export function readFailure(value: unknown): Failure | null {
   const { error } = fieldsOf(value);
   if (!isFields(error) || typeof error["message"] !== "string") return null;

@@ -26,7 +26,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
   }
   const answered = (page: Page, count = 1) =>
     page
-      .getByRole("button", { name: "Answer again" })
+      .getByRole("button", { name: "Regenerate" })
       .nth(count - 1)
       .waitFor();
   const shown = (page: Page) => page.getByRole("list", { name: "Conversation", exact: true });
@@ -79,7 +79,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     fake.answer = ({ messages }, attempt) => ({ deltas: spoken(`Answer ${attempt} to: ${messages.map((m) => m.content).join(" / ")}`) });
     await say(page, "First");
     await answered(page);
-    await page.getByRole("button", { name: "Answer again" }).click();
+    await page.getByRole("button", { name: "Regenerate" }).click();
     await shown(page).getByText("Answer 2 to: First").waitFor();
     await page.getByRole("button", { name: "Edit" }).first().click();
     await page.getByRole("textbox", { name: "Edit" }).fill("Changed");
@@ -105,7 +105,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     await page.getByLabel("Temperature").fill("9");
     await page.getByLabel("Top k").fill("40");
     await page.getByLabel("Seed").fill("7");
-    await page.getByLabel("Greatest length").fill("12");
+    await page.getByLabel("Maximum length").fill("12");
     await page.getByLabel("Presence penalty").fill("-0.5");
     await page.getByLabel("Model").selectOption("ernie-large");
     await say(page, "Hello");
@@ -136,15 +136,15 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     expect(await list.getByRole("link").count()).toBe(0);
     await page.reload();
     expect(await list.getByRole("link").count()).toBe(0);
-    const picker = page.getByLabel("Add the conversations of a file");
+    const picker = page.getByLabel("Import conversations from a file");
     await picker.setInputFiles({ name: "x.json", mimeType: "application/json", buffer: Buffer.from('{"format":"other"}') });
-    await page.getByText('The file was not imported: format: "other" is not "mixtape-conversations"').waitFor();
+    await page.getByText('Import failed: format: "other" is not "mixtape-conversations"').waitFor();
     await picker.setInputFiles(path);
     await list.getByRole("link", { name: "<b>Two</b>" }).click();
     await shown(page).getByText("A hotel near the river").waitFor();
   });
 
-  test("where the browser has no more room, the page says so and goes on", async () => {
+  test("where the browser has no storage left, the page says so and goes on", async () => {
     const { page } = await visit(browser, fake.url);
     await page.evaluate(() => {
       IDBObjectStore.prototype.put = () => {
@@ -152,7 +152,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
       };
     });
     await say(page, "Hello");
-    await page.getByText("The browser has no room left").waitFor();
+    await page.getByText("Browser storage is full").waitFor();
     await answered(page);
     expect(await shown(page).innerText()).toContain("A hotel near the river");
   });
@@ -163,7 +163,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     fake.answer = () => ({ deltas: spoken("Code:\n\n```json\n[1]\n```\n") });
     await say(page, "Hello");
     await answered(page);
-    await page.getByRole("button", { name: "Copy the code" }).click();
+    await page.getByRole("button", { name: "Copy code" }).click();
     await page.getByRole("button", { name: "Copied" }).waitFor();
     await page.getByRole("textbox", { name: "Message" }).press("Control+v");
     expect(await page.getByRole("textbox", { name: "Message" }).inputValue()).toBe("[1]\n");
@@ -182,8 +182,8 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
           : { deltas: spoken("The whole answer.") };
     const began = performance.now();
     await say(page, "Hello");
-    await page.getByText("The server is busy. Trying again in 1 s.").waitFor();
-    await page.getByText("The answer failed: ").waitFor();
+    await page.getByText("The server is busy. Retrying in 1 s.").waitFor();
+    await page.getByText("Generation failed: ").waitFor();
     expect(performance.now() - began).toBeGreaterThan(1000);
     expect(await page.locator(".prose").innerText()).toBe("Half an");
     await page.getByRole("button", { name: "Try again" }).click();
@@ -209,7 +209,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     fake.key = "right too";
     await page.reload();
     await page.getByLabel("API key", { exact: true }).fill("right too");
-    await page.getByLabel("Keep it in this browser").check();
+    await page.getByLabel("Remember it in this browser").check();
     await page.getByRole("button", { name: "Use this key" }).click();
     await page.getByLabel("API key", { exact: true }).waitFor({ state: "detached" });
     expect(await kept()).toEqual([false, true]);
@@ -237,7 +237,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     expect(await row.innerText()).toMatch(/^5\s+26\s+0\.40\s+2\s+0\.30\s+10\s+0\.20\s+18\s+0\.10$/); // as `routed` makes them
     await page.getByRole("listbox").press("ArrowRight");
     await page.getByRole("heading", { name: "Token 3 of 9" }).waitFor();
-    await page.getByText("Tokens per expert, all tokens so far").click();
+    await page.getByText("Tokens per expert so far").click();
     const cells = await page.getByRole("region", { name: "Tokens per expert" }).getByRole("cell").allInnerTexts();
     expect(cells).toHaveLength(LAYERS.length * EXPERTS);
     expect(cells.reduce((sum, text) => sum + Number(text), 0)).toBe(9 * LAYERS.length * 4);
@@ -253,7 +253,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
       page.evaluate(() => document.activeElement?.getAttribute("aria-label") ?? document.activeElement?.textContent?.trim());
     // The first place of the page leads past the list.
     await page.locator("a, button, input, textarea, [tabindex='0']").first().focus();
-    expect(await focused()).toBe("Skip to the conversation");
+    expect(await focused()).toBe("Skip to main content");
     await page.keyboard.press("Enter");
     expect(await page.evaluate(() => document.activeElement?.id)).toBe("main");
     await page.keyboard.press("Alt+m");
@@ -275,7 +275,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     await page.keyboard.press("Escape");
     await page.getByRole("dialog").waitFor({ state: "detached" });
     await page.keyboard.press("Alt+t");
-    await page.getByRole("heading", { name: "Status of the server" }).waitFor();
+    await page.getByRole("heading", { name: "Server status" }).waitFor();
     await page.keyboard.press("Alt+n");
     await page.getByText("What would you like to know?").waitFor();
     await expect.poll(focused).toBe("Message");
@@ -346,8 +346,8 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     };
     await check();
     const [file] = await Promise.all([page.waitForEvent("download"), page.getByRole("button", { name: "Export" }).click()]);
-    await page.getByLabel("Add the conversations of a file").setInputFiles(await file.path());
-    await page.getByRole("banner").getByText("Conversations added: 1.").waitFor();
+    await page.getByLabel("Import conversations from a file").setInputFiles(await file.path());
+    await page.getByRole("banner").getByText("Conversations imported: 1.").waitFor();
     await page.reload();
     await answered(page);
     await check();
@@ -369,9 +369,9 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     await page.getByRole("button", { name: "Settings", exact: true }).click();
     expect(await width()).toBe(360);
     await page.getByRole("complementary").getByRole("button", { name: "Close" }).click();
-    await page.getByRole("button", { name: "Open the list of conversations" }).click();
+    await page.getByRole("button", { name: "Open conversation list" }).click();
     await page.getByRole("link", { name: "Status" }).click();
-    await page.getByRole("heading", { name: "Time of a step" }).waitFor();
+    await page.getByRole("heading", { name: "Step time" }).waitFor();
     expect(await width()).toBe(360);
     expect(await page.getByRole("link", { name: "Status" }).isVisible()).toBe(false); // it closed behind itself
   });
@@ -399,7 +399,7 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     await page.getByRole("button", { name: zh ? "专家" : "Experts", exact: true }).click();
     await page.getByRole("textbox", { name: zh ? "消息" : "Message" }).fill("Hello");
     await page.keyboard.press("Enter");
-    await page.getByRole("button", { name: zh ? "重新回答" : "Answer again" }).click();
+    await page.getByRole("button", { name: zh ? "重新回答" : "Regenerate" }).click();
     await page.getByText(zh ? "第 2 个分支，共 2 个" : "Branch 2 of 2").waitFor();
     await page.getByText(zh ? "各专家处理的词元数" : "Tokens per expert").click();
     await page
@@ -410,14 +410,14 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
     await page.getByRole("button", { name: zh ? "设置" : "Settings", exact: true }).click();
     expect(await barriers()).toEqual([]);
     await page.keyboard.press("Alt+t");
-    await page.getByRole("heading", { name: zh ? "单步用时" : "Time of a step" }).waitFor();
+    await page.getByRole("heading", { name: zh ? "单步用时" : "Step time" }).waitFor();
     expect(await barriers()).toEqual([]);
     await page.keyboard.press("Alt+h");
     expect(await barriers()).toEqual([]);
     await page.keyboard.press("Escape");
     // The switches change at once what the browser's settings chose first.
     await page.getByText(zh ? "English" : "中文", { exact: true }).click();
-    await page.getByRole("heading", { name: zh ? "Status of the server" : "服务器状态" }).waitFor();
+    await page.getByRole("heading", { name: zh ? "Server status" : "服务器状态" }).waitFor();
     await page.getByRole("radio", { name: zh ? "Light" : "深色" }).check({ force: true });
     expect(await page.evaluate(() => document.documentElement.dataset["theme"])).toBe(zh ? "light" : "dark");
     expect(await barriers()).toEqual([]);

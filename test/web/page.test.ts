@@ -25,10 +25,10 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
     };
     await page.getByRole("button", { name: "Settings" }).click();
     await page.getByLabel("Temperature").fill("0");
-    await page.getByLabel("Greatest length").fill("24");
+    await page.getByLabel("Maximum length").fill("24");
     await page.getByRole("button", { name: "Experts", exact: true }).click();
     await say("Find me a hotel in London.");
-    await page.getByRole("button", { name: "Answer again" }).waitFor();
+    await page.getByRole("button", { name: "Regenerate" }).waitFor();
 
     const ask = (max: number) =>
       running.client.chat.completions.create({
@@ -42,7 +42,7 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
     expect(text.replace(/\s+/g, " ")).toBe(wanted.message.content?.trim().replace(/\s+/g, " "));
 
     // Every token that it generated, with four of 32 experts in each of seven layers.
-    const rows = page.getByRole("table", { name: "Experts of this token" }).getByRole("row");
+    const rows = page.getByRole("table", { name: "Experts used by this token" }).getByRole("row");
     expect(await rows.count()).toBe(1 + 7);
     await page.getByRole("img", { name: /^Heat map of 7 layers by 32 experts over \d+ tokens/ }).waitFor();
     const tokens = page.getByRole("listbox").getByRole("option");
@@ -56,7 +56,7 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
       route.continue({ postData: JSON.stringify({ ...request.postDataJSON(), logit_bias: { "2": -100, "5": -100 } }) }),
     ); // so that it does not end by itself
     await page.getByRole("button", { name: "Settings" }).click();
-    await page.getByLabel("Greatest length").fill("3000");
+    await page.getByLabel("Maximum length").fill("3000");
     await page.getByLabel("Temperature").fill("2");
     await say("Tell me everything about all hotels.");
     await page.locator(".prose").nth(1).getByText(/\w/).first().waitFor();
@@ -78,7 +78,7 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
       .poll(() => page.getByRole("region", { name: "KV cache in use" }).getByRole("definition").innerText())
       .toMatch(/^[\d.]+ %$/);
     await ask(8);
-    for (const name of ["Time to first token", "Time of a step"])
+    for (const name of ["Time to first token", "Step time"])
       await expect.poll(() => page.getByRole("region", { name }).getByRole("definition").first().innerText(), soon).toMatch(/\d m?s$/);
     await expect
       .poll(() => page.getByRole("region", { name: "Prompt tokens from" }).getByRole("definition").innerText())

@@ -100,7 +100,7 @@ describe("a conversation", () => {
     expect(broken((f) => (f.conversations[0].messages[0].role = "system"))).toThrow(
       'conversations[0].messages[0].role: "system" is not one of user, assistant',
     );
-    expect(broken((f) => (f.conversations[0].messages[0].content = { a: 1 }))).toThrow("is not a text");
+    expect(broken((f) => (f.conversations[0].messages[0].content = { a: 1 }))).toThrow("is not a string");
     expect(broken((f) => f.conversations[0].messages.reverse())).toThrow("not the id of a message before it");
     expect(broken((f) => f.conversations[0].messages.push(f.conversations[0].messages[0]))).toThrow("used twice");
     expect(broken((f) => (f.conversations[0].controls.temperature = "hot"))).toThrow('controls.temperature: "hot" is not a number');

@@ -1,5 +1,5 @@
-// A conversation over gRPC, with the experts of each token, and the errors that calls end with. Run: node examples/grpc.mjs
-// It starts a server of its own; yours is `npx mixtape serve --grpc-port 50051`.
+// A conversation over gRPC, with the experts of each token and error handling. Run: node examples/grpc.mjs
+// This example starts its own server; to start one yourself, run `npx mixtape serve --grpc-port 50051`.
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { createInterface } from "node:readline";
@@ -17,7 +17,7 @@ const { mixtape } = loadPackageDefinition(loadSync(proto, { keepCase: true, long
 const client = new mixtape.v1.Mixtape(`127.0.0.1:${port}`, credentials.createInsecure());
 
 const metadata = new Metadata();
-metadata.set("authorization", `Bearer ${process.env.MIXTAPE_KEY ?? "none"}`); // where the server has keys
+metadata.set("authorization", `Bearer ${process.env.MIXTAPE_KEY ?? "none"}`); // if the server has keys
 const request = {
   model: "default",
   messages: [{ role: "ROLE_USER", content: "Find me a hotel in London." }],
@@ -30,7 +30,7 @@ for await (const event of client.Chat(request, metadata, { deadline: Date.now() 
   if (event.end) console.log(`\n${event.end.usage.completion_tokens} tokens, ${event.end.reason}`);
 }
 const { layer, experts } = last.layers[0];
-console.log(`the last token met the experts ${experts.join(", ")} of layer ${layer}`);
+console.log(`the last token used experts ${experts.join(", ")} of layer ${layer}`);
 
 try {
   for await (const _ of client.Chat({ ...request, options: { sampling: { top_p: 2 } } }, metadata));

@@ -11,7 +11,7 @@ const expected: Record<string, RegExp> = {
   "pipeline.mjs": /[\u4e00-\u9fff]{4}/,
   "concurrent.mjs": /^together \d+ ms, one after another \d+ ms\n你好\n {2}\S/,
   "grpc.mjs":
-    /\S+[\s\S]*\n\d+ tokens, FINISH_REASON_\w+\nthe last token met the experts [\d, ]+ of layer 1\nINVALID_ARGUMENT of options.sampling.top_p\n$/,
+    /\S+[\s\S]*\n\d+ tokens, FINISH_REASON_\w+\nthe last token used experts [\d, ]+ of layer 1\nINVALID_ARGUMENT of options.sampling.top_p\n$/,
 };
 
 test.each(readdirSync(folder))("%s", async (name) => {

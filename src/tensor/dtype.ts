@@ -1,11 +1,11 @@
-/** Number formats: what a stored or computed number is, and how many bytes it takes. No I/O. */
+/** Number formats: the dtypes of stored and computed numbers, their sizes, and conversions. No I/O. */
 
 /**
  * Formats that the engine computes with.
  * - `int8`, `int4`: a weight matrix in blocks of 16 rows x 64 columns (see `quantized.ts`).
- * - `bf16pair`: activations as the sum of two bfloat16 numbers, a row's first ones before its second ones; exact to 2^-17.
- *   Products with bfloat16 weights take it: rounding activations to one would change which experts are chosen.
- * - `int8row`: activations quantised row by row, in groups of 64 (see `quantized.ts`); lives inside a step only.
+ * - `bf16pair`: activations as the sum of two bfloat16 numbers, all high parts of a row before its low parts; exact to 2^-17.
+ *   Products with bfloat16 weights use it, because rounding activations to a single bfloat16 would change which experts are chosen.
+ * - `int8row`: activations quantised row by row, in groups of 64 (see `quantized.ts`); exists only within a step.
  * - `int8kv`: keys and values in the cache, [blocks, heads, tokens, head width] (see `quantized.ts`).
  */
 export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "int8row" | "bf16pair" | "int8kv";
@@ -13,10 +13,10 @@ export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "int8row"
 /** Formats of the KV cache. */
 export type KvDtype = "f32" | "f16" | "int8kv";
 
-/** Bytes of one element; block formats have no single element. */
+/** Bytes per element. Block formats are absent: their elements share bytes and scales. */
 export const ELEMENT_BYTES = { f32: 4, f16: 2, bf16: 2, i32: 4 } as const satisfies Partial<Record<Dtype, number>>;
 
-/** The float32 nearest to `x` that bfloat16 holds (ties to even). */
+/** Rounds `x` to the nearest bfloat16 value (ties to even), returned as a float32. */
 export function roundBf16(x: number): number {
   F32[0] = x;
   if (Number.isNaN(x)) return x;
@@ -24,7 +24,7 @@ export function roundBf16(x: number): number {
   return F32[0];
 }
 
-/** The float32 that the bits of an IEEE half stand for. */
+/** Decodes the 16 bits of an IEEE half. */
 export function fromF16(bits: number): number {
   const sign = bits & 0x8000 ? -1 : 1;
   const exponent = (bits >> 10) & 31;
@@ -34,7 +34,7 @@ export function fromF16(bits: number): number {
   return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }
 
-/** The bits of the IEEE half nearest to `x` (ties to even; beyond 65504: infinity). */
+/** Encodes `x` as the 16 bits of the nearest IEEE half (ties to even; from 65520 on, infinity). */
 export function toF16(x: number): number {
   F32[0] = x;
   const bits = U32[0];
@@ -47,13 +47,13 @@ export function toF16(x: number): number {
   return sign | (((exponent + 15) << 10) + roundEven((magnitude / 2 ** exponent - 1) * 1024));
 }
 
-/** The whole number nearest to `x`, ties to even. */
+/** Rounds `x` to the nearest integer, ties to even. */
 export function roundEven(x: number): number {
   const low = Math.floor(x);
   const rest = x - low;
   return rest > 0.5 || (rest === 0.5 && low % 2 === 1) ? low + 1 : low;
 }
 
-// One word of scratch to reinterpret bits; never read across calls.
+// A scratch word for reinterpreting bits; its value never outlives a call.
 const F32 = new Float32Array(1);
 const U32 = new Uint32Array(F32.buffer);

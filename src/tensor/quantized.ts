@@ -1,33 +1,36 @@
 /**
- * Block formats: how quantised weights and activations lie in memory. Kernels of every backend read this layout, and
- * files hold it as it is, so that they are memory-mapped and used without repacking.
+ * Block formats: the memory layout of quantised weights and activations. The kernels read this layout, and files store it
+ * unchanged, so they are memory-mapped and used without repacking.
  *
- * A weight matrix [n, k] is tiles of 16 rows, each tile a run of blocks of 64 columns, rows and columns padded with
- * zeros. A kernel walks a tile from front to back, each lane of its registers being a row. Numbers are scale x (stored -
- * middle); scales are IEEE halves.
+ * A weight matrix [n, k] consists of tiles of 16 rows; each tile is a sequence of blocks of 64 columns. Rows and columns are
+ * padded with zeros. A kernel reads a tile from front to back, with one row per lane of its registers. A weight is scale x
+ * (stored - offset); scales are IEEE halves.
  *
- * `int8`, 1056 bytes a block: 16 vectors of 16 rows x 4 columns (4 columns of row 0, of row 1, ... of row 15; then the
- * next 4 columns), each byte 128 + a whole number from -127 to 127; then 16 scales, one a row. 8.25 bits a weight.
+ * `int8`, 1056 bytes per block: 16 vectors of 16 rows x 4 columns (4 columns of row 0, of row 1, ... of row 15; then the
+ * next 4 columns), each byte 128 + an integer from -127 to 127; then 16 scales, one per row. 8.25 bits per weight.
  *
- * `int4`, 576 bytes a block: 8 vectors in the same order, whose low nibbles are columns 0 to 31 of the block and whose
- * high nibbles are columns 32 to 63, each 8 + a whole number from -8 to 7; then 16 scales, one a row, of the first 32
- * columns, and 16 of the others. 4.5 bits a weight.
+ * `int4`, 576 bytes per block: 8 vectors in the same order, with columns 0 to 31 of the block in the low nibbles and columns
+ * 32 to 63 in the high nibbles, each 8 + an integer from -8 to 7; then 16 scales, one per row, for the first 32 columns, and
+ * 16 for the others. 4.5 bits per weight.
  *
- * Activations (`int8row`), a matrix [rows, k]: per row, groups of 64 signed bytes, then a float32 scale a group, then the
- * int32 sums of each 32 bytes (they cancel the middle of the weights).
+ * Activations (`int8row`), a matrix [rows, k]: per row, groups of 64 signed bytes, then one float32 scale per group, then the
+ * int32 sums of every 32 bytes (they cancel the offset of the weights).
  *
- * The KV cache (`int8kv`): a block of 32 tokens of a head takes 68 bytes a token and 64 columns, the head's width padded
- * to whole groups. Keys: two tiles of 16 tokens as in `int8`, but with float32 scales. Values: tiles of 16 columns, each
- * 8 vectors of 16 columns x 4 tokens, each byte 128 + a whole number from -127 to 127; then a float32 scale a token.
+ * The KV cache (`int8kv`): a block of 32 tokens of one head takes 68 bytes per token and group of 64 columns, with the head
+ * width padded to whole groups. Keys: two tiles of 16 tokens as in `int8`, but with float32 scales. Values: tiles of 16
+ * columns, each 8 vectors of 16 columns x 4 tokens, each byte 128 + an integer from -127 to 127; then one float32 scale per token.
  */
 import { fromF16, roundEven, toF16 } from "./dtype.ts";
 
+/** Rows per tile. */
 export const TILE_ROWS = 16;
+/** Columns per block, and numbers per group of activations. */
 export const GROUP = 64;
 
-/** Weight formats in blocks. */
+/** The block formats for weights. */
 export type BlockDtype = "int8" | "int4";
 
+/** Bytes per block of 16 rows x 64 columns, scales included. */
 export const BLOCK_BYTES: Readonly<Record<BlockDtype, number>> = {
   int8: TILE_ROWS * GROUP + TILE_ROWS * 2,
   int4: (TILE_ROWS * GROUP) / 2 + TILE_ROWS * 4,
@@ -37,7 +40,7 @@ export function isBlockDtype(dtype: string): dtype is BlockDtype {
   return Object.hasOwn(BLOCK_BYTES, dtype);
 }
 
-/** Bytes of a matrix [n, k]. */
+/** Bytes of a weight matrix [n, k] in a block format, padding included. */
 export function blockBytes(dtype: BlockDtype, n: number, k: number): number {
   return Math.ceil(n / TILE_ROWS) * Math.ceil(k / GROUP) * BLOCK_BYTES[dtype];
 }
@@ -52,7 +55,7 @@ export function int8KvBytes(width: number): number {
   return Math.ceil(width / GROUP) * (GROUP + 4);
 }
 
-/** Rounds activations in place to the nearest of 255 steps; each `span` numbers share a scale, that of the largest. */
+/** Rounds activations in place to 255 levels; every `span` numbers share a scale, set by their largest magnitude. */
 export function roundActivations(x: Float32Array, span: number): void {
   for (let g = 0; g < x.length; g += span) {
     const group = x.subarray(g, g + span);
@@ -62,7 +65,7 @@ export function roundActivations(x: Float32Array, span: number): void {
   }
 }
 
-/** Where column `c` of row `r` of a matrix with `k` columns lies: its byte (of int4, and which nibble), and its scale's byte. */
+/** The offsets of the element in row `r` and column `c` of a matrix with `k` columns: its byte (for int4, also the nibble) and that of its scale. */
 export function locateElement(dtype: BlockDtype, k: number, r: number, c: number): { byte: number; highNibble: boolean; scale: number } {
   const block = (Math.floor(r / TILE_ROWS) * Math.ceil(k / GROUP) + Math.floor(c / GROUP)) * BLOCK_BYTES[dtype];
   const [lane, q] = [r % TILE_ROWS, c % GROUP];
@@ -75,7 +78,7 @@ export function locateElement(dtype: BlockDtype, k: number, r: number, c: number
   };
 }
 
-/** Rounds a row of weights in place to the numbers that a block format would hold for it; the same rule as `native/quantize.cpp`. */
+/** Rounds a row of weights in place to the values that a block format would store; the same rule as `native/quantize.cpp`. */
 export function roundToBlocks(dtype: BlockDtype, row: Float32Array): void {
   const span = dtype === "int8" ? GROUP : GROUP / 2;
   const [low, high] = dtype === "int8" ? [-127, 127] : [-8, 7];
@@ -91,15 +94,15 @@ function steps(x: number, scale: number, low: number, high: number): number {
   return Math.min(high, Math.max(low, roundEven(Math.fround(x * Math.fround(1 / scale)))));
 }
 
-/** The largest magnitude is 127 steps. */
+/** The scale that maps the largest magnitude to 127. */
 function int8Scale(group: Float32Array): number {
   const largest = group.reduce((top, w) => Math.max(top, Math.abs(w)), 0);
   let bits = toF16(Math.fround(largest / 127));
-  if (fromF16(bits) * 127.5 < largest) bits++; // rounded down too far: the largest would not fit
+  if (fromF16(bits) * 127.5 < largest) bits++; // the half was rounded down so far that the largest magnitude would not fit
   return fromF16(bits);
 }
 
-/** The scale with the smallest squared error among some that make the number of largest magnitude -6.8 to -8.8 steps. */
+/** Of eleven scales, which map the number of largest magnitude to between -8.8 and -6.8, the one with the smallest squared error. */
 function int4Scale(group: Float32Array): number {
   const extreme = group.reduce((top, w) => (Math.abs(w) > Math.abs(top) ? w : top), group[0]);
   let [best, bestError] = [0, Number.POSITIVE_INFINITY];

@@ -1,6 +1,6 @@
-/** Shapes: fixed sizes, and sizes that are known only when a step runs. No data. */
+/** Shapes: fixed sizes, and symbolic sizes that are known only when a step runs. No data. */
 
-/** A size that each run fills in: `times` x the value of `symbol` (for example 6 expert slots for each of `rows` tokens). */
+/** A size that is known at run time: `times` x the value of `symbol` (for example, 6 expert slots for each of `rows` tokens). */
 export interface SymbolicDim {
   readonly symbol: string;
   readonly times: number;
@@ -9,14 +9,15 @@ export interface SymbolicDim {
 export type Dim = number | SymbolicDim;
 export type Shape = readonly Dim[];
 
-/** The values of a run's symbols, and likewise the largest values that a plan has room for. */
+/** Values of symbols: those of one run, or the maximum values that a plan allocates for. */
 export type SymbolValues = Readonly<Record<string, number>>;
 
+/** A symbolic size: `times` x the value of `name`. */
 export function symbol(name: string, times = 1): SymbolicDim {
   return { symbol: name, times };
 }
 
-/** `by` x `dim`. */
+/** Multiplies a size: `by` x `dim`. */
 export function times(dim: Dim, by: number): Dim {
   return typeof dim === "number" ? dim * by : { symbol: dim.symbol, times: dim.times * by };
 }
@@ -31,7 +32,7 @@ export function sameShape(a: Shape, b: Shape): boolean {
   return a.length === b.length && a.every((d, i) => sameDim(d, b[i]));
 }
 
-/** The number that `dim` stands for; throws on a symbol without a value. */
+/** Evaluates a size. Throws if its symbol has no value. */
 export function sizeOf(dim: Dim, values: SymbolValues): number {
   if (typeof dim === "number") return dim;
   const value = values[dim.symbol];
@@ -39,11 +40,12 @@ export function sizeOf(dim: Dim, values: SymbolValues): number {
   return value * dim.times;
 }
 
+/** The number of elements of a shape. */
 export function elements(shape: Shape, values: SymbolValues = {}): number {
   return shape.reduce<number>((n, d) => n * sizeOf(d, values), 1);
 }
 
-/** `[rows,64]`, `[6*rows,1536]`: for error messages. */
+/** Formats a shape for error messages, for example `[rows,64]` or `[6*rows,1536]`. */
 export function showShape(shape: Shape): string {
   return `[${shape.map((d) => (typeof d === "number" ? d : d.times === 1 ? d.symbol : `${d.times}*${d.symbol}`)).join(",")}]`;
 }

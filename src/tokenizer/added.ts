@@ -1,23 +1,23 @@
-// Added tokens (`<s>`, `<think>`): finds them in a text before anything else looks at it, as the Rust library `tokenizers` does.
-// Knows nothing of the vocabulary below them.
+// Added tokens (`<s>`, `<think>`): finds them in a text before any other processing, as the Rust library `tokenizers` does.
+// Knows nothing of the model's own vocabulary.
 import { Matcher } from "./matcher.ts";
 
-/** A token that is matched as written, outside the model. `special` ones may be skipped when decoding. */
+/** A token that is matched verbatim, outside the model. Decoding can skip `special` ones. */
 export interface AddedToken {
   readonly id: number;
   readonly content: string;
   readonly special: boolean;
-  /** Matched in the normalised text instead of the raw one. */
+  /** Match in the normalised text instead of the raw text. */
   readonly normalized: boolean;
-  /** Matched only where no letter, digit or underscore touches it. */
+  /** Match only as a whole word: not next to a letter, digit or underscore. */
   readonly singleWord: boolean;
-  /** Takes the white space before it. */
+  /** Absorb the white space before the token. */
   readonly lstrip: boolean;
-  /** Takes the white space after it. */
+  /** Absorb the white space after the token. */
   readonly rstrip: boolean;
 }
 
-/** A stretch of text: either an added token or plain text. */
+/** A section of a text: either an added token or plain text. */
 export type Section = { readonly id: number } | { readonly text: string };
 
 const wordAtEnd = /[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]$/u;
@@ -27,17 +27,17 @@ export class AddedTokens {
   private readonly matcher: Matcher;
   private readonly byContent: ReadonlyMap<string, AddedToken>;
 
-  /** `written` is how each token looks in the texts that will be searched: its content, or its normalised content. */
+  /** `written` maps a token's content to its form in the searched texts: unchanged, or normalised. */
   constructor(tokens: Iterable<AddedToken>, written: (content: string) => string = (content) => content) {
     this.byContent = new Map(Array.from(tokens, (token) => [written(token.content), token]));
     this.matcher = new Matcher(this.byContent.keys());
   }
 
-  /** Cuts `text` at its added tokens. With `splitSpecial`, special tokens in it count as plain text. */
+  /** Splits `text` at its added tokens. With `splitSpecial`, special tokens are treated as plain text. */
   split(text: string, splitSpecial: boolean): Section[] {
     if (this.matcher.empty) return text === "" ? [] : [{ text }];
     const sections: Section[] = [];
-    let done = 0; // everything before is in `sections`
+    let done = 0; // everything before this index is in `sections`
     let at = 0;
     while (at < text.length) {
       const found = this.matcher.longest(text, at);
@@ -46,10 +46,10 @@ export class AddedTokens {
         continue;
       }
       const token = this.byContent.get(text.slice(at, found));
-      if (token === undefined) throw new Error("internal: matched text is no added token");
+      if (token === undefined) throw new Error("internal: the matched text is not an added token");
       let start = at;
       let stop = found;
-      at = found; // a rejected match is passed over whole, as the original does
+      at = found; // a rejected match is skipped as a whole, as in the Rust library
       if (splitSpecial && token.special) continue;
       if (token.singleWord && (wordAtEnd.test(lastCharacter(text, start)) || wordAtStart.test(text.slice(stop, stop + 2)))) continue;
       if (token.lstrip) while (start > done && /\s/.test(text.charAt(start - 1))) start--;

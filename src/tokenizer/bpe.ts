@@ -1,21 +1,21 @@
-// Byte-pair encoding of one stretch of text. Serves tokenizer.json (ranks of merges) and SentencePiece (ranks of scores) alike.
+// Byte-pair encoding of one section of text, for tokenizer.json (merges ranked by position) and SentencePiece (ranked by score).
 // Knows nothing of normalisation, added tokens or files.
 import type { Pairs } from "./pairs.ts";
 
 export interface BpeOptions {
-  /** Tokens that symbols can be: single characters start from here. */
+  /** Ids of the tokens; characters are looked up here before merging. */
   readonly vocab: ReadonlyMap<string, number>;
-  /** Merges of symbols: an id, or -1 - code point for a character without one. */
+  /** Merges of symbols. A symbol is an id, or -1 - code point for a character without a token. */
   readonly pairs: Pairs;
-  /** Ids of the 256 byte tokens (-1 where absent) for characters without a token; null: those become `unknown`. */
+  /** Ids of the 256 byte tokens (-1 if absent), used for characters without a token; null: such characters become `unknown`. */
   readonly bytes: Int32Array | null;
-  /** Id of the unknown token; null: unknown characters vanish. */
+  /** Id of the unknown token; null: unknown characters are dropped. */
   readonly unknown: number | null;
-  /** A run of unknown characters becomes one token. */
+  /** Encode a run of unknown characters as a single unknown token. */
   readonly fuseUnknown: boolean;
-  /** A stretch that is a token as a whole is not cut at all. */
+  /** Encode a section that is itself a token as that token, without merging. */
   readonly ignoreMerges: boolean;
-  /** Tokens that are only steps on the way to others: taken apart again at the end (SentencePiece type UNUSED). */
+  /** Tokens that are only intermediate results of merging and are split again at the end (SentencePiece type UNUSED). */
   readonly unused: ReadonlySet<number>;
 }
 
@@ -24,8 +24,8 @@ const rankStep = 2 ** 32; // a heap key is rank * 2^32 + position: exact in a do
 
 export class Bpe {
   private readonly options: BpeOptions;
-  private readonly plane = new Int32Array(planeSize); // symbol of each character of the basic plane
-  private readonly beyond = new Map<number, number>(); // and of the others that have one
+  private readonly plane = new Int32Array(planeSize); // symbol of each character in the basic multilingual plane
+  private readonly beyond = new Map<number, number>(); // symbols of characters beyond it that have a token
 
   constructor(options: BpeOptions) {
     this.options = options;
@@ -38,7 +38,7 @@ export class Bpe {
     }
   }
 
-  /** Appends the ids of `text` to `out`. Time grows with n log n at worst, also for one character repeated. */
+  /** Appends the ids of `text` to `out`. Takes O(n log n) time at worst, also for a single repeated character. */
   encode(text: string, out: number[]): void {
     const { vocab, unused, ignoreMerges } = this.options;
     if (ignoreMerges) {
@@ -66,7 +66,7 @@ export class Bpe {
     }
   }
 
-  /** Merges in place: a symbol that went into its left neighbour becomes `absorbed`. Returns how unused tokens came about. */
+  /** Merges in place: a symbol merged into its left neighbour becomes `absorbed`. Returns the halves of unused tokens. */
   private merge(symbols: Int32Array, count: number, unused: ReadonlySet<number>): Parts {
     const { pairs } = this.options;
     const parts = new Map<number, readonly [number, number]>();
@@ -107,7 +107,7 @@ export class Bpe {
     return parts;
   }
 
-  /** Appends the ids of one merged symbol. True when it became the unknown token. */
+  /** Appends the ids of one merged symbol. Returns true if it became the unknown token. */
   private emit(symbol: number, afterUnknown: boolean, parts: Parts, out: number[]): boolean {
     const { bytes, unknown, fuseUnknown, unused } = this.options;
     if (symbol >= 0) {
@@ -134,7 +134,7 @@ export class Bpe {
 const absorbed = -(2 ** 31);
 const utf8 = new TextEncoder();
 
-/** What unused tokens were merged from, last seen. */
+/** The two symbols from which each unused token was last merged. */
 type Parts = ReadonlyMap<number, readonly [number, number]>;
 
 /** A binary heap of doubles, smallest first. */

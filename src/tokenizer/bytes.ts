@@ -1,8 +1,8 @@
-// The bytes that a single token adds to a text: what a decoder does to it, without the tokens around it.
+// The bytes that a single token adds to a text, decoded without regard to its neighbours.
 // Knows nothing of ids.
 import { byteCharacters, type DecoderConfig } from "./decoder.ts";
 
-/** The rule of a decoder. What it strips at the edges of a text stays: a token does not know where it stands. */
+/** Builds the function from a token to its bytes for a decoder. Ignores what the decoder strips at the ends of a text. */
 export function tokenBytes(config: DecoderConfig | null): (token: string) => Uint8Array {
   const parts = flat(config);
   const utf8 = new TextEncoder();

@@ -1,24 +1,24 @@
-// SentencePiece's precompiled normalisation rules: a double-array trie (Darts-clone) over UTF-8 and the replacements behind it.
+// SentencePiece's precompiled normalisation rules: a double-array trie (Darts-clone) over UTF-8, followed by the replacements.
 // Knows nothing of white space rules or tokens.
 import { TokenizerError } from "./error.ts";
 
-/** Rules "this string becomes that string". */
+/** A set of rules that each replace one string with another. */
 export class CharsMap {
   private readonly units: Uint32Array;
   private readonly replacements: Uint8Array; // NUL-terminated strings
   private readonly decoded = new Map<number, string>();
 
-  /** `bytes`: trie size (u32, little-endian), trie, replacements. Throws `TokenizerError` where they don't fit together. */
+  /** `bytes`: trie size (u32, little-endian), trie, replacements. Throws `TokenizerError` if the sizes are inconsistent. */
   constructor(bytes: Uint8Array) {
     const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
     const size = bytes.length >= 4 ? view.getUint32(0, true) : -1;
     if (size <= 0 || size % 4 !== 0 || 4 + size > bytes.length)
-      throw new TokenizerError(`precompiled_charsmap is broken: ${bytes.length} bytes, trie of ${size}`);
+      throw new TokenizerError(`precompiled_charsmap is malformed: it has ${bytes.length} bytes and claims a trie of ${size}`);
     this.units = Uint32Array.from({ length: size / 4 }, (_, i) => view.getUint32(4 + 4 * i, true));
     this.replacements = bytes.subarray(4 + size);
   }
 
-  /** The longest rule whose left side starts at `at`: where it ends and what it becomes; null without one. */
+  /** The rule with the longest match at `at`: where the match ends and its replacement; null if none matches. */
   match(text: string, at: number): { readonly end: number; readonly text: string } | null {
     let node = offset(this.units[0] ?? 0);
     let end = -1;
@@ -43,7 +43,7 @@ export class CharsMap {
     return end < 0 ? null : { end, text: this.replacement(value) };
   }
 
-  /** Applies the rules from left to right, always the longest. */
+  /** Applies the rules from left to right, always the longest match. */
   normalize(text: string): string {
     let out = "";
     for (let i = 0; i < text.length; ) {

@@ -1,4 +1,4 @@
-// What tokenizer_config.json and its companions say, over what the tokenizer itself says. Knows no encoding.
+// Settings and special tokens from tokenizer_config.json and its companions, which override the tokenizer's own. Knows no encoding.
 import type { AddedToken } from "./added.ts";
 import type { Definition } from "./definition.ts";
 import { TokenizerError } from "./error.ts";
@@ -8,10 +8,11 @@ import { type Role, roleNames } from "./vocabulary.ts";
 
 export type Side = "left" | "right";
 
-/** The settings of a tokenizer besides its vocabulary. */
+/** The settings of a tokenizer, apart from its vocabulary. */
 export interface TokenizerConfig {
-  /** Template by name; the only one is called `default`. */
+  /** Chat templates by name; a single template is called `default`. */
   readonly chatTemplates: Readonly<Record<string, string>>;
+  /** In tokens; Infinity if not configured. */
   readonly modelMaxLength: number;
   readonly paddingSide: Side;
   readonly truncationSide: Side;
@@ -36,7 +37,7 @@ export function readConfig({ config, chatTemplate }: TokenizerFiles): TokenizerC
   };
 }
 
-/** All texts that the configuration declares special. */
+/** All tokens that the configuration declares special. */
 export function namedSpecials({ config, specialTokensMap }: TokenizerFiles): Set<string> {
   const named = [specialTokensMap, config].flatMap((source) => [
     ...roleNames.map((role) => content(source[role])),
@@ -47,7 +48,7 @@ export function namedSpecials({ config, specialTokensMap }: TokenizerFiles): Set
   return new Set(named.filter((token): token is string => token !== null && token !== ""));
 }
 
-/** Special tokens by role: tokenizer_config.json, else special_tokens_map.json, else the tokenizer. `null` there means none. */
+/** Special tokens by role, from tokenizer_config.json, else special_tokens_map.json, else the tokenizer. An explicit `null` means none. */
 export function roles({ config, specialTokensMap }: TokenizerFiles, definition: Definition): Partial<Record<Role, string>> {
   const found: Partial<Record<Role, string>> = {};
   for (const role of roleNames) {
@@ -58,7 +59,7 @@ export function roles({ config, specialTokensMap }: TokenizerFiles, definition: 
   return found;
 }
 
-/** Tokens that the configuration adds to the definition's, or declares special there. */
+/** The definition's added tokens, with those that the configuration adds or declares special. */
 export function configuredTokens(files: TokenizerFiles, definition: Definition): AddedToken[] {
   const special = namedSpecials(files);
   const tokens = new Map(definition.added.map((token) => [token.content, token]));
@@ -71,7 +72,7 @@ export function configuredTokens(files: TokenizerFiles, definition: Definition):
     const id = definition.vocab.get(text);
     if (known !== undefined) tokens.set(text, { ...known, special: true });
     else if (id !== undefined) tokens.set(text, addedToken({ id, content: text, special: true }));
-    // a token without an id stays without: a new one would lie outside the model's embedding
+    // a token without an id gets none: a new id would be outside the model's embedding
   }
   return [...tokens.values()];
 }
@@ -86,7 +87,7 @@ function listed(value: unknown): (string | null)[] {
   return typeof value === "object" && value !== null ? Object.values(value).map(content) : [];
 }
 
-/** A token is written as its text or as an object with `content`. */
+/** Reads a token, which is written as its text or as an object with `content`. */
 function content(value: unknown): string | null {
   if (typeof value === "string") return value;
   if (typeof value === "object" && value !== null && "content" in value && typeof value.content === "string") return value.content;

@@ -1,5 +1,5 @@
-// Tokens back to text, one at a time: each decoder of tokenizer.json as a step that passes on what can't change any more.
-// Decoding a whole list runs the same steps, so streamed and whole texts are equal by construction. Knows nothing of ids.
+// Decodes tokens to text incrementally: each decoder of tokenizer.json is a step that emits text once no later token can change it.
+// Decoding a complete list runs the same steps, so streamed and complete texts are equal by construction. Knows nothing of ids.
 import { TokenizerError } from "./error.ts";
 
 /** The decoders that this project supports, as tokenizer.json spells them. */
@@ -12,16 +12,16 @@ export type DecoderConfig =
   | { readonly type: "Metaspace"; readonly replacement?: string; readonly prepend_scheme?: string; readonly add_prefix_space?: boolean }
   | { readonly type: "ByteLevel" };
 
-/** Takes tokens (or the text they became), passes text on. After `finish` it must not be used again. */
+/** Receives tokens (or the text decoded from them) and passes text on. Must not be used after `finish`. */
 export interface Flow {
   push(piece: string): void;
   finish(): void;
 }
 
-/** Builds a flow that ends in `next`. */
+/** Builds a flow that passes its output to `next`. */
 export type Step = (next: Flow) => Flow;
 
-/** Builds the steps of a decoder; null (no decoder) joins tokens with spaces. Throws `TokenizerError` for one that isn't supported. */
+/** Builds the steps of a decoder; null (no decoder) joins tokens with spaces. Throws `TokenizerError` if the decoder is not supported. */
 export function decoderStep(config: DecoderConfig | null): Step {
   if (config === null) return spaces;
   let fused = false;
@@ -90,7 +90,7 @@ function replacement(part: { readonly pattern: { readonly String?: string; reado
   }
 }
 
-/** Replaces a fixed string in the whole text: holds back only an end that may begin the string. */
+/** Replaces a fixed string throughout the text. Holds back only a suffix that may be the start of the string. */
 function literal(pattern: string, content: string): Step {
   return (next) => {
     let held = "";
@@ -127,11 +127,11 @@ function strip(text: string, { content, start, stop }: StripConfig): string {
   return text.slice(from, to);
 }
 
-/** Strip over the whole text: up to `start` characters at its beginning, and `stop` at its end, which are held back until then. */
+/** Strips the text as a whole: up to `start` characters at its beginning and `stop` at its end. Candidates for the end are held back. */
 function stripText(config: StripConfig): Step {
   const { content, start, stop } = config;
   return (next) => {
-    let left = start; // how many may still go
+    let left = start; // how many characters may still be stripped
     let held = "";
     return {
       push(piece) {
@@ -153,7 +153,7 @@ function stripText(config: StripConfig): Step {
   };
 }
 
-/** Spaces from ▁; the first token loses its own where encoding had added one. */
+/** Turns ▁ into spaces, and drops the one that encoding may have added to the first token. */
 function metaspace(mark: string, prefixed: boolean): Step {
   return (next) => {
     let first = true;
@@ -168,11 +168,11 @@ function metaspace(mark: string, prefixed: boolean): Step {
 }
 
 /**
- * Byte tokens (`<0xE4>`) to characters, as SentencePiece does: each byte that is no part of a character becomes one U+FFFD.
- * (The Rust library turns a whole run of byte tokens into U+FFFD when any byte of it is wrong, so it could never stream one.)
+ * Decodes byte tokens (`<0xE4>`) as SentencePiece does: each byte that is not part of a valid character becomes one U+FFFD.
+ * (The Rust library turns a whole run of byte tokens into U+FFFD if any of its bytes is invalid, so it cannot stream such a run.)
  */
 const byteFallback: Step = (next) => {
-  let pending: number[] = []; // the beginning of a character
+  let pending: number[] = []; // the first bytes of an incomplete character
   const push = (byte: number): void => {
     pending.push(byte);
     while (pending.length > 0) {
@@ -200,7 +200,7 @@ const byteFallback: Step = (next) => {
   };
 };
 
-/** Of bytes that are at most one character: its length when complete, 0 when they may begin one, -1 when they can't. */
+/** Classifies the bytes of at most one character: its length if complete, 0 if more bytes may complete it, -1 if invalid. */
 function characterLength(bytes: readonly number[]): number {
   const [a = 0, b] = bytes;
   const length = a < 0x80 ? 1 : a >= 0xc2 && a <= 0xdf ? 2 : (a & 0xf0) === 0xe0 ? 3 : a >= 0xf0 && a <= 0xf4 ? 4 : -1;
@@ -212,7 +212,7 @@ function characterLength(bytes: readonly number[]): number {
   return bytes.length === length ? length : 0;
 }
 
-/** GPT-2's printable stand-ins for bytes. */
+/** GPT-2's printable characters that stand for bytes. */
 export function byteCharacters(): Map<string, number> {
   const bytes = new Map<string, number>();
   for (let byte = 0, extra = 256; byte < 256; byte++) {
@@ -222,7 +222,7 @@ export function byteCharacters(): Map<string, number> {
   return bytes;
 }
 
-/** Bytes from their stand-ins. */
+/** Decodes those characters back to bytes. */
 const byteLevel: Step = (next) => {
   const bytes = byteCharacters();
   const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });

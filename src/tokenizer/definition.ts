@@ -1,24 +1,24 @@
-// What a tokenizer is, whichever file described it. Knows no file format, no chat and no batches.
+// The common definition of a tokenizer, independent of the file it came from. Knows no file format, chat or batches.
 import type { AddedToken } from "./added.ts";
 import type { DecoderConfig } from "./decoder.ts";
 
-/** Cuts one stretch of text into ids and appends them to `out`. */
+/** Encodes one section of text and appends its ids to `out`. */
 export type Cut = (text: string, out: number[]) => void;
 
-/** A tokenizer without its added tokens' search, as tokenizer.json and tokenizer.model both describe it. */
+/** What tokenizer.json and tokenizer.model both describe: a tokenizer apart from the search for added tokens. */
 export interface Definition {
-  /** Ids of the model's own tokens. Added tokens may be among them. */
+  /** Ids of the model's own tokens, which may include added tokens. */
   readonly vocab: ReadonlyMap<string, number>;
   readonly added: readonly AddedToken[];
-  /** From raw text to the text that normalised added tokens are searched in. */
+  /** Normalises raw text; added tokens with `normalized` are matched in the result. */
   readonly normalize: (text: string) => string;
-  /** From normalised text to ids. `first`: the stretch is the beginning of the input. */
+  /** Encodes normalised text and appends its ids to `out`. `first`: the text is the beginning of the input. */
   readonly cut: (text: string, first: boolean, out: number[]) => void;
-  /** Tokens to put around a single sequence when special tokens are asked for. */
+  /** Tokens placed before a sequence when special tokens are requested; `suffix` is placed after it. */
   readonly prefix: readonly string[];
   readonly suffix: readonly string[];
   readonly decoder: DecoderConfig | null;
-  /** Special tokens that the file itself names, by role (`bos_token`); tokenizer_config.json has precedence. */
+  /** Special tokens that the file names, by role (`bos_token`); tokenizer_config.json takes precedence. */
   readonly roles: Readonly<Record<string, string>>;
 }
 

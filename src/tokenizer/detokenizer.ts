@@ -1,12 +1,12 @@
-// Ids to text while they arrive. Emits whole characters that no later id can change; all of it together equals `decode` of all ids.
-// Knows nothing of models or streams.
+// Decodes ids as they arrive. Emits only complete characters that no later id can change; concatenated, the output equals `decode` of
+// all ids. Knows nothing of models or streams.
 import { chain, cleanUp, type Flow } from "./decoder.ts";
 import type { Vocabulary } from "./vocabulary.ts";
 
 export interface DetokenizerOptions {
-  /** Leave special tokens out. Default true. */
+  /** Leave special tokens out. Default: true. */
   readonly skip_special_tokens?: boolean;
-  /** Remove the space before punctuation. Default: as the tokenizer's configuration says, false without it. */
+  /** Remove the space before punctuation. Default: the tokenizer's configuration, else false. */
   readonly clean_up_tokenization_spaces?: boolean;
 }
 
@@ -17,7 +17,7 @@ export interface DetokenizerSource {
 }
 
 /**
- * Streaming decoder of one sequence. The cost of an id does not depend on how many came before.
+ * Streaming decoder for one sequence. The cost per id does not depend on how many came before.
  *
  * ```ts
  * const detokenizer = new Detokenizer(tokenizer);
@@ -41,7 +41,7 @@ export class Detokenizer {
     this.flow = step({ push: (text) => void this.ready.push(text), finish: () => {} });
   }
 
-  /** Takes the next id or ids; returns the text that is now certain, often "". Throws `TokenizerError` for an id without a token. */
+  /** Takes the next id or ids and returns the text that is now final, often "". Throws `TokenizerError` for an id outside the vocabulary. */
   push(ids: number | ArrayLike<number>): string {
     if (this.finished) throw new Error("detokenizer: push after finish");
     for (const id of typeof ids === "number" ? [ids] : Array.from(ids)) {
@@ -51,7 +51,7 @@ export class Detokenizer {
     return this.take();
   }
 
-  /** Returns the text still held back: half a character becomes U+FFFD. Nothing may be pushed afterwards; a second call returns "". */
+  /** Returns the text still held back; an incomplete character becomes U+FFFD. A later `push` throws, and a second `finish` returns "". */
   finish(): string {
     if (this.finished) return "";
     this.finished = true;

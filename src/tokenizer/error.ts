@@ -1,6 +1,6 @@
-// The one error that this folder throws for a user's mistake or a bad file.
+// The error that this folder throws for invalid input and malformed files.
 
-/** A tokenizer file, option, text or id is not usable. The message is one line and says what was seen. */
+/** A tokenizer file, option, text or id is invalid. The message is one line and says what was seen. */
 export class TokenizerError extends Error {
   override readonly name = "TokenizerError";
 }

@@ -1,21 +1,21 @@
-// The tokenizer files of a local folder, read and parsed. Knows their names and how to say what is wrong with them, not what they mean.
+// Reads and parses the tokenizer files of a local folder. Knows their names and reports malformed ones, but does not interpret them.
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { TokenizerError } from "./error.ts";
 
 export interface TokenizerFiles {
-  /** Parsed tokenizer.json. It wins over tokenizer.model, so at most one of the two is there. */
+  /** Parsed tokenizer.json. It takes precedence over tokenizer.model, so exactly one of the two is set. */
   readonly json: unknown;
   readonly model: Uint8Array | null;
-  /** tokenizer_config.json; `{}` where absent, as the next two. */
+  /** tokenizer_config.json; `{}` if absent, like the next two. */
   readonly config: Readonly<Record<string, unknown>>;
   readonly specialTokensMap: Readonly<Record<string, unknown>>;
   readonly addedTokens: Readonly<Record<string, unknown>>;
-  /** chat_template.jinja, or else `chat_template` of chat_template.json; null without both. */
+  /** chat_template.jinja, else `chat_template` of chat_template.json, else null. */
   readonly chatTemplate: string | null;
 }
 
-/** Reads a folder. Throws `TokenizerError` when there is no tokenizer in it or a JSON file is broken. */
+/** Reads a folder. Throws `TokenizerError` if it has no tokenizer or a JSON file is malformed. */
 export async function readFolder(folder: string): Promise<TokenizerFiles> {
   const [json, config, specialTokensMap, addedTokens, jinja, chatJson] = await Promise.all([
     read(folder, "tokenizer.json"),
@@ -27,7 +27,7 @@ export async function readFolder(folder: string): Promise<TokenizerFiles> {
   ]);
   const model = json === null ? await read(folder, "tokenizer.model") : null;
   if (json === null && model === null)
-    throw new TokenizerError(`no tokenizer in ${folder}: neither tokenizer.json nor tokenizer.model is there`);
+    throw new TokenizerError(`no tokenizer in ${folder}: it has neither tokenizer.json nor tokenizer.model`);
   const template = jinja?.toString("utf8") ?? chatJson["chat_template"];
   return {
     json: json === null ? null : parseJson(join(folder, "tokenizer.json"), json.toString("utf8")),
@@ -39,7 +39,7 @@ export async function readFolder(folder: string): Promise<TokenizerFiles> {
   };
 }
 
-/** Parses JSON. Throws `TokenizerError` with file, line and column of the first character that can't be. */
+/** Parses JSON. Throws `TokenizerError` with file, line and column of the first invalid character. */
 export function parseJson(file: string, text: string): unknown {
   try {
     return JSON.parse(text);
@@ -53,11 +53,11 @@ export function parseJson(file: string, text: string): unknown {
 }
 
 /**
- * Node's messages don't always tell the position, so look for the shortest prefix that is wrong otherwise than by being too short.
- * A prefix is only too short when something that could follow makes it wrong later than at its end.
+ * Node's messages don't always give the position, so this searches for the shortest prefix that no continuation can make valid.
+ * A prefix can be continued if parsing it fails only at its end.
  */
 function firstBadPosition(text: string): number {
-  let good = 0; // a prefix of this length may still be completed
+  let good = 0; // a prefix of this length can be completed
   let bad = text.length + 1;
   while (bad - good > 1) {
     const middle = (good + bad) >> 1;
@@ -93,6 +93,8 @@ async function read(folder: string, name: string): Promise<Buffer | null> {
   } catch (cause) {
     const code = cause instanceof Error && "code" in cause ? cause.code : undefined;
     if (code === "ENOENT" || code === "ENOTDIR") return null;
-    throw new TokenizerError(`${join(folder, name)}: cannot be read: ${cause instanceof Error ? cause.message : String(cause)}`, { cause });
+    throw new TokenizerError(`${join(folder, name)}: cannot read the file: ${cause instanceof Error ? cause.message : String(cause)}`, {
+      cause,
+    });
   }
 }

@@ -1,5 +1,5 @@
-// Reads `tokenizer.json` into a definition. BPE, Metaspace and charsmaps are done here, exactly; the other normalizers, pre-tokenizers,
-// models and post-processors are those of @huggingface/tokenizers.
+// Reads `tokenizer.json` into a definition. BPE, Metaspace and charsmaps are implemented exactly here; the other normalizers,
+// pre-tokenizers, models and post-processors come from @huggingface/tokenizers.
 import { Tokenizer as Library } from "@huggingface/tokenizers";
 import type { AddedToken } from "./added.ts";
 import { Bpe } from "./bpe.ts";
@@ -47,9 +47,9 @@ interface ModelJson {
   readonly [key: string]: unknown;
 }
 
-/** Reads the parsed `tokenizer.json`. Throws `TokenizerError` for parts that are missing, broken or not supported. */
+/** Reads a parsed `tokenizer.json`. Throws `TokenizerError` for parts that are missing, malformed or not supported. */
 export function readJson(json: unknown): Definition {
-  if (!isTokenizer(json)) throw new TokenizerError('tokenizer.json: no "model" with a "vocab" in it');
+  if (!isTokenizer(json)) throw new TokenizerError('tokenizer.json: it has no "model" with a "vocab"');
   const { model } = json;
   const own = isBpe(model);
   const library = build({ ...json, normalizer: null, decoder: null, model: own ? emptyModel : model });
@@ -73,7 +73,8 @@ export function readJson(json: unknown): Definition {
 
 export function addedToken(token: AddedJson): AddedToken {
   const { id, content, special = false } = token;
-  if (!isId(id) || typeof content !== "string") throw new TokenizerError(`added token ${JSON.stringify(token)} has no whole id and text`);
+  if (!isId(id) || typeof content !== "string")
+    throw new TokenizerError(`added token ${JSON.stringify(token)} needs an integer id and a text`);
   return {
     id,
     content,
@@ -85,7 +86,7 @@ export function addedToken(token: AddedJson): AddedToken {
   };
 }
 
-/** Ids are indices of the embedding, and symbols of the encoder are 32-bit. */
+/** Ids index the embedding, and the encoder's symbols are 32-bit integers. */
 function isId(id: number): boolean {
   return Number.isInteger(id) && id >= 0 && id < 2 ** 31;
 }
@@ -98,7 +99,7 @@ function isTokenizer(json: unknown): json is TokenizerJson {
   return typeof model === "object" && model !== null && "vocab" in model && typeof model.vocab === "object" && model.vocab !== null;
 }
 
-/** Whether `bpe` below can run it: word affixes are left to the library. */
+/** Whether `bpe` below supports the model; models with word affixes use the library. */
 function isBpe(model: ModelJson): boolean {
   const named = model.type === "BPE" || (model.type === undefined && Array.isArray(model.merges));
   return named && !Array.isArray(model.vocab) && !model.continuing_subword_prefix && !model.end_of_word_suffix;
@@ -112,7 +113,7 @@ function build(parts: object): Library {
   }
 }
 
-/** Merges of the ranks 0, 1, …; each `left right` or a pair. Throws `TokenizerError` for one of a token that is not in the vocabulary. */
+/** Builds merges ranked 0, 1, …, each given as `left right` or a pair. Throws `TokenizerError` if one names a token outside the vocabulary. */
 export function rankedPairs(merges: readonly (string | readonly [string, string])[], vocab: ReadonlyMap<string, number>): Pairs {
   const pairs = new Pairs(merges.length);
   merges.forEach((merge, rank) => {
@@ -141,7 +142,7 @@ function bpe(model: ModelJson, vocab: ReadonlyMap<string, number>): Cut {
   return (text, out) => encoder.encode(text, out);
 }
 
-/** Ids of `<0x00>` to `<0xFF>`, -1 where absent. */
+/** The ids of `<0x00>` to `<0xFF>`, -1 if absent. */
 export function byteTokens(vocab: ReadonlyMap<string, number>): Int32Array {
   return Int32Array.from({ length: 256 }, (_, byte) => vocab.get(`<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`) ?? -1);
 }
@@ -182,11 +183,11 @@ function preTokenizer(part: Part | null, library: Library): (text: string, first
     const marked = text.replaceAll(" ", mark);
     const prefix = (scheme === "always" || (scheme === "first" && first)) && !marked.startsWith(mark) ? mark : "";
     if (part["split"] === false) return [prefix + marked];
-    return (prefix + marked).split(mark).map((word, i) => (i === 0 ? word : mark + word)); // each mark begins a word
+    return (prefix + marked).split(mark).map((word, i) => (i === 0 ? word : mark + word)); // each ▁ begins a word
   };
 }
 
-/** What the post-processor puts around a sequence, found by showing it one. */
+/** The tokens that the post-processor puts around a sequence, found by processing a probe. */
 function around(library: Library): { prefix: string[]; suffix: string[] } {
   const probe = "\ufdd0";
   const tokens = library.post_processor?.([probe], null, true).tokens ?? [probe];

@@ -1,4 +1,4 @@
-// Finds fixed strings in a text, leftmost and longest first. Knows nothing of tokens.
+// Finds fixed strings in a text, leftmost-longest. Knows nothing of tokens.
 
 interface Node {
   readonly next: Map<number, Node>; // by UTF-16 unit
@@ -27,7 +27,7 @@ export class Matcher {
     return this.root.next.size === 0;
   }
 
-  /** Where the longest word that starts at `at` ends, or -1. */
+  /** The end of the longest word that starts at `at`, or -1. */
   longest(text: string, at: number): number {
     let end = -1;
     let node = this.root.next.get(text.charCodeAt(at));

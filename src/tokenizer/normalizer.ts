@@ -1,4 +1,4 @@
-// SentencePiece's normalisation of a text: its rules, its white space, its ▁. Follows the library's Normalizer::Normalize step by step.
+// SentencePiece's text normalisation: rules, white space and ▁. Follows the library's Normalizer::Normalize step by step.
 // Knows nothing of ids.
 import { CharsMap } from "./charsmap.ts";
 import type { Matcher } from "./matcher.ts";
@@ -6,9 +6,9 @@ import type { Matcher } from "./matcher.ts";
 /** SentencePiece's visible space. */
 export const mark = "▁";
 
-/** NormalizerSpec of the model file. */
+/** The NormalizerSpec of a model file. */
 export interface NormalizerSpec {
-  /** Empty: no rules. */
+  /** Empty if there are no rules. */
   readonly precompiledCharsmap: Uint8Array;
   readonly addDummyPrefix: boolean;
   readonly removeExtraWhitespaces: boolean;
@@ -20,7 +20,7 @@ export class Normalizer {
   private readonly frozen: Matcher;
   private readonly map: CharsMap | null;
 
-  /** `frozen`: user-defined pieces, which rules leave alone. Throws `TokenizerError` for a broken charsmap. */
+  /** `frozen`: user-defined pieces, to which rules do not apply. Throws `TokenizerError` for a malformed charsmap. */
   constructor(spec: NormalizerSpec, frozen: Matcher) {
     this.spec = spec;
     this.frozen = frozen;
@@ -54,7 +54,7 @@ export class Normalizer {
     return joined.slice(0, end);
   }
 
-  /** The next user-defined piece, rule or character: where it ends and what it becomes. */
+  /** The next user-defined piece, rule match or character: where it ends and its replacement. */
   private step(text: string, at: number): { readonly end: number; readonly text: string } {
     const end = this.frozen.empty ? -1 : this.frozen.longest(text, at);
     if (end >= 0) return { end, text: text.slice(at, end) };

@@ -1,6 +1,6 @@
-// A hash table from a pair of symbols to their merge. Knows nothing of text; symbols are 32-bit integers of either sign.
+// A hash table from pairs of symbols to their merges. Symbols are signed 32-bit integers. Knows nothing of text.
 
-/** Merges by pair. Open addressing over typed arrays: a `Map` keyed by strings or doubles is several times slower here. */
+/** Merges by pair. Uses open addressing in typed arrays, since a `Map` keyed by strings or doubles is several times slower. */
 export class Pairs {
   private readonly mask: number;
   private readonly lefts: Int32Array;
@@ -8,7 +8,7 @@ export class Pairs {
   private readonly ranks: Int32Array;
   private readonly results: Int32Array;
 
-  /** Room for up to `count` pairs. */
+  /** Allocates space for up to `count` pairs. */
   constructor(count: number) {
     let capacity = 16;
     while (capacity < 2 * count) capacity *= 2;
@@ -19,7 +19,7 @@ export class Pairs {
     this.results = new Int32Array(capacity);
   }
 
-  /** Sets the merge of a pair; a later one replaces an earlier one. */
+  /** Sets the merge of a pair, replacing any earlier one. */
   set(left: number, right: number, rank: number, result: number): void {
     const slot = this.slot(left, right);
     this.lefts[slot] = left;
@@ -28,7 +28,7 @@ export class Pairs {
     this.results[slot] = result;
   }
 
-  /** The slot of a pair, for `rank` and `result`. */
+  /** The slot of a pair, to pass to `rank` and `result`. */
   slot(left: number, right: number): number {
     let hash = Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b);
     hash = Math.imul(hash ^ (hash >>> 15), 0x2c1b3c6d);
@@ -37,7 +37,7 @@ export class Pairs {
     return slot;
   }
 
-  /** Lower merges earlier; -1 where the pair does not merge. */
+  /** The rank of a merge: lower ranks merge first; -1 if the pair does not merge. */
   rank(slot: number): number {
     return this.ranks[slot] ?? -1;
   }

@@ -1,5 +1,5 @@
-// A vocabulary of pieces with scores and types, as SentencePiece models and GGUF files hold it: from there into a definition, and from
-// tokenizer.json or tokenizer.model back. Knows no files.
+// A vocabulary of pieces with scores and types, as in SentencePiece models and GGUF files, and its conversion into a definition
+// (`portable.ts` converts the other way). Knows no files.
 import type { AddedToken } from "./added.ts";
 import { Bpe } from "./bpe.ts";
 import type { Definition } from "./definition.ts";
@@ -11,36 +11,36 @@ import type { Role } from "./vocabulary.ts";
 
 export interface Piece {
   readonly piece: string;
-  /** Of two ways to merge, the one that makes the piece of higher score goes first. */
+  /** Merges that produce a piece with a higher score are applied first. */
   readonly score: number;
   readonly type: number;
 }
 
 export const pieceType = { normal: 1, unknown: 2, control: 3, userDefined: 4, unused: 5, byte: 6 } as const;
 
-/** A whole tokenizer of such pieces. */
+/** A complete tokenizer made of such pieces. */
 export interface PieceModel {
   readonly pieces: readonly Piece[];
-  /** Merges by rank, `left right`; null: every way to make a piece is one, ranked by score. */
+  /** Merges in order of rank, as `left right`; null: every pair of symbols that forms a piece merges, ranked by the piece's score. */
   readonly merges: readonly string[] | null;
-  /** A text, and what follows a special token, begins with a space that is not written. */
+  /** An implicit space precedes every text, and every text that follows a special token. */
   readonly spacePrefix: boolean;
   readonly addBos: boolean;
   readonly addEos: boolean;
-  /** Ids. */
+  /** Ids of special tokens by role. */
   readonly roles: Readonly<Partial<Record<Role, number>>>;
-  /** Template by name; the only one is called `default`. */
+  /** Chat templates by name; a single template is called `default`. */
   readonly chatTemplates: Readonly<Record<string, string>>;
-  /** Longest input that the model takes. */
+  /** Maximum input length in tokens. */
   readonly maxLength: number;
 }
 
-/** Throws `TokenizerError` when a piece is there twice or no piece stands for unknown text. */
+/** Converts pieces into a definition. Throws `TokenizerError` if a piece occurs twice or a merge names an unknown token. */
 export function readPieces({ pieces, merges: ranked, spacePrefix, roles }: PieceModel): Definition {
   const vocab = new Map(pieces.map(({ piece }, id) => [piece, id]));
   if (vocab.size !== pieces.length) {
     const twice = pieces.find(({ piece }, id) => vocab.get(piece) !== id);
-    throw new TokenizerError(`the piece ${JSON.stringify(twice?.piece)} is there twice`);
+    throw new TokenizerError(`the piece ${JSON.stringify(twice?.piece)} occurs twice`);
   }
   const unknown = roles.unk_token ?? pieces.findIndex(({ type }) => type === pieceType.unknown);
   const bpe = new Bpe({
@@ -77,7 +77,7 @@ function userDefined(pieces: readonly Piece[]): AddedToken[] {
   );
 }
 
-/** Pieces that are found in a text before it is cut: control and unknown ones, and user-defined ones that are named. */
+/** Pieces that become special added tokens: control and unknown pieces, and the user-defined ones in `named`. */
 export function specials(pieces: readonly Piece[], named: ReadonlySet<string>): AddedToken[] {
   return pieces.flatMap(({ piece, type }, id) => {
     const special = type === pieceType.control || type === pieceType.unknown || (type === pieceType.userDefined && named.has(piece));
@@ -85,7 +85,7 @@ export function specials(pieces: readonly Piece[], named: ReadonlySet<string>): 
   });
 }
 
-/** Every way to make a piece of two symbols, ranked by the piece's score. A symbol is a piece, or a character that is none. */
+/** Every merge of two symbols into a piece, ranked by the piece's score. A symbol is a piece, or a character that is not a piece. */
 export function merges(pieces: readonly Piece[]): { vocab: Map<string, number>; pairs: Pairs } {
   const vocab = new Map<string, number>();
   for (const [id, { piece, type }] of pieces.entries())
@@ -94,7 +94,7 @@ export function merges(pieces: readonly Piece[]): { vocab: Map<string, number>; 
   const ranks = new Map(scores.map((score, rank) => [score, rank]));
   const found: number[] = []; // left, right, rank, result
   for (const [id, { piece, score, type }] of pieces.entries()) {
-    if (type !== pieceType.normal && type !== pieceType.unused) continue; // user-defined pieces are cut out before merging
+    if (type !== pieceType.normal && type !== pieceType.unused) continue; // user-defined pieces are split off before merging
     for (let i = 1; i < piece.length; i++) {
       const left = symbol(piece.slice(0, i), vocab);
       const right = left === undefined ? undefined : symbol(piece.slice(i), vocab);

@@ -1,4 +1,4 @@
-// A tokenizer's files as pieces with scores, for formats that hold nothing else (GGUF), and pieces as files. Refuses what pieces can't say.
+// Converts tokenizer files to pieces with scores, for formats that store only those (GGUF), and back. Rejects what pieces cannot express.
 import { configuredTokens, namedSpecials, readConfig, roles } from "./config.ts";
 import { TokenizerError } from "./error.ts";
 import type { TokenizerFiles } from "./folder.ts";
@@ -8,7 +8,7 @@ import { parseModel, readSentencePiece } from "./sentencepiece.ts";
 
 type Part = TokenizerJson["normalizer"];
 
-/** Throws `TokenizerError` for a tokenizer that is not BPE over pieces with ▁ for the space. */
+/** Converts tokenizer files to pieces. Throws `TokenizerError` unless the tokenizer is BPE over pieces with ▁ for spaces. */
 export function toPieces(files: TokenizerFiles): PieceModel {
   const config = readConfig(files);
   const definition = files.model === null ? readJson(files.json) : readSentencePiece(files.model, namedSpecials(files));
@@ -34,13 +34,13 @@ export function toPieces(files: TokenizerFiles): PieceModel {
 
 type Source = Pick<PieceModel, "pieces" | "merges" | "spacePrefix">;
 
-/** The score of a piece is minus the rank of its first merge, so that merging by score goes in the order of the merges. */
+/** The score of a piece is minus the rank of its first merge, so that merging by score follows the order of the merges. */
 function fromJson(json: TokenizerJson): Source {
   const { model } = json;
   const refuse = (what: string) =>
-    new TokenizerError(`tokenizer.json: ${what}; only BPE with byte fallback over pieces with ▁ can be written as pieces`);
+    new TokenizerError(`tokenizer.json: ${what}; only BPE with byte fallback and ▁ for spaces can be converted to pieces`);
   if ((model.type ?? "BPE") !== "BPE" || Array.isArray(model.vocab) || model.byte_fallback !== true)
-    throw refuse(`the model is ${model.type ?? "BPE"} without bytes`);
+    throw refuse(`its model is ${model.type ?? "BPE"}${model.byte_fallback === true ? "" : " without byte fallback"}`);
   const spaces = [...steps(json.normalizer), ...steps(json.pre_tokenizer)].map((part) => spaceStep(part, refuse));
   const merges = (model.merges ?? []).map((merge) => (typeof merge === "string" ? merge : merge.join(" ")));
   const ranks = new Map<string, number>();
@@ -62,7 +62,7 @@ function steps(part: Part): NonNullable<Part>[] {
   return part.type === "Sequence" && Array.isArray(inner) ? inner.flatMap(steps) : [part];
 }
 
-/** Whether a step puts a space in front. Throws for one that does anything else than this and writing spaces as ▁. */
+/** Whether a step adds a leading space. Throws for a step that does anything but that or replacing spaces with ▁. */
 function spaceStep(part: NonNullable<Part>, refuse: (what: string) => TokenizerError): boolean {
   const pattern = part["pattern"];
   const space = typeof pattern === "object" && pattern !== null && "String" in pattern && pattern.String === " ";
@@ -70,10 +70,10 @@ function spaceStep(part: NonNullable<Part>, refuse: (what: string) => TokenizerE
   if (part.type === "Prepend" && part["prepend"] === "▁") return true;
   if (part.type === "Metaspace" && (part["replacement"] ?? "▁") === "▁" && part["split"] === false)
     return (part["prepend_scheme"] ?? (part["add_prefix_space"] === false ? "never" : "always")) !== "never";
-  throw refuse(`it has a step of the type ${part.type}`);
+  throw refuse(`it has a step of type ${part.type}`);
 }
 
-/** Its charsmap is left behind, as llama.cpp's converter does: pieces have no place for it. */
+/** Drops the charsmap, which pieces cannot express, as llama.cpp's converter does. */
 function fromModel(bytes: Uint8Array): Source {
   const { pieces, normalizerSpec } = parseModel(bytes);
   return {
@@ -84,8 +84,8 @@ function fromModel(bytes: Uint8Array): Source {
 }
 
 /**
- * tokenizer.json and tokenizer_config.json of pieces, as values for `JSON.stringify`. Where there are no ranked merges, every
- * way to make a piece is listed, by score: as transformers converts such vocabularies.
+ * Converts pieces to tokenizer.json and tokenizer_config.json, as values for `JSON.stringify`. Without ranked merges, it lists every
+ * pair that forms a piece, ordered by score, as transformers does when it converts such vocabularies.
  */
 export function toFiles(model: PieceModel): { readonly json: object; readonly config: object } {
   const { pieces, spacePrefix, roles: named, chatTemplates, maxLength } = model;

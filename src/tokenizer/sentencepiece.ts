@@ -1,5 +1,5 @@
-// Reads `tokenizer.model` (SentencePiece, BPE) into a definition whose ids equal those of the sentencepiece library.
-// Merges follow the scores of the merged pieces, as there, and not a list of ranked pairs: overlaps of equal score would differ.
+// Reads `tokenizer.model` (SentencePiece BPE) into a definition that produces the same ids as the sentencepiece library.
+// As in the library, merges are ordered by the score of the resulting piece: a list of ranked pairs would break ties differently.
 // Knows nothing of tokenizer_config.json.
 import protobuf from "protobufjs/light.js";
 import { Bpe } from "./bpe.ts";
@@ -10,7 +10,7 @@ import { Matcher } from "./matcher.ts";
 import { mark, Normalizer, type NormalizerSpec } from "./normalizer.ts";
 import { merges, type Piece, pieceType, specials } from "./pieces.ts";
 
-/** Field numbers of sentencepiece_model.proto; what is not listed is skipped. (As proto2, or a `false` that is written would read as the default.) */
+/** Field numbers of sentencepiece_model.proto; other fields are skipped. (Must be proto2: otherwise an explicit `false` would read as the default.) */
 const schema = {
   nested: {
     SentencePiece: {
@@ -69,9 +69,9 @@ const modelTypes = ["", "unigram", "BPE", "word", "char"];
 const bpeType = 2;
 
 /**
- * Reads the bytes of a `tokenizer.model`. Control and unknown pieces become special added tokens, and so do user-defined ones
- * that are in `special`. The stretches between added tokens are each encoded as the sentencepiece library encodes a whole text.
- * Throws `TokenizerError` when the bytes are no SentencePiece model, or one of a type other than BPE.
+ * Reads the bytes of a `tokenizer.model`. Control and unknown pieces become special added tokens, and so do the user-defined pieces
+ * in `special`. Each section between added tokens is encoded as the sentencepiece library encodes a complete text.
+ * Throws `TokenizerError` if the bytes are not a SentencePiece model or its type is not BPE.
  */
 export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string> = new Set()): Definition {
   const { pieces, trainerSpec, normalizerSpec } = parseModel(bytes);
@@ -83,7 +83,7 @@ export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string
   const vocab = new Map(pieces.map(({ piece }, id) => [piece, id]));
   const unknown = pieces.findIndex(({ type }) => type === pieceType.unknown);
   if (unknown < 0 || vocab.size !== pieces.length)
-    throw new TokenizerError(`tokenizer.model: broken: ${unknown < 0 ? "no unknown piece" : "a piece is there twice"}`);
+    throw new TokenizerError(`tokenizer.model: malformed: ${unknown < 0 ? "it has no unknown piece" : "a piece occurs twice"}`);
   const frozen = new Matcher(
     pieces.filter(({ piece, type }) => type === pieceType.userDefined && !special.has(piece)).map(({ piece }) => piece),
   );
@@ -101,7 +101,7 @@ export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string
   return {
     vocab,
     added: specials(pieces, special),
-    normalize: identity, // the rules need to know user-defined pieces, so they run in `cut`
+    normalize: identity, // the rules depend on user-defined pieces, so they run in `cut`
     cut: (text, _first, out) => cut(normalizer.normalize(text), frozen, vocab, bpe, out),
     prefix: [],
     suffix: [],
@@ -118,12 +118,12 @@ export function readSentencePiece(bytes: Uint8Array, special: ReadonlySet<string
   };
 }
 
-/** The message in a `tokenizer.model`. Throws `TokenizerError` when the bytes are none. */
+/** Parses the protobuf message of a `tokenizer.model`. Throws `TokenizerError` if the bytes are not one. */
 export function parseModel(bytes: Uint8Array): ModelProto {
   const proto = protobuf.Root.fromJSON(schema).lookupType("ModelProto");
   let model: ModelProto;
   try {
-    // absent specs get their defaults through an empty message of theirs
+    // an empty message supplies the defaults of an absent spec
     const read = proto.decode(bytes) as unknown as { trainerSpec: unknown; normalizerSpec: unknown };
     read.trainerSpec ??= proto.root.lookupType("TrainerSpec").create();
     read.normalizerSpec ??= proto.root.lookupType("NormalizerSpec").create();
@@ -134,11 +134,11 @@ export function parseModel(bytes: Uint8Array): ModelProto {
     });
   }
   if (model.pieces.length === 0)
-    throw new TokenizerError(`tokenizer.model: not a SentencePiece model: no pieces in its ${bytes.length} bytes`);
+    throw new TokenizerError(`tokenizer.model: not a SentencePiece model: its ${bytes.length} bytes contain no pieces`);
   return model;
 }
 
-/** Cuts normalised text at user-defined pieces, which never merge with what surrounds them, and encodes what lies between. */
+/** Splits normalised text at user-defined pieces, which never merge with their neighbours, and encodes the text between them. */
 function cut(text: string, frozen: Matcher, vocab: ReadonlyMap<string, number>, bpe: Bpe, out: number[]): void {
   let done = 0;
   for (let at = 0; !frozen.empty && at < text.length; ) {
@@ -149,7 +149,7 @@ function cut(text: string, frozen: Matcher, vocab: ReadonlyMap<string, number>, 
     }
     if (done < at) bpe.encode(text.slice(done, at), out);
     const id = vocab.get(text.slice(at, end));
-    if (id === undefined) throw new Error("internal: matched text is no piece");
+    if (id === undefined) throw new Error("internal: the matched text is not a piece");
     out.push(id);
     done = at = end;
   }

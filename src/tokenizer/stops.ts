@@ -1,10 +1,10 @@
-// Watches a text that arrives in pieces for strings that end it, and holds back what may become one. Knows no tokens.
+// Finds stop strings in a streamed text and holds back any suffix that may become one. Knows no tokens.
 
-/** What a piece of text came to. */
+/** The result of pushing a piece of text. */
 export interface Watched {
-  /** Text that no stop string can begin in any more. */
+  /** Text that can no longer be part of a stop string. */
   readonly text: string;
-  /** True once a stop string has occurred; what follows it is dropped. */
+  /** True once a stop string has occurred; the stop string and everything after it are dropped. */
   readonly stopped: boolean;
 }
 
@@ -17,12 +17,12 @@ export class StopStrings {
     this.#stops = stops.filter((s) => s !== "");
   }
 
-  /** UTF-16 units that wait for what comes next. */
+  /** The number of UTF-16 units held back. */
   get heldLength(): number {
     return this.#held.length;
   }
 
-  /** Takes the next piece. The text of all pieces together, and of `finish`, is that before the first stop string. */
+  /** Takes the next piece. The returned texts, followed by that of `finish`, form the text before the first stop string. */
   push(piece: string): Watched {
     if (this.#stopped) return { text: "", stopped: true };
     this.#held += piece;
@@ -34,7 +34,7 @@ export class StopStrings {
     return { text: this.#take(this.#held.length - openLength(this.#held, this.#stops)), stopped: false };
   }
 
-  /** What is still held when the text ends by itself. */
+  /** Returns the text still held back when the input ends without a stop string. */
   finish(): string {
     return this.#stopped ? "" : this.#take(this.#held.length);
   }
@@ -46,7 +46,7 @@ export class StopStrings {
   }
 }
 
-/** Length of the longest end of `text` with which one of the words begins, whole words excepted. */
+/** The length of the longest suffix of `text` that is a proper prefix of one of the words. */
 export function openLength(text: string, words: readonly string[]): number {
   let length = Math.min(Math.max(0, ...words.map((word) => word.length)) - 1, text.length);
   while (length > 0 && !words.some((word) => word.length > length && word.startsWith(text.slice(text.length - length)))) length--;

@@ -1,15 +1,15 @@
-// Chat templates: renders messages, and refuses to lose any of them. Knows nothing of ids.
+// Chat templates: renders messages, and rejects conversations that a template would drop parts of. Knows nothing of ids.
 import { Template } from "@huggingface/jinja";
 import { TokenizerError } from "./error.ts";
 
-/** A message of a conversation. Templates may use further fields (`tool_calls`, `name`, `reasoning_content`). */
+/** A message of a conversation. Templates may use additional fields (`tool_calls`, `name`, `reasoning_content`). */
 export interface Message {
   readonly role: string;
   readonly content?: string | readonly ContentPart[] | null;
   readonly [key: string]: unknown;
 }
 
-/** A part of a message; templates that know only strings get the texts, joined with newlines. */
+/** A part of a message. Templates that support only strings get the text parts, joined with newlines. */
 export interface ContentPart {
   readonly type: string;
   readonly text?: string;
@@ -20,7 +20,7 @@ export class ChatTemplate {
   private readonly template: Template;
   private readonly takesParts: boolean;
 
-  /** Throws `TokenizerError` when `source` is no Jinja template. */
+  /** Throws `TokenizerError` if `source` is not a valid Jinja template. */
   constructor(source: string) {
     try {
       this.template = new Template(source);
@@ -31,8 +31,8 @@ export class ChatTemplate {
   }
 
   /**
-   * Renders a conversation. Throws `TokenizerError` when the template refuses it, when a message is not one, or when the template would
-   * silently leave out what a message says (the published ERNIE templates do that with the role `tool`).
+   * Renders a conversation. Throws `TokenizerError` if the template raises an error, if a message is malformed, or if the template would
+   * silently drop the content of a message (the published ERNIE templates do so for the role `tool`).
    */
   render(messages: readonly Message[], variables: Readonly<Record<string, unknown>>): string {
     const flat = messages.map((message, i) => this.fitted(message, i));
@@ -41,7 +41,7 @@ export class ChatTemplate {
     return text;
   }
 
-  /** The message as this template can take it. */
+  /** Converts a message to the form that this template supports. Throws `TokenizerError` if it has unsupported parts. */
   fitted(message: Message, index: number): Message {
     if (typeof message !== "object" || message === null || typeof message.role !== "string")
       throw new TokenizerError(`message ${index} has no role: ${JSON.stringify(message)}`);
@@ -53,7 +53,7 @@ export class ChatTemplate {
     const texts = (content as readonly ContentPart[]).map((part) => {
       if (part?.type === "text" && typeof part.text === "string") return part.text;
       throw new TokenizerError(
-        `message ${index} (${message.role}): the chat template takes text only, not parts of type ${JSON.stringify(part?.type)}`,
+        `message ${index} (${message.role}): the chat template supports only text, not parts of type ${JSON.stringify(part?.type)}`,
       );
     });
     return { ...message, content: texts.join("\n") };
@@ -67,7 +67,10 @@ export class ChatTemplate {
     }
   }
 
-  /** A message is lost when the text stays the same whatever it says. All are probed in one more rendering; doubtful ones one by one. */
+  /**
+   * A message is lost if its content does not affect the rendered text. One extra rendering probes all messages at once; those whose
+   * probe does not show up are probed individually.
+   */
   private refuseLoss(messages: readonly Message[], variables: Readonly<Record<string, unknown>>, text: string): void {
     let word = "probe";
     while (text.includes(word)) word += "x";
@@ -78,14 +81,14 @@ export class ChatTemplate {
         saysSomething(message) &&
         !seen?.includes(`${word}${i}z`) &&
         this.attempt(messages.with(i, marked[i] ?? message), variables) === text;
-      if (lost) throw lossError(message, i, "what it says");
+      if (lost) throw lossError(message, i, "its content");
       const { tool_calls: calls, ...without } = message;
       if (Array.isArray(calls) && calls.length > 0 && this.attempt(messages.with(i, without as Message), variables) === text)
         throw lossError(message, i, "its tool calls");
     }
   }
 
-  /** A rendering of changed messages; null when the template refuses them, which shows that it looks at them. */
+  /** Renders changed messages; null if the template raises an error, which proves that it reads them. */
   private attempt(messages: readonly Message[], variables: Readonly<Record<string, unknown>>): string | null {
     try {
       return this.template.render({ ...variables, messages });
@@ -95,15 +98,17 @@ export class ChatTemplate {
   }
 }
 
-/** Keeps the rendered text up to the end of the last message, so that the model goes on with it. Throws where it isn't to be found. */
+/** The rendered text up to the end of the last message's content, for the model to continue. Throws `TokenizerError` if it cannot be found. */
 export function openEnd(rendered: string, messages: readonly Message[]): string {
   const content = messages.at(-1)?.content;
   const parts = Array.isArray(content) ? (content as readonly ContentPart[]).flatMap(({ text }) => text ?? []) : [content ?? ""];
   const final = parts.at(-1) ?? "";
   const at = typeof final === "string" ? rendered.lastIndexOf(final.trim()) : -1;
   if (typeof final !== "string" || at < 0)
-    throw new TokenizerError("continue_final_message: the chat template changes the last message, so where it ends is unknown");
-  const kept = final.trimStart(); // with its trailing space, unless the template trims that
+    throw new TokenizerError(
+      "continue_final_message: the chat template changes the last message, so its end cannot be found in the rendered text",
+    );
+  const kept = final.trimStart(); // includes trailing white space, unless the template trims it
   return rendered.slice(0, at + (rendered.startsWith(kept, at) ? kept.length : final.trim().length));
 }
 
@@ -120,7 +125,7 @@ function appended(message: Message, probe: string): Message {
 }
 
 function lossError({ role }: Message, index: number, what: string): TokenizerError {
-  return new TokenizerError(`the chat template leaves out message ${index}, of role ${JSON.stringify(role)}: ${what} would be lost`);
+  return new TokenizerError(`the chat template drops message ${index} (${role}): ${what} would be lost`);
 }
 
 function reason(cause: unknown): string {

@@ -1,5 +1,5 @@
 // The public tokenizer, with the names of transformers: text to ids, ids to text, conversations to prompts.
-// Knows nothing of models; reads only a local folder.
+// Knows nothing of models; reads only local folders.
 import { configuredTokens, namedSpecials, readConfig, roles, type Side, type TokenizerConfig } from "./config.ts";
 import type { Definition } from "./definition.ts";
 import { Detokenizer, type DetokenizerOptions } from "./detokenizer.ts";
@@ -11,63 +11,63 @@ import { ChatTemplate, type Message, openEnd } from "./template.ts";
 import { type Role, Vocabulary } from "./vocabulary.ts";
 
 export interface EncodeOptions {
-  /** Put the tokens around the text that the tokenizer declares (ERNIE declares none). Default true. */
+  /** Add the tokens that the tokenizer declares for the beginning and end of a text (ERNIE declares none). Default: true. */
   readonly add_special_tokens?: boolean;
-  /** Treat special tokens written in the text as plain text, so that a user can't inject them. Default false, as in transformers. */
+  /** Treat special tokens in the text as plain text, so that users cannot inject them. Default: tokenizer_config.json, else false. */
   readonly split_special_tokens?: boolean;
 }
 
 export interface CallOptions extends EncodeOptions {
-  /** `true` or "longest": to the longest text; "max_length": to `max_length`. Default false: rows keep their lengths. */
+  /** `true` or "longest": pad to the longest text; "max_length": pad to `max_length`. Default: false, rows keep their lengths. */
   readonly padding?: boolean | "longest" | "max_length" | "do_not_pad";
-  /** Default: `padding_side` of the tokenizer. */
+  /** Default: the tokenizer's `padding_side`. */
   readonly padding_side?: Side;
-  /** Cut texts to `max_length`. Default false, but true when `max_length` is given without padding, as in transformers. */
+  /** Truncate texts to `max_length`. Default: true if `max_length` is given without padding, as in transformers, else false. */
   readonly truncation?: boolean;
-  /** Default `model_max_length`. */
+  /** In tokens. Default: `model_max_length`. */
   readonly max_length?: number;
 }
 
-/** One row a text. */
+/** Encoded texts, one row per text. */
 export interface BatchEncoding {
   readonly input_ids: number[][];
-  /** 1 for a token of the text, 0 for padding. */
+  /** 1 for tokens of the text, 0 for padding. */
   readonly attention_mask: number[][];
 }
 
 export interface DecodeOptions {
-  /** Leave special tokens out. Default false. */
+  /** Leave special tokens out. Default: false. */
   readonly skip_special_tokens?: boolean;
-  /** Remove the space before punctuation. Default: as tokenizer_config.json says, false without it. */
+  /** Remove the space before punctuation. Default: tokenizer_config.json, else false. */
   readonly clean_up_tokenization_spaces?: boolean;
 }
 
 export interface ChatTemplateOptions extends CallOptions {
-  /** End with the beginning of an assistant's turn. Default false. */
+  /** End with the beginning of an assistant turn. Default: false. */
   readonly add_generation_prompt?: boolean;
-  /** Leave the last message open, so that the model goes on with it. Default false. */
+  /** Leave the last message open, so that the model continues it. Default: false. */
   readonly continue_final_message?: boolean;
-  /** Ids instead of text. Default true. */
+  /** Return ids instead of text. Default: true. */
   readonly tokenize?: boolean;
-  /** `{ input_ids, attention_mask }` with one row instead of plain ids. Default false. */
+  /** Return `{ input_ids, attention_mask }` with one row instead of plain ids. Default: false. */
   readonly return_dict?: boolean;
-  /** A template, or the name of one of the tokenizer's. Default: `tool_use` where there are tools and such a template, else `default`. */
+  /** A template, or the name of one of the tokenizer's templates. Default: `tool_use` if it exists and tools are given, else `default`. */
   readonly chat_template?: string;
   readonly tools?: readonly unknown[];
   readonly documents?: readonly unknown[];
-  /** Anything else is a variable for the template. */
+  /** Any other option becomes a variable of the template. */
   readonly [variable: string]: unknown;
 }
 
-/** The methods of a tokenizer. Made by `Tokenizer.open`. */
+/** The methods of a tokenizer. Created by `Tokenizer.open`. */
 export class PreTrainedTokenizer {
-  /** Sides and settings from tokenizer_config.json; `padding_side` and `truncation_side` may be changed. */
+  /** From tokenizer_config.json, like `truncation_side`; both may be changed. */
   padding_side: Side;
   truncation_side: Side;
-  /** Longest input that the model takes; Infinity where the files don't say. */
+  /** Maximum input length in tokens; Infinity if the files name none. */
   readonly model_max_length: number;
   readonly clean_up_tokenization_spaces: boolean;
-  /** For the detokenizer. */
+  /** Used by the detokenizer. */
   readonly vocabulary: Vocabulary;
   private readonly config: TokenizerConfig;
   private readonly templates = new Map<string, ChatTemplate>();
@@ -81,51 +81,51 @@ export class PreTrainedTokenizer {
     this.clean_up_tokenization_spaces = config.cleanUp;
   }
 
-  /** Ids of one text. Lone surrogates become U+FFFD. */
+  /** Encodes one text. Lone surrogates become U+FFFD. */
   encode(text: string, options: EncodeOptions = {}): number[] {
     const { add_special_tokens = true, split_special_tokens = this.config.splitSpecial } = options;
-    if (typeof text !== "string") throw new TokenizerError(`a text must be a string, and this is ${describe(text)}`);
+    if (typeof text !== "string") throw new TokenizerError(`the text must be a string, not ${describe(text)}`);
     const ids = this.vocabulary.encode(text, split_special_tokens);
     return add_special_tokens ? this.surround(ids) : ids;
   }
 
-  /** Tokens of one text, without special tokens around it. */
+  /** Splits one text into tokens, by default without beginning and end tokens. */
   tokenize(text: string, options: EncodeOptions = {}): string[] {
     return this.convert_ids_to_tokens(this.encode(text, { add_special_tokens: false, ...options }));
   }
 
-  /** Ids of one text or many: `tokenizer(text, options)` calls this. Throws `TokenizerError` for padding without a padding token. */
+  /** Encodes one or more texts; `tokenizer(text, options)` calls this. Throws `TokenizerError` if padding is needed without a padding token. */
   call(text: string | readonly string[], options: CallOptions = {}): BatchEncoding {
     const texts = typeof text === "string" ? [text] : text;
-    if (!Array.isArray(texts)) throw new TokenizerError(`a tokenizer takes a string or a list of strings, and this is ${describe(text)}`);
+    if (!Array.isArray(texts)) throw new TokenizerError(`a tokenizer takes a string or a list of strings, not ${describe(text)}`);
     const rows = texts.map((each) => this.encode(each, { ...options, add_special_tokens: false }));
     return this.batch(rows, options, options.add_special_tokens ?? true);
   }
 
-  /** The text of one sequence. Throws `TokenizerError` for an id that is not in the vocabulary. */
+  /** Decodes one sequence. Throws `TokenizerError` for an id that is not in the vocabulary. */
   decode(ids: ArrayLike<number>, options: DecodeOptions = {}): string {
     const detokenizer = this.detokenizer({ skip_special_tokens: false, ...options });
     return detokenizer.push(ids) + detokenizer.finish();
   }
 
-  /** The texts of many sequences. */
+  /** Decodes several sequences. */
   batch_decode(batch: readonly ArrayLike<number>[], options: DecodeOptions = {}): string[] {
     return batch.map((ids) => this.decode(ids, options));
   }
 
-  /** A streaming decoder for one sequence; leaves special tokens out by default. */
+  /** Creates a streaming decoder for one sequence; by default it leaves special tokens out. */
   detokenizer(options: DetokenizerOptions = {}): Detokenizer {
     return new Detokenizer(this, options);
   }
 
-  /** Throws `TokenizerError` for an id that is not in the vocabulary. */
+  /** The tokens of ids. Throws `TokenizerError` for an id that is not in the vocabulary. */
   convert_ids_to_tokens(id: number): string;
   convert_ids_to_tokens(ids: ArrayLike<number>): string[];
   convert_ids_to_tokens(ids: number | ArrayLike<number>): string | string[] {
     return typeof ids === "number" ? this.vocabulary.token(ids) : Array.from(ids, (id) => this.vocabulary.token(id));
   }
 
-  /** Ids of tokens; one that is not in the vocabulary becomes the unknown token, or null without one. */
+  /** The ids of tokens. A token that is not in the vocabulary gets the id of the unknown token, or null if there is none. */
   convert_tokens_to_ids(token: string): number | null;
   convert_tokens_to_ids(tokens: readonly string[]): (number | null)[];
   convert_tokens_to_ids(tokens: string | readonly string[]): number | null | (number | null)[] {
@@ -134,9 +134,9 @@ export class PreTrainedTokenizer {
   }
 
   /**
-   * Renders a conversation and encodes it without special tokens around it (the template writes its own).
-   * Throws `TokenizerError` when there is no chat template, when it fails, or when it would leave out what a message says.
-   * `split_special_tokens` keeps special tokens in the messages plain text; those of the template stay special.
+   * Renders a conversation and encodes it, by default without adding special tokens (the template writes its own).
+   * Throws `TokenizerError` if there is no chat template, if it fails, or if it would drop the content of a message.
+   * `split_special_tokens` treats special tokens in the messages as plain text; those in the template stay special.
    */
   apply_chat_template(messages: readonly Message[], options: ChatTemplateOptions & { readonly tokenize: false }): string;
   apply_chat_template(messages: readonly Message[], options: ChatTemplateOptions & { readonly return_dict: true }): BatchEncoding;
@@ -145,9 +145,9 @@ export class PreTrainedTokenizer {
     const { add_generation_prompt = false, continue_final_message = false, tokenize = true, return_dict = false, ...rest } = options;
     const { padding, padding_side, truncation, max_length, add_special_tokens = false, ...more } = rest;
     const { split_special_tokens = this.config.splitSpecial, chat_template, tools = null, documents = null, ...variables } = more;
-    if (!Array.isArray(messages)) throw new TokenizerError(`a conversation must be a list of messages, and this is ${describe(messages)}`);
+    if (!Array.isArray(messages)) throw new TokenizerError(`a conversation must be a list of messages, not ${describe(messages)}`);
     if (continue_final_message && add_generation_prompt)
-      throw new TokenizerError("continue_final_message and add_generation_prompt exclude each other");
+      throw new TokenizerError("continue_final_message and add_generation_prompt cannot be combined");
     const template = this.template(chat_template, tools !== null);
     const shield = tokenize && split_special_tokens ? unusedNoncharacter(messages) : null;
     const sent = shield === null ? messages : this.shielded(messages, shield);
@@ -159,12 +159,12 @@ export class PreTrainedTokenizer {
     return add_special_tokens ? this.surround(ids) : ids;
   }
 
-  /** Tokens of the model, without added ones outside it. */
+  /** Size of the model's own vocabulary, without added tokens outside it. */
   get vocab_size(): number {
     return this.vocabulary.size;
   }
 
-  /** Tokens in all. `tokenizer.length` is the same. */
+  /** Size of the vocabulary with added tokens; the same as `tokenizer.length`. */
   get size(): number {
     return this.vocabulary.fullSize;
   }
@@ -181,7 +181,7 @@ export class PreTrainedTokenizer {
     return { ...this.vocabulary.roles };
   }
 
-  /** The default chat template, or null. */
+  /** The default chat template, or null if there is none. */
   get chat_template(): string | null {
     return this.config.chatTemplates["default"] ?? null;
   }
@@ -257,7 +257,7 @@ export class PreTrainedTokenizer {
   private batch(rows: readonly number[][], options: CallOptions, surround: boolean): BatchEncoding {
     const { padding = false, padding_side = this.padding_side, max_length } = options;
     if (max_length !== undefined && (!Number.isSafeInteger(max_length) || max_length < 0))
-      throw new TokenizerError(`max_length must be a whole number from 0, and this is ${describe(max_length)}`);
+      throw new TokenizerError(`max_length must be a non-negative integer, not ${describe(max_length)}`);
     const padded = padding !== false && padding !== "do_not_pad";
     const limit = max_length ?? this.model_max_length;
     const around = surround ? this.vocabulary.prefix.length + this.vocabulary.suffix.length : 0;
@@ -270,10 +270,10 @@ export class PreTrainedTokenizer {
     });
     const width = !padded ? 0 : padding === "max_length" ? limit : input.reduce((longest, ids) => Math.max(longest, ids.length), 0);
     if (width === Number.POSITIVE_INFINITY)
-      throw new TokenizerError('padding "max_length" needs max_length: the tokenizer names no longest input');
+      throw new TokenizerError('padding "max_length" needs max_length, because the tokenizer sets no maximum length');
     const pad = this.pad_token_id;
     if (pad === null && input.some((ids) => ids.length < width))
-      throw new TokenizerError("padding needs a padding token, and the tokenizer has none");
+      throw new TokenizerError("padding needs a padding token, but the tokenizer has none");
     const filled = (ids: readonly number[], value: number, own: readonly number[]): number[] => {
       const fill = new Array<number>(Math.max(0, width - ids.length)).fill(value);
       return padding_side === "left" ? [...fill, ...own] : [...own, ...fill];
@@ -294,17 +294,17 @@ export class PreTrainedTokenizer {
     if (source === undefined)
       throw new TokenizerError(
         names.length === 0
-          ? "the tokenizer has no chat template: pass chat_template, or give plain text"
+          ? "the tokenizer has no chat template: pass chat_template, or use plain text"
           : `the tokenizer has no default chat template: pass chat_template as one of ${names.join(", ")}`,
       );
     const known = this.templates.get(source);
     if (known !== undefined) return known;
     const template = new ChatTemplate(source);
-    if (Object.values(chatTemplates).includes(source)) this.templates.set(source, template); // not every template that is passed in
+    if (Object.values(chatTemplates).includes(source)) this.templates.set(source, template); // a template passed by the caller is not cached
     return template;
   }
 
-  /** The messages with every special token in them broken by `shield`, a character that the encoder drops after looking for tokens. */
+  /** The messages with `shield` inserted into every special token; the encoder removes that character after matching added tokens. */
   private shielded(messages: readonly Message[], shield: string): Message[] {
     const breakable = this.all_special_tokens.map((token) => [token, String.fromCodePoint(token.codePointAt(0) ?? 0)] as const);
     const change = (value: unknown): unknown => {
@@ -317,25 +317,25 @@ export class PreTrainedTokenizer {
       let text = value;
       for (const [token, head] of breakable)
         if (token.length > head.length)
-          while (text.includes(token)) text = text.replaceAll(token, () => head + shield + token.slice(head.length)); // again for overlaps
+          while (text.includes(token)) text = text.replaceAll(token, () => head + shield + token.slice(head.length)); // repeat, since tokens may overlap
       return text;
     };
     return messages.map(change) as Message[];
   }
 }
 
-/** A tokenizer: call it, or use its methods. */
+/** A tokenizer. It can be called like a function, and has the methods of `PreTrainedTokenizer`. */
 export interface Tokenizer extends PreTrainedTokenizer {
-  /** `tokenizer(text)`: ids and attention mask, one row a text, also for a single one. */
+  /** Encodes one or more texts: ids and attention mask, one row per text, also for a single text. */
   (text: string | readonly string[], options?: CallOptions): BatchEncoding;
-  /** Tokens in all. */
+  /** Size of the vocabulary with added tokens. */
   readonly length: number;
 }
 
 export const Tokenizer = {
   /**
    * Reads a tokenizer from a local folder: tokenizer.json, else tokenizer.model, with tokenizer_config.json, special_tokens_map.json,
-   * added_tokens.json, chat_template.jinja and chat_template.json where present. Throws `TokenizerError` naming what is missing or broken.
+   * added_tokens.json, chat_template.jinja and chat_template.json if present. Throws `TokenizerError` that names what is missing or malformed.
    */
   async open(folder: string): Promise<Tokenizer> {
     const files = await readFolder(folder);
@@ -355,7 +355,7 @@ export const Tokenizer = {
     }
   },
 
-  /** Makes a tokenizer of pieces with scores. Throws `TokenizerError` for pieces that are none. */
+  /** Creates a tokenizer from pieces with scores. Throws `TokenizerError` for invalid pieces. */
   fromPieces(model: PieceModel): Tokenizer {
     const definition = readPieces(model);
     const config: TokenizerConfig = {
@@ -374,19 +374,19 @@ export const Tokenizer = {
   },
 };
 
-/** The tokenizer of a local folder as pieces, for formats that hold nothing else. Throws `TokenizerError` where that can't be. */
+/** Reads the tokenizer of a local folder as pieces, for formats that store only those. Throws `TokenizerError` if pieces cannot express it. */
 export async function readPieceModel(folder: string): Promise<PieceModel> {
   const [files, { toPieces }] = await Promise.all([readFolder(folder), import("./portable.ts")]);
   return toPieces(files);
 }
 
-/** Protobuf is loaded for those who need it: it takes longer to start than a small tokenizer.json takes to read. */
+/** Loads protobuf on demand: loading it takes longer than reading a small tokenizer.json. */
 async function readModel(bytes: Uint8Array, special: ReadonlySet<string>): Promise<Definition> {
   const { readSentencePiece } = await import("./sentencepiece.ts");
   return readSentencePiece(bytes, special);
 }
 
-/** A function with the tokenizer as its prototype, so that `tokenizer(text)` and `tokenizer.decode(ids)` are one object. */
+/** A function with the tokenizer as its prototype, so that `tokenizer(text)` and `tokenizer.decode(ids)` work on the same object. */
 function callable(tokenizer: PreTrainedTokenizer): Tokenizer {
   const call = (text: string | readonly string[], options?: CallOptions): BatchEncoding => self.call(text, options);
   Object.defineProperty(call, "length", { value: tokenizer.size });
@@ -394,14 +394,16 @@ function callable(tokenizer: PreTrainedTokenizer): Tokenizer {
   return self;
 }
 
-/** One of the 32 code points that Unicode keeps for uses like this. */
+/** A noncharacter, one of the 32 that Unicode reserves for internal use, that does not occur in the messages. */
 function unusedNoncharacter(messages: readonly Message[]): string {
   const text = JSON.stringify(messages) ?? "";
   for (let code = 0xfdd0; code <= 0xfdef; code++) {
     const character = String.fromCharCode(code);
     if (!text.includes(character)) return character;
   }
-  throw new TokenizerError("the messages hold every noncharacter from U+FDD0 to U+FDEF, so special tokens in them can't be kept apart");
+  throw new TokenizerError(
+    "the messages contain every noncharacter from U+FDD0 to U+FDEF, so their special tokens cannot be escaped: remove one of them",
+  );
 }
 
 function describe(value: unknown): string {

@@ -1,28 +1,28 @@
-// Tokens and ids of a tokenizer, its special tokens by role, and text to ids. Knows no batches, no chat, no files.
+// The vocabulary of a tokenizer: tokens and ids, special tokens by role, and encoding. Knows no batches, chat or files.
 import { type AddedToken, AddedTokens } from "./added.ts";
 import { tokenBytes } from "./bytes.ts";
 import { type DecoderConfig, decoderStep, type Step } from "./decoder.ts";
 import type { Definition } from "./definition.ts";
 import { TokenizerError } from "./error.ts";
 
-/** The named special tokens of transformers. */
+/** The roles of special tokens in transformers. */
 export const roleNames = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] as const;
 export type Role = (typeof roleNames)[number];
 
 export interface VocabularyOptions {
-  /** Tokens to add to the definition's; one with an id that is taken by the same text only changes how it matches. */
+  /** Tokens to add to the definition's. A token that exists already with the same id and text only changes how it is matched. */
   readonly added: readonly AddedToken[];
   readonly roles: Readonly<Partial<Record<Role, string>>>;
-  /** Ids to put around a sequence, where they differ from the definition's. */
+  /** Put the bos token before every sequence, in place of the definition's prefix; `addEos` likewise for eos and suffix. */
   readonly addBos: boolean;
   readonly addEos: boolean;
 }
 
 export class Vocabulary {
   readonly roles: Readonly<Partial<Record<Role, string>>>;
-  /** Tokens of the model itself. */
+  /** Size of the model's own vocabulary. */
   readonly size: number;
-  /** Tokens with the added ones. */
+  /** Size with added tokens. */
   readonly fullSize: number;
   readonly prefix: readonly number[];
   readonly suffix: readonly number[];
@@ -73,29 +73,29 @@ export class Vocabulary {
     this.addedIds = new Set(all.map(({ id }) => id));
   }
 
-  /** The id of a token, or undefined. */
+  /** The id of a token, or undefined if there is none. */
   id(token: string): number | undefined {
     return this.ids.get(token);
   }
 
-  /** The token of an id. Throws `TokenizerError` when there is none. */
+  /** The token of an id. Throws `TokenizerError` if there is none. */
   token(id: number): string {
     const token = Number.isInteger(id) ? this.tokens[id] : undefined;
     if (token === undefined)
       throw new TokenizerError(
         Number.isInteger(id)
           ? `token id ${id} is not in the vocabulary of ${this.fullSize} tokens`
-          : `a token id must be a whole number, and this is ${JSON.stringify(id)} (the vocabulary has ${this.fullSize} tokens)`,
+          : `a token id must be an integer, not ${JSON.stringify(id)} (the vocabulary has ${this.fullSize} tokens)`,
       );
     return token;
   }
 
-  /** Whether there is a token of this id. */
+  /** Whether there is a token with this id. */
   has(id: number): boolean {
     return this.tokens[id] !== undefined;
   }
 
-  /** The bytes that a token adds to a text, which need not be whole characters. Throws `TokenizerError` when there is no such id. */
+  /** The bytes that a token adds to a text; they may end inside a character. Throws `TokenizerError` if there is no such id. */
   bytes(id: number): Uint8Array {
     const token = this.token(id);
     return this.addedIds.has(id) ? new TextEncoder().encode(token) : this.toBytes(token);
@@ -113,11 +113,11 @@ export class Vocabulary {
     return [...this.specials.values()];
   }
 
-  /** Ids of a text, without tokens around it. `hidden` characters keep special tokens apart and vanish afterwards. */
+  /** Encodes a text, without beginning and end tokens. Occurrences of `hidden`, which break up special tokens, are removed after matching. */
   encode(text: string, splitSpecial: boolean, hidden: string | null = null): number[] {
     const { normalize, cut } = this.definition;
     const out: number[] = [];
-    // a lone surrogate is no character: it can't be written in UTF-8
+    // a lone surrogate is not a character and cannot be encoded in UTF-8
     const sections = this.raw.split(text.replace(/\p{Surrogate}/gu, "\ufffd"), splitSpecial);
     for (const [i, section] of sections.entries()) {
       if ("id" in section) {
@@ -135,7 +135,8 @@ export class Vocabulary {
 
   private known(token: string): number {
     const id = this.ids.get(token);
-    if (id === undefined) throw new TokenizerError(`token ${JSON.stringify(token)}, to be put around every text, is not in the vocabulary`);
+    if (id === undefined)
+      throw new TokenizerError(`token ${JSON.stringify(token)}, which is added to every text, is not in the vocabulary`);
     return id;
   }
 }

@@ -26,7 +26,7 @@ test("a hub id that is not in the cache, offline", async () => {
 
 test("no tokenizer", async () => {
   const model = tinyModel({ "tokenizer.json": null });
-  expect(await fault(["generate", "-m", model, "x"])).toBe(`no tokenizer in ${model}: neither tokenizer.json nor tokenizer.model is there`);
+  expect(await fault(["generate", "-m", model, "x"])).toBe(`no tokenizer in ${model}: it has neither tokenizer.json nor tokenizer.model`);
 });
 
 test("an empty prompt, as an argument, from a pipe, and as ids", async () => {

@@ -97,8 +97,8 @@ test("merges of one piece go from left to right, and unused pieces are taken apa
 
 test.each([
   ["a type that is not BPE", model([["<unk>", 0, 2]], 1), "tokenizer.model: a SentencePiece model of type unigram; only BPE is supported"],
-  ["no unknown piece", model([["a", 0, 1]]), "tokenizer.model: broken: no unknown piece"],
-  ["nothing", new Uint8Array(0), "tokenizer.model: not a SentencePiece model: no pieces in its 0 bytes"],
+  ["no unknown piece", model([["a", 0, 1]]), "tokenizer.model: malformed: it has no unknown piece"],
+  ["nothing", new Uint8Array(0), "tokenizer.model: not a SentencePiece model: its 0 bytes contain no pieces"],
   ["a cut file", readFileSync(join(fixtures, "nfkc.model")).subarray(0, 20_001), "tokenizer.model: not a SentencePiece model: "],
   ["text", new TextEncoder().encode("version https://git-lfs.github.com/spec/v1\n"), "tokenizer.model: not a SentencePiece model: "],
 ])("refuses %s in one line", async (_, bytes, message) => {

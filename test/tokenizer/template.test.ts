@@ -30,9 +30,9 @@ test("a template's ids get nothing put around them", async () => {
 });
 
 test.each([
-  [{ role: "tool", content: "42" }, 'the chat template leaves out message 1, of role "tool": what it says would be lost'],
-  [{ role: "tool", content: "hello" }, 'message 1, of role "tool"'], // what it says is in the text, but from another message
-  [{ role: "developer", content: [{ type: "text", text: "x" }] }, 'message 1, of role "developer"'],
+  [{ role: "tool", content: "42" }, "the chat template drops message 1 (tool): its content would be lost"],
+  [{ role: "tool", content: "hello" }, "message 1 (tool)"], // what it says is in the text, but from another message
+  [{ role: "developer", content: [{ type: "text", text: "x" }] }, "message 1 (developer)"],
   [{ role: "assistant", content: "", tool_calls: [{ function: { name: "f" } }] }, "its tool calls would be lost"],
 ])("refuses to lose %j", async (message, error) => {
   const tokenizer = await open();
@@ -64,7 +64,7 @@ test("lists of parts: joined for templates of strings, passed on to templates th
   expect(tokenizer.apply_chat_template([message], { tokenize: false, chat_template: walks })).toBe("[one][two]");
   const image = { role: "user", content: [{ type: "image_url", image_url: {} }] };
   expect(() => tokenizer.apply_chat_template([image])).toThrow(
-    'message 0 (user): the chat template takes text only, not parts of type "image_url"',
+    'message 0 (user): the chat template supports only text, not parts of type "image_url"',
   );
 });
 
@@ -83,7 +83,7 @@ test("continue_final_message leaves the last message open", async () => {
   const text = tokenizer.apply_chat_template(messages, { tokenize: false, continue_final_message: true });
   expect(text).toBe("<|begin_of_sentence|>User: hello\nAssistant: Once upon");
   expect(() => tokenizer.apply_chat_template(messages, { continue_final_message: true, add_generation_prompt: true })).toThrow(
-    "exclude each other",
+    "cannot be combined",
   );
 });
 

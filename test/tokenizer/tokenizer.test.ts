@@ -68,7 +68,7 @@ test("padding and truncation", async () => {
   expect(padded("bbbbbbb", { max_length: 2 }).input_ids[0]).toHaveLength(2);
   expect(padded("bbbbbbb", { max_length: 2, truncation: false }).input_ids[0]).toHaveLength(7);
   expect(() => tokenizer("a", { padding: "max_length" })).toThrow("needs max_length");
-  expect(() => tokenizer("a", { max_length: 1.5 })).toThrow("max_length must be a whole number from 0, and this is 1.5");
+  expect(() => tokenizer("a", { max_length: 1.5 })).toThrow("max_length must be a non-negative integer, not 1.5");
 });
 
 test("tokens around a text come from the post-processor, and truncation leaves room for them", async () => {
@@ -119,13 +119,13 @@ test.each([-1, 271, 1.5, Number.NaN, "1", undefined])("decode refuses the id %s"
 
 test("what is no text is refused", async () => {
   const tokenizer = await mini();
-  expect(() => tokenizer.encode(undefined as never)).toThrow("a text must be a string, and this is undefined");
-  expect(() => tokenizer(5 as never)).toThrow("a tokenizer takes a string or a list of strings, and this is 5");
-  expect(() => tokenizer.decode([[1]] as never)).toThrow("a token id must be a whole number");
+  expect(() => tokenizer.encode(undefined as never)).toThrow("the text must be a string, not undefined");
+  expect(() => tokenizer(5 as never)).toThrow("a tokenizer takes a string or a list of strings, not 5");
+  expect(() => tokenizer.decode([[1]] as never)).toThrow("a token id must be an integer");
 });
 
 test.each<[string, Record<string, unknown>, string]>([
-  ["no tokenizer", { "config.json": "{}" }, "neither tokenizer.json nor tokenizer.model is there"],
+  ["no tokenizer", { "config.json": "{}" }, "it has neither tokenizer.json nor tokenizer.model"],
   ["JSON cut off", { "tokenizer.json": '{"model": {\n "vocab": {"a"' }, "tokenizer.json: broken JSON: unexpected end at line 2, column 15"],
   ["a stray character", { "tokenizer.json": '{"a": 1,\n  x}' }, 'tokenizer.json: broken JSON: unexpected "x" at line 2, column 3'],
   ["a broken number", { "tokenizer.json": '{"a": -x}' }, 'unexpected "x" at line 1, column 8'],
@@ -141,7 +141,7 @@ test.each<[string, Record<string, unknown>, string]>([
     { "tokenizer.json": miniJson(), "tokenizer_config.json": "[]" },
     "tokenizer_config.json: not a JSON object",
   ],
-  ["no model", { "tokenizer.json": {} }, 'tokenizer.json: no "model" with a "vocab" in it'],
+  ["no model", { "tokenizer.json": {} }, 'tokenizer.json: it has no "model" with a "vocab"'],
   [
     "a merge of nothing",
     { "tokenizer.json": miniJson({ model: { type: "BPE", vocab: { a: 0 }, merges: ["a b"] } }) },

@@ -123,7 +123,7 @@ export const WORDS = {
   routing: { en: "Experts", zh: "专家" },
   routingTitle: { en: "Expert routing", zh: "哪些专家参与了回答" },
   routingExplained: {
-    en: "Rows are layers and columns are experts. The stronger the colour, the more tokens used that expert. Outlines mark the experts of the selected token.",
+    en: "Rows are layers, columns are experts. The stronger the colour, the more tokens used that expert. Outlines: the selected token's experts.",
     zh: "每行是一层，每列是一个专家。颜色越强，使用该专家的词元越多。描边表示所选词元的专家。",
   },
   routingEmpty: {

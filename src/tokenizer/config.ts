@@ -1,4 +1,4 @@
-// Settings and special tokens from tokenizer_config.json and its companions, which override the tokenizer's own. Knows no encoding.
+// Settings and special tokens from tokenizer_config.json and its companions, which override the tokenizer's own. Knows nothing of encoding.
 import type { AddedToken } from "./added.ts";
 import type { Definition } from "./definition.ts";
 import { TokenizerError } from "./error.ts";

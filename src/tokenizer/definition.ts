@@ -1,4 +1,4 @@
-// The common definition of a tokenizer, independent of the file it came from. Knows no file format, chat or batches.
+// The common definition of a tokenizer, independent of the file it came from. Knows nothing of file formats, chat or batches.
 import type { AddedToken } from "./added.ts";
 import type { DecoderConfig } from "./decoder.ts";
 

@@ -1,5 +1,5 @@
 // A vocabulary of pieces with scores and types, as in SentencePiece models and GGUF files, and its conversion into a definition
-// (`portable.ts` converts the other way). Knows no files.
+// (`portable.ts` converts the other way). Reads no files.
 import type { AddedToken } from "./added.ts";
 import { Bpe } from "./bpe.ts";
 import type { Definition } from "./definition.ts";

@@ -1,4 +1,4 @@
-// Finds stop strings in a streamed text and holds back any suffix that may become one. Knows no tokens.
+// Finds stop strings in a streamed text and holds back any suffix that may become one. Knows nothing of tokens.
 
 /** The result of pushing a piece of text. */
 export interface Watched {

@@ -1,4 +1,4 @@
-// The vocabulary of a tokenizer: tokens and ids, special tokens by role, and encoding. Knows no batches, chat or files.
+// The vocabulary of a tokenizer: tokens and ids, special tokens by role, and encoding. Knows nothing of batches, chat or files.
 import { type AddedToken, AddedTokens } from "./added.ts";
 import { tokenBytes } from "./bytes.ts";
 import { type DecoderConfig, decoderStep, type Step } from "./decoder.ts";

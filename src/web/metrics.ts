@@ -1,4 +1,4 @@
-/** Parses the Prometheus text format. Knows no metric by name. */
+/** Parses the Prometheus text format. Knows nothing of particular metrics. */
 
 export interface Sample {
   readonly labels: Readonly<Record<string, string>>;

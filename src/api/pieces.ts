@@ -1,10 +1,10 @@
 /** The tokenizer in a GGUF file: its key-values as pieces, and back. */
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { ggufFile } from "../checkpoint/archive.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
-import { type GgufHead, readGguf } from "../checkpoint/gguf.ts";
-import { type GgufEntry, generationOf } from "../checkpoint/metadata.ts";
+import { ggufFile } from "../checkpoint/gguf/archive.ts";
+import { type GgufHead, readGguf } from "../checkpoint/gguf/header.ts";
+import { type GgufEntry, generationOf } from "../checkpoint/gguf/metadata.ts";
 import { type PieceModel, pieceType } from "../tokenizer/pieces.ts";
 import { readPieceModel } from "../tokenizer/tokenizer.ts";
 import type { Role } from "../tokenizer/vocabulary.ts";

@@ -4,10 +4,10 @@ import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:
 import { availableParallelism } from "node:os";
 import { join, resolve } from "node:path";
 import { convertStored, randomMatrix } from "../backend/native.ts";
-import { ggufFile } from "../checkpoint/archive.ts";
 import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
 import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
+import { ggufFile } from "../checkpoint/gguf/archive.ts";
 import { locate } from "../checkpoint/names.ts";
 import { readTensor } from "../checkpoint/safetensors.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";

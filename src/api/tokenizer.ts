@@ -1,7 +1,7 @@
 /** `AutoTokenizer`: a tokenizer from a folder, a GGUF file, a hub id, or `default`. */
 import { readdir } from "node:fs/promises";
-import { ggufFile } from "../checkpoint/archive.ts";
-import { readGguf } from "../checkpoint/gguf.ts";
+import { ggufFile } from "../checkpoint/gguf/archive.ts";
+import { readGguf } from "../checkpoint/gguf/header.ts";
 import { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { type PretrainedOptions, resolvePretrained } from "./model.ts";
 import { piecesOf } from "./pieces.ts";

@@ -4,9 +4,9 @@
  */
 import { readdir, readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
-import { ggufFile, openArchive } from "./archive.ts";
 import { type BlockMatrix, readBlockMatrices } from "./blocks.ts";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
+import { ggufFile, openArchive } from "./gguf/archive.ts";
 import { readHeader, STORED_BITS, type StoredDtype, type TensorEntry } from "./safetensors.ts";
 
 export interface Checkpoint {

@@ -34,7 +34,7 @@ export function addKeys(program: Command): void {
 }
 
 async function create(file: string, flags: CreateFlags): Promise<void> {
-  const { createKey } = await import("../server/keys.ts");
+  const { createKey } = await import("../server/access/keys.ts");
   const { secret, key } = await createKey(file, {
     name: flags.name,
     expires: flags.expires ?? null,
@@ -47,7 +47,7 @@ async function create(file: string, flags: CreateFlags): Promise<void> {
 }
 
 async function list(file: string): Promise<void> {
-  const { readKeys, refusal } = await import("../server/keys.ts");
+  const { readKeys, refusal } = await import("../server/access/keys.ts");
   const rows = (await readKeys(file)).map((k) => [
     k.id,
     excerpt(k.name, 40),
@@ -69,7 +69,7 @@ async function list(file: string): Promise<void> {
 }
 
 async function revoke(file: string, idOrName: string): Promise<void> {
-  const { revokeKey } = await import("../server/keys.ts");
+  const { revokeKey } = await import("../server/access/keys.ts");
   for (const key of await revokeKey(file, idOrName)) process.stdout.write(`revoked ${key.id} of ${key.name}\n`);
 }
 

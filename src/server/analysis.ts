@@ -2,10 +2,10 @@
 import { kvCacheName } from "../api/load.ts";
 import type { RoutedLayer } from "../engine/engine.ts";
 import { measure } from "../model/size.ts";
-import { contextLength } from "./completion.ts";
+import { contextLength } from "./completion/complete.ts";
+import type { Caller, Prompt, ServedModel } from "./completion/request.ts";
+import type { Services } from "./context.ts";
 import { ServerError } from "./errors.ts";
-import type { Caller, Prompt, ServedModel } from "./served.ts";
-import type { Services } from "./services.ts";
 
 /** What a model is, in figures. */
 export function factsOf(model: ServedModel) {

@@ -6,15 +6,15 @@ import { openTokenizer } from "../api/tokenizer.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { kvBytesPerToken } from "../engine/engine.ts";
+import { Grammars } from "../grammar/grammars.ts";
+import { Turns } from "../grammar/turns.ts";
 import { readConfig } from "../model/config.ts";
 import { ernie } from "../model/ernie.ts";
 import { measure } from "../model/size.ts";
+import { Encoder } from "./completion/encoder.ts";
+import type { Catalog, ServedModel } from "./completion/request.ts";
 import type { ModelConfig } from "./config.ts";
-import { Encoder } from "./encoder.ts";
 import { ServerError } from "./errors.ts";
-import { Grammars } from "./grammar.ts";
-import type { Catalog, ServedModel } from "./served.ts";
-import { Turns } from "./turns.ts";
 
 export interface CatalogOptions {
   readonly idleUnloadSeconds: number;

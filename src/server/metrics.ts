@@ -1,9 +1,9 @@
 /** What operators watch, in Prometheus' text format. Names are those of deploy/grafana/mixtape.json. */
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import type { Engine } from "../engine/engine.ts";
+import type { ServedModel, Usage } from "./completion/request.ts";
+import type { Observer } from "./context.ts";
 import type { ErrorCode } from "./errors.ts";
-import type { ServedModel, Usage } from "./served.ts";
-import type { Observer } from "./services.ts";
 
 const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];

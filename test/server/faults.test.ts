@@ -6,7 +6,7 @@ import { connect } from "node:net";
 import { join } from "node:path";
 import fc from "fast-check";
 import { expect, onTestFinished, test } from "vitest";
-import { createKey } from "../../src/server/keys.ts";
+import { createKey } from "../../src/server/access/keys.ts";
 import { binary, temporary } from "../cli/run.ts";
 import { engineOf, post, startHere } from "./start.ts";
 

@@ -1,7 +1,7 @@
 // What tests of the server's parts share: a log that is kept, a key in a file.
 import { join } from "node:path";
 import type { DestinationStream } from "pino";
-import { type ApiKey, createKey, type KeyTerms } from "../../src/server/keys.ts";
+import { type ApiKey, createKey, type KeyTerms } from "../../src/server/access/keys.ts";
 import { temporary } from "../cli/run.ts";
 
 /** Log lines, kept in memory. */

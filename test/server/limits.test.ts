@@ -5,8 +5,8 @@ import { get } from "node:https";
 import { join } from "node:path";
 import OpenAI from "openai";
 import { expect, test } from "vitest";
+import { createKey, type KeyTerms, readKeys, revokeKey } from "../../src/server/access/keys.ts";
 import { checkServeConfig } from "../../src/server/config.ts";
-import { createKey, type KeyTerms, readKeys, revokeKey } from "../../src/server/keys.ts";
 import { temporary } from "../cli/run.ts";
 import { engineOf, post, startHere } from "./start.ts";
 

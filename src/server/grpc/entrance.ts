@@ -11,10 +11,10 @@ import {
   type UntypedHandleCall,
   type UntypedServiceImplementation,
 } from "@grpc/grpc-js";
+import { bearerToken } from "../access/gate.ts";
+import type { Caller } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
-import { bearerToken } from "../gate.ts";
 import { requestId } from "../logs.ts";
-import type { Caller } from "../served.ts";
 import type { CallReport } from "./calls.ts";
 import { failureOf } from "./status.ts";
 

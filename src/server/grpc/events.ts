@@ -1,5 +1,5 @@
 /** Events of an answer as messages of mixtape.proto. */
-import type { CompletionEvent, FinishReason, TokenRouting, Usage } from "../served.ts";
+import type { CompletionEvent, FinishReason, TokenRouting, Usage } from "../completion/request.ts";
 
 const REASONS: Readonly<Record<FinishReason, string>> = {
   stop: "FINISH_REASON_STOP",

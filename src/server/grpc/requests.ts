@@ -3,9 +3,10 @@
  * a field has one meaning. Knows no call.
  */
 import type { z } from "zod";
-import { parseBody } from "../body.ts";
+import type { CompletionRequest, Prompt, ServedModel } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
-import { type Finding, invalid } from "../replies.ts";
+import { parseBody } from "../http/body.ts";
+import { type Finding, invalid } from "../http/error.ts";
 import {
   ChatBody,
   CompletionBody,
@@ -16,8 +17,7 @@ import {
   messagesOf,
   promptsOf,
   RoutingBody,
-} from "../schemas.ts";
-import type { CompletionRequest, Prompt, ServedModel } from "../served.ts";
+} from "../http/openai/schema.ts";
 
 /** What the loader makes of messages: fields that are `optional`, in a oneof, or messages, are null or absent where they are not set. */
 export interface Options {

@@ -1,8 +1,8 @@
 /** The methods of mixtape.proto. Knows no connection and no key. */
 import type { UntypedServiceImplementation } from "@grpc/grpc-js";
 import { detokenize, embed, factsOf, route, tokenize } from "../analysis.ts";
-import type { CompletionRequest, ServedModel } from "../served.ts";
-import { answer, type Services, withModel } from "../services.ts";
+import type { CompletionRequest, ServedModel } from "../completion/request.ts";
+import { answer, type Services, withModel } from "../context.ts";
 import type { Calls, Context, StreamContext } from "./calls.ts";
 import { eventMessage, routingMessage } from "./events.ts";
 import {

@@ -1,7 +1,7 @@
 /** Failures as gRPC has them: a status, a sentence, and what a program wants to know of it in trailing metadata. */
 import { Metadata, status } from "@grpc/grpc-js";
 import { ERRORS, type ServerError } from "../errors.ts";
-import { serverError } from "../replies.ts";
+import { serverError } from "../http/error.ts";
 
 export interface Failure {
   readonly code: status;

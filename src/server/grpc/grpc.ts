@@ -1,0 +1,113 @@
+/**
+ * Serves proto/mixtape/v1/mixtape.proto over gRPC, with the standard health and reflection services, on the same models, keys
+ * and limits as HTTP. Puts the parts in grpc/ together; knows no method's content.
+ */
+import type { AddressInfo } from "node:net";
+import { fileURLToPath } from "node:url";
+import { Server, type ServiceDefinition } from "@grpc/grpc-js";
+import { loadSync } from "@grpc/proto-loader";
+import { ReflectionService } from "@grpc/reflection";
+import { HealthImplementation, protoPath } from "grpc-health-check";
+import type { Caller } from "../completion/request.ts";
+import type { Services } from "../context.ts";
+import type { KeyPair } from "../tls.ts";
+import { type CallReport, Calls } from "./calls.ts";
+import { Connections } from "./connections.ts";
+import { Entrance, lenient, strict } from "./entrance.ts";
+import { mixtapeService } from "./service.ts";
+
+/** The same from src/ and from dist/. */
+const PROTO = fileURLToPath(new URL("../../../proto/mixtape/v1/mixtape.proto", import.meta.url));
+const SERVICE = "mixtape.v1.Mixtape";
+/** For the last statuses to leave. */
+const FLUSH_MS = 250;
+
+export interface GrpcLimits {
+  /** Bytes of a message from a client. */
+  readonly maxMessageBytes: number;
+  /** Nesting of JSON in fields of messages. */
+  readonly maxJsonDepth: number;
+  /** Calls at once on one connection. */
+  readonly maxConcurrentStreams: number;
+  readonly maxConnections: number;
+  /** For a request to arrive whole. */
+  readonly requestTimeoutSeconds: number;
+  /** How long a connection may have no call. */
+  readonly idleTimeoutSeconds: number;
+  /** How long a client may take nothing of a waiting answer. */
+  readonly stallTimeoutSeconds: number;
+}
+
+export interface GrpcOptions {
+  readonly host: string;
+  /** 0: any free one. */
+  readonly port: number;
+  /** Null: plain text. */
+  readonly tls: KeyPair | null;
+  readonly services: Services;
+  /** Throws ServerError `invalid_api_key`. */
+  readonly authenticate: (secret: string | null) => Caller;
+  /** Waits for a place. Throws ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
+  readonly enter: (caller: Caller, signal: AbortSignal) => Promise<{ leave(): void }>;
+  readonly limits: GrpcLimits;
+  /** Told of every call of our own service, those that are refused too. */
+  readonly onEnd: (report: CallReport) => void;
+  readonly onFlood: () => void;
+}
+
+export interface Grpc {
+  readonly address: AddressInfo;
+  /** The health service says SERVING from now on, until `close`. */
+  ready(): void;
+  /** Presents this certificate to those that connect from now on. */
+  renew(tls: KeyPair): void;
+  /** Says NOT_SERVING, lets calls under way end, then closes. Resolves with how many were cut off. */
+  close(drainMs: number): Promise<number>;
+}
+
+/** Rejects where the address can't be listened on. */
+export async function startGrpc(options: GrpcOptions): Promise<Grpc> {
+  const { services, authenticate, enter, limits, onEnd, onFlood } = options;
+  const definition = loadSync([PROTO, protoPath], { keepCase: true, longs: String, enums: String, defaults: true, oneofs: true });
+  const entrance = new Entrance({ guarded: `/${SERVICE}/`, authenticate, arrivalMs: limits.requestTimeoutSeconds * 1000, onEnd });
+  const calls = new Calls({ entrance, enter, stallMs: limits.stallTimeoutSeconds * 1000, onEnd });
+  const server = new Server({
+    "grpc.max_receive_message_length": limits.maxMessageBytes,
+    "grpc.max_concurrent_streams": limits.maxConcurrentStreams,
+    "grpc.max_connection_idle_ms": limits.idleTimeoutSeconds * 1000,
+    // Connections whose other end has vanished are found out by pings that nobody answers.
+    "grpc.keepalive_time_ms": 60_000,
+    "grpc.keepalive_timeout_ms": 20_000,
+    "grpc.enable_channelz": 0,
+    interceptors: [entrance.interceptor],
+  });
+  server.addService(lenient(definition[SERVICE] as ServiceDefinition), mixtapeService(calls, services, limits.maxJsonDepth));
+  const health = new HealthImplementation({ "": "NOT_SERVING", [SERVICE]: "NOT_SERVING" });
+  const tell = (status: "SERVING" | "NOT_SERVING") => {
+    for (const name of ["", SERVICE]) health.setStatus(name, status);
+  };
+  health.addToServer(strict(server));
+  new ReflectionService(definition).addToServer(strict(server));
+  const { host, port, tls } = options;
+  const connections = await Connections.listen(server, {
+    host,
+    port,
+    tls,
+    maxConnections: limits.maxConnections,
+    messages: () => calls.messages,
+    onFlood,
+  });
+  return {
+    address: connections.address,
+    ready: () => tell("SERVING"),
+    renew: (pair) => connections.renew(pair),
+    async close(drainMs) {
+      tell("NOT_SERVING");
+      connections.refuse();
+      const cut = await calls.drain(drainMs);
+      await connections.close(FLUSH_MS);
+      server.forceShutdown();
+      return cut;
+    },
+  };
+}

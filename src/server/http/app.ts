@@ -1,0 +1,248 @@
+/** HTTP itself: timeouts, sizes, headers, ids, errors and logs, the same for every route. Knows no route's content. */
+import { type IncomingMessage, STATUS_CODES } from "node:http";
+import type { Socket } from "node:net";
+import cors from "@fastify/cors";
+import helmet from "@fastify/helmet";
+import swagger from "@fastify/swagger";
+import swaggerUi from "@fastify/swagger-ui";
+import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest, LogController } from "fastify";
+import { jsonSchemaTransform, serializerCompiler, validatorCompiler } from "fastify-type-provider-zod";
+import { Turns } from "../../grammar/turns.ts";
+import { bearerToken, type Gate } from "../access/gate.ts";
+import type { Caller } from "../completion/request.ts";
+import { isLoopback, type ServeConfig } from "../config.ts";
+import { ERRORS, ServerError } from "../errors.ts";
+import { type Logger, requestId } from "../logs.ts";
+import type { Metrics } from "../metrics.ts";
+import type { Certificate } from "../tls.ts";
+import { parseBody } from "./body.ts";
+import { errorBody } from "./error.ts";
+import type { Responses } from "./inflight.ts";
+
+declare module "fastify" {
+  interface FastifyRequest {
+    /** Who asks. Set before the handlers of routes inside `guard`. */
+    caller: Caller;
+  }
+}
+
+export interface HttpParts {
+  readonly config: ServeConfig;
+  readonly log: Logger;
+  readonly metrics: Metrics;
+  readonly responses: Responses;
+  readonly certificate: Certificate | null;
+  readonly version: string;
+}
+
+/** A Fastify instance with everything but routes. */
+export async function createHttp({ config, log, metrics, responses, certificate, version }: HttpParts): Promise<FastifyInstance> {
+  const http = {
+    maxHeaderSize: config.maxHeaderBytes,
+    headersTimeout: Math.min(config.headersTimeoutSeconds, config.requestTimeoutSeconds) * 1000,
+    // Requests that do not arrive in time are looked for as often as matters to that time.
+    connectionsCheckingInterval: Math.min(1000, config.requestTimeoutSeconds * 500),
+  };
+  const app = Fastify({
+    loggerInstance: log,
+    logController: new LogController({ disableRequestLogging: true }), // the hooks below do it, without what is private
+    genReqId: (request: IncomingMessage) => requestId(request.headers["x-request-id"]),
+    bodyLimit: config.maxBodyBytes,
+    requestTimeout: config.requestTimeoutSeconds * 1000,
+    keepAliveTimeout: config.keepAliveTimeoutSeconds * 1000,
+    trustProxy: config.trustProxy,
+    forceCloseConnections: "idle",
+    return503OnClosing: false, // the drain has its own answer, in our shape
+    clientErrorHandler: answerBroken,
+    frameworkErrors: answer,
+    ...(certificate ? { https: { ...http, ...certificate.current, minVersion: "TLSv1.2" } } : { http }),
+  } as Parameters<typeof Fastify>[0]) as unknown as FastifyInstance;
+  app.server.maxConnections = config.maxConnections;
+  app.setValidatorCompiler(validatorCompiler);
+  app.setSerializerCompiler(serializerCompiler);
+  app.removeAllContentTypeParsers();
+  app.addContentTypeParser("application/json", { parseAs: "buffer" }, async (_request: FastifyRequest, bytes: Buffer) =>
+    parseBody(bytes, config.maxJsonDepth),
+  );
+  app.setErrorHandler(answer);
+  app.decorateRequest("caller");
+
+  const knownHosts = config.keys === undefined && isLoopback(config.host) ? config.allowedHosts : null;
+  app.addHook("onRequest", async (request, reply) => {
+    responses.add(reply.raw);
+    reply.header("x-request-id", request.id);
+    if (knownHosts) checkHost(request, knownHosts);
+  });
+  app.addHook("onResponse", async (request, reply) => {
+    const route = request.routeOptions.url ?? "unknown";
+    metrics.request(route, reply.statusCode, reply.elapsedTime / 1000);
+    const what = { req: request, res: reply, ms: Math.round(reply.elapsedTime), caller: request.caller?.id, ip: request.ip };
+    request.log[route === "/health" || route === "/ready" || route === "/metrics" ? "debug" : "info"](what, "answered");
+  });
+  if (config.logContent)
+    app.addHook("preHandler", async (request) => {
+      if (request.body !== undefined) request.log.info({ body: request.body }, "asked");
+    });
+
+  await app.register(helmet, {
+    // Nothing from elsewhere, no inline scripts: text that a model wrote can't run in the page.
+    contentSecurityPolicy: {
+      useDefaults: false,
+      directives: {
+        "default-src": ["'none'"],
+        "script-src": ["'self'"],
+        "style-src": ["'self'"],
+        "img-src": ["'self'", "data:"],
+        "font-src": ["'self'"],
+        "connect-src": ["'self'"],
+        "manifest-src": ["'self'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+        "frame-ancestors": ["'none'"],
+      },
+    },
+    strictTransportSecurity: certificate ? { maxAge: 31_536_000 } : false,
+    referrerPolicy: { policy: "no-referrer" },
+    xFrameOptions: { action: "deny" },
+  });
+  if (config.corsOrigins.length > 0)
+    await app.register(cors, {
+      origin: config.corsOrigins,
+      exposedHeaders: ["x-request-id", "retry-after", "x-ratelimit-remaining-requests", "x-ratelimit-remaining-tokens"],
+      maxAge: 600,
+    });
+  if (config.docs) {
+    await app.register(swagger, {
+      openapi: {
+        openapi: "3.1.0",
+        info: { title: "mixtape", version, description: "Language models behind OpenAI's API." },
+        components: { securitySchemes: { key: { type: "http", scheme: "bearer" } } },
+        ...(config.keys === undefined ? {} : { security: [{ key: [] }] }),
+      },
+      transform: jsonSchemaTransform,
+    });
+    const ownScripts =
+      "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:";
+    await app.register(swaggerUi, {
+      routePrefix: "/docs",
+      staticCSP: `${ownScripts}; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`,
+    });
+  }
+  answerUnknownRoutes(app);
+  return app;
+}
+
+/** Lets only those into the routes of `scope` who may use them. Runs before bodies are read; requests that compute need a place. */
+export function guard(scope: FastifyInstance, gate: Gate, metrics: Metrics): void {
+  const turns = new Turns();
+  scope.addHook("onRequest", async (request, reply) => {
+    if (request.method === "POST") await turns.next(); // hundreds that come at once do not hold the event loop
+    request.caller = gate.authenticate(bearerToken(request.headers.authorization));
+    if (request.method !== "POST") return;
+    const gone = new AbortController();
+    const leave = () => gone.abort(new ServerError("timeout", "the client has left"));
+    reply.raw.once("close", leave);
+    try {
+      const place = await gate.enter(request.caller, gone.signal);
+      reply.raw.once("close", place.leave);
+      if (reply.raw.closed || reply.raw.destroyed) place.leave();
+      metrics.queued(place.queuedSeconds);
+    } catch (error) {
+      metrics.refused(error instanceof ServerError ? error.code : "internal");
+      throw error;
+    } finally {
+      reply.raw.off("close", leave);
+      reply.headers(rateHeaders(gate, request.caller));
+    }
+  });
+}
+
+/** OpenAI's headers on what a key has left. */
+function rateHeaders(gate: Gate, caller: Caller): Record<string, string> {
+  const headers: Record<string, string> = {};
+  for (const [name, left] of Object.entries(gate.allowance(caller) ?? {})) {
+    if (!left) continue;
+    headers[`x-ratelimit-limit-${name}`] = String(left.limit);
+    headers[`x-ratelimit-remaining-${name}`] = String(left.remaining);
+    headers[`x-ratelimit-reset-${name}`] = duration(left.resetSeconds);
+  }
+  return headers;
+}
+
+/** Seconds as OpenAI writes them: `120ms`, `6m0s`, `1h2m3s`. */
+function duration(seconds: number): string {
+  if (seconds < 1) return `${Math.ceil(seconds * 1000)}ms`;
+  const whole = Math.ceil(seconds);
+  const [h, m, s] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  return `${h ? `${h}h` : ""}${h || m ? `${m}m` : ""}${s}s`;
+}
+
+/** A page elsewhere can point its own name at this machine; its requests still carry that name. */
+function checkHost(request: FastifyRequest, allowed: readonly string[]): void {
+  // Not what a proxy says of it, which a page can say too.
+  const name = (request.headers.host ?? "").replace(/:\d+$/, "");
+  if (isLoopback(name) || allowed.includes(name)) return;
+  throw new ServerError(
+    "invalid_request",
+    "this server has no keys and answers to localhost only; add the name in the header Host to allowedHosts",
+    {
+      param: "Host",
+    },
+  );
+}
+
+function answer(error: unknown, request: FastifyRequest, reply: FastifyReply): void {
+  const { status, body, headers, code } = errorBody(error);
+  if (status >= 500) request.log.error({ err: error }, "a request failed");
+  // The texts of refusals may repeat what the user sent.
+  else request.log.debug({ code, param: body.error.param }, "a request was refused");
+  if (reply.raw.headersSent) {
+    reply.raw.destroy(); // an answer that is under way can't become an error any more; its reader sees that it broke off
+    return;
+  }
+  // Fastify would close the connection under a client that still sends its body, which then sees a reset and not the answer.
+  // What comes is thrown away instead, until the time for a request is over.
+  if (status < 500) reply.removeHeader("connection");
+  void reply.code(status).headers(headers).type("application/json; charset=utf-8").serializer(JSON.stringify).send(body);
+}
+
+/** Answers paths that are not there, and methods that a path does not have. */
+function answerUnknownRoutes(app: FastifyInstance): void {
+  const methods = new Map<string, { readonly pattern: RegExp; readonly allowed: Set<string> }>();
+  app.addHook("onRoute", ({ url, method }) => {
+    const pattern = new RegExp(
+      `^${url
+        .split(/:\w+/)
+        .map((part) => part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"))
+        .join("[^/]+")}/?$`,
+    );
+    const route = methods.get(url) ?? { pattern, allowed: new Set<string>() };
+    for (const each of [method].flat()) route.allowed.add(each);
+    methods.set(url, route);
+  });
+  app.setNotFoundHandler((request, reply) => {
+    const path = request.url.split("?", 1)[0];
+    const allowed = [...methods.values()].filter((route) => route.pattern.test(path)).flatMap((route) => [...route.allowed]);
+    if (allowed.length === 0) throw new ServerError("not_found", `there is no ${path.length > 200 ? `${path.slice(0, 200)}…` : path}`);
+    reply.header("allow", allowed.join(", "));
+    throw new ServerError("method_not_allowed", `${path} takes ${allowed.join(", ")}, not ${request.method}`);
+  });
+}
+
+/** What Node could not read as a request has no route and no reply: it is answered on the socket. */
+function answerBroken(error: Error & { code?: string }, socket: Socket): void {
+  if (error.code === "ECONNRESET" || socket.destroyed || !socket.writable) {
+    socket.destroy();
+    return;
+  }
+  const [status, message] =
+    error.code === "HPE_HEADER_OVERFLOW"
+      ? [431, "the headers are too large"]
+      : error.code === "ERR_HTTP_REQUEST_TIMEOUT"
+        ? [408, "the request did not come in time"]
+        : [400, "this is not an HTTP request"];
+  const body = JSON.stringify({ error: { message, type: ERRORS.invalid_request.type, param: null, code: "invalid_request" } });
+  socket.end(
+    `HTTP/1.1 ${status} ${STATUS_CODES[status]}\r\ncontent-type: application/json; charset=utf-8\r\ncontent-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`,
+  );
+}

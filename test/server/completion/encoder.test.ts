@@ -1,0 +1,118 @@
+/** Long texts are encoded and decoded in a thread of their own, to the same ids, and the event loop goes on meanwhile. */
+import { monitorEventLoopDelay } from "node:perf_hooks";
+import { setTimeout as sleep } from "node:timers/promises";
+import { expect, onTestFinished, test } from "vitest";
+import { AutoTokenizer } from "../../../src/api/tokenizer.ts";
+import { promptOf } from "../../../src/chat/prompt.ts";
+import { Turns } from "../../../src/grammar/turns.ts";
+import { Encoder } from "../../../src/server/completion/encoder.ts";
+import type { Prompt } from "../../../src/server/completion/request.ts";
+
+const SOURCE = new URL("../../../models/small-moe/", import.meta.url).pathname;
+const tokenizer = await AutoTokenizer.from_pretrained(SOURCE);
+
+function encoder(source = SOURCE): Encoder {
+  const made = new Encoder(source, tokenizer);
+  onTestFinished(() => made.close());
+  return made;
+}
+
+const chat = (content: string, more: Partial<Prompt & { kind: "chat" }> = {}): Prompt => ({
+  kind: "chat",
+  messages: [{ role: "user", content }],
+  tools: [],
+  toolChoice: "none",
+  oneToolCall: false,
+  templateVariables: {},
+  ...more,
+});
+const LONG = "The train leaves at nine. 今天天气很好。<|end_of_sentence|> ".repeat(2000);
+
+test.each<[string, Prompt]>([
+  ["a text", { kind: "text", text: LONG }],
+  ["a conversation", chat(LONG)],
+  ["tools that are long", chat("Hi", { tools: [{ name: "f", description: LONG }], toolChoice: "auto" })],
+])("%s: the same ids as in place", async (_name, prompt) => {
+  expect(await encoder().encode(prompt)).toEqual(promptOf(tokenizer, prompt));
+});
+
+test("long lists of ids become the same text as in place", async () => {
+  const ids = tokenizer.encode(LONG);
+  expect(ids.length).toBeGreaterThan(8192);
+  expect(await encoder().decode(ids, false)).toBe(tokenizer.decode(ids));
+  expect(await encoder().decode(ids, true)).toBe(tokenizer.decode(ids, { skip_special_tokens: true }));
+});
+
+test("what the template refuses is the user's error, long or short", async () => {
+  for (const content of ["x", LONG]) {
+    const refused = encoder().encode(chat(content, { messages: [{ role: "nobody" as "user", content }] }));
+    await expect(refused).rejects.toMatchObject({ code: "invalid_request", param: "messages" });
+  }
+});
+
+test("millions of characters do not hold the event loop", async () => {
+  const e = encoder();
+  await e.encode(chat(LONG)); // the thread is there
+  const text = "The train leaves the station at nine. ".repeat(60_000);
+  const delay = monitorEventLoopDelay({ resolution: 1 });
+  delay.enable();
+  const { tokens } = await e.encode({ kind: "text", text });
+  await sleep(5);
+  delay.disable();
+  expect(tokens.length).toBeGreaterThan(400_000);
+  const start = performance.now();
+  promptOf(tokenizer, { kind: "text", text });
+  expect(delay.max / 1e6).toBeLessThan((performance.now() - start) / 4); // in place it is all of it
+});
+
+test("a client that left is not encoded for; others are", async () => {
+  const e = encoder();
+  const gone = new AbortController();
+  const first = e.encode(chat(LONG));
+  const left = e.encode(chat(LONG), gone.signal);
+  const other = chat(`${LONG} Another one.`);
+  const last = e.encode(other);
+  gone.abort(new Error("gone"));
+  await expect(left).rejects.toThrow("gone");
+  expect(await first).toEqual(promptOf(tokenizer, chat(LONG)));
+  expect(await last).toEqual(promptOf(tokenizer, other));
+});
+
+test("a thread that cannot start fails its requests, and says why; one that was ended starts again", async () => {
+  await expect(encoder("/no/such/folder").encode(chat(LONG))).rejects.toThrow("/no/such/folder");
+  const e = encoder();
+  await e.encode(chat(LONG));
+  const waiting = e.encode(chat(LONG));
+  await Promise.all([expect(waiting).rejects.toThrow("unloaded"), e.close()]);
+  expect((await e.encode(chat(LONG))).tokens.length).toBeGreaterThan(1000);
+});
+
+test("a crowd comes in one by one, each in a turn of the event loop of its own", async () => {
+  const turns = new Turns();
+  let turn = 0;
+  const tick = () => {
+    if (++turn < 100) setImmediate(tick);
+  };
+  setImmediate(tick);
+  const seen = await Promise.all(Array.from({ length: 5 }, () => turns.next().then(() => turn)));
+  expect(seen).toEqual([0, 1, 2, 3, 4].map((i) => seen[0] + i));
+});
+
+test("short work is done in order, and in between everything else has its turn", async () => {
+  const turns = new Turns();
+  const order: number[] = [];
+  let timers = 0;
+  const timer = setInterval(() => timers++, 1);
+  const busy = (i: number) => {
+    const until = performance.now() + 3;
+    while (performance.now() < until);
+    order.push(i);
+    if (i === 7) throw new Error("seven");
+    return i;
+  };
+  const done = await Promise.allSettled(Array.from({ length: 20 }, (_, i) => turns.take(() => busy(i))));
+  clearInterval(timer);
+  expect(order).toEqual(done.map((_, i) => i));
+  expect(done.map(({ status }) => status).indexOf("rejected")).toBe(7);
+  expect(timers).toBeGreaterThan(5);
+});

@@ -1,59 +1,87 @@
-/** From what is asked to the ids that the engine goes on from: renders and encodes. Knows no engine and no protocol. */
-
-import type { Prompt } from "../server/completion/request.ts";
-import { ServerError } from "../server/errors.ts";
+/** From a prompt to the token ids that the engine continues: renders the conversation and encodes. Knows no engine and no protocol. */
 import { TokenizerError } from "../tokenizer/error.ts";
+import type { Message } from "../tokenizer/template.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
-import { dialectOf, TAGS } from "./dialect.ts";
-import { describe, withArguments, withoutTools } from "./tools.ts";
+import { dialectOf, endsInReasoning } from "./dialect.ts";
+import { describe, type Tool, withArguments, withoutTools } from "./tools.ts";
 
-/** What the engine is to go on with, and how its answer begins. */
+/** `auto`: the model decides; `required`: it must call a tool; a name: it must call that tool. */
+export type ToolChoice = "auto" | "none" | "required" | { readonly name: string };
+
+export interface Conversation {
+  readonly kind: "chat";
+  readonly messages: readonly Message[];
+  readonly tools: readonly Tool[];
+  readonly toolChoice: ToolChoice;
+  /** At most one tool call; false lets the model decide how many it makes at once. */
+  readonly oneToolCall: boolean;
+  /** Extra variables for the chat template. */
+  readonly templateVariables: Readonly<Record<string, unknown>>;
+}
+
+export type Prompt =
+  /** `specialTokens`: add the special tokens that the tokenizer declares. Default true. */
+  | { readonly kind: "text"; readonly text: string; readonly specialTokens?: boolean }
+  | { readonly kind: "tokens"; readonly tokens: readonly number[] }
+  | Conversation;
+
 export interface EncodedPrompt {
   readonly tokens: readonly number[];
-  /** It ends inside the model's reasoning. */
+  /** The prompt ends inside the model's reasoning. */
   readonly insideReasoning: boolean;
 }
 
-/** The ids of a prompt. Throws ServerError `invalid_request` for what the tokenizer or the chat template refuses. */
-export function promptOf(tokenizer: Tokenizer, prompt: Prompt): EncodedPrompt {
+/** A prompt that the tokenizer or the chat template refuses. */
+export class PromptError extends RangeError {
+  /** The field that holds it: `prompt` or `messages`. */
+  readonly param: string;
+
+  constructor(param: string, what: string, options?: ErrorOptions) {
+    super(what, options);
+    this.name = "PromptError";
+    this.param = param;
+  }
+}
+
+/** The ids of a prompt. Throws PromptError for what the tokenizer or the chat template refuses. */
+export function encodePrompt(tokenizer: Tokenizer, prompt: Prompt): EncodedPrompt {
   switch (prompt.kind) {
     case "tokens":
       return { tokens: prompt.tokens, insideReasoning: false };
     case "text": {
       const options = { add_special_tokens: prompt.specialTokens ?? true };
-      return { tokens: refusing("prompt", () => tokenizer.encode(prompt.text, options)), insideReasoning: false };
+      return { tokens: naming("prompt", () => tokenizer.encode(prompt.text, options)), insideReasoning: false };
     }
     case "chat": {
-      const dialect = dialectOf(tokenizer);
+      const { takesTools } = dialectOf(tokenizer);
       const tools = prompt.toolChoice === "none" ? [] : prompt.tools;
-      const messages = dialect.takesTools ? withArguments(prompt.messages) : withoutTools(prompt.messages, tools);
-      const tokens = refusing("messages", () =>
+      const messages = takesTools ? withArguments(prompt.messages) : withoutTools(prompt.messages, tools);
+      const tokens = naming("messages", () =>
         tokenizer.apply_chat_template(messages, {
           ...prompt.templateVariables,
-          ...(dialect.takesTools && tools.length > 0 ? { tools: describe(tools) } : {}),
+          ...(takesTools && tools.length > 0 ? { tools: describe(tools) } : {}),
           add_generation_prompt: true,
-          // Variables are the template's alone: they change neither it nor what is made of its text. What a user writes is text,
-          // never a special token.
+          // Variables reach the template only: they cannot replace it or change how its text is encoded. What a user writes is
+          // text, never a special token.
           chat_template: undefined,
           tokenize: true,
           return_dict: false,
           split_special_tokens: true,
         }),
       );
-      const opened = new RegExp(`${TAGS.think[0]}\\s*$`).test(tokenizer.decode(tokens.slice(-16)));
-      return { tokens, insideReasoning: dialect.thinks && opened };
+      return { tokens, insideReasoning: endsInReasoning(tokenizer, tokens) };
     }
     default:
       return prompt satisfies never;
   }
 }
 
-/** Says of a text that can't be encoded which field it came in. */
-function refusing(param: string, encode: () => number[]): number[] {
+/** Runs `encode`; its tokenizer errors become errors that name the field. */
+function naming(param: string, encode: () => number[]): number[] {
   try {
     return encode();
   } catch (cause) {
-    if (cause instanceof TokenizerError) throw new ServerError("invalid_request", cause.message, { cause, param });
+    if (cause instanceof TokenizerError) throw new PromptError(param, cause.message, { cause });
     throw cause;
   }
 }

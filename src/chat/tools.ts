@@ -1,21 +1,25 @@
 /**
- * Conversations with tools for chat templates that know none, as the published `-PT` ones: the tools are described in the
- * system message in the words that ERNIE-4.5's thinking models are trained on, calls stand in `<tool_call>` tags, and results
- * come as a user's message. Templates that read `tools` get the conversation as it is.
+ * Conversations with tools for chat templates that know none, like those of the published `-PT` models: the system message
+ * describes the tools in the words that ERNIE-4.5's thinking models are trained on, calls stand in `<tool_call>` tags, and
+ * results come as user messages. Templates that read `tools` get the conversation unchanged.
  */
-
-import type { ToolDefinition } from "../server/completion/request.ts";
+import type { Callable } from "../grammar/grammars.ts";
 import type { Message } from "../tokenizer/template.ts";
 
-/** The tools in the form in which templates and models expect them. */
-export function describe(tools: readonly ToolDefinition[]): object[] {
+/** A function that the model may call, as in OpenAI's `tools`. */
+export interface Tool extends Callable {
+  readonly description?: string;
+}
+
+/** The tools in the form that templates and models expect. */
+export function describe(tools: readonly Tool[]): object[] {
   return tools.map(({ name, description, parameters }) => ({
     type: "function",
     function: { name, ...(description !== undefined ? { description } : {}), ...(parameters ? { parameters } : {}) },
   }));
 }
 
-/** The messages with the arguments of calls as values: clients send them as text, templates write them as JSON themselves. */
+/** The messages with the arguments of calls as values: clients send JSON text, templates serialize values themselves. */
 export function withArguments(messages: readonly Message[]): Message[] {
   return messages.map((message): Message => {
     const calls = message["tool_calls"];
@@ -30,8 +34,8 @@ export function withArguments(messages: readonly Message[]): Message[] {
   });
 }
 
-/** The messages without anything that such a template would drop. */
-export function withoutTools(messages: readonly Message[], tools: readonly ToolDefinition[]): Message[] {
+/** The messages with tools, calls and results written as plain text, which such a template would otherwise drop. */
+export function withoutTools(messages: readonly Message[], tools: readonly Tool[]): Message[] {
   const plain = messages.map((message): Message => {
     if (message.role === "tool") return { role: "user", content: `<tool_output>\n${textOf(message.content)}\n</tool_output>` };
     const calls = message["tool_calls"];
@@ -63,7 +67,7 @@ function parsed(text: unknown): unknown {
   try {
     return JSON.parse(text);
   } catch {
-    return text; // what the model once wrote, if it was no JSON
+    return text; // what the model wrote, though it is not JSON
   }
 }
 

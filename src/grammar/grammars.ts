@@ -1,14 +1,12 @@
 /**
- * Structured output: what an answer must be, as a constraint on each next token. Grammars are kept for the answers that follow;
- * `grammar/` says how they are followed. Knows no request.
+ * Structured output: the form an answer must have, as a constraint on each next token. Compiled grammars are cached for later
+ * answers; `automaton.ts` says how they are followed. Knows no conversation and no protocol.
  */
 import { createHash } from "node:crypto";
-import { TAGS } from "../chat/dialect.ts";
 import type { Constraint } from "../engine/sequence.ts";
-import type { ToolDefinition } from "../server/completion/request.ts";
-import { ServerError } from "../server/errors.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { Automaton, type Insides, type State } from "./automaton.ts";
+import { GrammarError } from "./error.ts";
 import { choice, EMPTY, type Expression, literal, optional, repeat, sequence } from "./expression.ts";
 import { COLON, COMMA, OBJECT, SPACE } from "./json.ts";
 import { SchemaError } from "./keywords.ts";
@@ -16,23 +14,41 @@ import { schemaGrammar } from "./schema.ts";
 import { Trie } from "./trie.ts";
 import { Turns } from "./turns.ts";
 
-/** What an answer must be. */
+/** A function whose call an answer may be. */
+export interface Callable {
+  readonly name: string;
+  /** JSON schema of the arguments. */
+  readonly parameters?: Readonly<Record<string, unknown>>;
+  /** Whether the arguments must satisfy the schema, enforced while decoding. Default false. */
+  readonly strict?: boolean;
+}
+
+/** The form an answer must have. */
 export type Shape =
-  /** An object. */
+  /** A JSON object. */
   | { readonly kind: "json" }
   | { readonly kind: "schema"; readonly schema: Readonly<Record<string, unknown>> }
   | {
       readonly kind: "calls";
-      readonly tools: readonly ToolDefinition[];
-      /** As many calls as the model likes instead of one. */
+      readonly tools: readonly Callable[];
+      /** The tags around each call. */
+      readonly tags: readonly [open: string, close: string];
+      /** As many calls as the model likes, instead of one. */
       readonly several: boolean;
       /** Text may stand before, between and instead of calls. */
       readonly free: boolean;
     };
 
+export interface ConstraintOptions {
+  /** The field that asks for the shape, for errors. */
+  readonly param: string;
+  /** The shape begins after this tag; the text before it is not constrained. Default null: it begins at once. */
+  readonly after?: string | null;
+}
+
 const MAX_SCHEMA_BYTES = 64 * 1024;
 const MAX_CALLS = 16;
-/** Grammars, and what they remember together. */
+/** Grammars kept, and the states they remember together. */
 const KEPT = 64;
 const MAX_REMEMBERED = 1_000_000;
 
@@ -42,10 +58,10 @@ export class Grammars {
   readonly #vocabSize: number;
   readonly #endIds: readonly number[];
   readonly #insides: Insides = new Map();
-  /** Made when first needed: it reads the whole vocabulary. */
+  /** Built on first use: it reads the whole vocabulary. */
   #trie: Promise<Trie> | null = null;
   readonly #turns: Turns;
-  /** The most recently used last. */
+  /** Least recently used first. */
   readonly #kept = new Map<string, Automaton>();
 
   /** @param vocabSize of the model, which may have more rows than the tokenizer has tokens */
@@ -56,14 +72,11 @@ export class Grammars {
     this.#turns = turns;
   }
 
-  /**
-   * The constraint of one answer. @param insideReasoning the answer begins after the reasoning, which is not constrained
-   * @throws ServerError `invalid_request` naming `param` when the shape can't be enforced
-   */
-  async constraint(shape: Shape, param: string, insideReasoning = false): Promise<Constraint> {
+  /** The constraint of one answer. Rejects with GrammarError, naming `param`, when the shape can't be enforced. */
+  async constraint(shape: Shape, { param, after = null }: ConstraintOptions): Promise<Constraint> {
     this.#trie ??= Trie.build(this.#tokenizer.vocabulary, this.#vocabSize);
     const trie = await this.#trie;
-    const automaton = await this.#turns.take(() => this.#find(shape, param, insideReasoning, trie));
+    const automaton = await this.#turns.take(() => this.#find(shape, param, after, trie));
     let state: State = automaton.start;
     return {
       next: () => state.mask ?? this.#turns.take(() => automaton.mask(state)),
@@ -76,14 +89,14 @@ export class Grammars {
     };
   }
 
-  #find(shape: Shape, param: string, insideReasoning: boolean, trie: Trie): Automaton {
-    const text = JSON.stringify([shape, insideReasoning]);
+  #find(shape: Shape, param: string, after: string | null, trie: Trie): Automaton {
+    const text = JSON.stringify([shape, after]);
     if (text.length > MAX_SCHEMA_BYTES)
-      throw new ServerError("invalid_request", `the schema has ${text.length} characters; ${MAX_SCHEMA_BYTES} are allowed`, { param });
+      throw new GrammarError(param, `the schema has ${text.length} characters; ${MAX_SCHEMA_BYTES} are allowed`);
     const key = createHash("sha256").update(text).digest("base64");
     const known = this.#kept.get(key);
     this.#kept.delete(key);
-    const automaton = known ?? new Automaton(this.#grammar(shape, param, insideReasoning), trie, this.#endIds, this.#insides);
+    const automaton = known ?? new Automaton(this.#grammar(shape, param, after), trie, this.#endIds, this.#insides);
     this.#kept.set(key, automaton);
     let remembered = 0;
     for (const each of this.#kept.values()) remembered += each.kept;
@@ -95,10 +108,10 @@ export class Grammars {
     return automaton;
   }
 
-  #grammar(shape: Shape, param: string, insideReasoning: boolean): Expression {
+  #grammar(shape: Shape, param: string, after: string | null): Expression {
     const answer = this.#answer(shape, param);
-    if (!insideReasoning) return answer;
-    return sequence(this.#until(TAGS.think[1], false), repeat(literal("\n"), 0, 2), answer);
+    if (after === null) return answer;
+    return sequence(this.#until(after, false), repeat(literal("\n"), 0, 2), answer);
   }
 
   #answer(shape: Shape, param: string): Expression {
@@ -108,7 +121,7 @@ export class Grammars {
       case "schema":
         return enforced(shape.schema, param);
       case "calls": {
-        const [open, close] = TAGS.call.map((tag) => this.#mark(tag));
+        const [open, close] = shape.tags.map((tag) => this.#mark(tag));
         const bodies = shape.tools.map((tool, i) => callOf(tool, `${param}[${i}].function.parameters`));
         const body = sequence(SPACE, choice(...bodies), SPACE, close);
         if (!shape.free) {
@@ -116,7 +129,7 @@ export class Grammars {
           return sequence(call, repeat(sequence(optional(literal("\n")), call), 0, shape.several ? MAX_CALLS - 1 : 0));
         }
         const rest: Expression & { kind: "rule" } = { kind: "rule", to: null };
-        rest.to = sequence(this.#until(TAGS.call[0], true), body, shape.several ? rest : EMPTY);
+        rest.to = sequence(this.#until(shape.tags[0], true), body, shape.several ? rest : EMPTY);
         return rest;
       }
       default:
@@ -124,7 +137,7 @@ export class Grammars {
     }
   }
 
-  /** A mark, as the one token that it is where the tokenizer has one. */
+  /** A tag, as a single token where the tokenizer has one. */
   #mark(tag: string): Expression {
     const id = this.#special(tag);
     return id === null ? literal(tag) : { kind: "token", id };
@@ -141,8 +154,8 @@ export class Grammars {
   }
 }
 
-/** One call as JSON. Where arguments need not satisfy their schema, one that can't be held asks for an object only. */
-function callOf({ name, parameters, strict }: ToolDefinition, param: string): Expression {
+/** One call as JSON. A schema that is not strict and can't be enforced asks for an object only. */
+function callOf({ name, parameters, strict }: Callable, param: string): Expression {
   const values = (): Expression => {
     if (parameters === undefined) return OBJECT;
     if (strict) return enforced(parameters, param);
@@ -161,6 +174,6 @@ function enforced(schema: unknown, param: string): Expression {
     return schemaGrammar(schema);
   } catch (cause) {
     if (!(cause instanceof SchemaError)) throw cause;
-    throw new ServerError("invalid_request", `the schema can't be enforced: ${cause.message}`, { param, cause });
+    throw new GrammarError(param, `the schema can't be enforced: ${cause.message}`, { cause });
   }
 }

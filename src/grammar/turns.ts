@@ -1,7 +1,7 @@
-/** Work that holds the event loop, done piece by piece: after a few milliseconds of it, everything else has its turn. */
+/** Runs blocking work in slices: after a few milliseconds of it, the event loop handles everything else. */
 import { setImmediate as turn } from "node:timers/promises";
 
-/** How long pieces may hold the event loop together. A piece itself is not cut. */
+/** How long pieces of work may block the event loop together. A single piece is never interrupted. */
 const SLICE_MS = 5;
 
 export class Turns {
@@ -9,7 +9,7 @@ export class Turns {
   #heldMs = 0;
   readonly #coming: (() => void)[] = [];
 
-  /** Does `work` after all that was asked for before. Rejects with what it throws. */
+  /** Runs `work` after everything queued before it. Rejects with what it throws. */
   take<T>(work: () => T): Promise<T> {
     const done = this.#last.then(() => {
       const start = performance.now();
@@ -19,11 +19,11 @@ export class Turns {
         this.#heldMs += performance.now() - start;
       }
     });
-    this.#last = done.then(this.#rest, this.#rest); // who asked hears of a failure
+    this.#last = done.then(this.#rest, this.#rest); // the caller sees a failure
     return done;
   }
 
-  /** Resolves in a turn of the event loop of its own: of those who wait, one a turn. For what comes in crowds. */
+  /** Resolves in an event-loop turn of its own: one waiter per turn. Spreads out bursts of requests. */
   next(): Promise<void> {
     return new Promise((resolve) => {
       this.#coming.push(resolve);

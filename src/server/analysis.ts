@@ -1,14 +1,16 @@
 /** What models tell besides answers: what they are, and a text's tokens, vector and experts. Knows no protocol. */
 import { kvCacheName } from "../api/load.ts";
+import type { Prompt } from "../chat/prompt.ts";
 import type { RoutedLayer } from "../engine/engine.ts";
 import { measure } from "../model/size.ts";
+import type { Caller } from "./access/gate.ts";
+import type { NamedModel } from "./catalog.ts";
 import { contextLength } from "./completion/complete.ts";
-import type { Caller, Prompt, ServedModel } from "./completion/request.ts";
-import type { Services } from "./context.ts";
+import type { ServerContext } from "./context.ts";
 import { ServerError } from "./errors.ts";
 
 /** What a model is, in figures. */
-export function factsOf(model: ServedModel) {
+export function factsOf(model: NamedModel) {
   const { name, config, engine, dtype } = model;
   return {
     name,
@@ -31,7 +33,7 @@ const LONGEST_LISTED = 2 ** 19;
 
 /** The ids of a text, and what each stands for. Throws ServerError `invalid_request` for one that is too long. @param specialTokens with those around it that the tokenizer declares */
 export async function tokenize(
-  { encoder, tokenizer }: ServedModel,
+  { encoder, tokenizer }: NamedModel,
   text: string,
   specialTokens: boolean,
   signal?: AbortSignal,
@@ -46,7 +48,7 @@ export async function tokenize(
 
 /** Throws ServerError `invalid_request` on ids that the model does not have. @param param the field that they came in */
 export async function detokenize(
-  { encoder, config }: ServedModel,
+  { encoder, config }: NamedModel,
   tokens: readonly number[],
   skipSpecialTokens: boolean,
   param = "tokens",
@@ -61,9 +63,9 @@ export async function detokenize(
 
 /** A vector of length one for each prompt, [hidden size]; and how many tokens they have together. */
 export async function embed(
-  services: Services,
+  context: ServerContext,
   caller: Caller,
-  model: ServedModel,
+  model: NamedModel,
   prompts: readonly Prompt[],
   signal?: AbortSignal,
 ): Promise<{ readonly vectors: readonly Float32Array[]; readonly tokens: number }> {
@@ -74,15 +76,15 @@ export async function embed(
     vectors.push(unitLength(await model.engine.embed(tokens)));
   }
   const tokens = encoded.reduce((sum, ids) => sum + ids.length, 0);
-  services.account(caller, { promptTokens: tokens, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
+  context.account(caller, { promptTokens: tokens, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
   return { vectors, tokens };
 }
 
 /** The experts of each token, layer by layer. Throws ServerError `invalid_request` for dense models. */
 export async function route(
-  services: Services,
+  context: ServerContext,
   caller: Caller,
-  { name, config, encoder, engine }: ServedModel,
+  { name, config, encoder, engine }: NamedModel,
   prompt: Prompt,
   signal?: AbortSignal,
 ): Promise<{
@@ -95,7 +97,7 @@ export async function route(
   const { tokens } = await encoder.encode(prompt, signal);
   signal?.throwIfAborted();
   const { routing } = await engine.inspect(tokens, { logits: false, routing: true });
-  services.account(caller, { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
+  context.account(caller, { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
   return { tokens, layers: routing, experts: config.moe.experts, chosen: config.moe.chosen };
 }
 

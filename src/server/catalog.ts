@@ -1,47 +1,63 @@
-/** Models by name: loaded when first asked for, shared by all who use them, unloaded when idle or when room is needed. */
+/** Models by name: loaded on first use, shared by all requests, unloaded when idle or when memory is needed. Knows no request. */
 import { endTokenIds } from "../api/generation.ts";
 import { type LoadedModel, loadModel } from "../api/load.ts";
 import { resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
-import { kvBytesPerToken } from "../engine/engine.ts";
+import { type Engine, kvBytesPerToken } from "../engine/engine.ts";
 import { Grammars } from "../grammar/grammars.ts";
 import { Turns } from "../grammar/turns.ts";
-import { readConfig } from "../model/config.ts";
+import { type ErnieConfig, readConfig } from "../model/config.ts";
 import { ernie } from "../model/ernie.ts";
 import { measure } from "../model/size.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { Encoder } from "./completion/encoder.ts";
-import type { Catalog, ServedModel } from "./completion/request.ts";
 import type { ModelConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
+
+/** A loaded model under the name that clients know. */
+export interface NamedModel {
+  readonly name: string;
+  /** When the server listed it, in seconds since 1970. */
+  readonly created: number;
+  readonly config: ErnieConfig;
+  readonly tokenizer: Tokenizer;
+  readonly engine: Engine;
+  /** Format that most of the weights have in memory: `fp32`, `bf16`, `int8` and so on. */
+  readonly dtype: string;
+  readonly encoder: Encoder;
+  readonly grammars: Grammars;
+  /** generation_config.json: defaults of the sampling controls. */
+  readonly generationConfig: Readonly<Record<string, unknown>>;
+}
 
 export interface CatalogOptions {
   readonly idleUnloadSeconds: number;
   /** Bytes of all weights and KV caches together; null: no budget. */
   readonly memoryBudgetBytes: number | null;
-  /** Never ask the hub. */
+  /** Never contact the hub. */
   readonly offline: boolean;
-  /** Told of what happens to models: for the log. */
+  /** Called when a model's state changes, for the log. */
   readonly onEvent: (what: "loading" | "loaded" | "unloaded" | "failed", name: string, detail: Readonly<Record<string, unknown>>) => void;
 }
 
 interface Entry {
   readonly config: ModelConfig;
   readonly created: number;
-  loading: Promise<ServedModel> | null;
-  model: ServedModel | null;
-  /** What it takes: an estimate while it loads, 0 where it is not in memory. */
+  loading: Promise<NamedModel> | null;
+  model: NamedModel | null;
+  /** Memory in use: an estimate while it loads, 0 when not loaded. */
   bytes: number;
   users: number;
   usedAt: number;
 }
 
-export class ModelCatalog implements Catalog {
+export class Catalog {
   readonly #entries = new Map<string, Entry>();
   readonly #options: CatalogOptions;
   readonly #idle: NodeJS.Timeout;
-  /** What all models do on the event loop. */
+  /** Shared by all models: their work on the event loop takes turns. */
   readonly #turns = new Turns();
   #turn: Promise<unknown> = Promise.resolve();
   #closed = false;
@@ -55,33 +71,38 @@ export class ModelCatalog implements Catalog {
     this.#idle.unref();
   }
 
+  /** Every name that clients may ask for, loaded or not. */
   list(): { name: string; created: number; loaded: boolean }[] {
     return [...this.#entries.values()].map(({ config, created, model }) => ({ name: config.name, created, loaded: model !== null }));
   }
 
-  /** Those that are in memory. */
-  loaded(): ServedModel[] {
+  /** The models in memory. */
+  loaded(): NamedModel[] {
     return [...this.#entries.values()].flatMap(({ model }) => (model ? [model] : []));
   }
 
-  /** True once every model that is to be kept is loaded. */
+  /** True once every preloaded model is loaded. */
   get ready(): boolean {
     return !this.#closed && [...this.#entries.values()].every(({ config, model }) => !config.preload || model !== null);
   }
 
-  /** Loads what is to be kept. */
+  /** Loads the models that are always kept loaded. */
   async preload(): Promise<void> {
     for (const { config } of this.#entries.values()) if (config.preload) (await this.use(config.name)).release();
   }
 
-  async use(name: string): Promise<{ model: ServedModel; release(): void }> {
+  /**
+   * The model, kept loaded until `release` is called, which is idempotent. Rejects with ServerError `model_not_found`,
+   * `overloaded` when the memory budget does not allow it, or `not_ready` when it could not be loaded.
+   */
+  async use(name: string): Promise<{ model: NamedModel; release(): void }> {
     const entry = this.#entries.get(name);
     if (!entry) {
       const known = [...this.#entries.keys()].join(", ");
       throw new ServerError("model_not_found", `there is no model '${name}' here; there are ${known}`, { param: "model" });
     }
     if (this.#closed) throw new ServerError("not_ready", "the server is shutting down", { retryAfterSeconds: 5 });
-    entry.users++; // also while it loads, so that nobody unloads it meanwhile
+    entry.users++; // while it loads too, so that it is not unloaded meanwhile
     try {
       entry.loading ??= this.#load(entry);
       const model = await entry.loading;
@@ -97,12 +118,12 @@ export class ModelCatalog implements Catalog {
       };
     } catch (error) {
       entry.users--;
-      entry.loading = null; // the next one tries again
+      entry.loading = null; // the next request tries again
       throw error;
     }
   }
 
-  /** Unloads everything. Requests that still run fail. */
+  /** Unloads everything. Requests still running fail. */
   async close(): Promise<void> {
     this.#closed = true;
     clearInterval(this.#idle);
@@ -113,7 +134,7 @@ export class ModelCatalog implements Catalog {
     }
   }
 
-  async #load(entry: Entry): Promise<ServedModel> {
+  async #load(entry: Entry): Promise<NamedModel> {
     const { name, path, dtype, threads, device, kvCacheDtype, chunkSize } = entry.config;
     const { onEvent } = this.#options;
     onEvent("loading", name, { path });
@@ -157,7 +178,7 @@ export class ModelCatalog implements Catalog {
     }
   }
 
-  /** Estimates what a model will take, and makes room for it where there is a budget. Loads ask one after the other. */
+  /** Estimates a model's memory and makes room for it within the budget. Loads do this one after the other. */
   #reserve(entry: Entry, folder: string): Promise<Footprint> {
     const run = this.#turn.then(async () => {
       const { memoryBudgetBytes: budget } = this.#options;
@@ -166,11 +187,11 @@ export class ModelCatalog implements Catalog {
       entry.bytes = footprint.weightBytes + footprint.kvBytes;
       return footprint;
     });
-    this.#turn = run.catch(() => {}); // its caller hears of a failure
+    this.#turn = run.catch(() => {}); // the caller sees a failure
     return run;
   }
 
-  /** Unloads those that nobody uses, the one unused for longest first, until `bytes` fit. */
+  /** Unloads unused models, least recently used first, until `bytes` fit. */
   async #makeRoom(wanted: Entry, bytes: number): Promise<void> {
     const { memoryBudgetBytes: budget } = this.#options;
     if (budget === null) return;
@@ -199,11 +220,11 @@ export class ModelCatalog implements Catalog {
     if (!model) return;
     await Promise.all([model.engine.dispose(), model.encoder.close()]);
     this.#options.onEvent("unloaded", entry.config.name, { bytes: entry.bytes });
-    if (entry.loading === null) entry.bytes = 0; // else somebody has asked for it meanwhile
+    if (entry.loading === null) entry.bytes = 0; // else it has been requested again meanwhile
   }
 }
 
-/** The format that most of the numbers have, as options call it. */
+/** The format of most of the weights, as options name it. */
 function mainFormat(weights: LoadedModel["weights"]): string {
   const counts = new Map<string, number>();
   for (const { dtype, shape } of weights) counts.set(dtype, (counts.get(dtype) ?? 0) + shape.reduce((a, b) => a * b, 1));
@@ -214,18 +235,18 @@ function mainFormat(weights: LoadedModel["weights"]): string {
 interface Footprint {
   readonly weightBytes: number;
   readonly kvBytes: number;
-  /** What the cache is to hold; undefined: as the engine finds the memory. */
+  /** Capacity of the KV cache in tokens; undefined: the engine decides. */
   readonly kvTokens: number | undefined;
 }
 
-/** What a model takes, from its config and the headers of its weights. */
+/** A model's memory, from its config and the headers of its weights. */
 async function estimate(folder: string, model: ModelConfig, budget: number | null): Promise<Footprint> {
   const checkpoint = await openCheckpoint(folder);
   const config = readConfig(checkpoint.config);
   const { memory } = measure(config);
   const stored = [...checkpoint.tensors.values()].reduce((sum, tensor) => sum + tensor.bytes, 0);
   const weightBytes = { auto: stored, ...memory, fp16: memory.bf16 }[model.dtype];
-  // Where the format is left to the engine, the widest that it may choose for such weights.
+  // Where the engine chooses the format, assume the widest that it may choose for such weights.
   const kvDtype = { fp32: "f32", fp16: "f16", int8: "int8kv" } as const;
   const perToken = kvBytesPerToken(ernie(config), kvDtype[model.kvCacheDtype ?? (weightBytes >= memory.fp32 ? "fp32" : "fp16")]);
   const longest = 16 * config.maxPositions;

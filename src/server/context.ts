@@ -1,34 +1,42 @@
-/** What routes of every protocol stand on: models, callers, limits, accounts. Implemented by `server.ts` and its parts. */
+/** What the handlers of every protocol share: models, limits, metrics and accounting. `server.ts` provides it. Knows no protocol. */
+
+import type { Caller } from "./access/gate.ts";
+import type { Catalog, NamedModel } from "./catalog.ts";
 import { complete } from "./completion/complete.ts";
-import type { Caller, Catalog, CompletionEvent, CompletionRequest, ServedModel, Usage } from "./completion/request.ts";
+import type { CompletionEvent, CompletionRequest, Usage } from "./completion/request.ts";
 import { ServerError } from "./errors.ts";
 
-/** Told what happens, for metrics. */
+/** Records what happens, for metrics. */
 export interface Observer {
-  /** An answer's first token, its following ones, and its end. */
+  /** An answer's first token, each following token, and its end. */
   firstToken(model: string, seconds: number): void;
   nextToken(model: string, seconds: number): void;
   answered(model: string, usage: Usage): void;
 }
 
-export interface Services {
+export interface ServerContext {
   readonly catalog: Catalog;
   readonly observer: Observer;
-  /** Answers with so many tokens at most, whatever was asked for; null: no limit. */
+  /** The most tokens of an answer, whatever the request says; null: no limit. */
   readonly maxTokens: number | null;
-  /** Refuses longer prompts; null: those that the model can't take. */
+  /** The longest prompt in tokens; null: as long as the model allows. */
   readonly maxPromptTokens: number | null;
-  /** Takes what was used off the caller's budget. */
+  /** Charges usage to the caller's budget. */
   account(caller: Caller, usage: Usage): void;
 }
 
-/** Lends a model to `use` while it runs. Throws ServerError when the caller may not use it, or there is none of this name. */
-export async function withModel<T>(services: Services, caller: Caller, name: string, use: (model: ServedModel) => Promise<T>): Promise<T> {
+/** Runs `use` with a model that stays loaded meanwhile. Throws ServerError when the caller may not use it, or it does not exist. */
+export async function withModel<T>(
+  context: ServerContext,
+  caller: Caller,
+  name: string,
+  use: (model: NamedModel) => Promise<T>,
+): Promise<T> {
   if (caller.models && !caller.models.includes(name))
     throw new ServerError("model_not_allowed", `this key may not use the model '${name}'; it may use ${caller.models.join(", ")}`, {
       param: "model",
     });
-  const { model, release } = await services.catalog.use(name);
+  const { model, release } = await context.catalog.use(name);
   try {
     return await use(model);
   } finally {
@@ -36,14 +44,14 @@ export async function withModel<T>(services: Services, caller: Caller, name: str
   }
 }
 
-/** Generates an answer, and lets metrics and the caller's account know. */
+/** Generates an answer within the server's limits; records metrics and charges the caller. */
 export async function* answer(
-  services: Services,
+  context: ServerContext,
   caller: Caller,
-  model: ServedModel,
+  model: NamedModel,
   request: CompletionRequest,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
-  const { observer, maxTokens, maxPromptTokens } = services;
+  const { observer, maxTokens, maxPromptTokens } = context;
   const limited: CompletionRequest = {
     ...request,
     ...(maxPromptTokens === null ? {} : { maxPromptTokens }),
@@ -52,7 +60,7 @@ export async function* answer(
   let last = performance.now();
   let first = true;
   const settle = (usage: Usage) => {
-    services.account(caller, usage);
+    context.account(caller, usage);
     observer.answered(model.name, usage);
   };
   for await (const event of complete(model, limited, settle)) {

@@ -1,4 +1,6 @@
-/** Everything that the server answers instead of a result: one catalogue of codes, each with its statuses. Knows no protocol. */
+/** Every error the server returns: one catalogue of codes, each with its statuses. Knows no protocol. */
+import { PromptError } from "../chat/prompt.ts";
+import { GrammarError } from "../grammar/error.ts";
 
 /** HTTP status, type as OpenAI's clients know it, and gRPC status of each code. */
 export const ERRORS = {
@@ -21,12 +23,12 @@ export const ERRORS = {
 
 export type ErrorCode = keyof typeof ERRORS;
 
-/** A failure that the client is told of. Anything else that is thrown becomes `internal`, without its text. */
+/** A failure that is reported to the client. Anything else that is thrown becomes `internal`, without its text. */
 export class ServerError extends Error {
   readonly code: ErrorCode;
-  /** The offending field, like `messages[2].content`; null where it is none. */
+  /** The offending field, like `messages[2].content`; null when it is no single field. */
   readonly param: string | null;
-  /** Seconds after which it may go through; null where waiting does not help. */
+  /** Seconds to wait before trying again; null when waiting does not help. */
   readonly retryAfterSeconds: number | null;
 
   constructor(code: ErrorCode, message: string, options: { param?: string; retryAfterSeconds?: number; cause?: unknown } = {}) {
@@ -36,4 +38,15 @@ export class ServerError extends Error {
     this.param = options.param ?? null;
     this.retryAfterSeconds = options.retryAfterSeconds ?? null;
   }
+}
+
+/** Any failure as one that clients may see. */
+export function serverError(error: unknown): ServerError {
+  if (error instanceof ServerError) return error;
+  if (error instanceof PromptError || error instanceof GrammarError)
+    return new ServerError("invalid_request", error.message, { param: error.param, cause: error });
+  // The engine and the library reject senseless input with a RangeError that says what they saw.
+  if (error instanceof RangeError && !error.message.startsWith("internal:"))
+    return new ServerError("invalid_request", error.message, { cause: error });
+  return new ServerError("internal", "something went wrong here; the server's log has more under this request's id", { cause: error });
 }

@@ -1,7 +1,8 @@
 /** What operators watch, in Prometheus' text format. Names are those of deploy/grafana/mixtape.json. */
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import type { Engine } from "../engine/engine.ts";
-import type { ServedModel, Usage } from "./completion/request.ts";
+import type { NamedModel } from "./catalog.ts";
+import type { Usage } from "./completion/request.ts";
 import type { Observer } from "./context.ts";
 import type { ErrorCode } from "./errors.ts";
 
@@ -10,7 +11,7 @@ const ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
 export interface Sources {
   /** Those in memory. */
-  readonly models: () => readonly ServedModel[];
+  readonly models: () => readonly NamedModel[];
   readonly admission: { readonly running: number; readonly queued: number };
 }
 
@@ -139,7 +140,7 @@ export class Metrics implements Observer {
   }
 
   /** Follows an engine's steps. */
-  watch({ name: model, engine }: ServedModel): void {
+  watch({ name: model, engine }: NamedModel): void {
     if (this.#watched.has(engine)) return;
     this.#watched.add(engine);
     engine.onStep = ({ seconds, rows, sequences }) => {

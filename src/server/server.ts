@@ -5,14 +5,13 @@ import type { AddressInfo } from "node:net";
 import type { FastifyInstance } from "fastify";
 import type { DestinationStream } from "pino";
 import { Gate } from "./access/gate.ts";
-import { ModelCatalog } from "./catalog.ts";
+import { Catalog } from "./catalog.ts";
 import { isLoopback, type ServeConfig } from "./config.ts";
-import type { Services } from "./context.ts";
-import { ERRORS, ServerError } from "./errors.ts";
+import type { ServerContext } from "./context.ts";
+import { ERRORS, ServerError, serverError } from "./errors.ts";
 import { type Grpc, startGrpc } from "./grpc/grpc.ts";
 import { createHttp, guard } from "./http/app.ts";
-import { serverError } from "./http/error.ts";
-import { Responses } from "./http/inflight.ts";
+import { InFlight } from "./http/inflight.ts";
 import { registerInspection } from "./http/inspect.ts";
 import { registerOpenAi } from "./http/openai/routes.ts";
 import { registerOperations, type State, serveMetrics } from "./http/ops.ts";
@@ -30,7 +29,7 @@ const SPARE_STREAMS = 100;
 export interface Server {
   /** For tests: `inject` asks without a network. */
   readonly app: FastifyInstance;
-  readonly catalog: ModelCatalog;
+  readonly catalog: Catalog;
   readonly gate: Gate;
   /** Listens, then loads the models that it is not ready without. Rejects, and is closed, when either fails. */
   start(): Promise<{ readonly url: string; readonly grpcPort: number | null }>;
@@ -58,7 +57,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     },
     log,
   });
-  const catalog = new ModelCatalog(config.models, {
+  const catalog = new Catalog(config.models, {
     idleUnloadSeconds: config.idleUnloadSeconds,
     memoryBudgetBytes: config.memoryBudgetBytes,
     offline: config.offline,
@@ -68,15 +67,15 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     },
   });
   const metrics = new Metrics({ models: () => catalog.loaded(), admission: gate.admission });
-  const services: Services = {
+  const context: ServerContext = {
     catalog,
     observer: metrics,
     maxTokens: config.maxTokens,
     maxPromptTokens: config.maxPromptTokens,
     account: (caller, { promptTokens, completionTokens }) => gate.charge(caller.id, promptTokens + completionTokens),
   };
-  const responses = new Responses(config.stallTimeoutSeconds, () => log.warn("cut off a client that took nothing of its answer"));
-  const app = await createHttp({ config, log, metrics, responses, certificate, version });
+  const inFlight = new InFlight(config.stallTimeoutSeconds, () => log.warn("cut off a client that took nothing of its answer"));
+  const app = await createHttp({ config, log, metrics, inFlight, certificate, version });
   const state: State = { phase: "starting" };
   await registerOperations(app, { state, config, gate, catalog, metrics });
   await app.register(async (scope) => {
@@ -86,8 +85,8 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
       throw new ServerError("not_ready", "the server is going down; another may answer", { retryAfterSeconds: 1 });
     });
     guard(scope, gate, metrics);
-    registerOpenAi(scope, services, ({ caller }) => caller);
-    registerInspection(scope, services, ({ caller }) => caller);
+    registerOpenAi(scope, context, ({ caller }) => caller);
+    registerInspection(scope, context, ({ caller }) => caller);
   });
   if (config.web && !(await registerPage(app))) log.debug("the web page is not built, so it is not served");
   if (certificate)
@@ -106,7 +105,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     metricsServer?.closeAllConnections();
     app.server.closeAllConnections();
     await app.close();
-    responses.close();
+    inFlight.close();
     certificate?.close();
     await gate.close();
     await catalog.close();
@@ -123,7 +122,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
         const { metricsPort } = config;
         if (config.metrics && metricsPort !== null) metricsServer = await serveMetrics({ ...config, metricsPort }, gate, metrics);
         if (config.grpcPort !== null)
-          grpc = await openGrpc(config, config.grpcPort, certificate?.current ?? null, { services, gate, metrics, log });
+          grpc = await openGrpc(config, config.grpcPort, certificate?.current ?? null, { context, gate, metrics, log });
         await catalog.preload();
         if (state.phase === "starting") {
           state.phase = "ready";
@@ -140,12 +139,12 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     stop() {
       stopping ??= (async () => {
         state.phase = "draining";
-        log.info({ responses: responses.count }, "draining");
+        log.info({ responses: inFlight.count }, "draining");
         gate.admission.close();
         app.server.close(); // no new connections; those that are there end with their answers
         app.server.closeIdleConnections();
         const calls = grpc?.close(config.drainTimeoutSeconds * 1000);
-        const cut = (await responses.drain(config.drainTimeoutSeconds)) + ((await calls) ?? 0);
+        const cut = (await inFlight.drain(config.drainTimeoutSeconds)) + ((await calls) ?? 0);
         grpc = null;
         log[cut ? "warn" : "info"]({ cut }, "drained");
         await close();
@@ -156,19 +155,19 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
 }
 
 interface GrpcParts {
-  readonly services: Services;
+  readonly context: ServerContext;
   readonly gate: Gate;
   readonly metrics: Metrics;
   readonly log: Logger;
 }
 
 /** Serves gRPC behind the same gate as HTTP, with its limits, log and metrics. */
-function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { services, gate, metrics, log }: GrpcParts): Promise<Grpc> {
+function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { context, gate, metrics, log }: GrpcParts): Promise<Grpc> {
   return startGrpc({
     host: config.grpcHost ?? config.host,
     port,
     tls,
-    services,
+    context,
     authenticate: (secret) => gate.authenticate(secret),
     enter: async (caller, signal) => {
       try {

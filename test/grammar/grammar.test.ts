@@ -6,10 +6,10 @@ import { beforeAll, describe, expect, test } from "vitest";
 import { z } from "zod";
 import { AutoTokenizer } from "../../src/api/tokenizer.ts";
 import { Automaton } from "../../src/grammar/automaton.ts";
+import { GrammarError } from "../../src/grammar/error.ts";
 import { Grammars, type Shape } from "../../src/grammar/grammars.ts";
 import { schemaGrammar } from "../../src/grammar/schema.ts";
 import { Trie } from "../../src/grammar/trie.ts";
-import { ServerError } from "../../src/server/errors.ts";
 import type { Tokenizer } from "../../src/tokenizer/tokenizer.ts";
 
 const VOCABULARY = 20480;
@@ -34,7 +34,7 @@ function allowed(mask: Int32Array | null): number[] {
 /** A text that the shape allows, tokens chosen by `random` (from 0 to 1); ends are taken as soon as `patience` tokens have come. */
 async function drawn(shape: Shape, random: () => number, options: { patience?: number; insideReasoning?: boolean } = {}): Promise<string> {
   const { patience = 60, insideReasoning = false } = options;
-  const constraint = await grammars.constraint(shape, "x", insideReasoning);
+  const constraint = await grammars.constraint(shape, { param: "x", after: insideReasoning ? "</think>" : null });
   const ids: number[] = [];
   for (let step = 0; step < 3000; step++) {
     const all = allowed(await constraint.next());
@@ -189,7 +189,7 @@ describe("whatever is chosen from the masks is valid by its schema", () => {
 
 /** Whether a text can be written whole, and then end. */
 const writes = async (schema: object, text: string): Promise<boolean> => {
-  const constraint = await grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, "x");
+  const constraint = await grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, { param: "x" });
   for (const id of tokenizer.encode(text, { add_special_tokens: false })) {
     const mask = await constraint.next();
     if (mask && !((mask[id >> 5] >>> (id & 31)) & 1)) return false;
@@ -293,10 +293,12 @@ test.each([
   // Small enough to be sent, but each branch would read again what stands beside it.
   [{ enum: Array.from({ length: 3000 }, (_, i) => i), anyOf: new Array(5000).fill({}) }, "the schema is too large"],
 ])("%j is refused: %s", async (schema, message) => {
-  const refused = grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, "response_format.json_schema.schema");
-  await expect(refused).rejects.toBeInstanceOf(ServerError);
+  const refused = grammars.constraint(
+    { kind: "schema", schema: schema as Record<string, unknown> },
+    { param: "response_format.json_schema.schema" },
+  );
+  await expect(refused).rejects.toBeInstanceOf(GrammarError);
   await expect(refused).rejects.toMatchObject({
-    code: "invalid_request",
     param: "response_format.json_schema.schema",
     message: expect.stringContaining(message),
   });
@@ -305,7 +307,9 @@ test.each([
 test("a schema within a schema within a schema: refused, not a stack that overflows", async () => {
   let schema: object = { type: "null" };
   for (let depth = 0; depth < 500; depth++) schema = { type: "array", items: schema };
-  await expect(grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, "x")).rejects.toThrow("too large");
+  await expect(grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, { param: "x" })).rejects.toThrow(
+    "too large",
+  );
 });
 
 test("what a schema forbids by its other keywords cannot be written", async () => {
@@ -353,7 +357,7 @@ test("a long answer by an ambiguous schema remembers no more than so much", asyn
 
 test("patterns made to be ambiguous take a bounded time a token", async () => {
   for (const pattern of ["^((a|aa|aaa|.){0,50}){0,50}b$", "^((.{0,99}b){0,9}.){0,99}$", "(a*)*(a*)*(a*)*b"]) {
-    const constraint = await grammars.constraint({ kind: "schema", schema: { type: "string", pattern } }, "x");
+    const constraint = await grammars.constraint({ kind: "schema", schema: { type: "string", pattern } }, { param: "x" });
     const random = seeded(7);
     const times: number[] = [];
     for (let step = 0; step < 25; step++) {
@@ -386,9 +390,15 @@ describe("calls of tools", () => {
 
   test("one, where one is wanted; several, where they are; nothing beside them", async () => {
     for (let seed = 1; seed <= 15; seed++) {
-      const one = await drawn({ kind: "calls", tools, several: false, free: false }, seeded(seed), { patience: 30 });
+      const one = await drawn({ kind: "calls", tools, tags: ["<tool_call>", "</tool_call>"], several: false, free: false }, seeded(seed), {
+        patience: 30,
+      });
       expect(check(one)).toHaveLength(1);
-      const several = await drawn({ kind: "calls", tools, several: true, free: false }, seeded(seed), { patience: 60 });
+      const several = await drawn(
+        { kind: "calls", tools, tags: ["<tool_call>", "</tool_call>"], several: true, free: false },
+        seeded(seed),
+        { patience: 60 },
+      );
       expect(check(several).length).toBeGreaterThan(0);
       expect(several.replace(CALL, "").trim()).toBe("");
     }
@@ -396,7 +406,10 @@ describe("calls of tools", () => {
 
   test("among text: free until a call begins, and then held to its schema; half a call is no end", async () => {
     const { vocabulary } = tokenizer;
-    const constraint = await grammars.constraint({ kind: "calls", tools, several: true, free: true }, "tools");
+    const constraint = await grammars.constraint(
+      { kind: "calls", tools, tags: ["<tool_call>", "</tool_call>"], several: true, free: true },
+      { param: "tools" },
+    );
     for (const id of tokenizer.encode("Let me see <tool", { split_special_tokens: true })) constraint.accept(id);
     const free = allowed(await constraint.next());
     expect(ENDS.every((id) => free.includes(id))).toBe(true);
@@ -408,13 +421,16 @@ describe("calls of tools", () => {
   });
 
   test("a mark that is plain text begins a call as well", async () => {
-    const constraint = await grammars.constraint({ kind: "calls", tools, several: true, free: true }, "tools");
+    const constraint = await grammars.constraint(
+      { kind: "calls", tools, tags: ["<tool_call>", "</tool_call>"], several: true, free: true },
+      { param: "tools" },
+    );
     for (const id of tokenizer.encode("so <<tool_call>", { split_special_tokens: true })) constraint.accept(id);
     expect(allowed(await constraint.next()).length).toBeLessThan(40);
   });
 
   test("after the reasoning, which is free but has to end", async () => {
-    const constraint = await grammars.constraint({ kind: "schema", schema: { enum: ["yes", "no"] } }, "x", true);
+    const constraint = await grammars.constraint({ kind: "schema", schema: { enum: ["yes", "no"] } }, { param: "x", after: "</think>" });
     const reasoning = allowed(await constraint.next());
     expect(reasoning.length).toBe(VOCABULARY - ENDS.length);
     for (const id of tokenizer.encode("hmm, well")) constraint.accept(id);

@@ -1,14 +1,21 @@
-/** Who may come in, and when: keys, rates, budgets and places, in this order. HTTP and gRPC ask it alike. Knows neither. */
+/** Who may use the server, and when: checks keys, rates, budgets and capacity, in this order. Knows neither HTTP nor gRPC. */
 import { unwatchFile, watchFile } from "node:fs";
-import type { Caller } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
 import type { Logger } from "../logs.ts";
 import { Admission, type AdmissionLimits, type Place } from "./admission.ts";
 import { type ApiKey, KeyRing, readKeys, refusal } from "./keys.ts";
 import { type Allowance, Quota } from "./quota.ts";
 
+/** The authenticated client. */
+export interface Caller {
+  /** Id of the key, or "anonymous" where the server has no keys. Requests of one caller share a turn in the engine. */
+  readonly id: string;
+  /** Models that the key may use; null: all. */
+  readonly models: readonly string[] | null;
+}
+
 export interface GateOptions {
-  /** Null: everyone may come in, as "anonymous". */
+  /** Null: no key is needed; every caller is "anonymous". */
   readonly keyFile: string | null;
   readonly usageFile: string | null;
   readonly limits: AdmissionLimits;
@@ -17,7 +24,7 @@ export interface GateOptions {
 
 const ANONYMOUS: Caller = { id: "anonymous", models: null };
 
-/** How often the key file is looked at. */
+/** How often the key file is checked for changes. */
 const RELOAD_MS = 1000;
 
 export class Gate {
@@ -36,7 +43,7 @@ export class Gate {
     if (this.#keyFile !== null) watchFile(this.#keyFile, { interval: RELOAD_MS, persistent: false }, this.#reload);
   }
 
-  /** Throws when the key file or the record of used tokens is broken. */
+  /** Rejects when the key file or the record of used tokens is broken. */
   static async open(options: GateOptions): Promise<Gate> {
     const { keyFile, log } = options;
     const ring = new KeyRing(keyFile === null ? [] : await readKeys(keyFile));
@@ -45,12 +52,12 @@ export class Gate {
     return new Gate(options, ring, await Quota.open({ file, onSaveError }));
   }
 
-  /** False where there are no keys, so that everyone may come in. */
+  /** False when the server has no keys and serves everyone. */
   get asksForKeys(): boolean {
     return this.#keyFile !== null;
   }
 
-  /** Who a key belongs to. Throws ServerError `invalid_api_key`. */
+  /** The caller a key belongs to. Throws ServerError `invalid_api_key`. */
   authenticate(secret: string | null): Caller {
     if (!this.asksForKeys) return ANONYMOUS;
     if (secret === null) throw new ServerError("invalid_api_key", "an API key is needed: send the header 'Authorization: Bearer mxt_…'");
@@ -62,23 +69,23 @@ export class Gate {
   }
 
   /**
-   * Lets a request in that computes. Throws ServerError `budget_exceeded`, `rate_limit_exceeded` or `overloaded`. The caller
-   * gives the place back when the request has ended.
+   * Waits for a compute slot. Rejects with ServerError `budget_exceeded`, `rate_limit_exceeded` or `overloaded`. The slot is
+   * freed with `leave` when the request has ended.
    */
   async enter(caller: Caller, signal?: AbortSignal): Promise<Place> {
     const key = this.#keyOf(caller);
-    this.admission.check(caller.id); // before the rate: who is turned away has used nothing of it
+    this.admission.check(caller.id); // before the rate: a rejected request uses none of it
     if (key) this.#quota.take(key);
     return this.admission.enter(caller.id, signal);
   }
 
-  /** What the caller's key has left; null where it has no limits. */
+  /** What remains of the caller's limits; null where the key has none. */
   allowance(caller: Caller): Allowance | null {
     const key = this.#keyOf(caller);
     return key && this.#quota.allowance(key);
   }
 
-  /** Takes tokens, of prompt and answer, off the caller's budget. */
+  /** Charges tokens, of prompt and answer, to the caller's budget. */
   charge(callerId: string, tokens: number): void {
     if (this.asksForKeys) this.#quota.charge(callerId, tokens);
   }
@@ -93,7 +100,7 @@ export class Gate {
     return this.asksForKeys ? this.#ring.get(caller.id) : null;
   }
 
-  /** A file that can't be read leaves the keys as they were: a slip of an editor must not lock everyone out. */
+  /** A file that can't be read leaves the keys unchanged: a bad edit must not invalidate every key. */
   readonly #reload = (): void => {
     readKeys(this.#keyFile as string).then(
       (keys) => {

@@ -1,32 +1,34 @@
 /**
- * From a request to the events of its answer: renders and encodes the prompt, constrains the answer where its form was asked
- * for, and submits it to the engine. HTTP and gRPC both stand on it. Knows no protocol.
+ * From a request to the events of its answer: encodes the prompt, constrains the answer to its format, and submits it to the
+ * engine. HTTP and gRPC both build on it. Knows no protocol.
  */
 import { endTokenIds } from "../../api/generation.ts";
-import { dialectOf } from "../../chat/dialect.ts";
+import { TAGS } from "../../chat/dialect.ts";
+import { shapeOf } from "../../chat/format.ts";
 import type { EncodedPrompt } from "../../chat/prompt.ts";
 import { BLOCK_TOKENS } from "../../engine/blocks.ts";
 import type { Constraint, GeneratedToken, Request } from "../../engine/sequence.ts";
+import type { NamedModel } from "../catalog.ts";
 import { ServerError } from "../errors.ts";
-import { Answer } from "./assembler.ts";
-import type { CompletionEvent, CompletionRequest, ServedModel, Usage } from "./request.ts";
+import { Assembler } from "./assembler.ts";
+import type { CompletionEvent, CompletionRequest, Usage } from "./request.ts";
 
 /**
- * Answers a request. Nothing runs before the first event is asked for; leaving the loop ends the request in the engine. Once
- * the signal is aborted there are no more events, the last one included. Throws ServerError: `context_length_exceeded`, or
- * `invalid_request` with the field.
- * @param onUsage told once what was computed, also where the answer did not come to its end
+ * Answers a request. Nothing runs before the first event is requested; leaving the loop ends the request in the engine. Once
+ * the signal is aborted there are no more events, not even `end`. Throws ServerError `context_length_exceeded` or
+ * `invalid_request` with the field, PromptError, or GrammarError.
+ * @param onUsage called once with what was computed, even when the answer did not reach its end
  */
 export async function* complete(
-  model: ServedModel,
+  model: NamedModel,
   request: CompletionRequest,
   onUsage: (usage: Usage) => void,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
-  const { tokenizer, config, generationConfig } = model;
+  const { config, generationConfig } = model;
   const prompt = await encoded(model, request);
   if (prompt === null) return;
   const maxNewTokens = roomFor(model, prompt.tokens.length, request);
-  const answer = new Answer(model, request, dialectOf(tokenizer), prompt);
+  const answer = new Assembler(model, request, prompt);
   const constraint = await constraintOf(model, request, prompt.insideReasoning);
   const leave = new AbortController();
   const stream = submit(model, {
@@ -55,8 +57,8 @@ export async function* complete(
   }
 }
 
-/** Null where the client left before. */
-async function encoded({ encoder }: ServedModel, { prompt, signal }: CompletionRequest): Promise<EncodedPrompt | null> {
+/** Null when the client left first. */
+async function encoded({ encoder }: NamedModel, { prompt, signal }: CompletionRequest): Promise<EncodedPrompt | null> {
   try {
     return await encoder.encode(prompt, signal);
   } catch (error) {
@@ -65,8 +67,8 @@ async function encoded({ encoder }: ServedModel, { prompt, signal }: CompletionR
   }
 }
 
-/** The engine's checks begin with the name of what they are about. */
-function submit({ engine }: ServedModel, request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
+/** The engine's errors begin with the name of the option that they are about. */
+function submit({ engine }: NamedModel, request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
   try {
     return engine.submit(request);
   } catch (cause) {
@@ -77,13 +79,13 @@ function submit({ engine }: ServedModel, request: Request): AsyncGenerator<Gener
   }
 }
 
-/** Tokens of prompt and answer together at most. */
-export function contextLength({ config, engine }: Pick<ServedModel, "config" | "engine">): number {
+/** The most tokens that prompt and answer may have together. */
+export function contextLength({ config, engine }: Pick<NamedModel, "config" | "engine">): number {
   return Math.min(config.maxPositions, engine.cache.count * BLOCK_TOKENS);
 }
 
-/** Tokens that the answer may have. Throws ServerError where the prompt leaves none. */
-function roomFor(model: ServedModel, promptTokens: number, { maxTokens, maxPromptTokens, prompt }: CompletionRequest): number {
+/** The most tokens that the answer may have. Throws ServerError when the prompt leaves no room. */
+function roomFor(model: NamedModel, promptTokens: number, { maxTokens, maxPromptTokens, prompt }: CompletionRequest): number {
   const longest = contextLength(model);
   const param = prompt.kind === "chat" ? "messages" : "prompt";
   if (promptTokens === 0) throw new ServerError("invalid_request", "the prompt is empty: at least one token is needed", { param });
@@ -100,32 +102,13 @@ function roomFor(model: ServedModel, promptTokens: number, { maxTokens, maxPromp
   return Math.min(maxTokens ?? Number.POSITIVE_INFINITY, longest - promptTokens);
 }
 
-/** What narrows the answer: its format, calls that are required, or the arguments of strict tools. */
-async function constraintOf(model: ServedModel, request: CompletionRequest, insideReasoning: boolean): Promise<Constraint | null> {
-  const { format, prompt } = request;
-  const { grammars } = model;
-  switch (format.kind) {
-    case "json":
-      return grammars.constraint({ kind: "json" }, "response_format", insideReasoning);
-    case "schema":
-      return grammars.constraint({ kind: "schema", schema: format.schema }, "response_format.json_schema.schema", insideReasoning);
-    case "text":
-      break;
-    default:
-      return format satisfies never;
-  }
-  if (prompt.kind !== "chat" || prompt.tools.length === 0 || prompt.toolChoice === "none") return null;
-  const { tools, toolChoice, oneToolCall } = prompt;
-  if (toolChoice === "auto") {
-    if (!tools.some((tool) => tool.strict)) return null;
-    return grammars.constraint({ kind: "calls", tools, several: !oneToolCall, free: true }, "tools", insideReasoning);
-  }
-  const named = typeof toolChoice === "object" ? tools.filter((tool) => tool.name === toolChoice.name) : tools;
-  const several = toolChoice === "required" && !oneToolCall;
-  return grammars.constraint({ kind: "calls", tools: named, several, free: false }, "tools", insideReasoning);
+/** The grammar that the answer must follow: of its format, of required calls, or of strict tools; null: none. */
+async function constraintOf({ grammars }: NamedModel, request: CompletionRequest, insideReasoning: boolean): Promise<Constraint | null> {
+  const wanted = shapeOf(request.format, request.prompt);
+  return wanted && grammars.constraint(wanted.shape, { param: wanted.param, after: insideReasoning ? TAGS.think[1] : null });
 }
 
-/** Aborted when one of them is. Asked between steps: a listener would stay with a signal that many share. */
+/** Aborted when any of them is. The engine polls it between steps: listeners would pile up on a signal that many share. */
 function anyOf(...signals: readonly AbortSignal[]): Pick<AbortSignal, "aborted" | "reason"> {
   return {
     get aborted() {

@@ -1,19 +1,23 @@
-/** Prompts to ids and ids to text, without holding the event loop: short ones in turns, long ones in a thread of their own. */
+/** Prompts to ids and ids to text without blocking the event loop: short ones in turns, long ones in a worker thread. */
 import { Worker } from "node:worker_threads";
-import { type EncodedPrompt, promptOf } from "../../chat/prompt.ts";
+import { type EncodedPrompt, encodePrompt, type Prompt, PromptError } from "../../chat/prompt.ts";
 import { Turns } from "../../grammar/turns.ts";
 import type { Tokenizer } from "../../tokenizer/tokenizer.ts";
-import { ServerError } from "../errors.ts";
-import type { Prompt } from "./request.ts";
 import type { Job, Outcome } from "./worker.ts";
 
-/** From so many characters or ids on the thread is worth its while: they take a few milliseconds. */
+/** Texts and lists of at least this size take a few milliseconds, which makes the thread worthwhile. */
 const LONG_CHARACTERS = 16_384;
 const LONG_TOKENS = 8192;
-/** A thread that had nothing to do for so long is ended: it holds the vocabulary once more. */
+/** An idle thread ends after this time: it holds a second copy of the vocabulary. */
 const IDLE_MS = 60_000;
-/** Threads run what was compiled, also where the rest is run from its sources. */
-const SCRIPT = new URL("../../../dist/server/completion/worker.js", import.meta.url);
+/** What the thread runs: the built file or, where this code itself runs from source, the source through tsx. */
+function script(): URL {
+  if (!import.meta.url.endsWith(".ts")) return new URL("worker.js", import.meta.url);
+  const [tsx, worker] = [import.meta.resolve("tsx/esm/api"), new URL("worker.ts", import.meta.url).href];
+  // `--import tsx` does not reach worker threads, so the thread registers it itself.
+  const code = `import { register } from ${JSON.stringify(tsx)}; register(); await import(${JSON.stringify(worker)});`;
+  return new URL(`data:text/javascript,${encodeURIComponent(code)}`);
+}
 
 interface Waiting {
   readonly job: Job;
@@ -26,7 +30,7 @@ export class Encoder {
   readonly #tokenizer: Tokenizer;
   readonly #turns: Turns;
   #worker: Worker | null = null;
-  /** In order of arrival; the first is being done. */
+  /** In order of arrival; the first is running. */
   readonly #waiting: Waiting[] = [];
   #idle: NodeJS.Timeout | undefined;
 
@@ -37,15 +41,15 @@ export class Encoder {
     this.#turns = turns;
   }
 
-  /** The ids of a prompt. Throws ServerError `invalid_request` for what the tokenizer or the chat template refuses. */
+  /** The ids of a prompt. Rejects with PromptError for what the tokenizer or the chat template refuses. */
   async encode(prompt: Prompt, signal?: AbortSignal): Promise<EncodedPrompt> {
-    if (prompt.kind === "tokens" || !isLong(prompt)) return this.#turns.take(() => promptOf(this.#tokenizer, prompt));
+    if (prompt.kind === "tokens" || !isLong(prompt)) return this.#turns.take(() => encodePrompt(this.#tokenizer, prompt));
     const outcome = await this.#send({ kind: "encode", prompt }, signal);
     if (outcome.kind !== "encoded") throw new Error(`internal: asked to encode, got ${outcome.kind}`);
     return outcome.prompt;
   }
 
-  /** The text of ids, all of which the vocabulary must have. */
+  /** The text of ids, all of which must be in the vocabulary. */
   async decode(tokens: readonly number[], skipSpecialTokens: boolean): Promise<string> {
     if (tokens.length < LONG_TOKENS)
       return this.#turns.take(() => this.#tokenizer.decode(tokens, { skip_special_tokens: skipSpecialTokens }));
@@ -54,14 +58,14 @@ export class Encoder {
     return outcome.text;
   }
 
-  /** Ends the thread. What it was asked for fails. */
+  /** Ends the thread; its pending jobs fail. */
   async close(): Promise<void> {
     const worker = this.#worker;
     this.#drop(new Error("the model is being unloaded"));
     await worker?.terminate();
   }
 
-  /** One job is with the thread at a time, so that those of clients who have left are never begun. */
+  /** The thread gets one job at a time, so that jobs of clients who have left never start. */
   async #send(job: Job, signal?: AbortSignal): Promise<Exclude<Outcome, { kind: "refused" | "failed" }>> {
     signal?.throwIfAborted();
     let leave = () => {};
@@ -72,12 +76,12 @@ export class Encoder {
       leave = () => this.#leave(waiting, signal?.reason);
       signal?.addEventListener("abort", leave);
     }).finally(() => signal?.removeEventListener("abort", leave));
-    if (outcome.kind === "refused") throw new ServerError("invalid_request", outcome.message, { param: outcome.param });
+    if (outcome.kind === "refused") throw new PromptError(outcome.param, outcome.message);
     if (outcome.kind === "failed") throw new Error(`encoding failed: ${outcome.message}`);
     return outcome;
   }
 
-  /** Whoever waits leaves at once. What has been begun for them ends first, and is told to nobody. */
+  /** Stops waiting at once. A job that is already running finishes first, and its outcome is dropped. */
   #leave(waiting: Waiting, reason: unknown): void {
     waiting.reject(reason);
     const at = this.#waiting.indexOf(waiting);
@@ -100,10 +104,10 @@ export class Encoder {
   }
 
   #start(): Worker {
-    const worker = new Worker(SCRIPT, { workerData: this.#source });
-    worker.unref(); // whoever waits for an answer keeps the process
+    const worker = new Worker(script(), { workerData: this.#source });
+    worker.unref(); // clients that wait keep the process alive, not the idle thread
     worker.on("message", (outcome: Outcome) => {
-      if (worker !== this.#worker) return; // it was ended, and what it was asked for has failed
+      if (worker !== this.#worker) return; // ended meanwhile: its jobs have failed
       this.#waiting.shift()?.resolve(outcome);
       this.#next();
     });
@@ -120,10 +124,10 @@ export class Encoder {
   }
 }
 
-/** What a message, a part or a tool takes beside its text, in characters. */
+/** What a message, a part or a tool costs besides its text, in characters. */
 const OVERHEAD = 16;
 
-/** Whether there is much text in a value, wherever it stands. */
+/** Whether a value holds much text, at any depth. */
 function isLong(value: unknown): boolean {
   let left = LONG_CHARACTERS;
   const count = (each: unknown): void => {

@@ -3,7 +3,7 @@
  * the log. Knows no method.
  */
 import { Metadata, type ServerUnaryCall, type ServerWritableStream, type sendUnaryData } from "@grpc/grpc-js";
-import type { Caller } from "../completion/request.ts";
+import type { Caller } from "../access/gate.ts";
 import { type ErrorCode, ServerError } from "../errors.ts";
 import { requestId } from "../logs.ts";
 import { type Entrance, MALFORMED, malformed } from "./entrance.ts";

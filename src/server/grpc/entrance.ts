@@ -11,8 +11,8 @@ import {
   type UntypedHandleCall,
   type UntypedServiceImplementation,
 } from "@grpc/grpc-js";
+import type { Caller } from "../access/gate.ts";
 import { bearerToken } from "../access/gate.ts";
-import type { Caller } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
 import { requestId } from "../logs.ts";
 import type { CallReport } from "./calls.ts";

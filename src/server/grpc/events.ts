@@ -1,5 +1,5 @@
 /** Events of an answer as messages of mixtape.proto. */
-import type { CompletionEvent, FinishReason, TokenRouting, Usage } from "../completion/request.ts";
+import type { CompletionEvent, FinishReason, RoutedToken, Usage } from "../completion/request.ts";
 
 const REASONS: Readonly<Record<FinishReason, string>> = {
   stop: "FINISH_REASON_STOP",
@@ -24,7 +24,7 @@ export function eventMessage(event: CompletionEvent): object {
   }
 }
 
-export function routingMessage({ id, text, layers, experts, weights }: TokenRouting): object {
+export function routingMessage({ id, text, layers, experts, weights }: RoutedToken): object {
   const chosen = layers.length ? experts.length / layers.length : 0;
   const row = (all: Int32Array | Float32Array, l: number) => [...all.subarray(l * chosen, (l + 1) * chosen)];
   return { id, text, layers: layers.map((layer, l) => ({ layer, experts: row(experts, l), weights: row(weights, l) })) };

@@ -8,8 +8,8 @@ import { Server, type ServiceDefinition } from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 import { ReflectionService } from "@grpc/reflection";
 import { HealthImplementation, protoPath } from "grpc-health-check";
-import type { Caller } from "../completion/request.ts";
-import type { Services } from "../context.ts";
+import type { Caller } from "../access/gate.ts";
+import type { ServerContext } from "../context.ts";
 import type { KeyPair } from "../tls.ts";
 import { type CallReport, Calls } from "./calls.ts";
 import { Connections } from "./connections.ts";
@@ -44,7 +44,7 @@ export interface GrpcOptions {
   readonly port: number;
   /** Null: plain text. */
   readonly tls: KeyPair | null;
-  readonly services: Services;
+  readonly context: ServerContext;
   /** Throws ServerError `invalid_api_key`. */
   readonly authenticate: (secret: string | null) => Caller;
   /** Waits for a place. Throws ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
@@ -67,7 +67,7 @@ export interface Grpc {
 
 /** Rejects where the address can't be listened on. */
 export async function startGrpc(options: GrpcOptions): Promise<Grpc> {
-  const { services, authenticate, enter, limits, onEnd, onFlood } = options;
+  const { context, authenticate, enter, limits, onEnd, onFlood } = options;
   const definition = loadSync([PROTO, protoPath], { keepCase: true, longs: String, enums: String, defaults: true, oneofs: true });
   const entrance = new Entrance({ guarded: `/${SERVICE}/`, authenticate, arrivalMs: limits.requestTimeoutSeconds * 1000, onEnd });
   const calls = new Calls({ entrance, enter, stallMs: limits.stallTimeoutSeconds * 1000, onEnd });
@@ -81,7 +81,7 @@ export async function startGrpc(options: GrpcOptions): Promise<Grpc> {
     "grpc.enable_channelz": 0,
     interceptors: [entrance.interceptor],
   });
-  server.addService(lenient(definition[SERVICE] as ServiceDefinition), mixtapeService(calls, services, limits.maxJsonDepth));
+  server.addService(lenient(definition[SERVICE] as ServiceDefinition), mixtapeService(calls, context, limits.maxJsonDepth));
   const health = new HealthImplementation({ "": "NOT_SERVING", [SERVICE]: "NOT_SERVING" });
   const tell = (status: "SERVING" | "NOT_SERVING") => {
     for (const name of ["", SERVICE]) health.setStatus(name, status);

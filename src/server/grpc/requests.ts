@@ -3,10 +3,12 @@
  * a field has one meaning. Knows no call.
  */
 import type { z } from "zod";
-import type { CompletionRequest, Prompt, ServedModel } from "../completion/request.ts";
+import type { Prompt } from "../../chat/prompt.ts";
+import type { NamedModel } from "../catalog.ts";
+import type { CompletionRequest } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
+import { type Finding, invalid } from "../finding.ts";
 import { parseBody } from "../http/body.ts";
-import { type Finding, invalid } from "../http/error.ts";
 import {
   ChatBody,
   CompletionBody,
@@ -74,7 +76,7 @@ export interface Terms extends Pick<CompletionRequest, "owner" | "signal"> {
 }
 
 /** Throws ServerError `invalid_request`; `param` is the name in the HTTP body, for `fieldOf`. */
-export function generateRequest(model: ServedModel, request: GenerateRequest, { maxJsonDepth, ...who }: Terms): CompletionRequest {
+export function generateRequest(model: NamedModel, request: GenerateRequest, { maxJsonDepth, ...who }: Terms): CompletionRequest {
   const { options } = request;
   const prompt = promptIn(request, "prompt");
   const body = checked(CompletionBody, { model: model.name, prompt: "", ...fieldsOf(options) });
@@ -88,7 +90,7 @@ export function generateRequest(model: ServedModel, request: GenerateRequest, { 
 }
 
 /** Throws ServerError `invalid_request`; `param` is the name in the HTTP body, for `fieldOf`. */
-export function chatCompletionRequest(model: ServedModel, request: ChatRequest, { maxJsonDepth, ...who }: Terms): CompletionRequest {
+export function chatCompletionRequest(model: NamedModel, request: ChatRequest, { maxJsonDepth, ...who }: Terms): CompletionRequest {
   const { logprobs, ...fields } = fieldsOf(request.options);
   const body = checked(ChatBody, {
     model: model.name,

@@ -1,8 +1,9 @@
 /** The methods of mixtape.proto. Knows no connection and no key. */
 import type { UntypedServiceImplementation } from "@grpc/grpc-js";
 import { detokenize, embed, factsOf, route, tokenize } from "../analysis.ts";
-import type { CompletionRequest, ServedModel } from "../completion/request.ts";
-import { answer, type Services, withModel } from "../context.ts";
+import type { NamedModel } from "../catalog.ts";
+import type { CompletionRequest } from "../completion/request.ts";
+import { answer, type ServerContext, withModel } from "../context.ts";
 import type { Calls, Context, StreamContext } from "./calls.ts";
 import { eventMessage, routingMessage } from "./events.ts";
 import {
@@ -24,23 +25,23 @@ interface Named {
 }
 
 /** @param maxJsonDepth nesting of JSON in fields of messages */
-export function mixtapeService(calls: Calls, services: Services, maxJsonDepth: number): UntypedServiceImplementation {
-  const unary = <Q extends Named>(act: (model: ServedModel, request: Q, context: Context) => Promise<object>) =>
-    calls.unary<Q>((request, context) => withModel(services, context.caller, request.model, (model) => act(model, request, context)), {
+export function mixtapeService(calls: Calls, server: ServerContext, maxJsonDepth: number): UntypedServiceImplementation {
+  const unary = <Q extends Named>(act: (model: NamedModel, request: Q, context: Context) => Promise<object>) =>
+    calls.unary<Q>((request, context) => withModel(server, context.caller, request.model, (model) => act(model, request, context)), {
       fieldOf,
     });
 
   const stream = <Q extends Named>(
-    act: (model: ServedModel, request: Q, context: StreamContext) => Promise<void>,
+    act: (model: NamedModel, request: Q, context: StreamContext) => Promise<void>,
     nameOf: (param: string) => string = fieldOf,
   ) =>
-    calls.stream<Q>((request, context) => withModel(services, context.caller, request.model, (model) => act(model, request, context)), {
+    calls.stream<Q>((request, context) => withModel(server, context.caller, request.model, (model) => act(model, request, context)), {
       fieldOf: nameOf,
     });
-  const completion = <Q extends Named>(wanted: (model: ServedModel, request: Q, terms: Terms) => CompletionRequest) =>
+  const completion = <Q extends Named>(wanted: (model: NamedModel, request: Q, terms: Terms) => CompletionRequest) =>
     stream<Q>(async (model, request, { caller, signal, send }) => {
       const terms = { owner: caller.id, signal, maxJsonDepth };
-      for await (const event of answer(services, caller, model, wanted(model, request, terms))) await send(eventMessage(event));
+      for await (const event of answer(server, caller, model, wanted(model, request, terms))) await send(eventMessage(event));
     });
 
   return {
@@ -56,16 +57,16 @@ export function mixtapeService(calls: Calls, services: Services, maxJsonDepth: n
       text: await detokenize(model, tokens, skip_special_tokens),
     })),
     ListModels: calls.unary<object>(
-      async (_request, { caller }) => ({ models: services.catalog.list().filter(({ name }) => caller.models?.includes(name) ?? true) }),
+      async (_request, { caller }) => ({ models: server.catalog.list().filter(({ name }) => caller.models?.includes(name) ?? true) }),
       { computes: false },
     ),
     GetModel: unary(async (model) => modelInfo(model)),
     Embed: unary<EmbedRequest>(async (model, request, { caller, signal }) => {
-      const { vectors, tokens } = await embed(services, caller, model, embedPrompts(request), signal);
+      const { vectors, tokens } = await embed(server, caller, model, embedPrompts(request), signal);
       return { embeddings: vectors.map((vector) => ({ values: [...vector] })), prompt_tokens: tokens };
     }),
     Route: stream<RouteRequest>(async (model, request, { caller, signal, send }) => {
-      const { tokens, layers, chosen } = await route(services, caller, model, routePrompt(request), signal);
+      const { tokens, layers, chosen } = await route(server, caller, model, routePrompt(request), signal);
       const numbers = layers.map(({ layer }) => layer);
       for (const [t, id] of tokens.entries()) {
         const [experts, weights] = [new Int32Array(layers.length * chosen), new Float32Array(layers.length * chosen)];
@@ -79,7 +80,7 @@ export function mixtapeService(calls: Calls, services: Services, maxJsonDepth: n
   };
 }
 
-function modelInfo(model: ServedModel): object {
+function modelInfo(model: NamedModel): object {
   const { name, architecture, parameters, layers, hiddenSize, vocabularySize, moe, contextLength, dtype, kvCacheDtype } = factsOf(model);
   return {
     name,

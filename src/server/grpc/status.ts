@@ -1,7 +1,6 @@
 /** Failures as gRPC has them: a status, a sentence, and what a program wants to know of it in trailing metadata. */
 import { Metadata, status } from "@grpc/grpc-js";
-import { ERRORS, type ServerError } from "../errors.ts";
-import { serverError } from "../http/error.ts";
+import { ERRORS, type ServerError, serverError } from "../errors.ts";
 
 export interface Failure {
   readonly code: status;

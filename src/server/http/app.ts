@@ -8,8 +8,8 @@ import swaggerUi from "@fastify/swagger-ui";
 import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest, LogController } from "fastify";
 import { jsonSchemaTransform, serializerCompiler, validatorCompiler } from "fastify-type-provider-zod";
 import { Turns } from "../../grammar/turns.ts";
+import type { Caller } from "../access/gate.ts";
 import { bearerToken, type Gate } from "../access/gate.ts";
-import type { Caller } from "../completion/request.ts";
 import { isLoopback, type ServeConfig } from "../config.ts";
 import { ERRORS, ServerError } from "../errors.ts";
 import { type Logger, requestId } from "../logs.ts";
@@ -17,7 +17,7 @@ import type { Metrics } from "../metrics.ts";
 import type { Certificate } from "../tls.ts";
 import { parseBody } from "./body.ts";
 import { errorBody } from "./error.ts";
-import type { Responses } from "./inflight.ts";
+import type { InFlight } from "./inflight.ts";
 
 declare module "fastify" {
   interface FastifyRequest {
@@ -30,13 +30,13 @@ export interface HttpParts {
   readonly config: ServeConfig;
   readonly log: Logger;
   readonly metrics: Metrics;
-  readonly responses: Responses;
+  readonly inFlight: InFlight;
   readonly certificate: Certificate | null;
   readonly version: string;
 }
 
 /** A Fastify instance with everything but routes. */
-export async function createHttp({ config, log, metrics, responses, certificate, version }: HttpParts): Promise<FastifyInstance> {
+export async function createHttp({ config, log, metrics, inFlight, certificate, version }: HttpParts): Promise<FastifyInstance> {
   const http = {
     maxHeaderSize: config.maxHeaderBytes,
     headersTimeout: Math.min(config.headersTimeoutSeconds, config.requestTimeoutSeconds) * 1000,
@@ -69,7 +69,7 @@ export async function createHttp({ config, log, metrics, responses, certificate,
 
   const knownHosts = config.keys === undefined && isLoopback(config.host) ? config.allowedHosts : null;
   app.addHook("onRequest", async (request, reply) => {
-    responses.add(reply.raw);
+    inFlight.add(reply.raw);
     reply.header("x-request-id", request.id);
     if (knownHosts) checkHost(request, knownHosts);
   });

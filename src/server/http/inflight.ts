@@ -1,4 +1,4 @@
-/** The responses that are under way: cuts off clients that take nothing of theirs, and waits for the last when the server goes down. */
+/** The inFlight that are under way: cuts off clients that take nothing of theirs, and waits for the last when the server goes down. */
 import type { ServerResponse } from "node:http";
 
 interface Watched {
@@ -7,7 +7,7 @@ interface Watched {
   since: number;
 }
 
-export class Responses {
+export class InFlight {
   readonly #open = new Map<ServerResponse, Watched>();
   readonly #stallMs: number;
   readonly #onStall: () => void;

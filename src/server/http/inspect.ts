@@ -1,18 +1,19 @@
 /** Routes of mixtape's own: tokens of a text and back, and which experts a text uses. */
 import type { FastifyInstance, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
+import type { Prompt } from "../../chat/prompt.ts";
+import type { Caller } from "../access/gate.ts";
 import { detokenize, route, tokenize } from "../analysis.ts";
-import type { Caller, Prompt } from "../completion/request.ts";
-import { type Services, withModel } from "../context.ts";
+import { type ServerContext, withModel } from "../context.ts";
 import { ServerError } from "../errors.ts";
 import { signalOf } from "./openai/routes.ts";
 import { chatPrompt, DetokenizeBody, messagesOf, RoutingBody, TokenizeBody } from "./openai/schema.ts";
 
-export function registerInspection(app: FastifyInstance, services: Services, callerOf: (request: FastifyRequest) => Caller): void {
+export function registerInspection(app: FastifyInstance, context: ServerContext, callerOf: (request: FastifyRequest) => Caller): void {
   const routes = app.withTypeProvider<ZodTypeProvider>();
 
   routes.post("/tokenize", { schema: { body: TokenizeBody, tags: ["mixtape"], summary: "The tokens of a text" } }, (request, reply) =>
-    withModel(services, callerOf(request), request.body.model, async (model) => {
+    withModel(context, callerOf(request), request.body.model, async (model) => {
       const { text, add_special_tokens } = request.body;
       const { tokens, pieces } = await tokenize(model, text, add_special_tokens ?? true, signalOf(reply));
       return { tokens, pieces, count: tokens.length };
@@ -20,7 +21,7 @@ export function registerInspection(app: FastifyInstance, services: Services, cal
   );
 
   routes.post("/detokenize", { schema: { body: DetokenizeBody, tags: ["mixtape"], summary: "The text of tokens" } }, (request) =>
-    withModel(services, callerOf(request), request.body.model, async (model) => {
+    withModel(context, callerOf(request), request.body.model, async (model) => {
       const { tokens, skip_special_tokens } = request.body;
       return { text: await detokenize(model, tokens, skip_special_tokens ?? false) };
     }),
@@ -30,12 +31,12 @@ export function registerInspection(app: FastifyInstance, services: Services, cal
     "/v1/routing",
     { schema: { body: RoutingBody, tags: ["mixtape"], summary: "Which experts each token of a text or conversation uses" } },
     (request, reply) =>
-      withModel(services, callerOf(request), request.body.model, async (model) => {
+      withModel(context, callerOf(request), request.body.model, async (model) => {
         const { text, messages } = request.body;
         if ((text === undefined) === (messages === undefined))
           throw new ServerError("invalid_request", "give either text or messages", { param: text === undefined ? "text" : "messages" });
         const prompt: Prompt = text !== undefined ? { kind: "text", text } : chatPrompt(messagesOf(messages ?? []));
-        const { tokens, layers, experts, chosen } = await route(services, callerOf(request), model, prompt, signalOf(reply));
+        const { tokens, layers, experts, chosen } = await route(context, callerOf(request), model, prompt, signalOf(reply));
         const rows = (all: Int32Array | Float32Array) => tokens.map((_, t) => [...all.subarray(t * chosen, (t + 1) * chosen)]);
         return {
           model: model.name,

@@ -4,7 +4,7 @@ import { once } from "node:events";
 import { createServer, type Server } from "node:http";
 import type { FastifyInstance } from "fastify";
 import { bearerToken, type Gate } from "../access/gate.ts";
-import type { ModelCatalog } from "../catalog.ts";
+import type { Catalog } from "../catalog.ts";
 import type { ServeConfig } from "../config.ts";
 import { ServerError } from "../errors.ts";
 import type { Metrics } from "../metrics.ts";
@@ -19,7 +19,7 @@ export interface OperationsParts {
   readonly state: State;
   readonly config: ServeConfig;
   readonly gate: Gate;
-  readonly catalog: ModelCatalog;
+  readonly catalog: Catalog;
   readonly metrics: Metrics;
 }
 

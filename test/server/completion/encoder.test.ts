@@ -3,10 +3,10 @@ import { monitorEventLoopDelay } from "node:perf_hooks";
 import { setTimeout as sleep } from "node:timers/promises";
 import { expect, onTestFinished, test } from "vitest";
 import { AutoTokenizer } from "../../../src/api/tokenizer.ts";
-import { promptOf } from "../../../src/chat/prompt.ts";
+import type { Prompt } from "../../../src/chat/prompt.ts";
+import { encodePrompt } from "../../../src/chat/prompt.ts";
 import { Turns } from "../../../src/grammar/turns.ts";
 import { Encoder } from "../../../src/server/completion/encoder.ts";
-import type { Prompt } from "../../../src/server/completion/request.ts";
 
 const SOURCE = new URL("../../../models/small-moe/", import.meta.url).pathname;
 const tokenizer = await AutoTokenizer.from_pretrained(SOURCE);
@@ -33,7 +33,7 @@ test.each<[string, Prompt]>([
   ["a conversation", chat(LONG)],
   ["tools that are long", chat("Hi", { tools: [{ name: "f", description: LONG }], toolChoice: "auto" })],
 ])("%s: the same ids as in place", async (_name, prompt) => {
-  expect(await encoder().encode(prompt)).toEqual(promptOf(tokenizer, prompt));
+  expect(await encoder().encode(prompt)).toEqual(encodePrompt(tokenizer, prompt));
 });
 
 test("long lists of ids become the same text as in place", async () => {
@@ -46,7 +46,7 @@ test("long lists of ids become the same text as in place", async () => {
 test("what the template refuses is the user's error, long or short", async () => {
   for (const content of ["x", LONG]) {
     const refused = encoder().encode(chat(content, { messages: [{ role: "nobody" as "user", content }] }));
-    await expect(refused).rejects.toMatchObject({ code: "invalid_request", param: "messages" });
+    await expect(refused).rejects.toMatchObject({ name: "PromptError", param: "messages" });
   }
 });
 
@@ -61,7 +61,7 @@ test("millions of characters do not hold the event loop", async () => {
   delay.disable();
   expect(tokens.length).toBeGreaterThan(400_000);
   const start = performance.now();
-  promptOf(tokenizer, { kind: "text", text });
+  encodePrompt(tokenizer, { kind: "text", text });
   expect(delay.max / 1e6).toBeLessThan((performance.now() - start) / 4); // in place it is all of it
 });
 
@@ -74,8 +74,8 @@ test("a client that left is not encoded for; others are", async () => {
   const last = e.encode(other);
   gone.abort(new Error("gone"));
   await expect(left).rejects.toThrow("gone");
-  expect(await first).toEqual(promptOf(tokenizer, chat(LONG)));
-  expect(await last).toEqual(promptOf(tokenizer, other));
+  expect(await first).toEqual(encodePrompt(tokenizer, chat(LONG)));
+  expect(await last).toEqual(encodePrompt(tokenizer, other));
 });
 
 test("a thread that cannot start fails its requests, and says why; one that was ended starts again", async () => {

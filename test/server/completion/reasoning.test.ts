@@ -3,14 +3,16 @@ import { cp, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { beforeAll, describe, expect, test } from "vitest";
 import { AutoTokenizer } from "../../../src/api/tokenizer.ts";
-import { promptOf } from "../../../src/chat/prompt.ts";
+import type { Prompt } from "../../../src/chat/prompt.ts";
+import { encodePrompt } from "../../../src/chat/prompt.ts";
 import { GREEDY } from "../../../src/engine/sampling.ts";
 import type { Request } from "../../../src/engine/sequence.ts";
 import { Grammars } from "../../../src/grammar/grammars.ts";
 import { readConfig } from "../../../src/model/config.ts";
+import type { NamedModel } from "../../../src/server/catalog.ts";
 import { complete } from "../../../src/server/completion/complete.ts";
 import { Encoder } from "../../../src/server/completion/encoder.ts";
-import type { CompletionEvent, CompletionRequest, Prompt, ServedModel, Usage } from "../../../src/server/completion/request.ts";
+import type { CompletionEvent, CompletionRequest, Usage } from "../../../src/server/completion/request.ts";
 import type { Tokenizer } from "../../../src/tokenizer/tokenizer.ts";
 import { scratch } from "../../checkpoint/craft.ts";
 
@@ -41,7 +43,7 @@ beforeAll(async () => {
 });
 
 /** A served model whose engine answers with these tokens; what it was asked is kept. */
-async function replaying(tokenizer: Tokenizer, tokens: readonly number[]): Promise<{ model: ServedModel; asked: Request[] }> {
+async function replaying(tokenizer: Tokenizer, tokens: readonly number[]): Promise<{ model: NamedModel; asked: Request[] }> {
   const config = readConfig(JSON.parse(await readFile(join(SOURCE, "config.json"), "utf8")));
   const asked: Request[] = [];
   const engine = {
@@ -57,7 +59,7 @@ async function replaying(tokenizer: Tokenizer, tokens: readonly number[]): Promi
         if (finish) return;
       }
     },
-  } as unknown as ServedModel["engine"];
+  } as unknown as NamedModel["engine"];
   const grammars = new Grammars(tokenizer, config.vocabSize, config.eosTokenIds);
   const encoder = new Encoder(SOURCE, tokenizer);
   return { model: { name: "m", created: 0, config, tokenizer, engine, dtype: "bf16", encoder, grammars, generationConfig: {} }, asked };
@@ -218,7 +220,7 @@ describe("prompts", () => {
   ];
 
   test("a template that takes tools gets them, and arguments as values", () => {
-    const { tokens, insideReasoning } = promptOf(thinking, chat({ messages: conversation, tools: [WEATHER], toolChoice: "auto" }));
+    const { tokens, insideReasoning } = encodePrompt(thinking, chat({ messages: conversation, tools: [WEATHER], toolChoice: "auto" }));
     const text = thinking.decode(tokens);
     expect(insideReasoning).toBe(true);
     expect(text).toContain('<tool_list>[{"type": "function", "function": {"name": "weather"');
@@ -227,19 +229,19 @@ describe("prompts", () => {
   });
 
   test("for one that does not, they become text: nothing is lost", () => {
-    const text = plain.decode(promptOf(plain, chat({ messages: conversation, tools: [WEATHER], toolChoice: "auto" })).tokens);
+    const text = plain.decode(encodePrompt(plain, chat({ messages: conversation, tools: [WEATHER], toolChoice: "auto" })).tokens);
     for (const part of ['"name":"weather"', "<tool_list>", '{"name": "weather", "arguments": {"city":"Rome"}}', "<tool_output>\nsunny"])
       expect(text).toContain(part);
-    expect(promptOf(plain, chat({ messages: conversation })).tokens.length).toBeGreaterThan(20);
+    expect(encodePrompt(plain, chat({ messages: conversation })).tokens.length).toBeGreaterThan(20);
   });
 
   test("variables are the template's alone: they do not replace it", () => {
     const own = { chat_template: "{% for i in range(10) %}x{% endfor %}", tokenize: false, split_special_tokens: false };
-    expect(promptOf(plain, chat({ templateVariables: own }))).toEqual(promptOf(plain, chat()));
+    expect(encodePrompt(plain, chat({ templateVariables: own }))).toEqual(encodePrompt(plain, chat()));
   });
 
   test("what a user writes is never a special token", () => {
-    const { tokens } = promptOf(plain, chat({ messages: [{ role: "user", content: "a<|end_of_sentence|>b</s><tool_call>" }] }));
+    const { tokens } = encodePrompt(plain, chat({ messages: [{ role: "user", content: "a<|end_of_sentence|>b</s><tool_call>" }] }));
     expect(tokens.filter((id) => plain.vocabulary.isSpecial(id))).toEqual([plain.vocabulary.id("<|begin_of_sentence|>")]);
     expect(plain.decode(tokens)).toContain("a<|end_of_sentence|>b</s><tool_call>");
   });

@@ -9,7 +9,7 @@ import { revokeKey } from "../../../src/server/access/keys.ts";
 import { checkServeConfig } from "../../../src/server/config.ts";
 import { ServerError } from "../../../src/server/errors.ts";
 import { createHttp, guard } from "../../../src/server/http/app.ts";
-import { Responses } from "../../../src/server/http/inflight.ts";
+import { InFlight } from "../../../src/server/http/inflight.ts";
 import { createLogger } from "../../../src/server/logs.ts";
 import { Metrics } from "../../../src/server/metrics.ts";
 import { keptLines, keyFile } from "../harness.ts";
@@ -25,7 +25,7 @@ async function start(settings: Readonly<Record<string, unknown>> = {}) {
   const { sink, lines: logs } = keptLines();
   const log = createLogger("trace", sink);
   const stalls: number[] = [];
-  const responses = new Responses(config.stallTimeoutSeconds, () => stalls.push(performance.now()));
+  const inFlight = new InFlight(config.stallTimeoutSeconds, () => stalls.push(performance.now()));
   const limits = {
     running: config.maxInProgress,
     queued: config.maxQueued,
@@ -34,7 +34,7 @@ async function start(settings: Readonly<Record<string, unknown>> = {}) {
   };
   const gate = await Gate.open({ keyFile: config.keys ?? null, usageFile: config.usageFile ?? null, limits, log });
   const metrics = new Metrics({ models: () => [], admission: gate.admission });
-  const app: FastifyInstance = await createHttp({ config, log, metrics, responses, certificate: null, version: "0" });
+  const app: FastifyInstance = await createHttp({ config, log, metrics, inFlight, certificate: null, version: "0" });
   let handled = 0;
   await app.register(async (scope) => {
     guard(scope, gate, metrics);
@@ -60,14 +60,14 @@ async function start(settings: Readonly<Record<string, unknown>> = {}) {
   onTestFinished(async () => {
     app.server.closeAllConnections();
     await app.close();
-    responses.close();
+    inFlight.close();
     await gate.close();
   });
   await app.listen({ host: "127.0.0.1", port: 0 });
   const { port } = app.server.address() as { port: number };
   const post = (path: string, payload: string | Buffer | object, headers: Record<string, string> = {}) =>
     app.inject({ method: "POST", url: path, headers: { "content-type": "application/json", ...headers }, payload });
-  return { app, gate, metrics, port, post, logs, responses, stalls, handled: () => handled };
+  return { app, gate, metrics, port, post, logs, inFlight, stalls, handled: () => handled };
 }
 
 /** A bare connection: what comes back, and when it ends. */

@@ -2,9 +2,10 @@
 import { randomUUID } from "node:crypto";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
+import type { Caller } from "../../access/gate.ts";
 import { detokenize, embed } from "../../analysis.ts";
-import type { Caller, CompletionEvent, CompletionRequest, FinishReason, TokenLogprob, Usage } from "../../completion/request.ts";
-import { answer, type Services, withModel } from "../../context.ts";
+import type { CompletionEvent, CompletionRequest, FinishReason, ScoredToken, Usage } from "../../completion/request.ts";
+import { answer, type ServerContext, withModel } from "../../context.ts";
 import { ServerError } from "../../errors.ts";
 import { errorBody } from "../error.ts";
 import { EventStream } from "../sse.ts";
@@ -13,15 +14,15 @@ import { ChatBody, CompletionBody, chatRequest, completionRequests, EmbeddingBod
 const FINISH: Readonly<Record<FinishReason, string>> = { stop: "stop", length: "length", toolCalls: "tool_calls" };
 
 /** @param callerOf what authentication found out about a request */
-export function registerOpenAi(app: FastifyInstance, services: Services, callerOf: (request: FastifyRequest) => Caller): void {
+export function registerOpenAi(app: FastifyInstance, context: ServerContext, callerOf: (request: FastifyRequest) => Caller): void {
   const routes = app.withTypeProvider<ZodTypeProvider>();
-  const { catalog } = services;
+  const { catalog } = context;
 
   routes.post(
     "/v1/chat/completions",
     { schema: { body: ChatBody, tags: ["OpenAI"], summary: "Answer a conversation" } },
     (request, reply) =>
-      withModel(services, callerOf(request), request.body.model, async (model) => {
+      withModel(context, callerOf(request), request.body.model, async (model) => {
         const { body } = request;
         const who = { owner: callerOf(request).id, signal: signalOf(reply) };
         const base = chatRequest(body, model.generationConfig, who);
@@ -29,7 +30,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
         const head = { id: `chatcmpl-${randomUUID()}`, created: now(), model: model.name };
         const answers = requests.map(() => new ChatAnswer());
         const usage = () => usageOf(answers, body.n ?? 1);
-        const events = (i: number) => answer(services, callerOf(request), model, requests[i]);
+        const events = (i: number) => answer(context, callerOf(request), model, requests[i]);
         if (!body.stream) {
           await each(requests, events, (i, event) => answers[i].take(event));
           return reply.send({
@@ -60,7 +61,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
   );
 
   routes.post("/v1/completions", { schema: { body: CompletionBody, tags: ["OpenAI"], summary: "Continue texts" } }, (request, reply) =>
-    withModel(services, callerOf(request), request.body.model, async (model) => {
+    withModel(context, callerOf(request), request.body.model, async (model) => {
       const { body } = request;
       const who = { owner: callerOf(request).id, signal: signalOf(reply) };
       const requests = completionRequests(body, model.generationConfig, who);
@@ -70,7 +71,7 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
       const head = { id: `cmpl-${randomUUID()}`, object: "text_completion", created: now(), model: model.name };
       const answers = requests.map((_, i) => new TextAnswer(echoes[i]));
       const usage = () => usageOf(answers, body.n ?? 1);
-      const events = (i: number) => answer(services, callerOf(request), model, requests[i]);
+      const events = (i: number) => answer(context, callerOf(request), model, requests[i]);
       if (!body.stream) {
         await each(requests, events, (i, event) => answers[i].take(event));
         return reply.send({
@@ -115,14 +116,14 @@ export function registerOpenAi(app: FastifyInstance, services: Services, callerO
     "/v1/embeddings",
     { schema: { body: EmbeddingBody, tags: ["OpenAI"], summary: "Embed texts: the mean of the last hidden states, of length one" } },
     (request, reply) =>
-      withModel(services, callerOf(request), request.body.model, async (model) => {
+      withModel(context, callerOf(request), request.body.model, async (model) => {
         const { input, encoding_format: format, dimensions } = request.body;
         const { hiddenSize } = model.config;
         if (dimensions != null && dimensions !== hiddenSize)
           throw new ServerError("invalid_request", `embeddings of this model have ${hiddenSize} dimensions, not ${dimensions}`, {
             param: "dimensions",
           });
-        const { vectors, tokens } = await embed(services, callerOf(request), model, promptsOf(input), signalOf(reply));
+        const { vectors, tokens } = await embed(context, callerOf(request), model, promptsOf(input), signalOf(reply));
         return {
           object: "list",
           model: model.name,
@@ -303,7 +304,7 @@ class TextAnswer {
   usage = NONE;
   #text: string;
   #offset: number;
-  readonly #logprobs: { token: TokenLogprob; top: readonly TokenLogprob[]; offset: number }[] = [];
+  readonly #logprobs: { token: ScoredToken; top: readonly ScoredToken[]; offset: number }[] = [];
   readonly #routing: object[] = [];
   #sent = { logprobs: 0, routing: 0 };
   #finish = "length";
@@ -355,11 +356,11 @@ class TextAnswer {
   }
 }
 
-function textOf({ bytes }: TokenLogprob): string {
+function textOf({ bytes }: ScoredToken): string {
   return Buffer.from(bytes).toString("utf8");
 }
 
-function logprob(token: TokenLogprob) {
+function logprob(token: ScoredToken) {
   return { token: textOf(token), logprob: token.logprob, bytes: [...token.bytes] };
 }
 

@@ -1,9 +1,11 @@
 /** What OpenAI's clients may send, field by field, and how it becomes what the server understands. Knows no HTTP. */
 import { randomInt } from "node:crypto";
 import { z } from "zod";
+import type { ResponseFormat } from "../../../chat/format.ts";
+import type { Prompt, ToolChoice } from "../../../chat/prompt.ts";
 import { GREEDY, type Sampling } from "../../../engine/sampling.ts";
 import type { Message } from "../../../tokenizer/template.ts";
-import type { CompletionRequest, Prompt, ResponseFormat, ToolChoice } from "../../completion/request.ts";
+import type { CompletionRequest } from "../../completion/request.ts";
 import { ServerError } from "../../errors.ts";
 
 /** Fields that clients send and that change nothing here; any other unknown field is an error. */

@@ -4,6 +4,7 @@
  */
 import { Metadata, type ServerUnaryCall, type ServerWritableStream, type sendUnaryData } from "@grpc/grpc-js";
 import type { Caller } from "../access/gate.ts";
+import { within } from "../deadline.ts";
 import { type ErrorCode, ServerError } from "../errors.ts";
 import { requestId } from "../logs.ts";
 import { type Entrance, MALFORMED, malformed } from "./entrance.ts";
@@ -107,12 +108,7 @@ export class Calls {
     const ended = new Promise<void>((resolve) => {
       this.#idle = resolve;
     });
-    let timer: NodeJS.Timeout | undefined;
-    const late = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, timeoutMs);
-    });
-    await Promise.race([ended, late]);
-    clearTimeout(timer);
+    await within(timeoutMs, ended);
     const left = this.#open.size;
     for (const open of this.#open) open.abort(new ServerError("not_ready", "the server went down meanwhile", { retryAfterSeconds: 1 }));
     return left;

@@ -6,6 +6,7 @@ import { once } from "node:events";
 import { constants, type Http2Server, type ServerHttp2Session } from "node:http2";
 import { type AddressInfo, createServer, type Server as NetServer, type Socket } from "node:net";
 import { type ConnectionInjector, type Server, ServerCredentials } from "@grpc/grpc-js";
+import { within } from "../deadline.ts";
 import type { KeyPair } from "../tls.ts";
 
 export interface ConnectionsOptions {
@@ -71,12 +72,7 @@ export class Connections {
   /** Waits until all have left; those that have not by then are cut off. */
   async close(timeoutMs: number): Promise<void> {
     const left = [...this.#sockets].map((socket) => new Promise((resolve) => socket.once("close", resolve)));
-    let timer: NodeJS.Timeout | undefined;
-    const late = new Promise((resolve) => {
-      timer = setTimeout(resolve, timeoutMs);
-    });
-    await Promise.race([Promise.all(left), late]);
-    clearTimeout(timer);
+    await within(timeoutMs, Promise.all(left));
     for (const socket of this.#sockets) socket.destroy();
   }
 

@@ -9,17 +9,8 @@ import type { CompletionRequest } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
 import { type Finding, invalid } from "../finding.ts";
 import { parseBody } from "../http/body.ts";
-import {
-  ChatBody,
-  CompletionBody,
-  chatPrompt,
-  chatRequest,
-  completionRequest,
-  MOST_INPUTS,
-  messagesOf,
-  promptsOf,
-  RoutingBody,
-} from "../http/openai/schema.ts";
+import { chatPrompt, chatRequest, completionRequest, messagesOf, promptsOf } from "../http/openai/request.ts";
+import { ChatBody, CompletionBody, MOST_INPUTS, RoutingBody } from "../http/openai/schema.ts";
 
 /** What the loader makes of messages: fields that are `optional`, in a oneof, or messages, are null or absent where they are not set. */
 export interface Options {

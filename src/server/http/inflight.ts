@@ -1,8 +1,9 @@
-/** The inFlight that are under way: cuts off clients that take nothing of theirs, and waits for the last when the server goes down. */
+/** Responses in flight: disconnects clients that stop reading, and waits for the last response on shutdown. Knows no route. */
 import type { ServerResponse } from "node:http";
+import { within } from "../deadline.ts";
 
 interface Watched {
-  /** Bytes that had left when last looked at, and since when there were no more. */
+  /** Bytes sent at the last check, and when the number last changed. */
   sent: number;
   since: number;
 }
@@ -14,7 +15,7 @@ export class InFlight {
   readonly #timer: NodeJS.Timeout;
   #idle: (() => void) | null = null;
 
-  /** `stallSeconds`: how long a client may take nothing of bytes that wait for it. */
+  /** @param stallSeconds how long a client may read nothing while bytes wait for it */
   constructor(stallSeconds: number, onStall: () => void) {
     this.#stallMs = stallSeconds * 1000;
     this.#onStall = onStall;
@@ -33,18 +34,13 @@ export class InFlight {
     });
   }
 
-  /** Waits until all have ended; those that have not by then are cut off. Resolves with their number. */
+  /** Waits for all responses to end, then disconnects the rest. Resolves with how many were cut off. */
   async drain(timeoutSeconds: number): Promise<number> {
     if (this.#open.size > 0) {
       const ended = new Promise<void>((resolve) => {
         this.#idle = resolve;
       });
-      let timer: NodeJS.Timeout | undefined;
-      const late = new Promise<void>((resolve) => {
-        timer = setTimeout(resolve, timeoutSeconds * 1000);
-      });
-      await Promise.race([ended, late]);
-      clearTimeout(timer);
+      await within(timeoutSeconds * 1000, ended);
     }
     const left = this.#open.size;
     for (const response of this.#open.keys()) response.socket?.destroy();

@@ -1,4 +1,4 @@
-/** Routes of mixtape's own: tokens of a text and back, and which experts a text uses. */
+/** mixtape's own routes: tokens of a text and back, and which experts a text uses. */
 import type { FastifyInstance, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
 import type { Prompt } from "../../chat/prompt.ts";
@@ -6,8 +6,9 @@ import type { Caller } from "../access/gate.ts";
 import { detokenize, route, tokenize } from "../analysis.ts";
 import { type ServerContext, withModel } from "../context.ts";
 import { ServerError } from "../errors.ts";
-import { signalOf } from "./openai/routes.ts";
-import { chatPrompt, DetokenizeBody, messagesOf, RoutingBody, TokenizeBody } from "./openai/schema.ts";
+import { chatPrompt, messagesOf } from "./openai/request.ts";
+import { DetokenizeBody, RoutingBody, TokenizeBody } from "./openai/schema.ts";
+import { signalOf } from "./signal.ts";
 
 export function registerInspection(app: FastifyInstance, context: ServerContext, callerOf: (request: FastifyRequest) => Caller): void {
   const routes = app.withTypeProvider<ZodTypeProvider>();

@@ -1,19 +1,20 @@
-/** The routes that OpenAI's clients know: chat and text completions, streamed or whole, models and embeddings. */
+/** OpenAI's routes: chat and text completions, streamed or whole, models and embeddings. Knows no format of a choice. */
 import { randomUUID } from "node:crypto";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
 import type { Caller } from "../../access/gate.ts";
 import { detokenize, embed } from "../../analysis.ts";
-import type { CompletionEvent, CompletionRequest, FinishReason, ScoredToken, Usage } from "../../completion/request.ts";
+import type { CompletionEvent, CompletionRequest } from "../../completion/request.ts";
 import { answer, type ServerContext, withModel } from "../../context.ts";
 import { ServerError } from "../../errors.ts";
 import { errorBody } from "../error.ts";
+import { signalOf } from "../signal.ts";
 import { EventStream } from "../sse.ts";
-import { ChatBody, CompletionBody, chatRequest, completionRequests, EmbeddingBody, promptsOf, several } from "./schema.ts";
+import { ChatChoice, TextChoice, usageOf } from "./choice.ts";
+import { chatRequest, completionRequests, promptsOf, several } from "./request.ts";
+import { ChatBody, CompletionBody, EmbeddingBody } from "./schema.ts";
 
-const FINISH: Readonly<Record<FinishReason, string>> = { stop: "stop", length: "length", toolCalls: "tool_calls" };
-
-/** @param callerOf what authentication found out about a request */
+/** @param callerOf who sent a request */
 export function registerOpenAi(app: FastifyInstance, context: ServerContext, callerOf: (request: FastifyRequest) => Caller): void {
   const routes = app.withTypeProvider<ZodTypeProvider>();
   const { catalog } = context;
@@ -28,7 +29,7 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
         const base = chatRequest(body, model.generationConfig, who);
         const requests = several(base, body.n ?? 1);
         const head = { id: `chatcmpl-${randomUUID()}`, created: now(), model: model.name };
-        const answers = requests.map(() => new ChatAnswer());
+        const answers = requests.map(() => new ChatChoice());
         const usage = () => usageOf(answers, body.n ?? 1);
         const events = (i: number) => answer(context, callerOf(request), model, requests[i]);
         if (!body.stream) {
@@ -69,7 +70,7 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
         detokenize(model, (await model.encoder.encode(prompt, signal)).tokens, false, "prompt");
       const echoes = body.echo ? await Promise.all(requests.map(echo)) : requests.map(() => "");
       const head = { id: `cmpl-${randomUUID()}`, object: "text_completion", created: now(), model: model.name };
-      const answers = requests.map((_, i) => new TextAnswer(echoes[i]));
+      const answers = requests.map((_, i) => new TextChoice(echoes[i]));
       const usage = () => usageOf(answers, body.n ?? 1);
       const events = (i: number) => answer(context, callerOf(request), model, requests[i]);
       if (!body.stream) {
@@ -138,19 +139,7 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
   );
 }
 
-/** Aborted when the client goes away before its answer is complete. */
-export function signalOf(reply: FastifyReply): AbortSignal {
-  const gone = new AbortController();
-  const look = () => {
-    if (!reply.raw.writableFinished) gone.abort(new Error("the client has gone"));
-  };
-  if (reply.raw.closed || reply.raw.destroyed)
-    look(); // while the model was loaded
-  else reply.raw.once("close", look);
-  return gone.signal;
-}
-
-/** Runs all answers at once; the first that fails ends the others. */
+/** Runs all answers at once; the first failure ends the others. */
 async function each(
   requests: readonly CompletionRequest[],
   events: (index: number) => AsyncGenerator<CompletionEvent, void, undefined>,
@@ -168,7 +157,7 @@ async function each(
   }
 }
 
-/** How long a stream waits for its first event before it begins without one: proxies end what is silent for long. */
+/** A stream starts without its first event after this time: proxies close connections that stay silent. */
 const SILENCE_MS = 5000;
 
 /** Streams what `write` sends. A failure before the stream begins is an ordinary error; later ones are an event. */
@@ -194,187 +183,6 @@ async function stream(reply: FastifyReply, write: (out: Pick<EventStream, "send"
   }
   await begin().end();
   return reply;
-}
-
-const NONE: Usage = { promptTokens: 0, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 };
-
-/** @param n answers to each prompt, which stand together: a prompt counts once */
-function usageOf(answers: readonly { readonly usage: Usage }[], n: number) {
-  const all = answers.map((answer) => answer.usage);
-  const sum = (key: keyof Usage, of = all) => of.reduce((total, u) => total + u[key], 0);
-  const prompts = all.filter((_, i) => i % n === 0);
-  const [prompt, completion] = [sum("promptTokens", prompts), sum("completionTokens")];
-  return {
-    prompt_tokens: prompt,
-    completion_tokens: completion,
-    total_tokens: prompt + completion,
-    prompt_tokens_details: { cached_tokens: sum("cachedTokens", prompts) },
-    completion_tokens_details: { reasoning_tokens: sum("reasoningTokens") },
-  };
-}
-
-interface ToolCall {
-  readonly id: string;
-  readonly type: "function";
-  readonly function: { name: string; arguments: string };
-}
-
-/** Collects the events of one chat answer, whole or as deltas. */
-class ChatAnswer {
-  usage = NONE;
-  #content = "";
-  #reasoning = "";
-  readonly #calls: ToolCall[] = [];
-  readonly #logprobs: object[] = [];
-  readonly #routing: object[] = [];
-  #sent = { logprobs: 0, routing: 0 };
-  #finish = "length";
-
-  take(event: CompletionEvent): void {
-    switch (event.kind) {
-      case "text":
-        if (event.channel === "answer") this.#content += event.text;
-        else this.#reasoning += event.text;
-        break;
-      case "logprob":
-        this.#logprobs.push({ ...logprob(event.token), top_logprobs: event.top.map(logprob) });
-        break;
-      case "routing":
-        this.#routing.push(routed(event.token));
-        break;
-      case "toolCall": {
-        const call = this.#calls[event.index] ?? {
-          id: event.id ?? "",
-          type: "function",
-          function: { name: event.name ?? "", arguments: "" },
-        };
-        call.function.arguments += event.arguments;
-        this.#calls[event.index] = call;
-        break;
-      }
-      case "end":
-        this.usage = event.usage;
-        this.#finish = FINISH[event.reason];
-        break;
-      default:
-        event satisfies never;
-    }
-  }
-
-  choice() {
-    return {
-      message: {
-        role: "assistant",
-        content: this.#content === "" && this.#calls.length > 0 ? null : this.#content,
-        refusal: null,
-        ...(this.#reasoning ? { reasoning_content: this.#reasoning } : {}),
-        ...(this.#calls.length ? { tool_calls: this.#calls } : {}),
-        ...(this.#routing.length ? { routing: this.#routing } : {}),
-      },
-      logprobs: this.#logprobs.length ? { content: this.#logprobs, refusal: null } : null,
-      finish_reason: this.#finish,
-    };
-  }
-
-  /** What an event adds, with the log-probabilities and routing that came before it; null where it is not sent by itself. */
-  delta(event: CompletionEvent) {
-    this.take(event);
-    if (event.kind === "logprob" || event.kind === "routing") return null;
-    const logprobs = this.#logprobs.slice(this.#sent.logprobs);
-    const routing = this.#routing.slice(this.#sent.routing);
-    this.#sent = { logprobs: this.#logprobs.length, routing: this.#routing.length };
-    return {
-      delta: { ...deltaOf(event), ...(routing.length ? { routing } : {}) },
-      logprobs: logprobs.length ? { content: logprobs, refusal: null } : null,
-      finish_reason: event.kind === "end" ? this.#finish : null,
-    };
-  }
-}
-
-function deltaOf(event: Extract<CompletionEvent, { kind: "text" | "toolCall" | "end" }>): object {
-  if (event.kind === "text") return event.channel === "answer" ? { content: event.text } : { reasoning_content: event.text };
-  if (event.kind === "end") return {};
-  const { index, id, name, arguments: args } = event;
-  const first = id === undefined ? {} : { id, type: "function" };
-  return { tool_calls: [{ index, ...first, function: { ...(name === undefined ? {} : { name }), arguments: args } }] };
-}
-
-/** Collects the events of one text completion, in the older form. */
-class TextAnswer {
-  usage = NONE;
-  #text: string;
-  #offset: number;
-  readonly #logprobs: { token: ScoredToken; top: readonly ScoredToken[]; offset: number }[] = [];
-  readonly #routing: object[] = [];
-  #sent = { logprobs: 0, routing: 0 };
-  #finish = "length";
-
-  constructor(echo: string) {
-    this.#text = echo;
-    this.#offset = echo.length;
-  }
-
-  take(event: CompletionEvent): void {
-    if (event.kind === "text") this.#text += event.text;
-    if (event.kind === "logprob") {
-      this.#logprobs.push({ token: event.token, top: event.top, offset: this.#offset });
-      this.#offset += textOf(event.token).length;
-    }
-    if (event.kind === "routing") this.#routing.push(routed(event.token));
-    if (event.kind === "end") {
-      this.usage = event.usage;
-      this.#finish = FINISH[event.reason];
-    }
-  }
-
-  choice() {
-    return { text: this.#text, ...this.#rest(0, 0), finish_reason: this.#finish };
-  }
-
-  delta(event: CompletionEvent) {
-    this.take(event);
-    if (event.kind === "logprob" || event.kind === "routing") return null;
-    const rest = this.#rest(this.#sent.logprobs, this.#sent.routing);
-    this.#sent = { logprobs: this.#logprobs.length, routing: this.#routing.length };
-    return { text: event.kind === "text" ? event.text : "", ...rest, finish_reason: event.kind === "end" ? this.#finish : null };
-  }
-
-  #rest(logprobsFrom: number, routingFrom: number) {
-    const list = this.#logprobs.slice(logprobsFrom);
-    const routing = this.#routing.slice(routingFrom);
-    return {
-      logprobs: list.length
-        ? {
-            tokens: list.map((l) => textOf(l.token)),
-            token_logprobs: list.map((l) => l.token.logprob),
-            top_logprobs: list.map((l) => Object.fromEntries(l.top.map((t) => [textOf(t), t.logprob]))),
-            text_offset: list.map((l) => l.offset),
-          }
-        : null,
-      ...(routing.length ? { routing } : {}),
-    };
-  }
-}
-
-function textOf({ bytes }: ScoredToken): string {
-  return Buffer.from(bytes).toString("utf8");
-}
-
-function logprob(token: ScoredToken) {
-  return { token: textOf(token), logprob: token.logprob, bytes: [...token.bytes] };
-}
-
-/** Experts and weights by layer: [layers][chosen]. */
-export function routed({ id, text, layers, experts, weights }: Extract<CompletionEvent, { kind: "routing" }>["token"]) {
-  const k = layers.length ? experts.length / layers.length : 0;
-  const rows = (all: Int32Array | Float32Array) => layers.map((_, i) => [...all.subarray(i * k, (i + 1) * k)]);
-  return {
-    token: id,
-    text,
-    layers,
-    experts: rows(experts),
-    weights: rows(weights).map((row) => row.map((w) => Math.round(w * 1e4) / 1e4)),
-  };
 }
 
 function now(): number {

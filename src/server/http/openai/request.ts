@@ -1,0 +1,167 @@
+/** From the bodies of OpenAI's clients to requests for answers. Throws ServerError for fields that contradict each other. Knows no HTTP. */
+import { randomInt } from "node:crypto";
+import type { z } from "zod";
+import type { ResponseFormat } from "../../../chat/format.ts";
+import type { Prompt, ToolChoice } from "../../../chat/prompt.ts";
+import { GREEDY, type Sampling } from "../../../engine/sampling.ts";
+import type { Message } from "../../../tokenizer/template.ts";
+import type { CompletionRequest } from "../../completion/request.ts";
+import { ServerError } from "../../errors.ts";
+import { type ChatBody, type CompletionBody, type EmbeddingBody, MOST_ANSWERS, type message, type sampling } from "./schema.ts";
+
+/** Options of the template call itself, which clients may not set as template variables. */
+const TEMPLATE_OPTIONS = [
+  "chat_template",
+  "tools",
+  "documents",
+  "tokenize",
+  "add_generation_prompt",
+  "continue_final_message",
+  "return_dict",
+];
+
+/** The request for one answer. Throws ServerError `invalid_request`. */
+export function chatRequest(
+  body: ChatBody,
+  defaults: Readonly<Record<string, unknown>>,
+  who: Pick<CompletionRequest, "owner" | "signal">,
+): CompletionRequest {
+  const names = (body.tools ?? []).map((t) => t.function.name);
+  if (new Set(names).size < names.length) throw new ServerError("invalid_request", "two tools have the same name", { param: "tools" });
+  if (body.top_logprobs && !body.logprobs)
+    throw new ServerError("invalid_request", "top_logprobs needs logprobs: true as well", { param: "top_logprobs" });
+  const choice = toolChoice(body.tool_choice, names);
+  const reserved = TEMPLATE_OPTIONS.find((name) => name in (body.chat_template_kwargs ?? {}));
+  if (reserved)
+    throw new ServerError("invalid_request", `'${reserved}' is not for clients to set`, { param: `chat_template_kwargs.${reserved}` });
+  if (choice !== "none" && choice !== "auto" && body.response_format && body.response_format.type !== "text")
+    throw new ServerError("invalid_request", "an answer cannot be a tool call and of a response_format at once", {
+      param: "response_format",
+    });
+  return {
+    prompt: {
+      kind: "chat",
+      messages: messagesOf(body.messages),
+      tools: (body.tools ?? []).map(({ function: f }) => ({ ...f, strict: f.strict ?? false })),
+      toolChoice: choice,
+      oneToolCall: body.parallel_tool_calls === false,
+      templateVariables: body.chat_template_kwargs ?? {},
+    },
+    sampling: samplingOf(body, defaults),
+    maxTokens: body.max_completion_tokens ?? body.max_tokens ?? null,
+    stop: stopsOf(body.stop),
+    format: formatOf(body.response_format),
+    logprobs: body.logprobs ? (body.top_logprobs ?? 0) : null,
+    routing: body.routing ?? false,
+    ...who,
+  };
+}
+
+export function completionRequest(
+  body: CompletionBody,
+  prompt: Prompt,
+  defaults: Readonly<Record<string, unknown>>,
+  who: Pick<CompletionRequest, "owner" | "signal">,
+): CompletionRequest {
+  if (body.echo && body.logprobs != null)
+    throw new ServerError("invalid_request", "echo: log-probabilities are given for new tokens only; leave out echo or logprobs", {
+      param: "echo",
+    });
+  return {
+    prompt,
+    sampling: samplingOf(body, defaults),
+    maxTokens: body.max_tokens ?? 16,
+    stop: stopsOf(body.stop),
+    format: { kind: "text" },
+    logprobs: body.logprobs ?? null,
+    routing: body.routing ?? false,
+    ...who,
+  };
+}
+
+/** One request per answer: `n` for each prompt. Throws ServerError `invalid_request`. */
+export function completionRequests(
+  body: CompletionBody,
+  defaults: Readonly<Record<string, unknown>>,
+  who: Pick<CompletionRequest, "owner" | "signal">,
+): CompletionRequest[] {
+  const prompts = promptsOf(body.prompt);
+  const answers = prompts.length * (body.n ?? 1);
+  if (answers > MOST_ANSWERS)
+    throw new ServerError("invalid_request", `${answers} answers are asked for; one request may have ${MOST_ANSWERS}`, { param: "prompt" });
+  return prompts.flatMap((prompt) => several(completionRequest(body, prompt, defaults, who), body.n ?? 1));
+}
+
+/** The same request `n` times, with seeds that count up. */
+export function several(request: CompletionRequest, n: number): CompletionRequest[] {
+  return Array.from({ length: n }, (_, i) => ({
+    ...request,
+    sampling: { ...request.sampling, seed: (request.sampling.seed + i) % (2 ** 53 - 1) },
+  }));
+}
+
+/** The prompts of a completion, each answered on its own. */
+export function promptsOf(prompt: CompletionBody["prompt"] | EmbeddingBody["input"]): Prompt[] {
+  if (typeof prompt === "string") return [{ kind: "text", text: prompt }];
+  if (typeof prompt[0] === "number") return [{ kind: "tokens", tokens: prompt as number[] }];
+  return (prompt as (string | number[])[]).map((p) => (typeof p === "string" ? { kind: "text", text: p } : { kind: "tokens", tokens: p }));
+}
+
+/** A conversation without tools. */
+export function chatPrompt(messages: readonly Message[]): Prompt {
+  return { kind: "chat", messages, tools: [], toolChoice: "none", oneToolCall: false, templateVariables: {} };
+}
+
+/** Messages as templates know them: OpenAI's `developer` is `system`. */
+export function messagesOf(messages: z.infer<typeof message>[]): Message[] {
+  return messages.map((m) => ({ ...m, role: m.role === "developer" ? "system" : m.role }) as Message);
+}
+
+function samplingOf(body: Pick<ChatBody, keyof typeof sampling>, defaults: Readonly<Record<string, unknown>>): Sampling {
+  const or = (value: number | null | undefined, key: string, fallback: number): number =>
+    value ?? (typeof defaults[key] === "number" ? (defaults[key] as number) : fallback);
+  // A model whose generation_config does not sample is greedy unless the request gives a temperature.
+  const samples =
+    body.temperature !== undefined && body.temperature !== null
+      ? body.temperature > 0
+      : defaults["do_sample"] === true || body.top_p != null;
+  const controls = samples
+    ? {
+        temperature: or(body.temperature, "temperature", 1),
+        topP: or(body.top_p, "top_p", 1) || Number.EPSILON, // at 0 only the likeliest token
+        topK: or(body.top_k, "top_k", 0),
+        minP: or(body.min_p, "min_p", 0),
+      }
+    : {};
+  const seed = body.seed ?? randomInt(2 ** 47);
+  return {
+    ...GREEDY,
+    ...controls,
+    repetitionPenalty: or(body.repetition_penalty, "repetition_penalty", 1),
+    presencePenalty: or(body.presence_penalty, "presence_penalty", 0),
+    frequencyPenalty: or(body.frequency_penalty, "frequency_penalty", 0),
+    logitBias: new Map(Object.entries(body.logit_bias ?? {}).map(([id, bias]) => [Number(id), bias])),
+    seed: seed < 0 ? seed + 2 ** 53 : Math.min(seed, 2 ** 53 - 1),
+  };
+}
+
+function stopsOf(stop: string | string[] | null | undefined): string[] {
+  return [stop ?? []].flat().filter((s) => s !== "");
+}
+
+function formatOf(format: ChatBody["response_format"]): ResponseFormat {
+  if (format?.type === "json_object") return { kind: "json" };
+  if (format?.type === "json_schema") return { kind: "schema", schema: format.json_schema.schema };
+  return { kind: "text" };
+}
+
+function toolChoice(choice: ChatBody["tool_choice"], names: readonly string[]): ToolChoice {
+  if (choice === null || choice === undefined) return names.length > 0 ? "auto" : "none";
+  if (choice !== "none" && choice !== "auto" && names.length === 0)
+    throw new ServerError("invalid_request", "tool_choice asks for a call, and there are no tools", { param: "tool_choice" });
+  if (typeof choice === "string") return choice;
+  const { name } = choice.function;
+  if (!names.includes(name))
+    throw new ServerError("invalid_request", `tool_choice names '${name}'; the tools are ${names.join(", ")}`, { param: "tool_choice" });
+  return { name };
+}

@@ -1,9 +1,8 @@
-/** A GGUF file as a checkpoint: its tensors under the hub's names, stacked experts taken apart, its keys as configs. */
+/** A GGUF file as a checkpoint: its tensors under the hub's names, stacked experts split, its keys as configs. Reads no weights. */
 import { readdir, stat } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { isPacked } from "../../tensor/stored.ts";
 import type { BlockMatrix } from "../blocks.ts";
-import type { Checkpoint } from "../checkpoint.ts";
 import { CheckpointError } from "../error.ts";
 import type { StoredDtype, TensorEntry } from "../safetensors.ts";
 import { type GgufTensor, readGguf } from "./header.ts";
@@ -12,7 +11,7 @@ import { configOf, generationOf } from "./metadata.ts";
 
 const DTYPES: Readonly<Record<GgufTensor["format"], StoredDtype>> = { f32: "F32", f16: "F16", bf16: "BF16", q8_0: "U8", q4_0: "U8" };
 
-/** The GGUF file that a path means: the path itself, or the only one of a folder without other weights. Else undefined. */
+/** The GGUF file that a path means: the path itself, or the only one in a folder without other weights. Else undefined. */
 export async function ggufFile(path: string): Promise<string | undefined> {
   const found = await stat(path).catch(() => null);
   if (found?.isFile()) return path.endsWith(".gguf") ? path : undefined;
@@ -23,11 +22,11 @@ export async function ggufFile(path: string): Promise<string | undefined> {
 }
 
 /**
- * Opens a GGUF file of an ERNIE-4.5 model.
+ * Opens a GGUF file of an ERNIE-4.5 model as a `Checkpoint`.
  * @param file absolute path
  * @throws CheckpointError for a broken file, or one of another model
  */
-export async function openArchive(file: string): Promise<Checkpoint> {
+export async function openArchive(file: string) {
   const head = await readGguf(file);
   const config = configOf(file, head);
   const tensors = new Map<string, TensorEntry>();

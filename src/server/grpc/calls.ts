@@ -5,23 +5,11 @@
 import { Metadata, type ServerUnaryCall, type ServerWritableStream, type sendUnaryData } from "@grpc/grpc-js";
 import type { Caller } from "../access/gate.ts";
 import { within } from "../deadline.ts";
-import { type ErrorCode, ServerError } from "../errors.ts";
+import { ServerError } from "../errors.ts";
 import { requestId } from "../logs.ts";
 import { type Entrance, MALFORMED, malformed } from "./entrance.ts";
+import type { CallReport } from "./report.ts";
 import { failureOf } from "./status.ts";
-
-/** What became of a call. */
-export interface CallReport {
-  readonly requestId: string;
-  /** As `/mixtape.v1.Mixtape/Chat`. */
-  readonly path: string;
-  readonly callerId: string;
-  /** `cancelled`: the client left, or its deadline was over. */
-  readonly outcome: "ok" | "cancelled" | ErrorCode;
-  readonly seconds: number;
-  /** Where something failed. */
-  readonly error?: unknown;
-}
 
 export interface CallsOptions {
   readonly entrance: Entrance;

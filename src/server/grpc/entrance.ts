@@ -15,7 +15,7 @@ import type { Caller } from "../access/gate.ts";
 import { bearerToken } from "../access/gate.ts";
 import { ServerError } from "../errors.ts";
 import { requestId } from "../logs.ts";
-import type { CallReport } from "./calls.ts";
+import type { CallReport } from "./report.ts";
 import { failureOf } from "./status.ts";
 
 /** In the place of a message that can't be read. An object: reflection's answers repeat the question. */

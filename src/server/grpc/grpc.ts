@@ -11,9 +11,10 @@ import { HealthImplementation, protoPath } from "grpc-health-check";
 import type { Caller } from "../access/gate.ts";
 import type { ServerContext } from "../context.ts";
 import type { KeyPair } from "../tls.ts";
-import { type CallReport, Calls } from "./calls.ts";
+import { Calls } from "./calls.ts";
 import { Connections } from "./connections.ts";
 import { Entrance, lenient, strict } from "./entrance.ts";
+import type { CallReport } from "./report.ts";
 import { mixtapeService } from "./service.ts";
 
 /** The same from src/ and from dist/. */

@@ -1,8 +1,10 @@
 /** Reads the recorded outputs of the reference implementation that lie beside each fixture checkpoint. */
+
 import { readFileSync } from "node:fs";
+import { fileURLToPath } from "node:url";
 import { readHeader, readTensor } from "../src/checkpoint/safetensors.ts";
 
-export const GOLDENS = new URL("./fixtures/goldens/", import.meta.url).pathname;
+export const GOLDENS = fileURLToPath(new URL("./fixtures/goldens/", import.meta.url));
 
 export interface Goldens {
   readonly folder: string;

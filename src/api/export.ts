@@ -11,7 +11,7 @@ import { type GgufEntry, metadataOf } from "../checkpoint/gguf/metadata.ts";
 import { type GgufTensorData, ggufBytes, writeGguf } from "../checkpoint/gguf/packer.ts";
 import { locate } from "../checkpoint/names.ts";
 import { type ErnieConfig, readConfig } from "../model/config.ts";
-import { parameters } from "../model/ernie.ts";
+import { parameterDtype, parameters } from "../model/ernie.ts";
 import type { ModelParameter } from "../model/model.ts";
 import { PACK } from "../tensor/stored.ts";
 import { openPieces, pieceEntries, placeholderPieces } from "./pieces.ts";
@@ -87,11 +87,12 @@ export async function exportGguf(source: string, outFile: string, options: Expor
   return { bytes: totalBytes, tensors: tensors.length };
 }
 
-/** A row that does not fill blocks of 32 is written in half precision. */
-function formatOf({ name, kind, shape }: ModelParameter, type: GgufExportType): GgufFormat {
+/** Matrices whose rows do not fill blocks of 32 are written in half precision; with q4_0, the embedding and the head in q8_0. */
+function formatOf(parameter: ModelParameter, type: GgufExportType): GgufFormat {
+  const { kind, shape } = parameter;
   if (kind === "float32") return "f32";
   if ((type === "q8_0" || type === "q4_0") && (shape.at(-1) ?? 0) % PACK !== 0) return "f16";
-  return type === "q4_0" && /^(model\.embed_tokens|lm_head)\./.test(name) ? "q8_0" : type;
+  return type === "q4_0" && parameterDtype(parameter, "int4") === "int8" ? "q8_0" : type;
 }
 
 async function tokenizerEntries(source: string, config: ErnieConfig, optional: boolean): Promise<GgufEntry[]> {

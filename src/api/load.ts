@@ -8,8 +8,9 @@ import { locate } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
 import { type ErnieConfig, readConfig } from "../model/config.ts";
 import { ernie, parameterDtype } from "../model/ernie.ts";
-import type { Dtype, KvDtype } from "../tensor/dtype.ts";
+import type { Dtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
+import { KV_CACHE_DTYPES, KV_DTYPES, type KvCacheDtype } from "./kv.ts";
 import { thisMachine, warningsFor } from "./room.ts";
 
 /** Formats of the weight matrices; `auto` takes each as it is stored. Norms, biases and the router are float32 always. */
@@ -32,15 +33,6 @@ const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
   int4: "int4",
   q4: "int4",
 };
-
-/** What `kv_cache_dtype` may be, as the engine names it. */
-const KV_DTYPES = { fp32: "f32", fp16: "f16", int8: "int8kv" } as const satisfies Record<string, KvDtype>;
-export type KvCacheDtype = keyof typeof KV_DTYPES;
-
-/** What options call a format of the cache. */
-export function kvCacheName(dtype: KvDtype): KvCacheDtype {
-  return (Object.keys(KV_DTYPES) as KvCacheDtype[]).find((name) => KV_DTYPES[name] === dtype) as KvCacheDtype;
-}
 
 export interface LoadOptions {
   /** Default `auto`. */
@@ -120,7 +112,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
 
 function checkCache({ kv_cache_dtype: dtype = "fp32", kv_cache_tokens = 1, chunk_size = 1 }: LoadOptions): void {
   if (!Object.hasOwn(KV_DTYPES, dtype))
-    throw new RangeError(`kv_cache_dtype '${dtype}' is not known; known are ${Object.keys(KV_DTYPES).join(", ")}`);
+    throw new RangeError(`kv_cache_dtype '${dtype}' is not known; known are ${KV_CACHE_DTYPES.join(", ")}`);
   for (const [name, value] of Object.entries({ kv_cache_tokens, chunk_size }))
     if (!Number.isSafeInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
 }

@@ -7,6 +7,7 @@ import type { ErnieConfig } from "../model/config.ts";
 import { StopStrings } from "../tokenizer/stops.ts";
 import { type GenerationOptions, type ModelInputs, type ResolvedGeneration, type Row, readRows, resolveGeneration } from "./generation.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "./load.ts";
+import { anyOf } from "./signal.ts";
 
 /** Where a model comes from: a folder, a hub id, or `default` for the small one that comes with mixtape. */
 export interface PretrainedOptions extends LoadOptions {
@@ -119,16 +120,7 @@ export class CausalLM {
       throw new RangeError(`a streamer takes one answer, and ${rows.length * settings.answers} were asked for`);
     options.signal?.throwIfAborted();
     const leave = new AbortController(); // one answer's failure ends the others
-    const signals = options.signal ? [options.signal, leave.signal] : [leave.signal];
-    const signal: Request["signal"] = {
-      // Asked between steps. AbortSignal.any, or a listener, would stay with a signal that many calls share.
-      get aborted() {
-        return signals.some((s) => s.aborted);
-      },
-      get reason() {
-        return signals.find((s) => s.aborted)?.reason;
-      },
-    };
+    const signal = anyOf(options.signal, leave.signal);
     const answers = rows.flatMap((row, r) =>
       Array.from({ length: settings.answers }, (_, i) => this.#answer(row, r * settings.answers + i, settings, options, signal)),
     );

@@ -3,9 +3,9 @@
  * Strict as the official parser is, but that 33.0 may stand for 33. It knows no model and no index of shards; a file's
  * claims are checked against its size before anything of that size is allocated.
  */
-import { type FileHandle, open } from "node:fs/promises";
 import { resolve } from "node:path";
-import { CheckpointError, errorCode, errorText } from "./error.ts";
+import { CheckpointError, errorText } from "./error.ts";
+import { readExactly, withFile } from "./file.ts";
 
 /** Bits of one element of each dtype of the format. */
 export const STORED_BITS = {
@@ -242,28 +242,4 @@ function isObject(value: unknown): value is Record<string, unknown> {
 function quote(value: unknown): string {
   const text = JSON.stringify(value) ?? "undefined";
   return text.length > 100 ? `${text.slice(0, 100)}…` : text;
-}
-
-async function withFile<T>(file: string, use: (handle: FileHandle) => Promise<T>): Promise<T> {
-  let handle: FileHandle | undefined;
-  try {
-    handle = await open(file, "r");
-    return await use(handle);
-  } catch (cause) {
-    if (cause instanceof CheckpointError) throw cause;
-    if (errorCode(cause) === "ENOENT") throw new CheckpointError(file, "no such file", { cause });
-    throw new CheckpointError(file, `can't be read (${errorText(cause)})`, { cause });
-  } finally {
-    await handle?.close();
-  }
-}
-
-async function readExactly(handle: FileHandle, file: string, offset: number, bytes: number): Promise<Buffer> {
-  const buffer = Buffer.allocUnsafeSlow(bytes);
-  for (let done = 0; done < bytes; ) {
-    const { bytesRead } = await handle.read(buffer, done, Math.min(bytes - done, 1 << 30), offset + done);
-    if (bytesRead === 0) throw new CheckpointError(file, `truncated: it ended at byte ${offset + done} while being read`);
-    done += bytesRead;
-  }
-  return buffer;
 }

@@ -2,9 +2,9 @@
 import { writeFile } from "node:fs/promises";
 import { cpus, totalmem } from "node:os";
 import { type Command, InvalidArgumentError, Option } from "commander";
-import type { KvCacheDtype } from "../api/load.ts";
+import { KV_CACHE_DTYPES, type KvCacheDtype } from "../api/kv.ts";
 import { onInterrupt } from "./failure.ts";
-import { addModelOptions, DTYPES, examples, KV_CACHE_DTYPES, loadOptions, type ModelFlags, whole } from "./options.ts";
+import { addModelOptions, DTYPES, examples, loadOptions, type ModelFlags, whole } from "./options.ts";
 import type { Setting } from "./subject.ts";
 import { notice } from "./terminal.ts";
 

@@ -2,7 +2,8 @@
 import { randomInt } from "node:crypto";
 import { type Command, InvalidArgumentError, Option } from "commander";
 import type { GenerationOptions } from "../api/generation.ts";
-import type { KvCacheDtype, LoadOptions } from "../api/load.ts";
+import { KV_CACHE_DTYPES, type KvCacheDtype } from "../api/kv.ts";
+import type { LoadOptions } from "../api/load.ts";
 import { displayWidth, padEnd } from "./terminal.ts";
 
 /** Which model, and how to run it. */
@@ -41,7 +42,6 @@ export interface SamplingFlags {
 }
 
 export const DTYPES = ["auto", "fp32", "fp16", "bf16", "int8", "int4"] as const;
-export const KV_CACHE_DTYPES = ["fp32", "fp16", "int8"] as const satisfies readonly KvCacheDtype[];
 const SAMPLERS = ["temperature", "topK", "topP", "minP", "seed"] as const;
 
 /** Adds where files come from. */

@@ -3,7 +3,8 @@
  * so that its memory is the model's alone, and two of them can take turns. Run by `subject.ts`.
  */
 import { readFileSync } from "node:fs";
-import { kvCacheName, type LoadedModel, type LoadOptions, loadModel } from "../api/load.ts";
+import { kvCacheName } from "../api/kv.ts";
+import { type LoadedModel, type LoadOptions, loadModel } from "../api/load.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { GREEDY } from "../engine/sampling.ts";
 import { oneLine } from "./failure.ts";

@@ -3,9 +3,10 @@ import { existsSync } from "node:fs";
 import { basename, resolve } from "node:path";
 import { type Command, InvalidArgumentError, Option } from "commander";
 import { z } from "zod";
+import { KV_CACHE_DTYPES } from "../api/kv.ts";
 import { checkServeConfig, readServeConfig, ServeConfig } from "../server/config.ts";
 import { UsageError } from "./failure.ts";
-import { DTYPES, KV_CACHE_DTYPES, whole } from "./options.ts";
+import { DTYPES, whole } from "./options.ts";
 
 export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly config?: string;

@@ -1,5 +1,5 @@
 /** What models tell besides answers: what they are, and a text's tokens, vector and experts. Knows no protocol. */
-import { kvCacheName } from "../api/load.ts";
+import { kvCacheName } from "../api/kv.ts";
 import type { Prompt } from "../chat/prompt.ts";
 import type { RoutedLayer } from "../engine/engine.ts";
 import { measure } from "../model/size.ts";

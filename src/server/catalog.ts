@@ -1,5 +1,6 @@
 /** Models by name: loaded on first use, shared by all requests, unloaded when idle or when memory is needed. Knows no request. */
 import { endTokenIds } from "../api/generation.ts";
+import { KV_DTYPES } from "../api/kv.ts";
 import { type LoadedModel, loadModel } from "../api/load.ts";
 import { resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
@@ -247,8 +248,7 @@ async function estimate(folder: string, model: ModelConfig, budget: number | nul
   const stored = [...checkpoint.tensors.values()].reduce((sum, tensor) => sum + tensor.bytes, 0);
   const weightBytes = { auto: stored, ...memory, fp16: memory.bf16 }[model.dtype];
   // Where the engine chooses the format, assume the widest that it may choose for such weights.
-  const kvDtype = { fp32: "f32", fp16: "f16", int8: "int8kv" } as const;
-  const perToken = kvBytesPerToken(ernie(config), kvDtype[model.kvCacheDtype ?? (weightBytes >= memory.fp32 ? "fp32" : "fp16")]);
+  const perToken = kvBytesPerToken(ernie(config), KV_DTYPES[model.kvCacheDtype ?? (weightBytes >= memory.fp32 ? "fp32" : "fp16")]);
   const longest = 16 * config.maxPositions;
   const share = budget === null ? undefined : Math.max(BLOCK_TOKENS, Math.min(longest, Math.floor(budget / 4 / perToken)));
   const kvTokens = model.kvCacheTokens ?? share;

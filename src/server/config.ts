@@ -2,6 +2,7 @@
 import { readFile } from "node:fs/promises";
 import { parse as parseYaml } from "yaml";
 import { z } from "zod";
+import { KV_CACHE_DTYPES } from "../api/kv.ts";
 
 const count = (least: number) => z.int().min(least);
 const seconds = z.number().positive().max(86_400);
@@ -16,7 +17,7 @@ const modelSchema = z.strictObject({
   dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
   threads: count(1).max(1024).optional().describe("Threads that compute; default: one a physical core"),
   device: z.enum(["auto", "cpu", "reference"]).default("auto").describe("Where to compute"),
-  kvCacheDtype: z.enum(["fp32", "fp16", "int8"]).optional().describe("Format of the KV cache; default: by the weights"),
+  kvCacheDtype: z.enum(KV_CACHE_DTYPES).optional().describe("Format of the KV cache; default: by the weights"),
   kvCacheTokens: count(32)
     .optional()
     .describe(

@@ -2,6 +2,7 @@
  * Half precision and int8 against recorded runs of transformers on the same BF16 checkpoint: `weights` computed in
  * float32 with the weights as stored, `all` with every activation rounded to BF16 as well.
  */
+import { fileURLToPath } from "node:url";
 import { beforeAll, describe, expect, test } from "vitest";
 import { type LoadOptions, loadModel } from "../../src/api/load.ts";
 import { instructionSets } from "../../src/backend/native.ts";
@@ -14,7 +15,7 @@ const BACKENDS: [string, LoadOptions][] = [
   ["reference", { device: "reference" }],
   ...instructionSets().map((isa): [string, LoadOptions] => [isa, { isa, threads: 1 }]),
 ];
-const folderOf = (model: string) => new URL(`../fixtures/bf16/${model}`, import.meta.url).pathname;
+const folderOf = (model: string) => fileURLToPath(new URL(`../fixtures/bf16/${model}`, import.meta.url));
 
 interface Recording {
   readonly ids: number[];

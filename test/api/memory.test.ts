@@ -1,12 +1,14 @@
 /** What loading and generating cost in memory, and in time on the event loop; each measured in a process of its own. */
+
 import { execFile } from "node:child_process";
 import { existsSync, statSync } from "node:fs";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { describe, expect, test } from "vitest";
 import { GOLDENS } from "../goldens.ts";
 
-const root = new URL("../..", import.meta.url).pathname;
+const root = fileURLToPath(new URL("../..", import.meta.url));
 const SMALL = join(root, "models/small-moe");
 const TINY = `${GOLDENS}moe-tiny`;
 /** The default model where it is, else a tiny one. */
@@ -14,7 +16,7 @@ const MODEL = existsSync(join(SMALL, "model.safetensors")) ? SMALL : TINY;
 const MIB = 2 ** 20;
 
 async function measure<T>(what: string, folder: string, count = 0): Promise<T> {
-  const script = new URL("./memory.child.ts", import.meta.url).pathname;
+  const script = fileURLToPath(new URL("./memory.child.ts", import.meta.url));
   const { stdout } = await promisify(execFile)(process.execPath, ["--expose-gc", "--import", "tsx", script, what, folder, `${count}`], {
     cwd: root,
   });

@@ -1,13 +1,15 @@
 /** The kernels of 64-bit Arm: cross-compiled, and run in an emulator against the reference backend and two recorded models. */
+
 import { execFile, spawnSync } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { recordAll } from "./replay.ts";
 
-const NATIVE = new URL("../../native/", import.meta.url).pathname;
+const NATIVE = fileURLToPath(new URL("../../native/", import.meta.url));
 const COMPILER = "aarch64-linux-gnu-g++";
 const EMULATOR = "qemu-aarch64";
 const missing = [COMPILER, EMULATOR].filter((tool) => spawnSync(tool, ["--version"]).error);

@@ -1,10 +1,12 @@
 /** Makes safetensors files byte by byte, right or wrong; independent of the writer under test. */
+
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { afterAll } from "vitest";
 
-export const GOLDENS = new URL("../fixtures/goldens/", import.meta.url).pathname;
+export const GOLDENS = fileURLToPath(new URL("../fixtures/goldens/", import.meta.url));
 
 /** An empty folder that is removed after the tests of the file. */
 export function scratch(): string {

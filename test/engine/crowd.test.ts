@@ -1,4 +1,5 @@
 /** Many requests at once: the same answers as alone, whatever the size of the cache, and room given back by all who leave. */
+import { fileURLToPath } from "node:url";
 import { afterEach, beforeAll, describe, expect, test } from "vitest";
 import { type LoadedModel, type LoadOptions, loadModel } from "../../src/api/load.ts";
 import type { Engine } from "../../src/engine/engine.ts";
@@ -6,7 +7,7 @@ import { GREEDY, type Sampling } from "../../src/engine/sampling.ts";
 import type { Request } from "../../src/engine/sequence.ts";
 import { GOLDENS, openGoldens } from "../goldens.ts";
 
-const DEFAULT = new URL("../../models/small-moe", import.meta.url).pathname;
+const DEFAULT = fileURLToPath(new URL("../../models/small-moe", import.meta.url));
 const SAMPLED: Sampling = { ...GREEDY, temperature: 2, topK: 100, repetitionPenalty: 1.1 };
 let prompts: number[][];
 let greedy: (readonly number[])[];

@@ -1,7 +1,9 @@
 /** The files that operators take as they are: they parse, and name what there is. */
+
 import { spawnSync } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { expect, test } from "vitest";
 import { parseAllDocuments } from "yaml";
 import { checkServeConfig, readServeConfig, ServeConfig } from "../../src/server/config.ts";
@@ -40,7 +42,9 @@ test("the Kubernetes manifests are YAML, and the config in them is one that the 
 });
 
 test("the example config is one that the server takes", async () => {
-  expect(checkServeConfig(await readServeConfig(new URL("../../deploy/mixtape.yaml", import.meta.url).pathname)).maxInProgress).toBe(256);
+  expect(checkServeConfig(await readServeConfig(fileURLToPath(new URL("../../deploy/mixtape.yaml", import.meta.url)))).maxInProgress).toBe(
+    256,
+  );
 });
 
 test("every setting is told of in docs/serving.md", () => {

@@ -3,9 +3,9 @@
  * llama.cpp is: tensors follow each other without gaps but for alignment. It knows no model; what the file claims is
  * checked against its size before anything of that size is allocated.
  */
-import { type FileHandle, open } from "node:fs/promises";
 import { PACK, PACK_BYTES } from "../../tensor/stored.ts";
-import { CheckpointError, errorCode, errorText } from "../error.ts";
+import { CheckpointError } from "../error.ts";
+import { readExactly, withFile } from "../file.ts";
 import { Cursor, MORE, quote, VALUE_BYTES } from "./cursor.ts";
 
 /** Numbers, texts, truth values, and lists of one kind of them. */
@@ -58,31 +58,17 @@ const MAX_ALIGNMENT = 2 ** 20;
  * @param file absolute path
  * @throws CheckpointError for a file that can't be read, is truncated, or is not strictly of the format
  */
-export async function readGguf(file: string): Promise<GgufHead> {
-  let handle: FileHandle | undefined;
-  try {
-    handle = await open(file, "r");
+export function readGguf(file: string): Promise<GgufHead> {
+  return withFile(file, async (handle) => {
     const stat = await handle.stat();
     if (!stat.isFile()) throw new CheckpointError(file, "not a file");
     const limit = Math.min(stat.size, MAX_HEAD_BYTES);
     for (let size = Math.min(FIRST_READ_BYTES, limit); ; size = Math.min(size * 4, limit)) {
-      const bytes = Buffer.allocUnsafeSlow(size);
-      for (let done = 0; done < size; ) {
-        const { bytesRead } = await handle.read(bytes, done, size - done, done);
-        if (bytesRead === 0) throw new CheckpointError(file, `truncated: it ended at byte ${done} while being read`);
-        done += bytesRead;
-      }
-      const head = parseGguf(bytes, file, stat.size);
+      const head = parseGguf(await readExactly(handle, file, 0, size), file, stat.size);
       if (head) return head;
       if (size === limit) throw new CheckpointError(file, `its head is longer than ${limit} bytes: damaged, fetch it again`);
     }
-  } catch (cause) {
-    if (cause instanceof CheckpointError) throw cause;
-    if (errorCode(cause) === "ENOENT") throw new CheckpointError(file, "no such file", { cause });
-    throw new CheckpointError(file, `can't be read (${errorText(cause)})`, { cause });
-  } finally {
-    await handle?.close();
-  }
+  });
 }
 
 /**

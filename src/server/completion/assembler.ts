@@ -5,7 +5,7 @@
 import type { EncodedPrompt } from "../../chat/prompt.ts";
 import { ReplyReader } from "../../chat/reply.ts";
 import type { GeneratedToken } from "../../engine/sequence.ts";
-import { isMoeLayer } from "../../model/config.ts";
+import { moeLayers } from "../../model/size.ts";
 import type { NamedModel } from "../catalog.ts";
 import type { CompletionEvent, CompletionRequest, FinishReason, ScoredToken, Usage } from "./request.ts";
 
@@ -20,11 +20,10 @@ export class Assembler {
   readonly #usage: { -readonly [K in keyof Usage]: number };
 
   constructor(model: NamedModel, request: CompletionRequest, { tokens, insideReasoning }: EncodedPrompt) {
-    const { config } = model;
     this.#model = model;
     this.#request = request;
     this.#reply = new ReplyReader(model.tokenizer, { prompt: request.prompt, insideReasoning, stop: request.stop });
-    this.#layers = request.routing ? Array.from({ length: config.layers }, (_, i) => i).filter((i) => isMoeLayer(config, i)) : [];
+    this.#layers = request.routing ? moeLayers(model.config) : [];
     this.#usage = { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 };
   }
 

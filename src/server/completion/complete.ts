@@ -3,6 +3,7 @@
  * engine. HTTP and gRPC both build on it. Knows no protocol.
  */
 import { endTokenIds } from "../../api/generation.ts";
+import { anyOf } from "../../api/signal.ts";
 import { TAGS } from "../../chat/dialect.ts";
 import { shapeOf } from "../../chat/format.ts";
 import type { EncodedPrompt } from "../../chat/prompt.ts";
@@ -106,16 +107,4 @@ function roomFor(model: NamedModel, promptTokens: number, { maxTokens, maxPrompt
 async function constraintOf({ grammars }: NamedModel, request: CompletionRequest, insideReasoning: boolean): Promise<Constraint | null> {
   const wanted = shapeOf(request.format, request.prompt);
   return wanted && grammars.constraint(wanted.shape, { param: wanted.param, after: insideReasoning ? TAGS.think[1] : null });
-}
-
-/** Aborted when any of them is. The engine polls it between steps: listeners would pile up on a signal that many share. */
-function anyOf(...signals: readonly AbortSignal[]): Pick<AbortSignal, "aborted" | "reason"> {
-  return {
-    get aborted() {
-      return signals.some((s) => s.aborted);
-    },
-    get reason() {
-      return signals.find((s) => s.aborted)?.reason;
-    },
-  };
 }

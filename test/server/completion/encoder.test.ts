@@ -1,6 +1,8 @@
 /** Long texts are encoded and decoded in a thread of their own, to the same ids, and the event loop goes on meanwhile. */
+
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
 import { expect, onTestFinished, test } from "vitest";
 import { AutoTokenizer } from "../../../src/api/tokenizer.ts";
 import type { Prompt } from "../../../src/chat/prompt.ts";
@@ -8,7 +10,7 @@ import { encodePrompt } from "../../../src/chat/prompt.ts";
 import { Turns } from "../../../src/grammar/turns.ts";
 import { Encoder } from "../../../src/server/completion/encoder.ts";
 
-const SOURCE = new URL("../../../models/small-moe/", import.meta.url).pathname;
+const SOURCE = fileURLToPath(new URL("../../../models/small-moe/", import.meta.url));
 const tokenizer = await AutoTokenizer.from_pretrained(SOURCE);
 
 function encoder(source = SOURCE): Encoder {

@@ -1,6 +1,8 @@
 /** Templates that think and call: what comes of given tokens, with an engine that replays them. */
+
 import { cp, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { beforeAll, describe, expect, test } from "vitest";
 import { AutoTokenizer } from "../../../src/api/tokenizer.ts";
 import type { Prompt } from "../../../src/chat/prompt.ts";
@@ -16,7 +18,7 @@ import type { CompletionEvent, CompletionRequest, Usage } from "../../../src/ser
 import type { Tokenizer } from "../../../src/tokenizer/tokenizer.ts";
 import { scratch } from "../../checkpoint/craft.ts";
 
-const SOURCE = new URL("../../../models/small-moe/", import.meta.url).pathname;
+const SOURCE = fileURLToPath(new URL("../../../models/small-moe/", import.meta.url));
 /** In the manner of ERNIE-4.5 `-Thinking`: turns between marks, tools described by the template, the prompt ends inside the reasoning. */
 const THINKING = `{%- if tools %}<|im_start|>system
 <tool_list>{{ tools | tojson }}</tool_list><|im_end|>

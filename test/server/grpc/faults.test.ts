@@ -1,8 +1,10 @@
 /** What clients do to the gRPC service that is not in its .proto: it answers or hangs up, keeps nothing, and lives on. */
+
 import { once } from "node:events";
 import { type ClientHttp2Stream, connect, type IncomingHttpHeaders } from "node:http2";
 import { connect as netConnect } from "node:net";
 import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { Client, credentials, Metadata, type ServiceError, status } from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
@@ -17,7 +19,7 @@ const ENDLESS = { sampling: { logit_bias: { 2: -100, 5: -100 } }, max_tokens: 40
 
 /** The bytes of messages as the .proto describes them. */
 const METHODS = (() => {
-  const definition = loadSync(new URL("../../../proto/mixtape/v1/mixtape.proto", import.meta.url).pathname, {
+  const definition = loadSync(fileURLToPath(new URL("../../../proto/mixtape/v1/mixtape.proto", import.meta.url)), {
     keepCase: true,
     oneofs: true,
   });

@@ -1,5 +1,6 @@
 /** What `generate` takes: the options that users of transformers know, their defaults, and how they become requests. */
 import { randomInt } from "node:crypto";
+import { type ResponseFormat, type ResponseFormatOption, readFormat } from "../chat/format.ts";
 import { GREEDY, type Sampling } from "../engine/sampling.ts";
 import { type ErnieConfig, readIds } from "../model/config.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
@@ -37,7 +38,13 @@ export interface GenerationOptions {
   readonly eos_token_id?: number | readonly number[] | null;
   /** Texts that end an answer once they occur in it; needs `tokenizer`. */
   readonly stop_strings?: string | readonly string[];
+  /** For options that read or constrain the answer's text. */
   readonly tokenizer?: Tokenizer;
+  /**
+   * The form of the answer, enforced token by token: any JSON object, JSON of a schema, or text that matches a regular expression
+   * as a whole. Needs `tokenizer`. An answer that `max_new_tokens` cuts off is incomplete. Default: free text.
+   */
+  readonly response_format?: ResponseFormatOption;
   /** Answers to each prompt. More than one needs sampling. Default 1. */
   readonly num_return_sequences?: number;
   /** Gets the prompt, then each new token. For one prompt and one answer only. */
@@ -59,6 +66,7 @@ export interface ResolvedGeneration {
   readonly stopIds: readonly number[];
   readonly stopStrings: readonly string[];
   readonly answers: number;
+  readonly format: ResponseFormat;
   /** Tokens of the answer at most, for a prompt of this many. */
   maxNewTokens(promptLength: number): number;
 }
@@ -87,6 +95,7 @@ const KNOWN = new Set<string>([
     "num_return_sequences",
     "streamer",
     "signal",
+    "response_format",
     "return_dict_in_generate",
     "top_logprobs",
     "use_cache",
@@ -145,6 +154,7 @@ export function resolveGeneration(options: GenerationOptions, defaults: Record<s
     stopIds: eos ?? endTokenIds(defaults, config),
     stopStrings,
     answers,
+    format: readFormat(options.response_format),
     maxNewTokens(promptLength) {
       if (maxNew !== undefined) return maxNew;
       if (maxLength === undefined) return 256;

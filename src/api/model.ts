@@ -2,12 +2,14 @@
 import { fileURLToPath } from "node:url";
 import { type DownloadProgress, type ResolveOptions, resolveModel } from "../checkpoint/hub.ts";
 import type { Inspection } from "../engine/engine.ts";
-import type { GeneratedToken, Request } from "../engine/sequence.ts";
+import type { GeneratedToken } from "../engine/sequence.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import { StopStrings } from "../tokenizer/stops.ts";
-import { type GenerationOptions, type ModelInputs, type ResolvedGeneration, type Row, readRows, resolveGeneration } from "./generation.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { answerRows } from "./answers.ts";
+import { constrainBy } from "./constraint.ts";
+import { type GenerationOptions, type ModelInputs, readRows, resolveGeneration } from "./generation.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "./load.ts";
-import { anyOf } from "./signal.ts";
 
 /** Where a model comes from: a folder, a hub id, or `default` for the small one that comes with mixtape. */
 export interface PretrainedOptions extends LoadOptions {
@@ -108,72 +110,30 @@ export class CausalLM {
   }
 
   /**
-   * Continues prompts. Returns one sequence an answer, prompt included as given; sequences are not padded to one length.
-   * Rejects on an empty prompt, ids outside the vocabulary, a prompt that is too long, or options that make no sense.
+   * Continues prompts. Returns one sequence per answer, prompt included as given; sequences are not padded to one length.
+   * Rejects with RangeError for an empty prompt, ids outside the vocabulary, a prompt that is too long, options that make no
+   * sense, or a `response_format` that can't be enforced.
    */
   generate(options: ModelInputs & GenerationOptions & { readonly return_dict_in_generate: true }): Promise<GenerateOutput>;
   generate(options: ModelInputs & GenerationOptions): Promise<number[][]>;
   async generate(options: ModelInputs & GenerationOptions): Promise<number[][] | GenerateOutput> {
     const settings = resolveGeneration(options, this.generation_config, this.config);
     const rows = readRows(options);
-    if (options.streamer && rows.length * settings.answers > 1)
-      throw new RangeError(`a streamer takes one answer, and ${rows.length * settings.answers} were asked for`);
-    options.signal?.throwIfAborted();
-    const leave = new AbortController(); // one answer's failure ends the others
-    const signal = anyOf(options.signal, leave.signal);
-    const answers = rows.flatMap((row, r) =>
-      Array.from({ length: settings.answers }, (_, i) => this.#answer(row, r * settings.answers + i, settings, options, signal)),
-    );
-    try {
-      const done = await Promise.all(answers);
-      const sequences = done.map((a) => [...a.row.given, ...a.tokens.map((t) => t.id)]);
-      if (!options.return_dict_in_generate) return sequences;
-      return {
-        sequences,
-        logprobs: done.map((a) => a.tokens.map((t) => t.logprob)),
-        ...(options.top_logprobs ? { top_logprobs: done.map((a) => a.top) } : {}),
-        finish_reasons: done.map((a) => a.finish),
-      };
-    } catch (error) {
-      leave.abort(error);
-      await Promise.allSettled(answers);
-      throw error;
-    }
-  }
-
-  async #answer(row: Row, index: number, settings: ResolvedGeneration, options: GenerationOptions, signal: Request["signal"]) {
-    const { streamer, top_logprobs = 0, tokenizer } = options;
-    if (!Number.isInteger(top_logprobs) || top_logprobs < 0 || top_logprobs > this.config.vocabSize)
-      throw new RangeError(`top_logprobs is ${top_logprobs}; it must be a whole number from 0 to the vocabulary's size`);
-    const stops = tokenizer && settings.stopStrings.length ? new StopStrings(settings.stopStrings) : null;
-    const text = tokenizer?.detokenizer({ skip_special_tokens: false });
-    const tokens: GeneratedToken[] = [];
-    const top: { id: number; logprob: number }[][] = [];
-    let finish: "stop" | "length" = "length";
-    const stream = this.engine.submit({
-      tokens: row.tokens,
-      sampling: { ...settings.sampling, seed: index === 0 ? settings.sampling.seed : (settings.sampling.seed + index) % 2 ** 53 },
-      maxNewTokens: settings.maxNewTokens(row.given.length),
-      stopIds: settings.stopIds,
-      topLogprobs: top_logprobs,
-      signal,
+    const { tokenizer } = options;
+    const answers = await answerRows(this.engine, this.config.vocabSize, rows, {
+      settings,
+      options,
+      constrain: constrainBy(settings, { kind: "tokens", tokens: [] }, this.config, tokenizer),
+      watch: tokenizer ? stopsAt(settings.stopStrings, tokenizer) : null,
     });
-    try {
-      streamer?.put(row.given);
-      for await (const token of stream) {
-        tokens.push(token);
-        if (token.top) top.push([...token.top]);
-        streamer?.put([token.id]);
-        finish = token.finish ?? finish;
-        if (stops && text && stops.push(text.push([token.id])).stopped) {
-          finish = "stop";
-          break;
-        }
-      }
-    } finally {
-      streamer?.end();
-    }
-    return { row, tokens, top, finish };
+    const sequences = answers.map((a) => [...a.row.given, ...a.tokens.map((t) => t.id)]);
+    if (!options.return_dict_in_generate) return sequences;
+    return {
+      sequences,
+      logprobs: answers.map((a) => a.tokens.map((t) => t.logprob)),
+      ...(options.top_logprobs ? { top_logprobs: answers.map((a) => a.top) } : {}),
+      finish_reasons: answers.map((a) => a.finish),
+    };
   }
 
   /** Logits of every position, and on request hidden states and routing. Without side effects on other requests. */
@@ -214,4 +174,14 @@ export class CausalLM {
   dispose(): Promise<void> {
     return this.engine.dispose();
   }
+}
+
+/** Watches answers for stop strings; null where there are none. */
+export function stopsAt(stopStrings: readonly string[], tokenizer: Tokenizer): (() => (token: GeneratedToken) => boolean) | null {
+  if (stopStrings.length === 0) return null;
+  return () => {
+    const stops = new StopStrings(stopStrings);
+    const text = tokenizer.detokenizer({ skip_special_tokens: false });
+    return ({ id }) => stops.push(text.push(id)).stopped;
+  };
 }

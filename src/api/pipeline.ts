@@ -1,27 +1,41 @@
-/** `pipeline("text-generation")`: text or messages in, text or messages out. */
+/** `pipeline("text-generation")`: text or messages in, text or messages out. Reasoning and tool calls are split from the answer. */
+import { type ConversationOptions, readConversation } from "../chat/conversation.ts";
+import { MessageBuilder } from "../chat/message.ts";
+import { encodePrompt } from "../chat/prompt.ts";
+import { ReplyReader } from "../chat/reply.ts";
+import type { GeneratedToken } from "../engine/sequence.ts";
 import type { Message } from "../tokenizer/template.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
-import type { GenerationOptions } from "./generation.ts";
-import { AutoModelForCausalLM, type CausalLM, type PretrainedOptions } from "./model.ts";
+import { answerRows } from "./answers.ts";
+import { constrainBy } from "./constraint.ts";
+import { type GenerationOptions, readRows, resolveGeneration } from "./generation.ts";
+import { AutoModelForCausalLM, type CausalLM, type PretrainedOptions, stopsAt } from "./model.ts";
 import { AutoTokenizer } from "./tokenizer.ts";
 
-export interface TextGenerationOptions extends GenerationOptions {
-  /** Give the prompt back in front of the answer. Default true for text; of messages the conversation always comes back whole. */
+/** `tools`, `tool_choice` and `parallel_tool_calls` are OpenAI's, for prompts that are messages. */
+export interface TextGenerationOptions
+  extends GenerationOptions,
+    Pick<ConversationOptions, "tools" | "tool_choice" | "parallel_tool_calls"> {
+  /** Return the prompt in front of the answer. Default true for text; for messages the conversation is always returned whole. */
   readonly return_full_text?: boolean;
 }
 
 type Prompt = string | readonly Message[];
-/** `generated_text` is text for a text, and the conversation with the answer appended for messages. */
+/**
+ * `generated_text` is text for a text. For messages it is the conversation with the answer appended: a message with `content`
+ * (null when there are only calls) and, where the model gave any, `reasoning_content` and `tool_calls`.
+ */
 export type TextGenerationOutput<P extends Prompt = Prompt> = { generated_text: P extends string ? string : Message[] }[];
 
 export interface TextGenerationPipeline {
+  /** Rejects with RangeError for options that do not fit together, a prompt that the chat template refuses, or a format that can't be enforced. */
   <P extends Prompt>(prompt: P, options?: TextGenerationOptions): Promise<TextGenerationOutput<P>>;
   readonly model: CausalLM;
   readonly tokenizer: Tokenizer;
   dispose(): Promise<void>;
 }
 
-/** A ready-made use of a model. Throws RangeError on a task other than "text-generation". @param idOrFolder default: the small model that comes along */
+/** A ready-made use of a model. Throws RangeError on a task other than "text-generation". @param idOrFolder default: the bundled model */
 export async function pipeline(
   task: "text-generation",
   idOrFolder = "default",
@@ -30,15 +44,69 @@ export async function pipeline(
   if (task !== "text-generation") throw new RangeError(`the task '${task}' is not known; known is text-generation`);
   const tokenizer = await AutoTokenizer.from_pretrained(idOrFolder, options);
   const model = await AutoModelForCausalLM.from_pretrained(idOrFolder, options);
-  const call = async (prompt: Prompt, { return_full_text = true, ...generation }: TextGenerationOptions = {}) => {
-    const isText = typeof prompt === "string";
-    const input = isText ? tokenizer.encode(prompt) : tokenizer.apply_chat_template(prompt, { add_generation_prompt: true });
-    const sequences = await model.generate({ tokenizer, ...generation, input_ids: [input] });
-    return sequences.map((ids) => {
-      const answer = tokenizer.decode(ids.slice(input.length), { skip_special_tokens: true });
-      if (isText) return { generated_text: return_full_text ? prompt + answer : answer };
-      return { generated_text: [...prompt, { role: "assistant", content: answer }] };
-    });
+  const call = async (prompt: Prompt, options: TextGenerationOptions = {}) => {
+    if (typeof prompt === "string") return continueText(model, tokenizer, prompt, options);
+    const messages = await answerMessages(model, tokenizer, prompt, options);
+    return messages.map((message) => ({ generated_text: [...prompt, message] }));
   };
   return Object.assign(call as TextGenerationPipeline, { model, tokenizer, dispose: () => model.dispose() });
+}
+
+async function continueText(
+  model: CausalLM,
+  tokenizer: Tokenizer,
+  prompt: string,
+  { return_full_text = true, tools, tool_choice, parallel_tool_calls: _, ...generation }: TextGenerationOptions,
+) {
+  if (tools?.length || tool_choice) throw new RangeError("tools need messages: give a conversation instead of a text");
+  const input = tokenizer.encode(prompt);
+  const sequences = await model.generate({ tokenizer, ...generation, input_ids: [input] });
+  return sequences.map((ids) => {
+    const answer = tokenizer.decode(ids.slice(input.length), { skip_special_tokens: true });
+    return { generated_text: return_full_text ? prompt + answer : answer };
+  });
+}
+
+/** The answers to a conversation, one message each. */
+async function answerMessages(
+  model: CausalLM,
+  tokenizer: Tokenizer,
+  messages: readonly Message[],
+  { return_full_text: _, tools, tool_choice, parallel_tool_calls, ...generation }: TextGenerationOptions,
+): Promise<Message[]> {
+  const { response_format } = generation;
+  const { prompt } = readConversation({ messages, tools, tool_choice, parallel_tool_calls, response_format });
+  const { tokens, insideReasoning } = encodePrompt(tokenizer, prompt);
+  const options = { tokenizer, ...generation };
+  const settings = resolveGeneration(options, model.generation_config, model.config);
+  const reader = () => new ReplyReader(tokenizer, { prompt, insideReasoning, stop: [] });
+  const stops = stopsAt(settings.stopStrings, tokenizer);
+  const answers = await answerRows(model.engine, model.config.vocabSize, readRows({ input_ids: [tokens] }), {
+    settings,
+    options,
+    constrain: constrainBy(settings, prompt, model.config, tokenizer),
+    // The engine need not go on after the only call.
+    watch: prompt.oneToolCall ? endingCalls(reader, stops) : stops,
+  });
+  return answers.map((answer) => messageOf(reader(), answer.tokens));
+}
+
+type Watch = () => (token: GeneratedToken) => boolean;
+
+/** Ends an answer after its first tool call, or at a stop string. */
+function endingCalls(reader: () => ReplyReader, stops: Watch | null): Watch {
+  return () => {
+    const [reply, isStopped] = [reader(), stops?.()];
+    return (token) => {
+      if (token.finish !== "stop") reply.take(token.id);
+      return reply.ended !== null || (isStopped?.(token) ?? false);
+    };
+  };
+}
+
+function messageOf(reply: ReplyReader, tokens: readonly GeneratedToken[]): Message {
+  const builder = new MessageBuilder();
+  for (const { id, finish } of tokens) if (finish !== "stop") for (const event of reply.take(id)) builder.take(event);
+  for (const event of reply.finish(tokens.at(-1)?.finish === "length")) builder.take(event);
+  return { ...builder.message };
 }

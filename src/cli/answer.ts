@@ -1,6 +1,7 @@
 /** One streamed answer with its times. Knows neither conversations nor where the text goes. */
 import type { GenerationOptions } from "../api/generation.ts";
 import type { CausalLM } from "../api/model.ts";
+import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 
 export interface Answer {
@@ -35,7 +36,7 @@ export async function answer(
 ): Promise<Answer> {
   const start = performance.now();
   const detokenizer = tokenizer?.detokenizer({ skip_special_tokens: true });
-  const held = new HeldText([options.stop_strings ?? []].flat());
+  const held = new StopStrings([options.stop_strings ?? []].flat());
   const ids: number[] = [];
   let [text, firstMs, lastMs, atPrompt] = ["", Number.NaN, 0, true];
   const emit = (piece: string) => {
@@ -54,10 +55,10 @@ export async function answer(
         ids.push(id);
         onId?.(id);
       }
-      if (detokenizer) emit(held.push(detokenizer.push(next)));
+      if (detokenizer) emit(held.push(detokenizer.push(next)).text);
     },
     end() {
-      if (detokenizer) emit(held.push(detokenizer.finish()) + held.finish());
+      if (detokenizer) emit(held.push(detokenizer.finish()).text + held.finish());
     },
   };
   const result = (finish: Answer["finish"], logprobs: readonly number[]): Answer => {
@@ -91,34 +92,4 @@ export function describeSpeed({ ids, seconds, firstMs }: Answer): string {
 export function tokensPerSecond({ ids, seconds, firstMs }: Pick<Answer, "ids" | "seconds" | "firstMs">): number | null {
   const rest = seconds - firstMs / 1000;
   return ids.length > 1 && rest > 0 ? (ids.length - 1) / rest : null;
-}
-
-/** Lets text through but for a stop string and what follows it; keeps back what may yet become one. */
-export class HeldText {
-  readonly #stops: readonly string[];
-  #held = "";
-  #ended = false;
-
-  constructor(stops: readonly string[]) {
-    this.#stops = stops;
-  }
-
-  push(text: string): string {
-    if (this.#ended) return "";
-    this.#held += text;
-    const found = this.#stops.map((stop) => this.#held.indexOf(stop)).filter((at) => at >= 0);
-    if (found.length) {
-      this.#ended = true;
-      return this.#held.slice(0, Math.min(...found));
-    }
-    let keep = Math.min(this.#held.length, Math.max(0, ...this.#stops.map((stop) => stop.length - 1)));
-    while (keep > 0 && !this.#stops.some((stop) => stop.startsWith(this.#held.slice(-keep)))) keep--;
-    const out = this.#held.slice(0, this.#held.length - keep);
-    this.#held = this.#held.slice(this.#held.length - keep);
-    return out;
-  }
-
-  finish(): string {
-    return this.#ended ? "" : this.#held;
-  }
 }

@@ -1,7 +1,8 @@
-/** `mixtape generate`: continues a text, or answers it, once. */
+/** `mixtape generate`: continues a text, or answers it, once. Knows neither conversations nor formats. */
 import type { Command } from "commander";
 import type { Answer } from "./answer.ts";
 import { Interrupted, onInterrupt, UsageError } from "./failure.ts";
+import { addFormatOptions, type FormatFlags, readFormatFlags } from "./format.ts";
 import {
   addModelOptions,
   addSamplingOptions,
@@ -15,7 +16,7 @@ import {
 import { encodePrompt, type Prompt, type PromptFlags, readPrompt } from "./prompt.ts";
 import { notice } from "./terminal.ts";
 
-interface GenerateFlags extends ModelFlags, SamplingFlags, PromptFlags {
+interface GenerateFlags extends ModelFlags, SamplingFlags, PromptFlags, FormatFlags {
   readonly text?: boolean;
   readonly json?: boolean;
   readonly numReturnSequences: number;
@@ -29,18 +30,21 @@ export function addGenerate(program: Command): void {
     .optionsGroup("Options:")
     .option("--ids <list>", "token ids as the prompt, like 1,2,3; prints ids", tokenIds)
     .option("--text", "with --ids: print text")
-    .option("--chat", "make the prompt a user's message, by the model's chat template")
-    .option("--json", "print one JSON object when the answer is whole")
+    .option("--chat", "send the prompt as a user message, with the model's chat template")
+    .option("--json", "print one JSON object when the answer is complete")
     .option("--num-return-sequences <n>", "answers to the prompt; more than one are sampled", whole(1), 1);
+  addFormatOptions(command);
   addSamplingOptions(addModelOptions(command))
     .addHelpText(
       "after",
       examples(
         ['mixtape generate "你好" --greedy', "the likeliest continuation"],
-        ['mixtape generate --chat "What is a router?" --seed 7', "an answer that can be had again"],
+        ['mixtape generate --chat "What is a router?" --seed 7', "a repeatable answer"],
         ["cat notes.txt | mixtape generate --max-new-tokens 50", "a prompt from standard input"],
         ["mixtape generate --ids 1,2,3 --greedy", "token ids in, token ids out"],
         ['mixtape generate "你好" --json | jq .logprobs', "everything about an answer"],
+        ['mixtape generate --chat "Plan a trip." --schema trip.json', "JSON that satisfies a schema"],
+        ['mixtape generate --chat "Is 7 prime?" --regex "yes|no"', "text that matches a regular expression"],
       ),
     )
     .action(generate);
@@ -50,13 +54,14 @@ async function generate(argument: string | undefined, flags: GenerateFlags): Pro
   if (flags.text && !flags.ids) throw new UsageError("--text goes with --ids; a text prompt prints text anyway");
   if (flags.greedy && flags.numReturnSequences > 1)
     throw new UsageError(`--num-return-sequences ${flags.numReturnSequences} with --greedy: all answers would be the same`);
+  const format = await readFormatFlags(flags);
   const prompt = await readPrompt(argument, flags);
   const { findFolder, openModel, openTokenizer } = await import("./models.ts");
   const { answer, describeSpeed } = await import("./answer.ts");
   const interrupt = onInterrupt();
   try {
     const folder = await findFolder(flags.model, flags, { signal: interrupt.signal });
-    const tokenizer = !flags.ids || flags.text || flags.stop ? await openTokenizer(folder) : null;
+    const tokenizer = !flags.ids || flags.text || flags.stop || format ? await openTokenizer(folder) : null;
     const ids = encodePrompt(prompt, tokenizer, flags);
     const printsIds = flags.ids !== undefined && !flags.text;
     const model = await openModel(folder, flags);
@@ -69,13 +74,19 @@ async function generate(argument: string | undefined, flags: GenerateFlags): Pro
         ...(streams && !printsIds ? { onText: (text: string) => void process.stdout.write(text) } : {}),
         ...(streams && printsIds ? { onId: (id: number) => void process.stdout.write(count++ ? `,${id}` : String(id)) } : {}),
       };
-      const options = { ...generationOptions(flags), ...(single ? {} : { do_sample: true }) };
+      const options = {
+        ...generationOptions(flags),
+        ...(single ? {} : { do_sample: true }),
+        ...(format ? { response_format: format } : {}),
+      };
       const answers: Answer[] = [];
       for (let i = 0; i < flags.numReturnSequences; i++) {
         const one = await answer(model, tokenizer, ids, { ...options, seed: options.seed + i }, target);
         if (streams) process.stdout.write("\n");
         if (one.finish === "interrupted") throw new Interrupted();
         answers.push(one);
+        if (format && one.finish === "length")
+          notice(`(cut off after ${one.ids.length} tokens, so the answer is incomplete; --max-new-tokens allows more)`);
         if (!single && !flags.json) process.stdout.write(`${i ? "---\n" : ""}${printsIds ? one.ids.join(",") : one.text}\n`);
       }
       if (flags.json)
@@ -91,12 +102,12 @@ async function generate(argument: string | undefined, flags: GenerateFlags): Pro
 
 type Told = Omit<Answer, "text"> & { readonly text: string | null };
 
-/** Without a tokenizer there is no text, which is not the same as an empty one. */
+/** Without a tokenizer there is no text, which differs from an empty one. */
 function withoutText(answers: readonly Answer[]): Told[] {
   return answers.map((answer) => ({ ...answer, text: null }));
 }
 
-/** The object that --json prints; several answers are in `answers`. */
+/** The object that --json prints; several answers go into `answers`. */
 function describe(flags: GenerateFlags, prompt: Prompt, ids: readonly number[], answers: readonly Told[], seed: number) {
   const seconds = answers.reduce((sum, a) => sum + a.seconds, 0);
   const tokens = answers.reduce((sum, a) => sum + a.ids.length, 0);

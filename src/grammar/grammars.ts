@@ -10,6 +10,7 @@ import { GrammarError } from "./error.ts";
 import { choice, EMPTY, type Expression, literal, optional, repeat, sequence } from "./expression.ts";
 import { COLON, COMMA, OBJECT, SPACE } from "./json.ts";
 import { SchemaError } from "./keywords.ts";
+import { patternText } from "./pattern.ts";
 import { schemaGrammar } from "./schema.ts";
 import { Trie } from "./trie.ts";
 import { Turns } from "./turns.ts";
@@ -28,16 +29,21 @@ export type Shape =
   /** A JSON object. */
   | { readonly kind: "json" }
   | { readonly kind: "schema"; readonly schema: Readonly<Record<string, unknown>> }
-  | {
-      readonly kind: "calls";
-      readonly tools: readonly Callable[];
-      /** The tags around each call. */
-      readonly tags: readonly [open: string, close: string];
-      /** As many calls as the model likes, instead of one. */
-      readonly several: boolean;
-      /** Text may stand before, between and instead of calls. */
-      readonly free: boolean;
-    };
+  /** A text that matches a regular expression as a whole. */
+  | { readonly kind: "regex"; readonly pattern: string }
+  | Calls;
+
+/** Calls of tools, each between tags. */
+export interface Calls {
+  readonly kind: "calls";
+  readonly tools: readonly Callable[];
+  /** The tags around each call. */
+  readonly tags: readonly [open: string, close: string];
+  /** As many calls as the model likes, instead of one. */
+  readonly several: boolean;
+  /** Text may stand before, between and instead of calls. */
+  readonly free: boolean;
+}
 
 export interface ConstraintOptions {
   /** The field that asks for the shape, for errors. */
@@ -46,7 +52,8 @@ export interface ConstraintOptions {
   readonly after?: string | null;
 }
 
-const MAX_SCHEMA_BYTES = 64 * 1024;
+/** Of a shape's JSON text, in UTF-16 units. */
+const MAX_SHAPE_LENGTH = 64 * 1024;
 const MAX_CALLS = 16;
 /** Grammars kept, and the states they remember together. */
 const KEPT = 64;
@@ -91,8 +98,7 @@ export class Grammars {
 
   #find(shape: Shape, param: string, after: string | null, trie: Trie): Automaton {
     const text = JSON.stringify([shape, after]);
-    if (text.length > MAX_SCHEMA_BYTES)
-      throw new GrammarError(param, `the schema has ${text.length} characters; ${MAX_SCHEMA_BYTES} are allowed`);
+    checkSize(text, param);
     const key = createHash("sha256").update(text).digest("base64");
     const known = this.#kept.get(key);
     this.#kept.delete(key);
@@ -115,26 +121,20 @@ export class Grammars {
   }
 
   #answer(shape: Shape, param: string): Expression {
-    switch (shape.kind) {
-      case "json":
-        return OBJECT;
-      case "schema":
-        return enforced(shape.schema, param);
-      case "calls": {
-        const [open, close] = shape.tags.map((tag) => this.#mark(tag));
-        const bodies = shape.tools.map((tool, i) => callOf(tool, `${param}[${i}].function.parameters`));
-        const body = sequence(SPACE, choice(...bodies), SPACE, close);
-        if (!shape.free) {
-          const call = sequence(open, body);
-          return sequence(call, repeat(sequence(optional(literal("\n")), call), 0, shape.several ? MAX_CALLS - 1 : 0));
-        }
-        const rest: Expression & { kind: "rule" } = { kind: "rule", to: null };
-        rest.to = sequence(this.#until(shape.tags[0], true), body, shape.several ? rest : EMPTY);
-        return rest;
-      }
-      default:
-        return shape satisfies never;
+    return shape.kind === "calls" ? this.#calls(shape, param) : plain(shape, param);
+  }
+
+  #calls({ tools, tags, several, free }: Calls, param: string): Expression {
+    const [open, close] = tags.map((tag) => this.#mark(tag));
+    const bodies = tools.map((tool, i) => callOf(tool, `${param}[${i}].function.parameters`));
+    const body = sequence(SPACE, choice(...bodies), SPACE, close);
+    if (!free) {
+      const call = sequence(open, body);
+      return sequence(call, repeat(sequence(optional(literal("\n")), call), 0, several ? MAX_CALLS - 1 : 0));
     }
+    const rest: Expression & { kind: "rule" } = { kind: "rule", to: null };
+    rest.to = sequence(this.#until(tags[0], true), body, several ? rest : EMPTY);
+    return rest;
   }
 
   /** A tag, as a single token where the tokenizer has one. */
@@ -151,6 +151,30 @@ export class Grammars {
     const { vocabulary } = this.#tokenizer;
     const id = vocabulary.id(tag);
     return id !== undefined && vocabulary.isSpecial(id) && id < this.#vocabSize ? id : null;
+  }
+}
+
+/** Throws GrammarError, naming `param`, for a shape that can't be enforced. Needs no tokenizer and no model. */
+export function checkShape(shape: Exclude<Shape, Calls>, param: string): void {
+  checkSize(JSON.stringify(shape), param);
+  plain(shape, param);
+}
+
+function checkSize(text: string, param: string): void {
+  if (text.length > MAX_SHAPE_LENGTH)
+    throw new GrammarError(param, `the schema has ${text.length} characters; ${MAX_SHAPE_LENGTH} are allowed`);
+}
+
+function plain(shape: Exclude<Shape, Calls>, param: string): Expression {
+  switch (shape.kind) {
+    case "json":
+      return OBJECT;
+    case "schema":
+      return enforced(shape.schema, param);
+    case "regex":
+      return matching(shape.pattern, param);
+    default:
+      return shape satisfies never;
   }
 }
 
@@ -175,5 +199,13 @@ function enforced(schema: unknown, param: string): Expression {
   } catch (cause) {
     if (!(cause instanceof SchemaError)) throw cause;
     throw new GrammarError(param, `the schema can't be enforced: ${cause.message}`, { cause });
+  }
+}
+
+function matching(pattern: string, param: string): Expression {
+  try {
+    return patternText(pattern);
+  } catch (cause) {
+    throw new GrammarError(param, cause instanceof Error ? cause.message : String(cause), { cause });
   }
 }

@@ -1,8 +1,9 @@
 /**
- * Regular expressions as a grammar of JSON strings: what JSON Schema's `pattern` needs of them. Look-around, back references and
- * word boundaries are refused, for no text can be written to them from left to right.
+ * Regular expressions as grammars: of JSON strings in which one matches, as JSON Schema's `pattern` means it, or of texts that
+ * match as a whole. Look-around, back references and word boundaries are rejected: no text can be written to them from left to
+ * right.
  */
-import { choice, EMPTY, type Expression, literal, MANY, type Ranges, repeat, sequence } from "./expression.ts";
+import { characters, choice, EMPTY, type Expression, literal, MANY, type Ranges, repeat, sequence } from "./expression.ts";
 import { stringCharacters } from "./json.ts";
 
 const ALL: Ranges = [
@@ -32,24 +33,43 @@ const CONTROLS: Readonly<Record<string, number>> = { t: 9, n: 10, v: 11, f: 12, 
 
 const MAX_PATTERN = 8192;
 
-/** The strings, with their quotes, in which a pattern matches. Throws Error that says what of it is not supported. */
+/** The JSON strings, quotes included, in which a pattern matches. Throws Error that says what in it is not supported. */
 export function patternString(source: string): Expression {
+  check(source);
+  return sequence(literal('"'), new PatternReader(source, { character: stringCharacters, whole: false }).read(), literal('"'));
+}
+
+/** The texts that match a pattern as a whole. Throws Error that says what in it is not supported. */
+export function patternText(source: string): Expression {
+  check(source);
+  return new PatternReader(source, { character: characters, whole: true }).read();
+}
+
+function check(source: string): void {
   if (source.length > MAX_PATTERN) throw new Error(`the pattern has ${source.length} characters; ${MAX_PATTERN} are supported`);
   try {
     new RegExp(source, "u");
   } catch (cause) {
-    throw new Error(`the pattern ${JSON.stringify(source)} is no regular expression`, { cause });
+    throw new Error(`the pattern ${JSON.stringify(source)} is not a regular expression`, { cause });
   }
-  return sequence(literal('"'), new PatternReader(source).read(), literal('"'));
+}
+
+interface Target {
+  /** One character of these, as it is written. */
+  readonly character: (ranges: Ranges) => Expression;
+  /** The pattern must match all of the text, as if it were anchored at both ends. */
+  readonly whole: boolean;
 }
 
 class PatternReader {
   readonly #source: string;
+  readonly #target: Target;
   readonly #characters: readonly string[];
   #at = 0;
 
-  constructor(source: string) {
+  constructor(source: string, target: Target) {
     this.#source = source;
+    this.#target = target;
     this.#characters = [...source];
   }
 
@@ -79,7 +99,7 @@ class PatternReader {
     return true;
   }
 
-  /** @param outer not inside a group: where an anchor is missing, other text may stand before and after */
+  /** @param outer not inside a group: anchors may stand here and, unless the whole text must match, other text may surround it */
   #choice(outer: boolean): Expression {
     const items: Expression[] = [];
     do items.push(this.#sequence(outer));
@@ -88,7 +108,8 @@ class PatternReader {
   }
 
   #sequence(outer: boolean): Expression {
-    const anything = repeat(stringCharacters(ALL), 0);
+    const { character, whole } = this.#target;
+    const anything = whole ? EMPTY : repeat(character(ALL), 0);
     const items: Expression[] = [];
     if (outer && !this.#take("^")) items.push(anything);
     for (let next = this.#next; next !== undefined && next !== "|" && next !== ")"; next = this.#next) {
@@ -136,16 +157,16 @@ class PatternReader {
         return inner;
       }
       case "[":
-        return stringCharacters(this.#class());
+        return this.#target.character(this.#class());
       case ".":
-        return stringCharacters(without(LINE_END));
+        return this.#target.character(without(LINE_END));
       case "\\":
-        return stringCharacters(this.#escape());
+        return this.#target.character(this.#escape());
       case "^":
       case "$":
         throw this.#unsupported(`an anchor in its middle`);
       default:
-        return stringCharacters([pointOf(character)]);
+        return this.#target.character([pointOf(character)]);
     }
   }
 

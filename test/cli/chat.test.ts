@@ -3,7 +3,6 @@ import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { PassThrough } from "node:stream";
 import { expect, test } from "vitest";
-import { HeldText } from "../../src/cli/answer.ts";
 import { pipedLines, readMessage } from "../../src/cli/input.ts";
 import { finished, run, temporary, terminal, tinyModel } from "./run.ts";
 
@@ -107,21 +106,4 @@ test("messages of several lines", async () => {
   do messages.push(await readMessage(lines, "", ""));
   while (messages.at(-1) !== null);
   expect(messages).toEqual(["one", "two \nthree", "four\n\nfive", "six", "last \\", null]);
-});
-
-test("text is held back while it may become a stop string", () => {
-  const held = new HeldText(["END", "\n\n"]);
-  expect(["a", "bE", "N", "x\n", "y", "E", "NDz", "more"].map((piece) => held.push(piece))).toEqual([
-    "a",
-    "b",
-    "",
-    "ENx",
-    "\ny",
-    "",
-    "",
-    "",
-  ]);
-  expect(held.finish()).toBe("");
-  const open = new HeldText(["END"]);
-  expect(open.push("xEN") + open.finish()).toBe("xEN");
 });

@@ -266,7 +266,7 @@ test.each([
   [{ type: "object", patternProperties: {} }, "'patternProperties' is not supported"],
   [{ type: "object", properties: { a: { if: {} } } }, "at /properties/a: 'if' is not supported"],
   [{ type: "string", pattern: "(?=a)b" }, "look-around, which is not supported"],
-  [{ type: "string", pattern: "(a" }, "is no regular expression"],
+  [{ type: "string", pattern: "(a" }, "is not a regular expression"],
   [{ type: "string", pattern: "\\bword" }, "\\b, which is not supported"],
   [{ type: "string", format: "regex" }, 'format "regex" is not supported'],
   [{ type: "string", pattern: "^a", maxLength: 3 }, "put the length into a pattern"],

@@ -3,6 +3,7 @@
  * a field has one meaning. Knows no call.
  */
 import type { z } from "zod";
+import { readFormat } from "../../chat/format.ts";
 import type { Prompt } from "../../chat/prompt.ts";
 import type { NamedModel } from "../catalog.ts";
 import type { CompletionRequest } from "../completion/request.ts";
@@ -71,12 +72,10 @@ export function generateRequest(model: NamedModel, request: GenerateRequest, { m
   const { options } = request;
   const prompt = promptIn(request, "prompt");
   const body = checked(CompletionBody, { model: model.name, prompt: "", ...fieldsOf(options) });
-  const format = formatOf(options, maxJsonDepth);
   return {
     ...completionRequest(body, prompt, model.generationConfig, who),
     maxTokens: body.max_tokens ?? null,
-    format:
-      format?.type === "json_schema" ? { kind: "schema", schema: format.json_schema.schema } : format ? { kind: "json" } : { kind: "text" },
+    format: readFormat(formatOf(options, maxJsonDepth)),
   };
 }
 

@@ -1,4 +1,5 @@
 /** An answer's events as a choice of OpenAI's responses: whole, or delta by delta. Knows no HTTP. */
+import { MessageBuilder } from "../../../chat/message.ts";
 import type { CompletionEvent, FinishReason, RoutedToken, ScoredToken, Usage } from "../../completion/request.ts";
 
 const FINISH: Readonly<Record<FinishReason, string>> = { stop: "stop", length: "length", toolCalls: "tool_calls" };
@@ -19,18 +20,10 @@ export function usageOf(answers: readonly { readonly usage: Usage }[], n: number
   };
 }
 
-interface ToolCall {
-  readonly id: string;
-  readonly type: "function";
-  readonly function: { name: string; arguments: string };
-}
-
 /** One chat answer, collected from its events: whole or as deltas. */
 export class ChatChoice {
   usage = NONE;
-  #content = "";
-  #reasoning = "";
-  readonly #calls: ToolCall[] = [];
+  readonly #message = new MessageBuilder();
   readonly #logprobs: object[] = [];
   readonly #routing: object[] = [];
   #sent = { logprobs: 0, routing: 0 };
@@ -39,8 +32,8 @@ export class ChatChoice {
   take(event: CompletionEvent): void {
     switch (event.kind) {
       case "text":
-        if (event.channel === "answer") this.#content += event.text;
-        else this.#reasoning += event.text;
+      case "toolCall":
+        this.#message.take(event);
         break;
       case "logprob":
         this.#logprobs.push({ ...logprob(event.token), top_logprobs: event.top.map(logprob) });
@@ -48,16 +41,6 @@ export class ChatChoice {
       case "routing":
         this.#routing.push(routed(event.token));
         break;
-      case "toolCall": {
-        const call = this.#calls[event.index] ?? {
-          id: event.id ?? "",
-          type: "function",
-          function: { name: event.name ?? "", arguments: "" },
-        };
-        call.function.arguments += event.arguments;
-        this.#calls[event.index] = call;
-        break;
-      }
       case "end":
         this.usage = event.usage;
         this.#finish = FINISH[event.reason];
@@ -68,15 +51,9 @@ export class ChatChoice {
   }
 
   choice() {
+    const { role, content, ...rest } = this.#message.message;
     return {
-      message: {
-        role: "assistant",
-        content: this.#content === "" && this.#calls.length > 0 ? null : this.#content,
-        refusal: null,
-        ...(this.#reasoning ? { reasoning_content: this.#reasoning } : {}),
-        ...(this.#calls.length ? { tool_calls: this.#calls } : {}),
-        ...(this.#routing.length ? { routing: this.#routing } : {}),
-      },
+      message: { role, content, refusal: null, ...rest, ...(this.#routing.length ? { routing: this.#routing } : {}) },
       logprobs: this.#logprobs.length ? { content: this.#logprobs, refusal: null } : null,
       finish_reason: this.#finish,
     };

@@ -1,8 +1,8 @@
 /** From the bodies of OpenAI's clients to requests for answers. Throws ServerError for fields that contradict each other. Knows no HTTP. */
 import { randomInt } from "node:crypto";
 import type { z } from "zod";
-import type { ResponseFormat } from "../../../chat/format.ts";
-import type { Prompt, ToolChoice } from "../../../chat/prompt.ts";
+import { readConversation } from "../../../chat/conversation.ts";
+import type { Prompt } from "../../../chat/prompt.ts";
 import { GREEDY, type Sampling } from "../../../engine/sampling.ts";
 import type { Message } from "../../../tokenizer/template.ts";
 import type { CompletionRequest } from "../../completion/request.ts";
@@ -20,37 +20,28 @@ const TEMPLATE_OPTIONS = [
   "return_dict",
 ];
 
-/** The request for one answer. Throws ServerError `invalid_request`. */
+/** The request for one answer. Throws ServerError `invalid_request`, PromptError or GrammarError for fields that contradict each other. */
 export function chatRequest(
   body: ChatBody,
   defaults: Readonly<Record<string, unknown>>,
   who: Pick<CompletionRequest, "owner" | "signal">,
 ): CompletionRequest {
-  const names = (body.tools ?? []).map((t) => t.function.name);
-  if (new Set(names).size < names.length) throw new ServerError("invalid_request", "two tools have the same name", { param: "tools" });
   if (body.top_logprobs && !body.logprobs)
     throw new ServerError("invalid_request", "top_logprobs needs logprobs: true as well", { param: "top_logprobs" });
-  const choice = toolChoice(body.tool_choice, names);
   const reserved = TEMPLATE_OPTIONS.find((name) => name in (body.chat_template_kwargs ?? {}));
   if (reserved)
     throw new ServerError("invalid_request", `'${reserved}' is not for clients to set`, { param: `chat_template_kwargs.${reserved}` });
-  if (choice !== "none" && choice !== "auto" && body.response_format && body.response_format.type !== "text")
-    throw new ServerError("invalid_request", "an answer cannot be a tool call and of a response_format at once", {
-      param: "response_format",
-    });
+  const { prompt, format } = readConversation({
+    ...body,
+    messages: messagesOf(body.messages),
+    templateVariables: body.chat_template_kwargs ?? {},
+  });
   return {
-    prompt: {
-      kind: "chat",
-      messages: messagesOf(body.messages),
-      tools: (body.tools ?? []).map(({ function: f }) => ({ ...f, strict: f.strict ?? false })),
-      toolChoice: choice,
-      oneToolCall: body.parallel_tool_calls === false,
-      templateVariables: body.chat_template_kwargs ?? {},
-    },
+    prompt,
     sampling: samplingOf(body, defaults),
     maxTokens: body.max_completion_tokens ?? body.max_tokens ?? null,
     stop: stopsOf(body.stop),
-    format: formatOf(body.response_format),
+    format,
     logprobs: body.logprobs ? (body.top_logprobs ?? 0) : null,
     routing: body.routing ?? false,
     ...who,
@@ -147,21 +138,4 @@ function samplingOf(body: Pick<ChatBody, keyof typeof sampling>, defaults: Reado
 
 function stopsOf(stop: string | string[] | null | undefined): string[] {
   return [stop ?? []].flat().filter((s) => s !== "");
-}
-
-function formatOf(format: ChatBody["response_format"]): ResponseFormat {
-  if (format?.type === "json_object") return { kind: "json" };
-  if (format?.type === "json_schema") return { kind: "schema", schema: format.json_schema.schema };
-  return { kind: "text" };
-}
-
-function toolChoice(choice: ChatBody["tool_choice"], names: readonly string[]): ToolChoice {
-  if (choice === null || choice === undefined) return names.length > 0 ? "auto" : "none";
-  if (choice !== "none" && choice !== "auto" && names.length === 0)
-    throw new ServerError("invalid_request", "tool_choice asks for a call, and there are no tools", { param: "tool_choice" });
-  if (typeof choice === "string") return choice;
-  const { name } = choice.function;
-  if (!names.includes(name))
-    throw new ServerError("invalid_request", `tool_choice names '${name}'; the tools are ${names.join(", ")}`, { param: "tool_choice" });
-  return { name };
 }

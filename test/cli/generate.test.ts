@@ -1,6 +1,6 @@
 // `generate`, `info` and `quantize` on a tiny model with random weights.
 import { spawn } from "node:child_process";
-import { readdirSync } from "node:fs";
+import { readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
 import { binary, finished, run, temporary, tinyModel } from "./run.ts";
@@ -56,6 +56,75 @@ test("--no-repeat-ngram-size and --logit-bias reach the model", async () => {
   expect(biased.out).toBe("9,9,9,9,9,9,9,9\n");
   const varied = (await run([...options, "--logit-bias", "9=1000", "--no-repeat-ngram-size", "1"])).out.trim().split(",");
   expect(new Set(varied).size).toBe(8);
+});
+
+const SCHEMA = {
+  type: "object",
+  properties: { a: { enum: ["b", "c"] }, n: { type: "integer", minimum: 0, maximum: 99 } },
+  required: ["a", "n"],
+  additionalProperties: false,
+};
+
+/** A file with this text. */
+function fileWith(text: string): string {
+  const file = join(temporary(), "answer schema.json");
+  writeFileSync(file, text);
+  return file;
+}
+
+test("--schema: the answer is JSON that satisfies it, also of ids, of several answers, and with a byte order mark", async () => {
+  const schema = fileWith(`\ufeff${JSON.stringify(SCHEMA)}`);
+  const options = ["-m", tinyModel(), "--schema", schema, "--max-new-tokens", "80"];
+  const check = (text: string) => {
+    const value = JSON.parse(text) as { a: string; n: number };
+    expect([Object.keys(value), ["b", "c"].includes(value.a), value.n >= 0 && value.n <= 99]).toEqual([["a", "n"], true, true]);
+  };
+  const plain = await run(["generate", "abc", "--greedy", ...options]);
+  expect(plain).toMatchObject({ code: 0, err: "" });
+  check(plain.out);
+  const json = await run(["generate", "--chat", "abc", "--json", "--num-return-sequences", "2", "--seed", "3", ...options]);
+  const { answers } = JSON.parse(json.out) as { answers: { text: string; finish_reason: string }[] };
+  for (const { text } of answers) check(text);
+  expect(answers.map((a) => a.finish_reason)).toEqual(["stop", "stop"]);
+  check((await run(["generate", "--ids", "5,6", "--text", "--greedy", ...options])).out);
+  expect((await run(["generate", "--ids", "5,6", "--greedy", ...options])).out).toMatch(/^\d+(,\d+)+\n$/);
+});
+
+test("--regex: the whole answer matches it; an answer that is cut off says so", async () => {
+  const options = ["generate", "abc", "-m", tinyModel(), "--regex"];
+  const matched = await run([...options, "(ab|中文)+-[0-9]{2}", "--temperature", "2", "--seed", "4", "--max-new-tokens", "300"]);
+  expect(matched).toMatchObject({ code: 0, err: "" });
+  expect(matched.out).toMatch(/^(ab|中文)+-[0-9]{2}\n$/);
+  const cut = await run([...options, "[a-z]{40}", "--greedy", "--max-new-tokens", "5"]);
+  expect(cut.out).toMatch(/^[a-z]{5}\n$/);
+  expect([cut.code, cut.err]).toEqual([0, "(cut off after 5 tokens, so the answer is incomplete; --max-new-tokens allows more)\n"]);
+});
+
+test.each<[string, string | null, string, RegExp]>([
+  ["a file that is not there", null, "--schema", /^\/no\/such\.json: cannot be read \(ENOENT/],
+  ["broken JSON", '{"type": "object",}', "--schema", /answer schema\.json: broken JSON \(.*position 18/],
+  ["no object", "[1]", "--schema", /answer schema\.json: not a JSON schema: it must be an object like/],
+  [
+    "a keyword that can't be enforced",
+    '{"properties": {"when": {"type": "string", "format": "odd"}}}',
+    "--schema",
+    /answer schema\.json: the schema can't be enforced: at \/properties\/when: format "odd" is not supported; supported are/,
+  ],
+  ["a type that is none", '{"type": "text"}', "--schema", /answer schema\.json: the schema can't be enforced: .*text/],
+  [
+    "a schema that is too long",
+    JSON.stringify({ description: "x".repeat(70_000) }),
+    "--schema",
+    /the schema has \d+ characters; 65536 are allowed/,
+  ],
+  ["a broken pattern", "(a", "--regex", /^--regex: the pattern "\(a" is not a regular expression/],
+  ["a pattern with look-around", "(?<=a)b", "--regex", /^--regex: the pattern .* has look-around, which is not supported here/],
+])("%s is one line that names where it is, before anything is loaded", async (_name, text, option, message) => {
+  const value = option === "--regex" ? (text as string) : text === null ? "/no/such.json" : fileWith(text);
+  const { code, out, err } = await run(["generate", "abc", "-m", "/no/such/model", option, value]);
+  expect([code, out]).toEqual([1, ""]);
+  expect(err).toMatch(/^mixtape: .+\n$/);
+  expect(err.slice("mixtape: ".length, -1)).toMatch(message);
 });
 
 test("a reader that leaves ends it quietly", async () => {

@@ -34,6 +34,7 @@ test.each([
   [["generate", "x", "--stop", ""], "option '--stop <text>' argument '' is invalid. It must not be empty."],
   [["generate", "--ids", "1,x"], "option '--ids <list>' argument '1,x' is invalid. 'x' is not a token id; it must be like 1,2,3."],
   [["generate", "x", "--greedy", "--seed", "1"], "option '--greedy' cannot be used with option '--seed <n>'"],
+  [["generate", "x", "--schema", "a.json", "--regex", "b"], "option '--schema <file>' cannot be used with option '--regex <pattern>'"],
   [
     ["generate", "x", "--dtype", "int3"],
     "option '--dtype <format>' argument 'int3' is invalid. Allowed choices are auto, fp32, fp16, bf16, int8, int4.",

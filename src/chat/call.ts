@@ -1,11 +1,11 @@
 /**
- * Reads one call of a tool, `{"name": "f", "arguments": {...}}`, while it arrives in pieces: the name as soon as it is there,
- * then the text of the arguments as it comes. Knows no marks.
+ * Parses one tool call, `{"name": "f", "arguments": {...}}`, while it arrives in pieces: emits the name as soon as it is complete,
+ * then the text of the arguments as it arrives. Knows no tags.
  */
 
-/** What a piece of a call told. */
+/** What a piece of a call revealed. */
 export interface CallProgress {
-  /** Once, with the first piece. */
+  /** Set once, on the first progress. */
   readonly name?: string;
   /** The next piece of the arguments' JSON. */
   readonly arguments: string;
@@ -17,26 +17,26 @@ const SPACE = /\s/;
 type Expected = "open" | "key" | "colon" | "value" | "next" | "nothing";
 
 export class CallReader {
-  /** All that came. */
+  /** All text so far. */
   raw = "";
   #at = 0;
   #expects: Expected = "open";
   #broken = false;
   #key = "";
-  /** Where the key or value that is being read begins. */
+  /** Start of the current key or value; -1: none. */
   #from = -1;
   #depth = 0;
   #inString = false;
   #escaped = false;
   #name: string | null = null;
   #told = false;
-  /** Arguments that wait for the name; null once they have been told. */
+  /** Arguments not yet emitted: they wait for the name. */
   #arguments = "";
   #hasArguments = false;
   #streams = false;
   readonly #names: ReadonlySet<string>;
 
-  /** @param names of the tools that there are; a call of another is none */
+  /** @param names of the tools; a call of any other name is malformed */
   constructor(names: ReadonlySet<string>) {
     this.#names = names;
   }
@@ -46,7 +46,7 @@ export class CallReader {
     return !this.#broken && this.#expects === "nothing" && this.#name !== null;
   }
 
-  /** True once the name has been told. */
+  /** True once the name has been emitted. */
   get told(): boolean {
     return this.#told;
   }
@@ -66,7 +66,7 @@ export class CallReader {
     return piece;
   }
 
-  /** Takes one character, or looks at it again in another state. */
+  /** Consumes one character, or leaves it for the next state. */
   #read(character: string): void {
     if (this.#from < 0 && SPACE.test(character)) {
       this.#at++;
@@ -114,7 +114,7 @@ export class CallReader {
     else this.#broken = true;
   }
 
-  /** Follows a JSON value to its end; `done` is called after its last character. */
+  /** Scans a JSON value; `done` is called after its last character. */
   #scan(character: string, done: () => void): void {
     const first = this.#from < 0;
     if (first) {
@@ -125,7 +125,7 @@ export class CallReader {
     }
     const scalar = !first && this.#depth === 0 && !this.#inString;
     if (scalar && /[\s,}\]]/.test(character)) {
-      this.#end(done); // the character belongs to what follows
+      this.#end(done); // the character belongs to the next state
       return;
     }
     this.#at++;
@@ -151,7 +151,7 @@ export class CallReader {
     this.#from = -1;
   }
 
-  /** The key or value that ends here. */
+  /** The key or value that just ended. */
   #parsed(): unknown {
     try {
       return JSON.parse(this.raw.slice(this.#from, this.#at));
@@ -168,7 +168,7 @@ export class CallReader {
       else this.#broken = true;
     }
     if (!ARGUMENTS.includes(this.#key) || this.#hasArguments) return;
-    // Some models write the arguments as a text of JSON.
+    // Some models write the arguments as a JSON string.
     this.#hasArguments = true;
     if (typeof value === "string") this.#arguments += value;
     else if (value === null) this.#arguments += "{}";

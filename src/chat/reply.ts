@@ -31,10 +31,10 @@ export interface ReplyOptions {
 export class ReplyReader {
   readonly #tokenizer: Tokenizer;
   readonly #detokenizer: Detokenizer;
-  /** Null where no tag means anything. */
+  /** Null when no tags are recognized. */
   readonly #splitter: Splitter | null;
   readonly #stops: StopStrings;
-  /** Special tokens that are tags; other special tokens are no text. */
+  /** Special tokens that are tags; other special tokens have no text. */
   readonly #tags: ReadonlySet<string>;
   readonly #toolNames: ReadonlySet<string>;
   readonly #oneToolCall: boolean;
@@ -83,7 +83,7 @@ export class ReplyReader {
     return this.#answered - this.#released + (this.#splitter?.heldLength ?? 0);
   }
 
-  /** Takes the next token. End tokens are the caller's. */
+  /** Takes the next token. The caller must leave out end tokens. */
   take(id: number): ReplyEvent[] {
     const { vocabulary } = this.#tokenizer;
     if (vocabulary.isSpecial(id) && !this.#tags.has(vocabulary.token(id))) return [];
@@ -145,7 +145,7 @@ export class ReplyReader {
     return [{ kind: "toolCall", index: this.#calls, ...first, arguments: progress.arguments }];
   }
 
-  /** A malformed call becomes answer text, unless the length cut it off. A call that has been told stays as it was told. */
+  /** A malformed call becomes answer text, unless it was cut off by the length. A call that has been emitted stays a call. */
   #endCall(whole: boolean, cutOff: boolean): ReplyEvent[] {
     const call = this.#call ?? new CallReader(this.#toolNames);
     this.#call = null;

@@ -1,25 +1,25 @@
 /**
- * Splits an answer's text into reasoning, answer and calls of tools by the marks around them, while it arrives in pieces of any
- * size. White space around marks goes with them. Knows no tokens and no JSON.
+ * Splits text into reasoning, answer and tool calls at the tags around them, while it arrives in pieces of any size. White space
+ * around tags is dropped. Knows no tokens and no JSON.
  */
 import { openLength } from "../tokenizer/stops.ts";
 import { TAGS } from "./dialect.ts";
 
 export type Piece =
   | { readonly kind: "reasoning" | "answer" | "call"; readonly text: string }
-  /** `whole`: the mark that closes the call was there. */
+  /** `whole`: the closing tag was there. */
   | { readonly kind: "callEnd"; readonly whole: boolean };
 
 export interface SplitterOptions {
-  /** Marks of reasoning and response mean something. */
+  /** Recognize the tags of reasoning and response. */
   readonly thinks: boolean;
-  /** Marks of calls mean something. */
+  /** Recognize the tags of calls. */
   readonly calls: boolean;
   /** The prompt ended inside the reasoning. */
   readonly insideReasoning: boolean;
 }
 
-/** Marks that stand before an answer, and are text within it. */
+/** Tags that are recognized before an answer only; within it they are text. */
 const OPENING: readonly string[] = [TAGS.think[0], TAGS.response[0]];
 
 type Channel = "reasoning" | "answer" | "call";
@@ -27,11 +27,11 @@ type Channel = "reasoning" | "answer" | "call";
 export class Splitter {
   readonly #options: SplitterOptions;
   #channel: Channel;
-  /** Text that may become a mark, or white space that a mark may take along. */
+  /** Text that may become a tag, or white space that may be dropped with a tag. */
   #held = "";
-  /** Nothing of the channel has been handed over: its leading white space goes with the mark before it. */
+  /** Nothing of the channel has been emitted yet: its leading white space is dropped with the tag before it. */
   #atStart: boolean;
-  /** Nothing but white space has come since the beginning, or since the reasoning. */
+  /** Only white space has come since the start or since the reasoning. */
   #atAnswerStart = true;
   #insideResponse = false;
 
@@ -41,7 +41,7 @@ export class Splitter {
     this.#atStart = options.insideReasoning;
   }
 
-  /** What the text belongs to that comes next. */
+  /** What the next text belongs to. */
   get channel(): Channel {
     return this.#channel;
   }
@@ -76,18 +76,18 @@ export class Splitter {
     }
   }
 
-  /** What was held back, and the end of a call that no mark closed. */
+  /** The held-back text, and the end of a call without a closing tag. */
   finish(): Piece[] {
     const pieces: Piece[] = [];
     const held = this.#held;
     this.#held = "";
-    // White space that only waited for a mark belongs to the text, but for what surrounds reasoning and response.
+    // Held-back white space belongs to the text, except around reasoning and response.
     this.#emit(this.#channel === "reasoning" || this.#options.thinks ? held.trimEnd() : held, pieces);
     if (this.#channel === "call") pieces.push({ kind: "callEnd", whole: false });
     return pieces;
   }
 
-  /** The marks that mean something here. */
+  /** The tags that are recognized in the current state. */
   #marks(): string[] {
     const { thinks, calls } = this.#options;
     switch (this.#channel) {

@@ -1,22 +1,22 @@
 /**
- * Follows a grammar byte by byte, and says which tokens may come next. States are found when they are first needed and
- * remembered: a state is a set of frames, a frame what is expected and what comes after it, so recursion costs nothing up front.
- * Where a grammar is so ambiguous that this would take long, some of what it allows is left out; never is more allowed.
+ * Follows a grammar byte by byte and computes which tokens may come next. States are built lazily and cached: a state is a set of
+ * frames, and a frame is an expected expression plus its continuation, so recursion costs nothing up front. For very ambiguous
+ * grammars the work per token is limited by allowing less than the grammar does, never more. Knows no tokenizer.
  */
 import { type Expression, MANY } from "./expression.ts";
 import type { Trie } from "./trie.ts";
 
-/** Frames of one state at most, and frames that are stepped for one mask at most. */
+/** Most frames of one state, and most frames stepped for one mask. */
 const MAX_FRAMES = 1024;
 const MAX_WORK = 20_000;
-/** Frames, and frames in states, that are remembered before all are forgotten and found anew. */
+/** Most cached frames, counting frames in states; beyond it the cache is cleared. */
 const MAX_KEPT = 100_000;
 
-/** What is expected (null: the end), with counters of its kind, and what comes after it. The same ones are one object. */
+/** What is expected (null: the end), with counters of its kind, and what comes after it. Equal frames are one object. */
 class Frame {
   readonly id: number;
   readonly expression: Expression | null;
-  /** Position in bytes or a sequence, characters of a mark seen, or least and most repetitions left. */
+  /** Position in bytes or a sequence, characters of a tag seen, or least and most repetitions left. */
   readonly a: number;
   readonly b: number;
   readonly next: Frame | null;
@@ -32,14 +32,14 @@ class Frame {
 
 export class State {
   readonly frames: readonly Frame[];
-  /** The whole may end here. */
+  /** The answer may end here. */
   readonly accepting: boolean;
-  /** The frame of kind `text` that all frames come from, if so. */
+  /** The `text` frame that all frames derive from, if there is one. */
   readonly text: Frame | null;
-  /** By byte; null: nothing allows it. */
+  /** Next state by byte; null: the byte is not allowed. */
   readonly next: (State | null | undefined)[] = [];
   mask: Int32Array | null = null;
-  /** States of one epoch know each other. */
+  /** Cache generation: states of one epoch may refer to each other. */
   readonly epoch: number;
 
   constructor(frames: readonly Frame[], text: Frame | null, epoch: number) {
@@ -50,13 +50,13 @@ export class State {
   }
 }
 
-/** Tokens that stay inside a JSON string, and the nodes at which its closing quote has just come. */
+/** Tokens that stay inside a JSON string, and the trie nodes right after its closing quote. */
 interface Inside {
   readonly mask: Int32Array;
   readonly exits: readonly number[];
 }
 
-/** Masks of strings, which all grammars over one vocabulary share. */
+/** Masks of JSON strings, shared by all grammars of one vocabulary. */
 export type Insides = Map<Expression, Map<number, Inside>>;
 
 export class Automaton {
@@ -65,7 +65,7 @@ export class Automaton {
   readonly #endIds: readonly number[];
   readonly #insides: Insides;
   #states = new Map<string, State>();
-  /** Frames by what comes after them. */
+  /** Frames by their continuation. */
   #before = new Map<Frame, Map<Expression, Map<number, Frame>>>();
   #start: State | null = null;
   #epoch = 0;
@@ -87,12 +87,12 @@ export class Automaton {
     return this.#start;
   }
 
-  /** How much is remembered, in units of a few hundred bytes. */
+  /** Size of the cache, in units of a few hundred bytes. */
   get kept(): number {
     return this.#kept;
   }
 
-  /** The state after a token; null where it is not allowed. End tokens are the caller's. */
+  /** The state after a token; null if it is not allowed. The caller handles end tokens. */
   accept(state: State, id: number): State | null {
     const bytes = this.#trie.bytes[id];
     let at: State | null = bytes.length === 0 ? this.#special(state, id) : state;
@@ -101,7 +101,7 @@ export class Automaton {
       at = this.#step(at, byte);
     }
     if (this.#kept > MAX_KEPT) this.#forget();
-    // A state from before it was forgotten would hold on to all that can be reached from it.
+    // A state from before the cache was cleared would keep everything reachable from it alive.
     return at === null || at.epoch === this.#epoch ? at : this.#known(at.frames, at.text);
   }
 
@@ -113,7 +113,7 @@ export class Automaton {
     this.#epoch++;
   }
 
-  /** Tokens that may come next, as bits by id. Where there is none, the answer may only end. Not to be changed. */
+  /** Tokens that may come next, as bits by id. If there are none, only end tokens are set. Do not modify. */
   mask(state: State): Int32Array {
     state.mask ??= this.#allowed(state);
     return state.mask;
@@ -140,10 +140,10 @@ export class Automaton {
     return mask;
   }
 
-  /** Marks all tokens below a node that a state allows; collects the nodes at which the grammar may end, if asked. */
+  /** Sets the bits of all tokens below a node that a state allows; collects the nodes at which the grammar may end into `exits`. */
   #walk(state: State, node: number, mask: Int32Array, exits: number[] | null): void {
     const { child, sibling, byte, token, same } = this.#trie;
-    // Short tokens first: when work runs out, there is still a way on.
+    // Short tokens first: when the work limit is reached, some token is still allowed.
     for (let at = child[node]; at !== 0; at = sibling[at]) {
       const next = this.#step(state, byte[at]);
       if (next === null) continue;
@@ -157,9 +157,9 @@ export class Automaton {
     }
   }
 
-  /** What a string's rest allows, whatever comes after it. */
+  /** What the rest of a string allows, independent of what follows it. */
   #inside(text: Expression, a: number, b: number): Inside {
-    if (text.kind !== "text") throw new Error(`internal: ${text.kind} is no text`);
+    if (text.kind !== "text") throw new Error(`internal: ${text.kind} is not a text`);
     const known = this.#insides.get(text.character) ?? new Map<number, Inside>();
     this.#insides.set(text.character, known);
     const key = a * 2 * MANY + b;
@@ -207,7 +207,7 @@ export class Automaton {
     );
   }
 
-  /** The state of all that the frames expect next; null where that is nothing. */
+  /** The state of everything that the frames expect next; null if that is nothing. */
   #state(targets: readonly Frame[], mayBeText = true): State | null {
     const found = new Map<number, Frame>();
     const seen = new Set<Frame>();
@@ -231,7 +231,7 @@ export class Automaton {
     return state;
   }
 
-  /** Follows a frame down to what takes a byte or a token, or is the end. */
+  /** Expands a frame down to expressions that take a byte or a token, or the end. */
   #expand(frame: Frame, found: Map<number, Frame>, seen: Set<Frame>): void {
     if (seen.has(frame) || found.size >= MAX_FRAMES) return;
     seen.add(frame);
@@ -303,8 +303,8 @@ export class Automaton {
   }
 
   /**
-   * The state with counters no larger than any token can tell apart: a string of at most 2,000 characters allows the same next
-   * tokens after 10 as after 20, and they are looked for once.
+   * The state with counters clamped to what any token can distinguish: a string of at most 2,000 characters allows the same next
+   * tokens after 10 characters as after 20, so their mask is computed once.
    */
   #clamped(state: State): State {
     const most = this.#trie.depth + 1;
@@ -332,7 +332,7 @@ function set(mask: Int32Array, id: number): void {
   mask[id >> 5] |= 1 << (id & 31);
 }
 
-/** How much of the mark has been seen after one more byte. */
+/** How many bytes of the tag have been seen after one more byte. */
 function markSeen(mark: Uint8Array, seen: number, byte: number): number {
   for (let length = seen + 1; length > 0; length--) {
     // The last `length` bytes are mark[seen - length + 1 .. seen - 1] and the new one.

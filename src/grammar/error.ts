@@ -1,4 +1,4 @@
-/** A form that an answer was asked to have and that cannot be enforced. */
+/** The error of this room: an answer format that cannot be enforced. */
 
 export class GrammarError extends RangeError {
   /** The field that asks for it, like `response_format.json_schema.schema`. */

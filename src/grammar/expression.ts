@@ -1,4 +1,4 @@
-/** What a grammar is made of: texts as bytes, choices, repetitions, recursion. Data only; `automaton.ts` follows it. */
+/** The parts of a grammar: text as bytes, choices, repetitions, recursion. Plain data; `automaton.ts` interprets it. */
 
 /** Ranges of bytes or code points, both ends included. */
 export type Ranges = readonly (readonly [number, number])[];
@@ -7,19 +7,19 @@ export type Expression =
   | { readonly kind: "bytes"; readonly bytes: Uint8Array }
   /** One byte. */
   | { readonly kind: "byte"; readonly ranges: Ranges }
-  /** One special token, which stands for no text. */
+  /** One special token, which has no text. */
   | { readonly kind: "token"; readonly id: number }
   | { readonly kind: "sequence"; readonly items: readonly Expression[] }
   | { readonly kind: "choice"; readonly items: readonly Expression[] }
   | { readonly kind: "repeat"; readonly item: Expression; readonly min: number; readonly max: number }
-  /** The rest of a JSON string, its closing quote included: `min` to `max` characters. Kept apart because masks of it are shared. */
+  /** The rest of a JSON string, closing quote included: `min` to `max` characters. A kind of its own, so that its masks can be shared. */
   | { readonly kind: "text"; readonly character: Expression; readonly min: number; readonly max: number }
-  /** Any text up to and with a mark; with `mayEnd` also one without it. */
+  /** Any text up to and including a tag; with `mayEnd` also text without it. */
   | { readonly kind: "until"; readonly mark: Uint8Array; readonly token: number | null; readonly mayEnd: boolean }
-  /** Recursion; `to` is filled in once it is known. */
+  /** Recursion; `to` is set once it is known. */
   | { readonly kind: "rule"; to: Expression | null };
 
-/** Repetitions are counted up to here; more is no limit. */
+/** Repetitions are counted up to this number; larger limits mean unlimited. */
 export const MANY = 2 ** 20;
 
 export function literal(text: string): Expression {
@@ -44,7 +44,7 @@ export function optional(item: Expression): Expression {
 
 export const EMPTY: Expression = { kind: "sequence", items: [] };
 
-/** One of these texts. Shared beginnings are followed once, so that many of them cost no more than a few. */
+/** One of these texts. Shared prefixes are merged, so that many texts cost little more than a few. */
 export function oneOf(texts: readonly string[]): Expression {
   const all = [...new Set(texts)].map((text) => new TextEncoder().encode(text));
   const branch = (rest: readonly Uint8Array[]): Expression => {
@@ -62,7 +62,7 @@ export function oneOf(texts: readonly string[]): Expression {
   return branch(all);
 }
 
-/** One character of these code points as it stands in UTF-8. Surrogates are none. */
+/** One character of these code points, as UTF-8. Surrogates are excluded. */
 export function characters(ranges: Ranges): Expression {
   const items: Expression[] = [];
   for (const [from, to] of ranges)
@@ -77,7 +77,7 @@ export function characters(ranges: Ranges): Expression {
   return choice(...items);
 }
 
-/** The byte sequences from `low` to `high`, which have one length. */
+/** The byte sequences from `low` to `high`, which have the same length. */
 function sameLength(low: readonly number[], high: readonly number[]): Expression[] {
   const byte = (from: number, to: number): Expression => ({ kind: "byte", ranges: [[from, to]] });
   const [a, ...lows] = low;

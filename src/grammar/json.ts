@@ -1,4 +1,4 @@
-/** JSON as a grammar: strings, numbers within bounds, any value. White space is allowed where people write it, but not endlessly. */
+/** JSON as a grammar: strings, bounded numbers, any value. Allows limited white space where people write it. Knows no schema. */
 import { characters, choice, EMPTY, type Expression, literal, MANY, oneOf, optional, type Ranges, repeat, sequence } from "./expression.ts";
 
 const digits = (min: number, max: number): Expression => repeat({ kind: "byte", ranges: [[0x30, 0x39]] }, min, max);
@@ -12,18 +12,18 @@ const hex: Expression = {
   ],
 };
 
-/** Between values and marks: nothing, a space, or a line break with an indentation. */
+/** Between values and punctuation: nothing, a space, or a line break with indentation. */
 export const SPACE = optional(choice(literal(" "), sequence(literal("\n"), repeat(literal(" "), 0, 24))));
 export const COMMA = sequence(literal(","), SPACE);
 export const COLON = sequence(literal(":"), optional(literal(" ")));
 
-/** Code points that stand in a string as they are. */
+/** Code points that need no escape in a string. */
 const PLAIN: Ranges = [
   [0x20, 0x21],
   [0x23, 0x5b],
   [0x5d, 0x10ffff],
 ];
-/** A code point by its number, surrogates excepted: half a pair is no character. */
+/** A code point as \u escape, except surrogates: half a pair is not a character. */
 const numbered = sequence(
   literal("u"),
   choice(
@@ -45,7 +45,7 @@ const numbered = sequence(
     sequence(oneOf(["d", "D"]), { kind: "byte", ranges: [[0x30, 0x37]] }, hex, hex),
   ),
 );
-/** One character of a string, which is one also where it is written as an escape. */
+/** One character of a string, plain or escaped. */
 export const CHARACTER = choice(characters(PLAIN), sequence(literal("\\"), choice(oneOf([...'"\\/bfnrt']), numbered)));
 /** One character that needs no escape. */
 export const PLAIN_CHARACTER = characters(PLAIN);
@@ -55,7 +55,7 @@ export function string(min = 0, max = MANY): Expression {
   return sequence(literal('"'), { kind: "text", character: CHARACTER, min, max: Math.min(max, MANY) });
 }
 
-/** One character of these, as it stands in a JSON string. */
+/** One character of these, as written in a JSON string. */
 export function stringCharacters(ranges: Ranges): Expression {
   const plain = ranges.flatMap(([from, to]) =>
     PLAIN.map(([low, high]): [number, number] => [Math.max(from, low), Math.min(to, high)]).filter(([low, high]) => low <= high),
@@ -68,9 +68,9 @@ export function stringCharacters(ranges: Ranges): Expression {
   return choice(...items);
 }
 
-/** Whole numbers of at most 15 digits, all of which a double holds. */
+/** Whole numbers of at most 15 digits, which a double represents exactly. */
 export const INTEGER = sequence(optional(literal("-")), choice(literal("0"), sequence(firstDigit, digits(0, 14))));
-/** No number that a double would take for infinite. */
+/** Numbers that do not overflow a double. */
 export const NUMBER = sequence(
   INTEGER,
   optional(sequence(literal("."), digits(1, 15))),
@@ -79,7 +79,7 @@ export const NUMBER = sequence(
 export const BOOLEAN = oneOf(["true", "false"]);
 export const NULL = literal("null");
 
-/** Whole numbers from `low` to `high`, with so many of their digits behind a decimal point. */
+/** Whole numbers from `low` to `high`, written with their last `decimals` digits after a decimal point. */
 export function integers(low: number, high: number, decimals = 0): Expression {
   const items: Expression[] = [];
   if (low < 0) items.push(sequence(literal("-"), unsigned(Math.max(1, -high), -low, decimals)));
@@ -100,7 +100,7 @@ function unsigned(low: number, high: number, decimals: number): Expression {
 
 const padded = (n: number, length: number) => String(n).padStart(length, "0");
 
-/** Texts of digits from `low` to `high`, which have one length, with a point after `point` of them. */
+/** Digit strings from `low` to `high`, which have the same length, with a point after `point` digits. */
 function sameLength(low: string, high: string, point: number): Expression {
   if (low === "") return EMPTY;
   const after = (from: string, to: string) => {

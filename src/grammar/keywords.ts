@@ -1,8 +1,8 @@
-/** Keywords of JSON Schema: which say something of values, and what two schemas say at once. Knows no grammar. */
+/** Keywords of JSON Schema: which ones constrain values, and how two schemas merge. Knows no grammar. */
 
 export type Schema = Readonly<Record<string, unknown>>;
 
-/** Says what of a schema can't be held, and where in it. */
+/** Says what in a schema can't be enforced, and where. */
 export class SchemaError extends Error {
   constructor(path: string, what: string) {
     super(path === "" ? what : `at ${path}: ${what}`);
@@ -10,13 +10,13 @@ export class SchemaError extends Error {
   }
 }
 
-/** Keywords that say nothing about which values are valid, or nothing that is not held anyway. */
+/** Keywords that do not constrain values, or only in ways that always hold. */
 export const SILENT = new Set(
   "$schema $id $anchor $comment $defs definitions title description default examples deprecated readOnly writeOnly contentEncoding contentMediaType".split(
     " ",
   ),
 );
-/** Both schemas at once. Throws SchemaError where that is more than putting their keywords together. */
+/** The conjunction of two schemas. Throws SchemaError when merging keyword by keyword is not enough. */
 export function merged(a: Schema, b: unknown, path: string): Schema {
   if (b === true) return a;
   if (!isSchema(b)) throw new SchemaError(path, b === false ? "no value is valid" : "a schema must be an object");
@@ -41,7 +41,7 @@ export function merged(a: Schema, b: unknown, path: string): Schema {
       sum[key] = shared;
     } else throw new SchemaError(path, `two values of '${key}' at once are not supported`);
   }
-  // What one of them says of all others, it says of what the other alone mentions.
+  // A rule for all other members also applies to members that only the other schema mentions.
   for (const [closed, other] of [
     [a, b],
     [b, a],
@@ -58,10 +58,10 @@ export function merged(a: Schema, b: unknown, path: string): Schema {
   return sum;
 }
 
-/** Each branch is held against each other. */
+/** Branches are compared pairwise. */
 const MAX_ONE_OF = 200;
 
-/** For `oneOf`, what fits one branch must fit no other: they differ in type, or in a required constant. */
+/** For `oneOf`, the branches must be disjoint: they must differ in type or in a required constant. */
 export function refuseOverlap(branches: readonly Schema[], path: string): void {
   if (branches.length > MAX_ONE_OF)
     throw new SchemaError(path, `${branches.length} branches; at most ${MAX_ONE_OF} are supported: use anyOf`);
@@ -98,7 +98,7 @@ function constants(schema: unknown): ReadonlySet<string> | null {
   return Array.isArray(values) ? new Set(values.map(canonical)) : null;
 }
 
-/** The same text for the same JSON value, whatever the order of its members. */
+/** A canonical text of a JSON value, independent of the order of members. */
 export function canonical(value: unknown): string {
   return JSON.stringify(value, (_key, each: unknown) =>
     isSchema(each) ? Object.fromEntries(Object.entries(each).sort(([a], [b]) => (a < b ? -1 : 1))) : each,
@@ -109,13 +109,13 @@ export function isSchema(value: unknown): value is Schema {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** Whether a schema says anything of values. */
+/** Whether a schema constrains values at all. */
 export function asserts(schema: Schema): boolean {
   return Object.keys(schema).some((key) => !SILENT.has(key));
 }
 
-/** A list, or an error that says that it is none. */
+/** The value as a list. Throws SchemaError if it is not one. */
 export function list(value: unknown, path: string): readonly unknown[] {
-  if (!Array.isArray(value)) throw new SchemaError(path, `a list is wanted, and this is ${JSON.stringify(value)}`);
+  if (!Array.isArray(value)) throw new SchemaError(path, `expected a list, found ${JSON.stringify(value)}`);
   return value;
 }

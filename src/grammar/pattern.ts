@@ -130,16 +130,16 @@ class PatternReader {
     else if (this.#take("?")) [min, max] = [0, 1];
     else {
       const counts = this.#next === "{" ? /^\{(\d+)(,(\d*))?\}/.exec(this.#characters.slice(this.#at, this.#at + 24).join("")) : null;
-      if (!counts && this.#next === "{") throw this.#unsupported("a brace that is no repetition");
+      if (!counts && this.#next === "{") throw this.#unsupported("a brace that is not a repetition");
       if (!counts) return item;
       this.#at += counts[0].length;
       min = Number(counts[1]);
       max = counts[2] === undefined ? min : counts[3] === "" ? MANY : Number(counts[3]);
     }
-    this.#take("?"); // lazy or not, the same texts match
+    this.#take("?"); // lazy quantifiers match the same texts
     if (min >= MANY) throw this.#unsupported(`${min} repetitions`);
     if (!mayBeEmpty(item)) return repeat(item, min, max);
-    if (max > 64 && max < MANY) throw this.#unsupported("a counted repetition of what may be empty");
+    if (max > 64 && max < MANY) throw this.#unsupported("a counted repetition of a part that may be empty");
     return repeat(item, 0, max);
   }
 
@@ -164,7 +164,7 @@ class PatternReader {
         return this.#target.character(this.#escape());
       case "^":
       case "$":
-        throw this.#unsupported(`an anchor in its middle`);
+        throw this.#unsupported("an anchor in the middle");
       default:
         return this.#target.character([pointOf(character)]);
     }

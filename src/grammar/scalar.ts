@@ -1,10 +1,10 @@
-/** Strings and numbers of a JSON schema as a grammar: lengths, patterns, formats, bounds. */
+/** Strings and numbers of a JSON schema as a grammar: lengths, patterns, formats, bounds. Knows no objects or arrays. */
 import { choice, type Expression, MANY } from "./expression.ts";
 import { INTEGER, integers, NUMBER, string } from "./json.ts";
 import { type Schema, SchemaError } from "./keywords.ts";
 import { patternString } from "./pattern.ts";
 
-/** Formats, as patterns whose texts are always of the format. */
+/** Formats, as patterns whose matches are always valid. */
 const DATE = "(19|20)\\d\\d-((0[13578]|1[02])-(0[1-9]|[12]\\d|3[01])|(0[469]|11)-(0[1-9]|[12]\\d|30)|02-(0[1-9]|1\\d|2[0-8]))";
 const TIME = "([01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(\\.\\d{1,6})?(Z|[+-](0\\d|1[0-4]):[0-5]\\d)";
 const LABEL = "[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?";
@@ -37,7 +37,7 @@ export function stringOf(schema: Schema, path: string): Expression {
   try {
     return patternString(pattern === undefined ? (known ?? "") : String(pattern));
   } catch (cause) {
-    // Libraries write patterns with look-around for the formats that they name as well.
+    // Libraries emit patterns with look-around beside formats that they also name.
     if (known !== null) return patternString(known);
     throw new SchemaError(path, cause instanceof Error ? cause.message : String(cause));
   }
@@ -54,7 +54,7 @@ export function numberOf(schema: Schema, path: string, whole: boolean): Expressi
   if (step !== undefined && step !== 1) throw new SchemaError(path, "'multipleOf' is not supported, but for 1");
   const [min, above, max, below] = ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"].map(bound);
   if (min === undefined && above === undefined && max === undefined && below === undefined) return whole || step === 1 ? INTEGER : NUMBER;
-  // Bounds are held by writing so many decimals and no exponent: one more than the bounds have.
+  // Bounds are enforced by writing a fixed number of decimals and no exponent: one more than the bounds have.
   const places = Math.max(...[min, above, max, below].map((value) => decimalsOf(value ?? 0)));
   if (places > 6) throw new SchemaError(path, "bounds with more than 6 decimals are not supported");
   const inRange = (decimals: number): Expression | null => {
@@ -81,13 +81,13 @@ function decimalsOf(value: number): number {
   return Math.max(0, fraction.length - Number(exponent));
 }
 
-/** Takes off what binary fractions add to a decimal that was scaled to a whole number. */
+/** Removes the binary rounding error of a decimal scaled to a whole number. */
 function round(value: number): number {
   const nearest = Math.round(value);
   return Math.abs(value - nearest) < 1e-6 ? nearest : value;
 }
 
-/** Least and most of something, by the names of two keywords. */
+/** Minimum and maximum, from two keywords. */
 export function counts(schema: Schema, min: string, max: string, path: string): [number, number] {
   const count = (key: string, fallback: number): number => {
     const value = schema[key] ?? fallback;

@@ -1,6 +1,7 @@
 /**
- * JSON Schema as a grammar. What is written by it is valid by the schema; not everything that is valid can be written: members
- * stand in the schema's order, and what a schema does not mention is left out. A keyword that can't be held is refused.
+ * JSON Schema as a grammar. Everything the grammar generates satisfies the schema, but not every valid value can be generated:
+ * members come in the schema's order, and members that the schema does not mention are omitted. Keywords that can't be enforced
+ * are errors. Knows no tokens.
  */
 import { characters, choice, EMPTY, type Expression, literal, MANY, oneOf, optional, repeat, sequence } from "./expression.ts";
 import { BOOLEAN, COLON, COMMA, NULL, object, PLAIN_CHARACTER, SPACE, string, VALUE } from "./json.ts";
@@ -52,7 +53,7 @@ class SchemaReader {
     if (depth > MAX_DEPTH) throw tooLarge(path);
     if (schema === true) return VALUE;
     if (schema === false) throw new SchemaError(path, "no value is valid");
-    if (!isSchema(schema)) throw new SchemaError(path, `a schema must be an object, and this is ${JSON.stringify(schema)}`);
+    if (!isSchema(schema)) throw new SchemaError(path, `a schema must be an object, not ${JSON.stringify(schema)}`);
     const unknown = Object.keys(schema).find((key) => !KNOWN.has(key) && !key.startsWith("x-"));
     if (unknown !== undefined) throw new SchemaError(path, `'${unknown}' is not supported`);
     if (schema["uniqueItems"] === true) throw new SchemaError(path, "'uniqueItems' is not supported");
@@ -96,13 +97,13 @@ class SchemaReader {
     return choice(...this.#types(schema, path).map((type) => this.#typed(type, schema, path, depth)));
   }
 
-  /** What is read more than once, as each branch of a choice reads what stands beside it, counts each time. */
+  /** Counts work against the limit. Parts that are read repeatedly, like the siblings of each branch of a choice, count each time. */
   #spend(parts: number, path: string): void {
     this.#parts += parts;
     if (this.#parts > MAX_PARTS) throw tooLarge(path);
   }
 
-  /** The types that a schema may have: those it names, else those that its keywords are about. */
+  /** The types of a schema: those it names, else those that its keywords apply to. */
   #types(schema: Schema, path: string): string[] {
     const { type } = schema;
     const named = type === undefined ? [] : [type].flat();
@@ -149,7 +150,7 @@ class SchemaReader {
       if (more === false) throw new SchemaError(path, `'${name}' is required, but no such property is allowed`);
       return this.read(more ?? true, `${path}/additionalProperties`, depth + 1);
     };
-    // Properties of any name come where the schema has a schema for them, or says nothing of properties at all.
+    // Additional properties are generated only if they have a schema, or if the schema mentions no properties at all.
     const open = isSchema(more) || (names.length === 0 && more !== false);
     if (names.length === 0) {
       if (!open) return sequence(literal("{"), SPACE, literal("}"));
@@ -165,7 +166,7 @@ class SchemaReader {
     const members = names.map((name) => ({ needed: required.includes(name), text: member(literal(JSON.stringify(name)), value(name)) }));
     const another = open ? member(otherName(names), this.read(more, `${path}/additionalProperties`, depth + 1)) : null;
 
-    // From the last to the first: what may follow when something has been written already, and when nothing has.
+    // From last to first: what may follow if a member has been written already, and if none has.
     let following: Expression = another ? sequence(repeat(sequence(COMMA, another), 0), SPACE) : SPACE;
     let leading: Expression = another ? optional(sequence(another, repeat(sequence(COMMA, another), 0), SPACE)) : EMPTY;
     for (const { needed, text } of members.reverse()) {
@@ -178,13 +179,13 @@ class SchemaReader {
 
   #array(schema: Schema, path: string, depth: number): Expression {
     const { items, prefixItems } = schema;
-    const old = Array.isArray(items); // of drafts before 2020-12
+    const old = Array.isArray(items); // drafts before 2020-12
     const first = list((old ? items : prefixItems) ?? [], `${path}/prefixItems`);
     const rest = (old ? schema["additionalItems"] : items) ?? (schema["unevaluatedItems"] === false ? false : undefined);
     const [least, longest] = counts(schema, "minItems", "maxItems", path);
     const most =
       rest === false || (rest === undefined && first.length > 0 && least <= first.length) ? Math.min(longest, first.length) : longest;
-    if (most < least) throw new SchemaError(path, `at least ${least} items are wanted, and at most ${most} are allowed`);
+    if (most < least) throw new SchemaError(path, `at least ${least} items are required, but at most ${most} are allowed`);
     const leading = first.slice(0, most).map((each, i) => this.read(each, `${path}/prefixItems/${i}`, depth + 1));
     const left = most === MANY ? MANY : most - leading.length;
     const other = left > 0 ? this.read(rest ?? true, `${path}/items`, depth + 1) : EMPTY;
@@ -210,7 +211,7 @@ class SchemaReader {
     return oneOf(allowed.map((value) => JSON.stringify(value)));
   }
 
-  /** A rule for a reference, so that schemas may hold themselves. */
+  /** A rule for a reference, so that schemas may be recursive. */
   #rule(reference: string, path: string, depth: number): Expression {
     const known = this.#rules.get(reference);
     if (known) return known;
@@ -236,13 +237,13 @@ class SchemaReader {
     return at;
   }
 
-  /** A branch of a choice, with references at its top replaced by what they name. */
+  /** A branch of a choice, with references at its top resolved. */
   #flat(schema: unknown, path: string): Schema {
     let at = schema;
     for (let hops = 0; isSchema(at) && at["$ref"] !== undefined; hops++) {
       if (hops > MAX_DEPTH) throw new SchemaError(path, "$ref refers to itself and to nothing else");
       const { $ref: reference, ...others } = at;
-      // Alone it stays a reference, which may be recursive.
+      // A bare reference stays one, since it may be recursive.
       if (!asserts(others)) return at;
       at = merged(others, this.#resolve(reference, path), path);
     }
@@ -256,13 +257,13 @@ function tooLarge(path: string): SchemaError {
   return new SchemaError(path, `the schema is too large: at most ${MAX_PARTS} parts, ${MAX_DEPTH} within each other`);
 }
 
-/** How much work it is to put a schema together with another. */
+/** How much work it is to merge a schema with another. */
 function sizeOf(schema: Schema): number {
   const widths = Object.values(schema).map((value) => (typeof value === "object" && value !== null ? Object.keys(value).length : 0));
   return widths.reduce((sum, width) => sum + width, 1);
 }
 
-/** A key that is none of these names, written without escapes. */
+/** A key other than these names, written without escapes. */
 function otherName(names: readonly string[]): Expression {
   const rest: Expression = { kind: "text", character: PLAIN_CHARACTER, min: 0, max: MANY };
   const differing = (tails: readonly string[][]): Expression => {
@@ -275,7 +276,7 @@ function otherName(names: readonly string[]): Expression {
       from = Math.max(from, point + 1);
     }
     free.push([from, 0x10ffff]);
-    // A name may begin like one with a quote in it, but then it would need escapes: it is left out.
+    // Keys that share a prefix with a name containing a quote would need escapes, so they are omitted.
     const plain = heads.filter((head) => (head.codePointAt(0) ?? 0) >= 0x20 && head !== '"' && head !== "\\");
     const longer = plain.map((head) => sequence(literal(head), differing(tails.filter((t) => t[0] === head).map((t) => t.slice(1)))));
     const ended = tails.some((tail) => tail.length === 0);

@@ -1,12 +1,12 @@
 /**
- * The vocabulary as a tree of bytes: which tokens a text can go on with is read off it, shared beginnings once. Built in pieces,
- * so that a large vocabulary does not hold the event loop. Knows no grammar.
+ * The vocabulary as a trie of bytes, for finding the tokens that can continue a text; shared prefixes are visited once. Built in
+ * pieces, so that a large vocabulary does not block the event loop. Knows no grammar.
  */
 import { setImmediate } from "node:timers/promises";
 
 const TOKENS_A_PIECE = 2000;
 
-/** What is needed of a tokenizer's vocabulary. */
+/** The part of a vocabulary that a trie needs. */
 export interface Tokens {
   readonly specialIds: readonly number[];
   has(id: number): boolean;
@@ -15,19 +15,19 @@ export interface Tokens {
 }
 
 export class Trie {
-  /** Of each node, its first child and the next child of its parent; 0: none. The root is node 0. */
+  /** First child and next sibling of each node; 0: none. The root is node 0. */
   readonly child: Int32Array;
   readonly sibling: Int32Array;
   readonly byte: Uint8Array;
-  /** Of each node, a token that ends there; of each token, the next that has the same bytes; -1: none. */
+  /** A token that ends at each node, and for each token the next one with the same bytes; -1: none. */
   readonly token: Int32Array;
   readonly same: Int32Array;
-  /** Bytes of the longest token. */
+  /** Length of the longest token in bytes. */
   readonly depth: number;
   /** Bytes of each token; empty for special ones and ids without a token. */
   readonly bytes: readonly Uint8Array[];
   readonly special: readonly number[];
-  /** Words of a mask over all ids of the model. */
+  /** 32-bit words of a mask over all ids of the model. */
   readonly words: number;
 
   private constructor(bytes: readonly Uint8Array[], special: readonly number[], nodes: number) {

@@ -1,4 +1,4 @@
-/** What models tell besides answers: what they are, and a text's tokens, vector and experts. Knows no protocol. */
+/** What models offer besides answers: their facts, and a text's tokens, embedding and experts. Knows no protocol. */
 import { kvCacheName } from "../api/kv.ts";
 import type { Prompt } from "../chat/prompt.ts";
 import type { RoutedLayer } from "../engine/engine.ts";
@@ -9,13 +9,13 @@ import { contextLength } from "./completion/complete.ts";
 import type { ServerContext } from "./context.ts";
 import { ServerError } from "./errors.ts";
 
-/** What a model is, in figures. */
+/** A model's architecture and size. */
 export function factsOf(model: NamedModel) {
   const { name, config, engine, dtype } = model;
   return {
     name,
     architecture: config.architecture,
-    /** `active`: those that one token meets. */
+    /** `active`: parameters that one token uses. */
     parameters: measure(config).parameters,
     layers: config.layers,
     hiddenSize: config.hiddenSize,
@@ -28,10 +28,13 @@ export function factsOf(model: NamedModel) {
   };
 }
 
-/** Characters of a text whose tokens are listed: the list is many times as long. */
+/** The longest text whose tokens are listed, in characters: the list is many times as long. */
 const LONGEST_LISTED = 2 ** 19;
 
-/** The ids of a text, and what each stands for. Throws ServerError `invalid_request` for one that is too long. @param specialTokens with those around it that the tokenizer declares */
+/**
+ * The ids of a text, and the piece that each stands for. Rejects with ServerError `invalid_request` for a text that is too long.
+ * @param specialTokens add the special tokens that the tokenizer declares
+ */
 export async function tokenize(
   { encoder, tokenizer }: NamedModel,
   text: string,
@@ -46,7 +49,7 @@ export async function tokenize(
   return { tokens, pieces: tokenizer.convert_ids_to_tokens(tokens) };
 }
 
-/** Throws ServerError `invalid_request` on ids that the model does not have. @param param the field that they came in */
+/** Rejects with ServerError `invalid_request` for ids outside the model's vocabulary. @param param the field that holds them */
 export async function detokenize(
   { encoder, config }: NamedModel,
   tokens: readonly number[],
@@ -61,7 +64,7 @@ export async function detokenize(
   return encoder.decode(tokens, skipSpecialTokens);
 }
 
-/** A vector of length one for each prompt, [hidden size]; and how many tokens they have together. */
+/** One unit vector per prompt, [hidden size], and the total number of prompt tokens. */
 export async function embed(
   context: ServerContext,
   caller: Caller,
@@ -80,7 +83,7 @@ export async function embed(
   return { vectors, tokens };
 }
 
-/** The experts of each token, layer by layer. Throws ServerError `invalid_request` for dense models. */
+/** The experts of each token, layer by layer. Rejects with ServerError `invalid_request` for dense models. */
 export async function route(
   context: ServerContext,
   caller: Caller,

@@ -1,4 +1,4 @@
-/** What a server can be told: every field with its default, its check and its sentence. Flags and the file are both read by it. */
+/** The server's settings: each field with its default, check and description. Both flags and the file are validated here. Starts nothing. */
 import { readFile } from "node:fs/promises";
 import { parse as parseYaml } from "yaml";
 import { z } from "zod";
@@ -13,49 +13,49 @@ const modelSchema = z.strictObject({
     .string()
     .regex(/^[\w.:/@-]{1,200}$/, "must be letters, digits and . : / @ _ - only")
     .describe("Name that clients ask for"),
-  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the model that comes along"),
+  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default' for the bundled model"),
   dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
-  threads: count(1).max(1024).optional().describe("Threads that compute; default: one a physical core"),
+  threads: count(1).max(1024).optional().describe("Compute threads; default: one per physical core"),
   device: z.enum(["auto", "cpu", "reference"]).default("auto").describe("Where to compute"),
-  kvCacheDtype: z.enum(KV_CACHE_DTYPES).optional().describe("Format of the KV cache; default: by the weights"),
+  kvCacheDtype: z.enum(KV_CACHE_DTYPES).optional().describe("Format of the KV cache; default: depends on the weights"),
   kvCacheTokens: count(32)
     .optional()
     .describe(
-      "Tokens that the KV cache has room for; default: what half of the free memory holds, or a quarter of the memory budget; 16 full sequences at most",
+      "Capacity of the KV cache in tokens; default: what fits half of the free memory, or a quarter of the memory budget; at most 16 full sequences",
     ),
-  chunkSize: count(1).max(65_536).optional().describe("Rows of one step at most; default 512"),
-  preload: z.boolean().default(true).describe("Load it before the server is ready, and keep it; else load it when it is asked for"),
+  chunkSize: count(1).max(65_536).optional().describe("The most rows of one step; default 512"),
+  preload: z
+    .boolean()
+    .default(true)
+    .describe("Load the model before the server is ready and keep it loaded; otherwise load it on first use"),
 });
 
-/** One model that is served. */
+/** One model to serve. */
 export type ModelConfig = z.infer<typeof modelSchema>;
 
 export const ServeConfig = z.strictObject({
-  host: z.string().min(1).default("127.0.0.1").describe("Address to listen on; anything but loopback needs keys"),
-  port: port.default(8080).describe("Port of HTTP; 0: any free one"),
+  host: z.string().min(1).default("127.0.0.1").describe("Address to listen on; addresses other than loopback need keys"),
+  port: port.default(8080).describe("Port for HTTP; 0: any free port"),
   models: z
     .array(modelSchema)
     .min(1)
     .default([{ name: "default", path: "default", dtype: "auto", device: "auto", preload: true }])
     .describe("Models by name"),
-  memoryBudgetBytes: count(1)
-    .nullable()
-    .default(null)
-    .describe("Memory that loaded models and their KV caches may take; without it no limit"),
-  idleUnloadSeconds: seconds.default(600).describe("Unload models that are not preloaded when nobody used them for so long"),
+  memoryBudgetBytes: count(1).nullable().default(null).describe("Memory for loaded models and their KV caches; default: no limit"),
+  idleUnloadSeconds: seconds.default(600).describe("Unload models that are not preloaded after this idle time"),
   offline: z.boolean().default(false).describe("Never fetch a model from the hub"),
 
-  keys: z.string().min(1).optional().describe("File of API keys, as 'mixtape keys' makes it; without it no keys are asked for"),
+  keys: z.string().min(1).optional().describe("API key file, created by 'mixtape keys'; without it no key is required"),
   usageFile: z
     .string()
     .min(1)
     .optional()
-    .describe("Where the tokens that keys used today are kept; default: beside keys, with .usage added"),
-  insecureNoAuth: z.boolean().default(false).describe("Allow any address without keys: whoever reaches the port may use the server"),
+    .describe("File for the tokens that keys have used today; default: the key file's name with .usage appended"),
+  insecureNoAuth: z.boolean().default(false).describe("Allow any address without keys: anyone who can reach the port may use the server"),
   tls: z
     .strictObject({ cert: z.string().min(1).describe("Certificate chain, PEM"), key: z.string().min(1).describe("Private key, PEM") })
     .optional()
-    .describe("Files of the certificate; read again when they change, and on SIGHUP"),
+    .describe("TLS certificate files; reloaded when they change and on SIGHUP"),
   corsOrigins: z
     .array(z.string().regex(/^https?:\/\/[^/\s]+$/, "must be an origin like https://chat.example.com"))
     .default([])
@@ -63,54 +63,54 @@ export const ServeConfig = z.strictObject({
   allowedHosts: z
     .array(z.string().min(1))
     .default([])
-    .describe("Names besides localhost that a server without keys answers to; others may be a web page's trick to reach it"),
+    .describe("Host names besides localhost that a server without keys answers to; this stops DNS rebinding by web pages"),
   trustProxy: z
     .union([z.boolean(), z.array(z.string().min(1))])
     .default(false)
-    .describe("Take the client's address from X-Forwarded-For: true, or the addresses of the proxies to believe"),
+    .describe("Take the client's address from X-Forwarded-For: true, or the addresses of trusted proxies"),
 
-  maxInProgress: count(1).default(256).describe("Requests that are in progress at once"),
-  maxQueued: count(0).default(0).describe("Requests that may wait for one of those to end; more are answered 429 at once"),
+  maxInProgress: count(1).default(256).describe("Requests in progress at once"),
+  maxQueued: count(0).default(0).describe("Requests that may wait for a free slot; more are rejected with 429 immediately"),
   maxInProgressPerKey: count(1).default(128).describe("Requests of one key in progress and waiting"),
-  queueTimeoutSeconds: seconds.default(10).describe("How long a request may wait before it is answered 429"),
+  queueTimeoutSeconds: seconds.default(10).describe("How long a request may wait before it is rejected with 429"),
   maxBodyBytes: count(1024)
     .default(4 * 2 ** 20)
-    .describe("Size of a request's body"),
-  maxJsonDepth: count(8).max(1000).default(100).describe("Nesting of a request's JSON"),
+    .describe("Largest request body"),
+  maxJsonDepth: count(8).max(1000).default(100).describe("Deepest nesting of a request's JSON"),
   maxHeaderBytes: count(1024)
     .default(16 * 1024)
-    .describe("Size of a request's headers"),
-  maxConnections: count(1).default(4096).describe("Open connections; more are closed at once"),
-  maxPromptTokens: count(1).nullable().default(null).describe("Length of a prompt; default: what the model takes"),
-  maxTokens: count(1).nullable().default(null).describe("Length of an answer; default: what the model's positions allow"),
+    .describe("Largest request headers"),
+  maxConnections: count(1).default(4096).describe("Open connections; more are closed immediately"),
+  maxPromptTokens: count(1).nullable().default(null).describe("Longest prompt in tokens; default: as long as the model allows"),
+  maxTokens: count(1).nullable().default(null).describe("Longest answer in tokens; default: as long as the model allows"),
 
   headersTimeoutSeconds: seconds.default(15).describe("Time to send the headers of a request"),
   requestTimeoutSeconds: seconds.default(30).describe("Time to send a whole request, waiting in the queue included"),
   keepAliveTimeoutSeconds: seconds.default(72).describe("How long a connection may be idle between requests"),
-  stallTimeoutSeconds: seconds.default(30).describe("How long a client may take none of a waiting answer before it is cut off"),
-  drainTimeoutSeconds: z.number().min(0).max(86_400).default(30).describe("After SIGTERM, how long running requests may go on"),
+  stallTimeoutSeconds: seconds.default(30).describe("How long a client may read nothing of a waiting response before it is disconnected"),
+  drainTimeoutSeconds: z.number().min(0).max(86_400).default(30).describe("How long running requests may continue after SIGTERM"),
 
-  logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info").describe("Least level that is logged"),
-  logContent: z.boolean().default(false).describe("Log the bodies of requests too, prompts included"),
+  logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info").describe("Lowest level that is logged"),
+  logContent: z.boolean().default(false).describe("Also log request bodies, prompts included"),
   metrics: z.boolean().default(true).describe("Serve metrics for Prometheus at /metrics"),
-  metricsPort: port.nullable().default(null).describe("A port of its own for /metrics; default: that of HTTP"),
+  metricsPort: port.nullable().default(null).describe("Separate port for /metrics; default: the HTTP port"),
   metricsHost: z.string().min(1).default("127.0.0.1").describe("Address of metricsPort"),
-  metricsToken: z.string().min(16).optional().describe("Bearer token that /metrics asks for, instead of any API key"),
-  grpcPort: port.nullable().default(null).describe("Port of gRPC; without it no gRPC; 0: any free one"),
-  grpcHost: z.string().min(1).nullable().default(null).describe("Address of gRPC; default: that of HTTP"),
+  metricsToken: z.string().min(16).optional().describe("Bearer token for /metrics, instead of an API key"),
+  grpcPort: port.nullable().default(null).describe("Port for gRPC; 0: any free port; default: no gRPC"),
+  grpcHost: z.string().min(1).nullable().default(null).describe("Address for gRPC; default: the HTTP address"),
   web: z.boolean().default(true).describe("Serve the web page at /"),
-  docs: z.boolean().default(true).describe("Serve the description of the API at /docs"),
+  docs: z.boolean().default(true).describe("Serve the API description at /docs"),
 });
 
-/** All of a server's settings, complete and checked. */
+/** All settings, complete and validated. */
 export type ServeConfig = z.infer<typeof ServeConfig>;
 
-/** The settings are wrong; the message is one line and names the field, what was seen and what is allowed. */
+/** Invalid settings; the message is one line with the field, what was seen and what is allowed. */
 export class ServerConfigError extends Error {
   override readonly name = "ServerConfigError";
 }
 
-/** Checks settings and fills in defaults. `source` names them in errors. Throws ServerConfigError. */
+/** Validates settings and fills in defaults. `source` names them in errors. Throws ServerConfigError. */
 export function checkServeConfig(raw: unknown, source = "config"): ServeConfig {
   const result = ServeConfig.safeParse(raw);
   if (!result.success) throw new ServerConfigError(`${source}: ${result.error.issues.map(describeIssue).join("; ")}`);
@@ -122,7 +122,7 @@ export function checkServeConfig(raw: unknown, source = "config"): ServeConfig {
   return config;
 }
 
-/** The settings of a file, unchecked: YAML, or JSON by the name's ending. Throws ServerConfigError. */
+/** The settings of a file, not yet validated: JSON for names ending in .json, else YAML. Rejects with ServerConfigError. */
 export async function readServeConfig(file: string): Promise<Readonly<Record<string, unknown>>> {
   let text: string;
   try {
@@ -146,19 +146,19 @@ export async function readServeConfig(file: string): Promise<Readonly<Record<str
   return value as Record<string, unknown>;
 }
 
-/** JSON schema of a config file, for editors and validators. */
+/** The JSON schema of the config file, for editors and validators. */
 export function configJsonSchema(): object {
   return z.toJSONSchema(ServeConfig, { io: "input", target: "draft-2020-12" });
 }
 
 const LOOPBACK = /^(localhost|127(\.\d{1,3}){3}|::1|\[::1\])$/i;
 
-/** True for an address that only this machine reaches. */
+/** True for addresses that only this machine can reach. */
 export function isLoopback(host: string): boolean {
   return LOOPBACK.test(host);
 }
 
-/** Throws ServerConfigError where the server would be open to others without keys. */
+/** Throws ServerConfigError if the server would be open to other machines without keys. */
 function checkExposure(config: ServeConfig, source: string): void {
   if (config.keys !== undefined || config.insecureNoAuth) return;
   const hosts = [config.host, config.grpcPort === null ? null : config.grpcHost];

@@ -1,10 +1,10 @@
-/** The server's log: JSON lines with request ids. It never sees prompts, answers or keys, unless content is asked for. */
+/** The server's log: JSON lines with request ids. It never contains keys, nor prompts and answers unless `logContent` is on. */
 import { randomUUID } from "node:crypto";
 import pino, { type DestinationStream, type Logger } from "pino";
 
 export type { Logger };
 
-/** `destination`: default standard output. */
+/** @param destination default: standard output */
 export function createLogger(level: string, destination?: DestinationStream): Logger {
   return pino(
     {
@@ -14,18 +14,18 @@ export function createLogger(level: string, destination?: DestinationStream): Lo
       formatters: { level: (label) => ({ level: label }) },
       serializers: {
         err: pino.stdSerializers.err,
-        // Not the whole requests: queries may hold what users typed, headers hold keys.
+        // Not the whole request: queries may hold user text, headers hold keys.
         req: (request: { method?: string; url?: string }) => ({ method: request.method, path: request.url?.split("?", 1)[0] }),
         res: (reply: { statusCode?: number }) => ({ status: reply.statusCode }),
       },
-      // A second fence, for whoever logs headers one day.
+      // A safeguard in case headers are ever logged.
       redact: { paths: ["authorization", "*.authorization", "headers.cookie", '*.headers["x-api-key"]'], censor: "[hidden]" },
     },
     destination ?? pino.destination({ sync: false, fd: 1 }),
   );
 }
 
-/** The caller's own id of its request where it is harmless in a log, so that it can follow it; else a new one. */
+/** The client's request id if it is safe to log, so that clients can trace their requests; otherwise a new id. */
 export function requestId(given: unknown): string {
   return typeof given === "string" && /^[\w.-]{1,128}$/.test(given) ? given : randomUUID();
 }

@@ -1,4 +1,4 @@
-/** What operators watch, in Prometheus' text format. Names are those of deploy/grafana/mixtape.json. */
+/** Metrics in Prometheus' text format. deploy/grafana/mixtape.json uses the same names. Knows no request's content. */
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import type { Engine } from "../engine/engine.ts";
 import type { NamedModel } from "./catalog.ts";
@@ -10,7 +10,7 @@ const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 const ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
 export interface Sources {
-  /** Those in memory. */
+  /** The models in memory. */
   readonly models: () => readonly NamedModel[];
   readonly admission: { readonly running: number; readonly queued: number };
 }
@@ -29,7 +29,7 @@ export class Metrics implements Observer {
   readonly #sequences: Histogram;
   readonly #watched = new WeakSet<Engine>();
 
-  /** @param sources asked whenever somebody reads the metrics */
+  /** @param sources read on every scrape */
   constructor({ models, admission }: Sources) {
     const registers = [this.registry];
     const labelNames = ["model"];
@@ -42,20 +42,20 @@ export class Metrics implements Observer {
     });
     this.#seconds = new Histogram({
       name: "mixtape_request_seconds",
-      help: "From a request's head to the end of its answer.",
+      help: "Time from a request's headers to the end of its response.",
       labelNames: ["route"],
       buckets: SECONDS,
       registers,
     });
     this.#refusals = new Counter({
       name: "mixtape_refusals_total",
-      help: "Requests that were not let in, by the code of the error.",
+      help: "Rejected requests, by error code.",
       labelNames: ["code"],
       registers,
     });
     this.#queue = new Histogram({
       name: "mixtape_queue_seconds",
-      help: "How long requests waited that were let in.",
+      help: "Queue time of admitted requests.",
       buckets: SECONDS,
       registers,
     });
@@ -68,39 +68,39 @@ export class Metrics implements Observer {
           this.set(of());
         },
       });
-    counted("mixtape_requests_in_progress", "Requests that are answered.", () => admission.running);
-    counted("mixtape_requests_queued", "Requests that wait to be let in.", () => admission.queued);
+    counted("mixtape_requests_in_progress", "Requests in progress.", () => admission.running);
+    counted("mixtape_requests_queued", "Requests waiting in the queue.", () => admission.queued);
     this.#firstToken = new Histogram({
       name: "mixtape_time_to_first_token_seconds",
-      help: "From a request to its answer's first text, waiting included.",
+      help: "Time from a request to the first text of its answer, queueing included.",
       labelNames,
       buckets: SECONDS,
       registers,
     });
     this.#nextToken = new Histogram({
       name: "mixtape_time_between_tokens_seconds",
-      help: "Between two pieces of an answer's text.",
+      help: "Time between two pieces of an answer's text.",
       labelNames,
       buckets: SECONDS,
       registers,
     });
     this.#tokens = new Counter({
       name: "mixtape_tokens_total",
-      help: "Tokens of prompts, those of them from the prefix cache, and of answers.",
+      help: "Tokens of prompts, of prompts found in the prefix cache, and of answers.",
       labelNames: ["model", "kind"],
       registers,
     });
     this.#steps = new Histogram({
       name: "mixtape_step_seconds",
-      help: "Time of a step of the model.",
+      help: "Duration of a model step.",
       labelNames,
       buckets: SECONDS,
       registers,
     });
-    this.#rows = new Histogram({ name: "mixtape_step_rows", help: "Tokens that a step computes.", labelNames, buckets: ROWS, registers });
+    this.#rows = new Histogram({ name: "mixtape_step_rows", help: "Tokens computed per step.", labelNames, buckets: ROWS, registers });
     this.#sequences = new Histogram({
       name: "mixtape_step_sequences",
-      help: "Requests that share a step.",
+      help: "Requests sharing a step.",
       labelNames,
       buckets: ROWS,
       registers,
@@ -124,7 +124,7 @@ export class Metrics implements Observer {
     gauge("mixtape_preemptions", "Requests that gave their blocks up to others so far.", (s) => s.preemptions);
     new Gauge({
       name: "mixtape_expert_load",
-      help: "How often an expert was chosen, in the steps that are looked at (every sixteenth).",
+      help: "How often an expert was chosen, in sampled steps (every sixteenth).",
       labelNames: ["model", "layer", "expert"],
       registers,
       collect() {
@@ -139,7 +139,7 @@ export class Metrics implements Observer {
     });
   }
 
-  /** Follows an engine's steps. */
+  /** Records an engine's steps from now on. */
   watch({ name: model, engine }: NamedModel): void {
     if (this.#watched.has(engine)) return;
     this.#watched.add(engine);

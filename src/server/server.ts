@@ -1,4 +1,4 @@
-/** Puts the server together: HTTP, who may come in, models, routes, and how it starts and goes down. Knows no route's content. */
+/** Assembles the server from access control, models, HTTP and gRPC; starts it and shuts it down. Knows no route's content. */
 import { readFileSync } from "node:fs";
 import type { Server as HttpServer } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -22,25 +22,25 @@ import { Certificate, type KeyPair } from "./tls.ts";
 
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
 
-/** Calls that a gRPC connection may have beyond those that compute: so that they are refused with a word, and probes come through. */
+/** Calls that a gRPC connection may have beyond the admission limits, so that excess calls get an error and health probes succeed. */
 const SPARE_STREAMS = 100;
 
-/** A server from its assembly to its end. */
+/** A server, from assembly to shutdown. */
 export interface Server {
-  /** For tests: `inject` asks without a network. */
+  /** For tests: `inject` sends requests without a network. */
   readonly app: FastifyInstance;
   readonly catalog: Catalog;
   readonly gate: Gate;
-  /** Listens, then loads the models that it is not ready without. Rejects, and is closed, when either fails. */
+  /** Listens, then loads the preloaded models. If either fails, the server is closed and the promise rejects. */
   start(): Promise<{ readonly url: string; readonly grpcPort: number | null }>;
-  /** Reads the files of TLS again. */
+  /** Reloads the TLS files. */
   reload(): void;
-  /** Stops accepting, lets running requests end, and closes; those that last longer than `drainTimeoutSeconds` are cut off. */
+  /** Stops accepting requests, waits up to `drainTimeoutSeconds` for running ones, cuts off the rest, and closes. */
   stop(): Promise<void>;
 }
 
 /**
- * Throws ServerConfigError, KeyFileError or the like when the settings can't work.
+ * Rejects with ServerConfigError, KeyFileError or the like when the settings can't work.
  * @param logTo where log lines go; default: standard output
  */
 export async function createServer(config: ServeConfig, logTo?: DestinationStream): Promise<Server> {
@@ -74,7 +74,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     maxPromptTokens: config.maxPromptTokens,
     account: (caller, { promptTokens, completionTokens }) => gate.charge(caller.id, promptTokens + completionTokens),
   };
-  const inFlight = new InFlight(config.stallTimeoutSeconds, () => log.warn("cut off a client that took nothing of its answer"));
+  const inFlight = new InFlight(config.stallTimeoutSeconds, () => log.warn("disconnected a client that stopped reading its response"));
   const app = await createHttp({ config, log, metrics, inFlight, certificate, version });
   const state: State = { phase: "starting" };
   await registerOperations(app, { state, config, gate, catalog, metrics });
@@ -82,13 +82,13 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     scope.addHook("onRequest", async (_request, reply) => {
       if (state.phase !== "draining") return;
       reply.header("connection", "close");
-      throw new ServerError("not_ready", "the server is going down; another may answer", { retryAfterSeconds: 1 });
+      throw new ServerError("not_ready", "the server is shutting down; another instance may answer", { retryAfterSeconds: 1 });
     });
     guard(scope, gate, metrics);
     registerOpenAi(scope, context, ({ caller }) => caller);
     registerInspection(scope, context, ({ caller }) => caller);
   });
-  if (config.web && !(await registerPage(app))) log.debug("the web page is not built, so it is not served");
+  if (config.web && !(await registerPage(app))) log.debug("the web page is not built and is not served");
   if (certificate)
     certificate.onChange = (pair) => {
       (app.server as unknown as SecureServer).setSecureContext(pair);
@@ -118,7 +118,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     async start() {
       try {
         await app.listen({ host: config.host, port: config.port });
-        if (config.keys === undefined && !isLoopback(config.host)) log.warn("anybody who reaches this address may use the server");
+        if (config.keys === undefined && !isLoopback(config.host)) log.warn("anyone who can reach this address may use the server");
         const { metricsPort } = config;
         if (config.metrics && metricsPort !== null) metricsServer = await serveMetrics({ ...config, metricsPort }, gate, metrics);
         if (config.grpcPort !== null)
@@ -141,7 +141,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
         state.phase = "draining";
         log.info({ responses: inFlight.count }, "draining");
         gate.admission.close();
-        app.server.close(); // no new connections; those that are there end with their answers
+        app.server.close(); // no new connections; open ones close after their response
         app.server.closeIdleConnections();
         const calls = grpc?.close(config.drainTimeoutSeconds * 1000);
         const cut = (await inFlight.drain(config.drainTimeoutSeconds)) + ((await calls) ?? 0);
@@ -189,16 +189,16 @@ function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { cont
       stallTimeoutSeconds: config.stallTimeoutSeconds,
     },
     onEnd: ({ requestId, path, callerId, outcome, seconds, error }) => {
-      // 499 is what proxies say of clients that left.
+      // Proxies use 499 for clients that disconnected.
       metrics.request(path, outcome === "ok" ? 200 : outcome === "cancelled" ? 499 : ERRORS[outcome].status, seconds);
       if (outcome === "internal") log.error({ reqId: requestId, err: error }, "a call failed");
       log.info({ reqId: requestId, path, outcome, ms: Math.round(seconds * 1000), caller: callerId }, "answered");
     },
-    onFlood: () => log.warn("cut off a gRPC client that sent too many pings"),
+    onFlood: () => log.warn("disconnected a gRPC client that sent too many pings"),
   });
 }
 
-/** What TLS servers have besides. */
+/** The TLS part of an HTTP server. */
 interface SecureServer {
   setSecureContext(pair: KeyPair): void;
 }

@@ -1,4 +1,4 @@
-/** The certificate of the server, read again when its files change, so that a renewed one needs no restart. */
+/** The server's certificate, reloaded when its files change, so that renewing it needs no restart. Knows no protocol. */
 import { readFileSync, unwatchFile, watchFile } from "node:fs";
 import { createSecureContext } from "node:tls";
 import { ServerConfigError } from "./config.ts";
@@ -10,7 +10,7 @@ export interface KeyPair {
   readonly key: Buffer;
 }
 
-/** How often the files are looked at. */
+/** How often the files are checked for changes. */
 const RELOAD_MS = 60_000;
 
 export class Certificate {
@@ -33,19 +33,19 @@ export class Certificate {
     return this.#current;
   }
 
-  /** Told of each new pair. */
+  /** Called with each new pair. */
   set onChange(listener: (pair: KeyPair) => void) {
     this.#onChange = listener;
   }
 
-  /** Reads the files again; keeps the pair that is there when they are broken, or only half of them was replaced yet. */
+  /** Reloads the files; keeps the current pair when they are broken or only one of them has been replaced yet. */
   readonly reload = (): void => {
     try {
       this.#current = read(this.#certFile, this.#keyFile);
       this.#onChange(this.#current);
-      this.#log.info("certificate read again");
+      this.#log.info("certificate reloaded");
     } catch (err) {
-      this.#log.error({ err }, "the certificate could not be read again; the one from before stays in use");
+      this.#log.error({ err }, "cannot reload the certificate; the previous one stays in use");
     }
   };
 

@@ -1,11 +1,11 @@
-/** A place in the head of a GGUF file, and the values that are read from there. It knows no keys and no tensors. */
+/** A position in the header of a GGUF file, and reading values from it. Knows no keys and no tensors. */
 import { CheckpointError } from "../error.ts";
 
 /** Codes of value types, in the file's order. */
 export const GGUF_TYPES = ["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"] as const;
 export type GgufType = (typeof GGUF_TYPES)[number];
 
-/** Bytes that a value takes at least. */
+/** Minimum size of a value in bytes. */
 export const VALUE_BYTES: Readonly<Record<GgufType, number>> = {
   u8: 1,
   i8: 1,
@@ -21,14 +21,14 @@ export const VALUE_BYTES: Readonly<Record<GgufType, number>> = {
   i64: 8,
   f64: 8,
 };
-/** Most elements of a list: the largest vocabularies have a hundredth of it. */
+/** Most elements of a list: a hundred times the largest vocabularies. */
 const MAX_COUNT = 2 ** 25;
 
-/** Thrown to ask for more of the file: the head is not all there. */
+/** Thrown to ask for more of the file: the header is incomplete. */
 export const MORE = Symbol("more");
 const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
-/** A place in the head; every read is checked against the file's size, then against what has been read of it. */
+/** A position in the header; every read is checked against the file's size, then against the bytes read so far. */
 export class Cursor {
   offset = 0;
   readonly fileBytes: number;
@@ -51,7 +51,7 @@ export class Cursor {
     return Number(value);
   }
 
-  /** How many of something follow, each of at least `bytes`. */
+  /** The count of the items that follow, each at least `bytes` long. */
   count(what: string, bytes: number): number {
     const count = this.u64(`the number of ${what}`);
     if (count > (this.fileBytes - this.offset) / bytes) throw this.fail(`${count} ${what} can't be in a file of ${this.fileBytes} bytes`);
@@ -98,7 +98,7 @@ export class Cursor {
       case "f64":
         return this.bytes.readDoubleLE(start);
       case "u64":
-        return Number(this.bytes.readBigUInt64LE(start)); // hashes and seeds may lie beyond 2^53; sizes are checked where used
+        return Number(this.bytes.readBigUInt64LE(start)); // hashes and seeds may exceed 2^53; sizes are checked where used
       case "i64":
         return Number(this.bytes.readBigInt64LE(start));
       case "bool": {
@@ -126,7 +126,7 @@ export class Cursor {
   }
 }
 
-/** A value from a file as it may stand in a one-line error: JSON, cut at 100 characters. */
+/** A value from a file for a one-line error: JSON, cut at 100 characters. */
 export function quote(value: unknown): string {
   const text = JSON.stringify(value) ?? "undefined";
   return text.length > 100 ? `${text.slice(0, 100)}…` : text;

@@ -1,21 +1,21 @@
 /**
- * Reads the head of a GGUF file (versions 2 and 3, little-endian): typed key-values, then where each tensor lies. Strict as
- * llama.cpp is: tensors follow each other without gaps but for alignment. It knows no model; what the file claims is
- * checked against its size before anything of that size is allocated.
+ * Reads the header of a GGUF file (versions 2 and 3, little-endian): typed key-values, then the position of each tensor. As
+ * strict as llama.cpp: tensors follow each other with no gaps except alignment. Sizes claimed by the file are checked against
+ * its real size before anything is allocated. Knows no model.
  */
 import { PACK, PACK_BYTES } from "../../tensor/stored.ts";
 import { CheckpointError } from "../error.ts";
 import { readExactly, withFile } from "../file.ts";
 import { Cursor, MORE, quote, VALUE_BYTES } from "./cursor.ts";
 
-/** Numbers, texts, truth values, and lists of one kind of them. */
+/** Numbers, strings, booleans, and lists of one type of them. */
 export type GgufValue = number | string | boolean | GgufList;
 export type GgufList = Float32Array | readonly number[] | readonly string[] | readonly boolean[];
 
 /** Formats of GGUF tensors that are read and written. */
 export type GgufFormat = "f32" | "f16" | "bf16" | "q8_0" | "q4_0";
 
-/** Codes of the formats in the file, and numbers and bytes of a block. */
+/** File codes of the formats, and elements and bytes of a block. */
 export const GGUF_FORMATS: Readonly<Record<GgufFormat, { readonly code: number; readonly numbers: number; readonly bytes: number }>> = {
   f32: { code: 0, numbers: 1, bytes: 4 },
   f16: { code: 1, numbers: 1, bytes: 2 },
@@ -43,18 +43,18 @@ export interface GgufHead {
 export const GGUF_MAGIC = 0x46554747; // "GGUF"
 export const GGUF_ALIGNMENT = 32;
 
-/** Names of formats that are not read, for errors. */
+/** Names of unsupported formats, for errors. */
 const OTHERS =
   "3 Q4_1,6 Q5_0,7 Q5_1,9 Q8_1,10 Q2_K,11 Q3_K,12 Q4_K,13 Q5_K,14 Q6_K,15 Q8_K,16 IQ2_XXS,17 IQ2_XS,18 IQ3_XXS,19 IQ1_S,\
 20 IQ4_NL,21 IQ3_S,22 IQ2_S,23 IQ4_XS,24 I8,25 I16,26 I32,27 I64,28 F64,29 IQ1_M,34 TQ1_0,35 TQ2_0,39 MXFP4";
 const NAMES = new Map(OTHERS.split(",").map((each) => each.split(" ") as [string, string]));
 const FIRST_READ_BYTES = 2 ** 20;
-/** Longest head that is read: the vocabulary of the largest models takes a tenth of it. */
+/** Longest header that is read: ten times the vocabulary of the largest models. */
 const MAX_HEAD_BYTES = 2 ** 28;
 const MAX_ALIGNMENT = 2 ** 20;
 
 /**
- * Reads and checks the head of a GGUF file.
+ * Reads and checks the header of a GGUF file.
  * @param file absolute path
  * @throws CheckpointError for a file that can't be read, is truncated, or is not strictly of the format
  */
@@ -72,11 +72,11 @@ export function readGguf(file: string): Promise<GgufHead> {
 }
 
 /**
- * Parses the head of a GGUF file.
+ * Parses the header of a GGUF file.
  * @param bytes the beginning of the file
  * @param file absolute path, for errors
  * @param fileBytes size of the whole file
- * @returns undefined when the head goes on behind `bytes`
+ * @returns undefined when the header is longer than `bytes`
  * @throws CheckpointError for anything that is not strictly of the format
  */
 export function parseGguf(bytes: Buffer, file: string, fileBytes: number): GgufHead | undefined {

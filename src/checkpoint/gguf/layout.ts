@@ -1,11 +1,11 @@
 /**
- * What GGUF files call the tensors of ERNIE-4.5, and what the hub's checkpoints call them. Experts are one tensor [E, …] in
- * GGUF and one each on the hub. Nothing is permuted: llama.cpp turns adjacent pairs for this architecture, as the model does.
+ * Names of ERNIE-4.5's tensors in GGUF files and in the hub's checkpoints. Experts are one tensor [E, …] in GGUF and one each on
+ * the hub. Nothing is permuted: for this architecture llama.cpp rotates adjacent pairs, as the model does. Knows no file.
  */
 
-/** A tensor of GGUF in the hub's names. */
+/** The hub's name of a GGUF tensor. */
 export interface HubName {
-  /** Of stacked experts with `{e}` where the expert's number stands. */
+  /** For stacked experts with `{e}` in place of the expert's number. */
   readonly name: string;
   readonly stacked: boolean;
 }
@@ -34,7 +34,7 @@ const BIAS = { gguf: "exp_probs_b.bias", hub: "mlp.moe_statics.e_score_correctio
 const LAYER_BACK = new Map(Object.entries(LAYER).map(([gguf, hub]) => [hub.replace(".{e}", ""), gguf]));
 const TOP_BACK = new Map(Object.entries(TOP).map(([gguf, hub]) => [hub, gguf]));
 
-/** The hub's name of a tensor of a GGUF file, or undefined for one that the model does not have. */
+/** The hub's name of a GGUF tensor; undefined if the model has no such tensor. */
 export function hubName(gguf: string): HubName | undefined {
   const [, layer, tail = ""] = /^blk\.(\d+)\.(.+)$/.exec(gguf) ?? [];
   const [, stem = "", kind] = /^(\w+)\.(weight|bias)$/.exec(layer === undefined ? gguf : tail) ?? [];
@@ -44,7 +44,7 @@ export function hubName(gguf: string): HubName | undefined {
   return { name: `model.layers.${layer}.${LAYER[stem]}.${kind}`, stacked: LAYER[stem].includes("{e}") };
 }
 
-/** GGUF's name of a parameter (of stacked experts without their number), or undefined where GGUF has none. */
+/** GGUF's name of a parameter (for stacked experts without their number); undefined if GGUF has none. */
 export function ggufName(hub: string): string | undefined {
   const [, stem = "", kind] = /^(.+)\.(weight|bias)$/.exec(hub) ?? [];
   const top = TOP_BACK.get(stem);

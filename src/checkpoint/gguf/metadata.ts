@@ -1,6 +1,6 @@
 /**
- * What GGUF's key-values say of an ERNIE-4.5 model, as `config.json` and `generation_config.json` would, and back. Where the
- * file's tensors tell more surely than its keys (widths of experts, size of the vocabulary), they are asked.
+ * Converts GGUF's key-values of an ERNIE-4.5 model to `config.json` and `generation_config.json`, and back. Where the file's
+ * tensors are more reliable than its keys (expert width, vocabulary size), they are used instead. Reads no file.
  */
 import { CheckpointError } from "../error.ts";
 import type { GgufHead, GgufValue } from "./header.ts";
@@ -11,7 +11,7 @@ const ARCHITECTURES: Readonly<Record<string, { readonly name: string; readonly t
   ernie4_5: { name: "Ernie4_5ForCausalLM", type: "ernie4_5" },
   "ernie4_5-moe": { name: "Ernie4_5_MoeForCausalLM", type: "ernie4_5_moe" },
 };
-/** Ids of tokens by config's name; GGUF's spelling of the last key is the format's own. */
+/** Token ids by their config name; the misspelling in the last key is GGUF's own. */
 const IDS = {
   bos_token_id: "tokenizer.ggml.bos_token_id",
   pad_token_id: "tokenizer.ggml.padding_token_id",
@@ -20,7 +20,7 @@ const IDS = {
   mask_token_id: "tokenizer.ggml.mask_token_id",
   sep_token_id: "tokenizer.ggml.seperator_token_id",
 } as const;
-/** Tokens that end an answer: GGUF knows one of each kind. */
+/** Tokens that end an answer: GGUF has one of each kind. */
 const ENDS = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] as const;
 const SAMPLING = {
   temperature: "general.sampling.temp",
@@ -30,7 +30,7 @@ const SAMPLING = {
   repetition_penalty: "general.sampling.penalty_repeat",
 } as const;
 
-/** `config.json` of the model in a GGUF file. Throws CheckpointError for another architecture, or what ERNIE-4.5 does not have. */
+/** `config.json` of the model in a GGUF file. Throws CheckpointError for other architectures and for features that ERNIE-4.5 lacks. */
 export function configOf(file: string, { values, tensors }: GgufHead): Record<string, unknown> {
   const named = values.get("general.architecture");
   const architecture = typeof named === "string" && Object.hasOwn(ARCHITECTURES, named) ? ARCHITECTURES[named] : undefined;
@@ -116,7 +116,7 @@ export function generationOf({ values }: GgufHead): Record<string, unknown> {
   return generation;
 }
 
-/** The shape of a model, as the keys need it. */
+/** The dimensions of a model that the keys describe. */
 export interface ModelShape {
   readonly vocabSize: number;
   readonly hiddenSize: number;
@@ -146,7 +146,7 @@ export type GgufEntry =
   | readonly [key: string, type: "strings", value: readonly string[]]
   | readonly [key: string, type: "f32s" | "i32s", value: ArrayLike<number>];
 
-/** The key-values of a model: its shape, and what its configs say of ending and sampling. */
+/** The key-values of a model: its dimensions, end tokens and sampling defaults. */
 export function metadataOf(model: ModelShape, config: Json, generation: Json): GgufEntry[] {
   const { moe } = model;
   const prefix = moe ? "ernie4_5-moe" : "ernie4_5";
@@ -191,13 +191,13 @@ export function metadataOf(model: ModelShape, config: Json, generation: Json): G
   return entries;
 }
 
-/** Rows of the first layer's tensor of this kind; 0 where no layer has one. */
+/** Rows of the first tensor of this kind in any layer; 0 if there is none. */
 function firstRows(tensors: GgufHead["tensors"], tail: string): number {
   for (const { name, shape } of tensors.values()) if (name.startsWith("blk.") && name.endsWith(`.${tail}`)) return shape.at(-2) ?? 0;
   return 0;
 }
 
-/** The shortest decimal number that a float32 stands for: 1e-5, and not 9.999999747378752e-6. */
+/** The shortest decimal that rounds to the same float32: 1e-5 instead of 9.999999747378752e-6. */
 function real(x: number): number {
   for (let digits = 1; digits < 10; digits++) {
     const short = Number(x.toPrecision(digits));

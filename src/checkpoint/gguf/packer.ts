@@ -1,6 +1,6 @@
 /**
- * Writes a GGUF file (version 3), part by part: head first, then the bytes, to a temporary name that is renamed at the end,
- * so a reader sees the whole file or none. It knows no model and no quantisation.
+ * Writes a GGUF file (version 3), part by part: header first, then the bytes, under a temporary name that is renamed at the end,
+ * so that readers see the complete file or none. Knows no model and no quantization.
  */
 import { resolve } from "node:path";
 import { CheckpointError } from "../error.ts";
@@ -15,20 +15,20 @@ export interface GgufTensorData {
   readonly format: GgufFormat;
   /** Outermost first. */
   readonly shape: readonly number[];
-  /** Make its bytes, in equal parts, of stacked experts one each. Each is called once when its turn comes. */
+  /** Produce the bytes in equal parts, one per stacked expert. Each is called once, when its turn comes. */
   readonly parts: readonly (() => Promise<Uint8Array>)[];
 }
 
 export interface GgufWriteOptions {
-  /** How many parts are in the making at once, and in memory. Default 1. */
+  /** How many parts are produced, and held in memory, at once. Default 1. */
   readonly concurrency?: number;
-  /** Called when a tensor's bytes are in the file. */
+  /** Called when a tensor's bytes have been written. */
   readonly onWritten?: (name: string, bytes: number) => void;
 }
 
 /**
- * @throws CheckpointError for a tensor that the format can't hold, a part of the wrong size, or a disk that is full. Nothing
- * is left behind then, and a file already at `path` stays as it was. Errors of parts pass through.
+ * @throws CheckpointError for a tensor that the format can't hold, a part of the wrong size, or a full disk. Nothing is left
+ * behind then, and a file already at `path` stays unchanged. Errors of parts pass through.
  */
 export async function writeGguf(
   path: string,
@@ -61,7 +61,7 @@ export async function writeGguf(
   });
 }
 
-/** Bytes of a tensor in the file, without what aligns the next one. */
+/** Bytes of a tensor in the file, without padding. */
 export function ggufBytes(file: string, { name, format, shape }: Pick<GgufTensorData, "name" | "format" | "shape">): number {
   const { numbers, bytes } = GGUF_FORMATS[format];
   const elements = shape.reduce((product, n) => product * n, 1);
@@ -134,7 +134,7 @@ function makeHead(file: string, entries: readonly GgufEntry[], tensors: readonly
     offset += aligned(sizes[i]);
   }
   const length = parts.reduce((sum, part) => sum + part.byteLength, 0);
-  return Buffer.concat(parts, aligned(length)); // what is beyond the parts is zero
+  return Buffer.concat(parts, aligned(length)); // the padding is zero
 }
 
 function number(type: "u32" | "u64" | "f32" | "bool", value: number, out: Buffer[]): void {

@@ -1,18 +1,18 @@
 /**
- * How many requests are computed at once, and who waits. Beyond that, requests are refused at once, so that those inside are
- * not slowed. Owners take turns in the queue. Knows no protocol and no model.
+ * Limits how many requests run at once and how many wait. Requests beyond that are rejected immediately, so that running ones
+ * are not slowed. Owners take turns in the queue. Knows no protocol and no model.
  */
 import { ServerError } from "../errors.ts";
 
 export interface AdmissionLimits {
   readonly running: number;
   readonly queued: number;
-  /** Of one owner, running and waiting; null: no limit of its own. */
+  /** Requests of one owner, running and waiting; null: no limit per owner. */
   readonly perOwner: number | null;
   readonly queueSeconds: number;
 }
 
-/** Leave to compute, until `leave` is called (more than once does no harm). */
+/** A compute slot; `leave` frees it and is idempotent. */
 export interface Place {
   readonly queuedSeconds: number;
   leave(): void;
@@ -24,12 +24,12 @@ interface Waiter {
   settle(result: Place | ServerError): void;
 }
 
-/** Weight of the latest request in the mean time that requests take. */
+/** Weight of the latest request in the moving average of request times. */
 const LATEST = 0.05;
 
 export class Admission {
   readonly #limits: AdmissionLimits;
-  /** Waiting requests by owner; whose turn it is comes first. */
+  /** Waiting requests by owner; the owner whose turn it is comes first. */
   readonly #queue = new Map<string, Waiter[]>();
   /** Requests of each owner, running and waiting. */
   readonly #owners = new Map<string, number>();
@@ -50,8 +50,8 @@ export class Admission {
   }
 
   /**
-   * Waits for a place. Throws ServerError `overloaded` at once when the queue is full or the owner has too many requests, and
-   * later when the place did not come in time. An aborted signal leaves the queue and rejects with its reason.
+   * Waits for a compute slot. Rejects with ServerError `overloaded`: immediately when the queue is full or the owner has too
+   * many requests, later when no slot came free in time. Aborting the signal leaves the queue and rejects with its reason.
    */
   async enter(owner: string, signal?: AbortSignal): Promise<Place> {
     signal?.throwIfAborted();
@@ -66,7 +66,7 @@ export class Admission {
     }
   }
 
-  /** Throws ServerError `overloaded` where `enter` would at once. */
+  /** Throws ServerError `overloaded` when `enter` would reject immediately. */
   check(owner: string): void {
     const { perOwner, running, queued } = this.#limits;
     const own = this.#owners.get(owner) ?? 0;
@@ -133,7 +133,7 @@ export class Admission {
     });
   }
 
-  /** Gives a free place to the owner whose turn it is. */
+  /** Gives a free slot to the owner whose turn it is. */
   #callNext(): void {
     for (const [owner, line] of this.#queue) {
       const waiter = line[0];
@@ -141,14 +141,14 @@ export class Admission {
       const rest = this.#queue.get(owner);
       if (rest) {
         this.#queue.delete(owner);
-        this.#queue.set(owner, rest); // behind the others
+        this.#queue.set(owner, rest); // to the end of the queue
       }
       waiter.settle(this.#place(owner, (performance.now() - waiter.since) / 1000));
       return;
     }
   }
 
-  /** Refuses everyone who waits: the server is going down. */
+  /** Rejects all waiting requests: the server is shutting down. */
   close(): void {
     for (const line of [...this.#queue.values()])
       for (const waiter of [...line]) {

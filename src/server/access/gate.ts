@@ -48,7 +48,7 @@ export class Gate {
     const { keyFile, log } = options;
     const ring = new KeyRing(keyFile === null ? [] : await readKeys(keyFile));
     const file = keyFile === null ? null : (options.usageFile ?? `${keyFile}.usage`);
-    const onSaveError = (err: unknown) => log.error({ err }, "the used tokens could not be saved");
+    const onSaveError = (err: unknown) => log.error({ err }, "cannot save the used tokens");
     return new Gate(options, ring, await Quota.open({ file, onSaveError }));
   }
 
@@ -105,9 +105,9 @@ export class Gate {
     readKeys(this.#keyFile as string).then(
       (keys) => {
         this.#ring = new KeyRing(keys);
-        this.#log.info({ keys: keys.length }, "API keys read again");
+        this.#log.info({ keys: keys.length }, "API keys reloaded");
       },
-      (err) => this.#log.error({ err }, "API keys could not be read again; those from before stay valid"),
+      (err) => this.#log.error({ err }, "cannot reload the API keys; the previous ones stay valid"),
     );
   };
 }

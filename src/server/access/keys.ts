@@ -1,4 +1,4 @@
-/** API keys: how they are made, kept in a file and found again. Knows neither rates nor budgets, only that keys have them. */
+/** API keys: creates them, stores them in a file and looks them up. Enforces neither rates nor budgets. */
 import { createHash, randomBytes, timingSafeEqual } from "node:crypto";
 import { type FileHandle, open, readFile, rename, rm, stat } from "node:fs/promises";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -14,10 +14,10 @@ const keySchema = z.strictObject({
   hash: z.string().regex(/^[0-9a-f]{64}$/),
   created: moment,
   expires: moment.nullable(),
-  /** Models that it may use; null: all. */
+  /** Models that the key may use; null: all. */
   models: z.array(z.string().min(1)).nullable(),
   requestsPerMinute: z.int().min(1).nullable(),
-  /** Of prompts and answers, by the day in UTC. */
+  /** Tokens of prompts and answers per day, in UTC. */
   tokensPerDay: z.int().min(1).nullable(),
   revoked: moment.nullable(),
 });
@@ -34,9 +34,9 @@ export class KeyFileError extends Error {
 }
 
 /**
- * Makes a key of 256 random bits and adds it to a file, which is made if it is not there. The key's text is not kept: a hash
- * is. A single round of SHA-256 is right here, and a slow hash for passwords would be wrong: nobody can try 2^256 keys, while
- * every request would pay for the slowness.
+ * Creates a key of 256 random bits and adds it to a file, creating the file if necessary. The file stores a hash, never the
+ * key's text. One round of SHA-256 is right here, unlike for passwords: nobody can try 2^256 keys, and every request would pay
+ * for a slow hash.
  */
 export async function createKey(file: string, terms: KeyTerms): Promise<{ readonly secret: string; readonly key: ApiKey }> {
   const secret = `mxt_${randomBytes(32).toString("base64url")}`;
@@ -46,7 +46,7 @@ export async function createKey(file: string, terms: KeyTerms): Promise<{ readon
   return { secret, key };
 }
 
-/** Makes a key invalid: that of this id, or all valid ones of this name. Throws KeyFileError where there is none. */
+/** Revokes the key with this id, or all valid keys with this name. Rejects with KeyFileError if there are none. */
 export async function revokeKey(file: string, idOrName: string): Promise<readonly ApiKey[]> {
   const matches = ({ id, name, revoked }: ApiKey) => revoked === null && (id === idOrName || name === idOrName);
   const found: ApiKey[] = [];
@@ -58,13 +58,13 @@ export async function revokeKey(file: string, idOrName: string): Promise<readonl
   return found;
 }
 
-/** Why a key may not be used now; null if it may. */
+/** Why a key is not valid now; null if it is. */
 export function refusal(key: ApiKey, now = Date.now()): "revoked" | "expired" | null {
   if (key.revoked !== null) return "revoked";
   return key.expires !== null && Date.parse(key.expires) <= now ? "expired" : null;
 }
 
-/** The keys of a server, looked up by their text. */
+/** A server's keys, looked up by their text. */
 export class KeyRing {
   readonly #keys: readonly { readonly key: ApiKey; readonly hash: Buffer }[];
 
@@ -76,7 +76,7 @@ export class KeyRing {
     return this.#keys.length;
   }
 
-  /** The key of this text, or null. Takes the same time whichever it is: every hash is compared, each in constant time. */
+  /** The key with this text, or null. Takes the same time for any text: every hash is compared, each in constant time. */
   find(secret: string): ApiKey | null {
     const hash = digest(secret);
     let found: ApiKey | null = null;
@@ -89,7 +89,7 @@ export class KeyRing {
   }
 }
 
-/** Reads a key file. Throws KeyFileError. */
+/** Reads a key file. Rejects with KeyFileError. */
 export async function readKeys(file: string): Promise<readonly ApiKey[]> {
   let text: string;
   try {
@@ -103,7 +103,7 @@ export async function readKeys(file: string): Promise<readonly ApiKey[]> {
   try {
     raw = JSON.parse(text);
   } catch (cause) {
-    throw new KeyFileError(`${file}: broken JSON, so no key file`, { cause }); // without the parser's excerpt: the file is private
+    throw new KeyFileError(`${file}: broken JSON, so no key file`, { cause }); // without the parser's excerpt, since the file is private
   }
   const result = fileSchema.safeParse(raw);
   if (!result.success) {
@@ -114,8 +114,8 @@ export async function readKeys(file: string): Promise<readonly ApiKey[]> {
 }
 
 /**
- * Changes a key file, or makes it, readable by its owner alone. It is whole at any time: the new one is written beside it and
- * takes its name. Writers wait for each other. Throws KeyFileError.
+ * Updates or creates a key file, readable by its owner only. The update is atomic: the new file is written beside the old one
+ * and renamed. Writers wait for each other. Rejects with KeyFileError.
  */
 async function changeKeys(file: string, change: (keys: readonly ApiKey[]) => readonly ApiKey[]): Promise<void> {
   const temporary = `${file}.new`;
@@ -140,7 +140,7 @@ async function changeKeys(file: string, change: (keys: readonly ApiKey[]) => rea
 
 const PATIENCE_MS = 5000;
 
-/** Creates the temporary file, which only one writer can have at a time. One that is old was left by a writer that was killed. */
+/** Creates the temporary file, which doubles as the lock of one writer. An old one was left by a writer that was killed. */
 async function takeTurn(file: string, temporary: string): Promise<FileHandle> {
   for (;;) {
     try {

@@ -1,4 +1,4 @@
-/** What each key has used: a bucket of requests by the minute, a budget of tokens by the day (UTC) that outlives the process. */
+/** What each key has used: requests per minute in a token bucket, tokens per day (UTC) in a budget that survives restarts. Knows no protocol. */
 import { randomBytes } from "node:crypto";
 import { readFile, rename, rm, writeFile } from "node:fs/promises";
 import { z } from "zod";
@@ -7,7 +7,7 @@ import type { ApiKey } from "./keys.ts";
 
 const usageSchema = z.strictObject({ day: z.iso.date(), tokens: z.record(z.string(), z.int().min(0)) });
 
-/** Limits and what is left of them; null where there is none. Resets are seconds from now. */
+/** Limits and what remains of them; null where there is no limit. Resets are in seconds from now. */
 export interface Allowance {
   readonly requests: { readonly limit: number; readonly remaining: number; readonly resetSeconds: number } | null;
   readonly tokens: { readonly limit: number; readonly remaining: number; readonly resetSeconds: number } | null;
@@ -22,12 +22,12 @@ interface Bucket {
 }
 
 export interface QuotaOptions {
-  /** Where used tokens are kept; null: in memory only. */
+  /** File for used tokens; null: kept in memory only. */
   readonly file: string | null;
   readonly onSaveError: (error: unknown) => void;
   /** Default 10. */
   readonly saveSeconds?: number;
-  /** Milliseconds since 1970; default: the clock's. */
+  /** Milliseconds since 1970. Default: the system clock. */
   readonly now?: () => number;
 }
 
@@ -50,7 +50,7 @@ export class Quota {
     this.#timer = file === null ? null : setInterval(() => void this.save().catch(onSaveError), saveSeconds * 1000).unref();
   }
 
-  /** Reads what was used today. A broken file is an error, since forgetting it would give every budget back. */
+  /** Reads today's usage. A broken file is an error, since ignoring it would reset every budget. */
   static async open(options: QuotaOptions): Promise<Quota> {
     const tokens = options.file === null ? new Map<string, number>() : await readUsage(options.file, dayOf((options.now ?? Date.now)()));
     const quota = new Quota(options);
@@ -60,7 +60,7 @@ export class Quota {
 
   /**
    * Counts a request of this key. Throws ServerError `rate_limit_exceeded` or `budget_exceeded`, with the seconds to wait. The
-   * budget is looked at before a request; one that runs is not cut off when it passes it.
+   * budget is checked before a request; a running request may exceed it.
    */
   take(key: Limits): void {
     const { tokens } = this.allowance(key);
@@ -86,7 +86,7 @@ export class Quota {
     bucket.level--;
   }
 
-  /** Tells what is left, without using any of it. */
+  /** What remains, without using any of it. */
   allowance({ id, requestsPerMinute, tokensPerDay }: Limits): Allowance {
     const left = (limit: number) => Math.max(0, limit - this.used(id));
     const level = requestsPerMinute === null ? 0 : this.#bucket(id, requestsPerMinute).level;
@@ -121,7 +121,7 @@ export class Quota {
     return this.#tokens.get(id) ?? 0;
   }
 
-  /** Writes what was used, whole or not at all, if it changed. */
+  /** Saves changed usage atomically. */
   save(): Promise<void> {
     const write = async (): Promise<void> => {
       if (this.#file === null || !this.#changed) return;
@@ -136,7 +136,7 @@ export class Quota {
         throw error;
       }
     };
-    this.#saving = this.#saving.catch(() => {}).then(write); // whoever asked for the one before hears of its failure
+    this.#saving = this.#saving.catch(() => {}).then(write); // the previous caller sees the previous failure
     return this.#saving;
   }
 

@@ -1,6 +1,6 @@
 /**
- * The life of a call: a place among those that compute, the handler, its answer at the pace of the client, a status, a line in
- * the log. Knows no method.
+ * The lifecycle of a call: admission, the handler, responses at the client's pace, the status, and the report for the log. Knows
+ * no method.
  */
 import { Metadata, type ServerUnaryCall, type ServerWritableStream, type sendUnaryData } from "@grpc/grpc-js";
 import type { Caller } from "../access/gate.ts";
@@ -13,34 +13,34 @@ import { failureOf } from "./status.ts";
 
 export interface CallsOptions {
   readonly entrance: Entrance;
-  /** Waits for a place. Throws ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
+  /** Waits for a compute slot. Rejects with ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
   readonly enter: (caller: Caller, signal: AbortSignal) => Promise<{ leave(): void }>;
-  /** How long a client may take nothing of a waiting answer before it is cut off. */
+  /** How long a client may read nothing while a response waits, before it is cut off. */
   readonly stallMs: number;
   readonly onEnd: (report: CallReport) => void;
 }
 
 export interface Context {
   readonly caller: Caller;
-  /** Aborted when the client has left, its deadline is over, or the server goes down. */
+  /** Aborted when the client leaves, its deadline passes, or the server shuts down. */
   readonly signal: AbortSignal;
 }
 
 export interface StreamContext extends Context {
-  /** Sends a message. Resolves when the client can take the next one; rejects when there is none any more. */
+  /** Sends a message. Resolves when the client can take the next one; rejects when the client is gone. */
   send(message: object): Promise<void>;
 }
 
 export interface MethodOptions {
-  /** Whether a place among those that compute is needed. Default true. */
+  /** Whether the method needs a compute slot. Default true. */
   readonly computes?: boolean;
-  /** What the fields of the HTTP bodies are called here. Default: the same. */
+  /** The name here of a field of the HTTP bodies. Default: the same. */
   readonly fieldOf?: (param: string) => string;
 }
 
 type Call = ServerUnaryCall<unknown, unknown> | ServerWritableStream<unknown, unknown>;
 
-const GONE = new ServerError("timeout", "the client has left, or its deadline is over");
+const GONE = new ServerError("timeout", "the client has disconnected, or its deadline has passed");
 
 export class Calls {
   readonly #options: CallsOptions;
@@ -53,12 +53,12 @@ export class Calls {
     this.#options = options;
   }
 
-  /** Messages of streams that were sent. */
+  /** Stream messages sent so far. */
   get messages(): number {
     return this.#messages;
   }
 
-  /** A method with one answer. */
+  /** A method with one response. */
   unary<Q>(act: (request: Q, context: Context) => Promise<object>, options: MethodOptions = {}) {
     return (call: ServerUnaryCall<unknown, unknown>, done: sendUnaryData<unknown>): void => {
       let answer: object = {};
@@ -73,7 +73,7 @@ export class Calls {
     };
   }
 
-  /** A method with a stream of answers. */
+  /** A method with a stream of responses. */
   stream<Q>(act: (request: Q, context: StreamContext) => Promise<void>, options: MethodOptions = {}) {
     return (call: ServerWritableStream<unknown, unknown>): void => {
       void this.#run(
@@ -89,7 +89,7 @@ export class Calls {
     };
   }
 
-  /** Takes no more calls, and waits until those that are open have ended; those that have not by then are cut off. Resolves with their number. */
+  /** Rejects new calls, waits for open ones, and cuts off the rest after `timeoutMs`. Resolves with how many were cut off. */
   async drain(timeoutMs: number): Promise<number> {
     this.#draining = true;
     if (this.#open.size === 0) return 0;
@@ -98,7 +98,8 @@ export class Calls {
     });
     await within(timeoutMs, ended);
     const left = this.#open.size;
-    for (const open of this.#open) open.abort(new ServerError("not_ready", "the server went down meanwhile", { retryAfterSeconds: 1 }));
+    for (const open of this.#open)
+      open.abort(new ServerError("not_ready", "the server shut down during the call", { retryAfterSeconds: 1 }));
     return left;
   }
 
@@ -119,8 +120,9 @@ export class Calls {
     try {
       const caller = this.#options.entrance.callerOf(call.metadata);
       callerId = caller.id;
-      if (this.#draining) throw new ServerError("not_ready", "the server is going down; another may answer", { retryAfterSeconds: 1 });
-      // The library still hands over calls whose deadline was over before they had arrived, and never cancels them.
+      if (this.#draining)
+        throw new ServerError("not_ready", "the server is shutting down; another instance may answer", { retryAfterSeconds: 1 });
+      // The library hands over calls whose deadline had passed before they arrived, and never cancels them.
       if (call.cancelled || Number(call.getDeadline()) <= Date.now()) throw GONE;
       if (call.request === MALFORMED) throw malformed();
       if (computes) place = await this.#options.enter(caller, gone.signal);
@@ -155,11 +157,11 @@ export class Calls {
     if (!call.write(message)) await this.#drained(call, signal);
   }
 
-  /** Waits until the client has taken what was written. */
+  /** Waits until the client has read what was written. */
   #drained(call: ServerWritableStream<unknown, unknown>, signal: AbortSignal): Promise<void> {
     const { stallMs } = this.#options;
     return new Promise((resolve, reject) => {
-      const stalled = () => finish(new ServerError("timeout", `nothing of the answer was taken for ${stallMs / 1000} s`));
+      const stalled = () => finish(new ServerError("timeout", `the client read nothing for ${stallMs / 1000} s`));
       const timer = setTimeout(stalled, stallMs);
       const onDrain = () => finish(null);
       const onAbort = () => finish(signal.reason);

@@ -1,6 +1,6 @@
 /**
- * The socket that listens, and the connections from it: no more than the limit, none that floods the server with pings, and
- * for new ones always the newest certificate. Knows no call.
+ * The listening socket and its connections: limits their number, disconnects clients that flood the server with pings, and gives
+ * new connections the latest certificate. Knows no call.
  */
 import { once } from "node:events";
 import { constants, type Http2Server, type ServerHttp2Session } from "node:http2";
@@ -20,7 +20,7 @@ export interface ConnectionsOptions {
   readonly onFlood: () => void;
 }
 
-/** Pings that a connection may send in each window, besides one for each message. Clients send some to measure their line. */
+/** Pings that a connection may send per window, besides one per message. Clients send some to measure their bandwidth. */
 const PINGS = 100;
 const WINDOW_MS = 10_000;
 
@@ -38,13 +38,13 @@ export class Connections {
     this.#listener = createServer((socket) => {
       this.#sockets.add(socket);
       socket.once("close", () => this.#sockets.delete(socket));
-      socket.on("error", () => socket.destroy()); // of those that leave before HTTP/2 begins
+      socket.on("error", () => socket.destroy()); // clients that disconnect before HTTP/2 begins
       this.#injector.injectConnection(socket);
     });
     this.#listener.maxConnections = options.maxConnections;
   }
 
-  /** Rejects where the address can't be listened on. */
+  /** Rejects when the address can't be listened on. */
   static async listen(server: Server, options: ConnectionsOptions): Promise<Connections> {
     const connections = new Connections(server, options);
     connections.#listener.listen(options.port, options.host);
@@ -56,20 +56,20 @@ export class Connections {
     return this.#listener.address() as AddressInfo;
   }
 
-  /** New connections get this certificate; those that are there end with their calls. */
+  /** Gives new connections this certificate; existing ones close after their calls. */
   renew(tls: KeyPair): void {
     const before = this.#injector;
     this.#injector = this.#inject(tls);
     before.destroy();
   }
 
-  /** Takes no more connections, and asks clients to leave after the calls that they have. */
+  /** Accepts no more connections, and asks clients to disconnect after their current calls. */
   refuse(): void {
     this.#listener.close();
     this.#injector.destroy();
   }
 
-  /** Waits until all have left; those that have not by then are cut off. */
+  /** Waits for all connections to close, and destroys the rest after `timeoutMs`. */
   async close(timeoutMs: number): Promise<void> {
     const left = [...this.#sockets].map((socket) => new Promise((resolve) => socket.once("close", resolve)));
     await within(timeoutMs, Promise.all(left));
@@ -81,7 +81,7 @@ export class Connections {
       ? ServerCredentials.createSsl(null, [{ cert_chain: tls.cert, private_key: tls.key }])
       : ServerCredentials.createInsecure();
     const injector = this.#server.createConnectionInjector(credentials);
-    // The library counts no pings, and its sessions can be had in no other way.
+    // The library does not count pings, and offers no other way to its sessions.
     const { http2Servers } = this.#server as unknown as { readonly http2Servers?: ReadonlyMap<Http2Server, unknown> };
     const http2 = [...(http2Servers?.keys() ?? [])].at(-1);
     if (!http2) throw new Error("internal: this version of @grpc/grpc-js keeps its HTTP/2 servers elsewhere");

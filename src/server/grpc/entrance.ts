@@ -1,6 +1,6 @@
 /**
- * What a call meets before its handler: who asks is found out before a message is read, messages must arrive in time, and what
- * can't be read as a message is the client's error. For every service, those of libraries too.
+ * What a call passes before its handler: authentication before a message is read, a time limit for the message to arrive, and an
+ * error of the client for messages that can't be decoded. Applies to every service, those of libraries too. Knows no method.
  */
 import {
   type Metadata,
@@ -18,17 +18,17 @@ import { requestId } from "../logs.ts";
 import type { CallReport } from "./report.ts";
 import { failureOf } from "./status.ts";
 
-/** In the place of a message that can't be read. An object: reflection's answers repeat the question. */
+/** Stands for a message that can't be decoded. An object, since reflection's responses repeat the request. */
 export const MALFORMED: object = Object.freeze({});
 
 export interface EntranceOptions {
-  /** Methods that need a key: those whose path begins so. */
+  /** Path prefix of methods that need a key. */
   readonly guarded: string;
   /** Throws ServerError `invalid_api_key`. */
   readonly authenticate: (secret: string | null) => Caller;
-  /** Milliseconds for a request to arrive whole. */
+  /** Milliseconds for a complete request to arrive. */
   readonly arrivalMs: number;
-  /** Told of the calls that are refused here. */
+  /** Called for calls that are rejected here. */
   readonly onEnd: (report: CallReport) => void;
 }
 
@@ -40,10 +40,10 @@ export class Entrance {
     this.#options = options;
   }
 
-  /** Who sent the metadata, which passed the interceptor. */
+  /** The caller that the interceptor found for this metadata. */
   callerOf(metadata: Metadata): Caller {
     const caller = this.#callers.get(metadata);
-    if (!caller) throw new Error("internal: a call came by without its caller");
+    if (!caller) throw new Error("internal: a call reached its handler without a caller");
     return caller;
   }
 
@@ -82,7 +82,7 @@ export class Entrance {
   };
 }
 
-/** The service with readers that give MALFORMED where those of the library throw, which would be an error of the server. */
+/** The service with decoders that return MALFORMED where the library's throw, which clients would see as a server error. */
 export function lenient(service: ServiceDefinition): ServiceDefinition {
   return Object.fromEntries(
     Object.entries(service).map(([name, method]) => {
@@ -105,7 +105,7 @@ interface AnyCall extends NodeJS.EventEmitter {
   resume?(): void;
 }
 
-/** For libraries that add their own services: to a server, as they were, but held to what our own methods are held to. */
+/** A server for libraries that add their own services: holds them to the same checks as our methods. */
 export function strict(server: {
   addService(service: ServiceDefinition, implementation: UntypedServiceImplementation): void;
 }): typeof server {
@@ -126,7 +126,7 @@ function hold(handle: (...args: unknown[]) => void): UntypedHandleCall {
       return;
     }
     handle(call, done);
-    // A stream of questions whose answers nobody takes: no more are read until they are.
+    // A stream of requests whose responses nobody reads: pause reading until they are read.
     if (call.pause && call.resume)
       call.on("data", () => {
         if (!call.writableNeedDrain) return;

@@ -1,4 +1,4 @@
-/** Events of an answer as messages of mixtape.proto. */
+/** Events of an answer as messages of mixtape.proto. Knows no call. */
 import type { CompletionEvent, FinishReason, RoutedToken, Usage } from "../completion/request.ts";
 
 const REASONS: Readonly<Record<FinishReason, string>> = {

@@ -1,6 +1,6 @@
 /**
  * Serves proto/mixtape/v1/mixtape.proto over gRPC, with the standard health and reflection services, on the same models, keys
- * and limits as HTTP. Puts the parts in grpc/ together; knows no method's content.
+ * and limits as HTTP. Assembles the parts in grpc/; knows no method's content.
  */
 import type { AddressInfo } from "node:net";
 import { fileURLToPath } from "node:url";
@@ -17,56 +17,56 @@ import { Entrance, lenient, strict } from "./entrance.ts";
 import type { CallReport } from "./report.ts";
 import { mixtapeService } from "./service.ts";
 
-/** The same from src/ and from dist/. */
+/** The path is the same from src/ and from dist/. */
 const PROTO = fileURLToPath(new URL("../../../proto/mixtape/v1/mixtape.proto", import.meta.url));
 const SERVICE = "mixtape.v1.Mixtape";
-/** For the last statuses to leave. */
+/** Time for the last statuses to be sent. */
 const FLUSH_MS = 250;
 
 export interface GrpcLimits {
-  /** Bytes of a message from a client. */
+  /** Largest message from a client. */
   readonly maxMessageBytes: number;
-  /** Nesting of JSON in fields of messages. */
+  /** Deepest nesting of JSON in message fields. */
   readonly maxJsonDepth: number;
-  /** Calls at once on one connection. */
+  /** Concurrent calls per connection. */
   readonly maxConcurrentStreams: number;
   readonly maxConnections: number;
-  /** For a request to arrive whole. */
+  /** Time for a complete request to arrive. */
   readonly requestTimeoutSeconds: number;
-  /** How long a connection may have no call. */
+  /** How long a connection may be idle. */
   readonly idleTimeoutSeconds: number;
-  /** How long a client may take nothing of a waiting answer. */
+  /** How long a client may read nothing while a response waits. */
   readonly stallTimeoutSeconds: number;
 }
 
 export interface GrpcOptions {
   readonly host: string;
-  /** 0: any free one. */
+  /** 0: any free port. */
   readonly port: number;
   /** Null: plain text. */
   readonly tls: KeyPair | null;
   readonly context: ServerContext;
   /** Throws ServerError `invalid_api_key`. */
   readonly authenticate: (secret: string | null) => Caller;
-  /** Waits for a place. Throws ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
+  /** Waits for a compute slot. Rejects with ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
   readonly enter: (caller: Caller, signal: AbortSignal) => Promise<{ leave(): void }>;
   readonly limits: GrpcLimits;
-  /** Told of every call of our own service, those that are refused too. */
+  /** Called for every call of our own service, rejected ones included. */
   readonly onEnd: (report: CallReport) => void;
   readonly onFlood: () => void;
 }
 
 export interface Grpc {
   readonly address: AddressInfo;
-  /** The health service says SERVING from now on, until `close`. */
+  /** Makes the health service report SERVING until `close`. */
   ready(): void;
-  /** Presents this certificate to those that connect from now on. */
+  /** Presents this certificate on new connections. */
   renew(tls: KeyPair): void;
-  /** Says NOT_SERVING, lets calls under way end, then closes. Resolves with how many were cut off. */
+  /** Reports NOT_SERVING, waits for running calls, then closes. Resolves with how many calls were cut off. */
   close(drainMs: number): Promise<number>;
 }
 
-/** Rejects where the address can't be listened on. */
+/** Rejects when the address can't be listened on. */
 export async function startGrpc(options: GrpcOptions): Promise<Grpc> {
   const { context, authenticate, enter, limits, onEnd, onFlood } = options;
   const definition = loadSync([PROTO, protoPath], { keepCase: true, longs: String, enums: String, defaults: true, oneofs: true });
@@ -76,7 +76,7 @@ export async function startGrpc(options: GrpcOptions): Promise<Grpc> {
     "grpc.max_receive_message_length": limits.maxMessageBytes,
     "grpc.max_concurrent_streams": limits.maxConcurrentStreams,
     "grpc.max_connection_idle_ms": limits.idleTimeoutSeconds * 1000,
-    // Connections whose other end has vanished are found out by pings that nobody answers.
+    // Pings detect connections whose client has vanished.
     "grpc.keepalive_time_ms": 60_000,
     "grpc.keepalive_timeout_ms": 20_000,
     "grpc.enable_channelz": 0,

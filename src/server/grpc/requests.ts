@@ -1,6 +1,6 @@
 /**
- * Messages of mixtape.proto as requests. They become the bodies of the HTTP routes first, so that one schema checks both, and
- * a field has one meaning. Knows no call.
+ * Messages of mixtape.proto as requests. They are converted to the bodies of the HTTP routes first, so that one schema validates
+ * both and a field has one meaning. Knows no call.
  */
 import type { z } from "zod";
 import { readFormat } from "../../chat/format.ts";
@@ -13,7 +13,7 @@ import { parseBody } from "../http/body.ts";
 import { chatPrompt, chatRequest, completionRequest, messagesOf, promptsOf } from "../http/openai/request.ts";
 import { ChatBody, CompletionBody, MOST_INPUTS, RoutingBody } from "../http/openai/schema.ts";
 
-/** What the loader makes of messages: fields that are `optional`, in a oneof, or messages, are null or absent where they are not set. */
+/** As the loader decodes it: unset fields that are `optional`, in a oneof, or messages are null or absent. */
 export interface Options {
   readonly sampling?: (Readonly<Record<string, unknown>> & { readonly logit_bias?: object; readonly seed?: string }) | null;
   readonly max_tokens?: number;
@@ -34,7 +34,7 @@ export interface GenerateRequest extends TextOrTokens {
 }
 
 export interface Message {
-  /** A number where it is none of the .proto. */
+  /** A number if the .proto does not define it. */
   readonly role: string | number;
   readonly content: string;
   readonly tool_calls: readonly { readonly id: string; readonly name: string; readonly arguments: string }[];
@@ -62,7 +62,7 @@ export interface RouteRequest extends TextOrTokens {
   readonly conversation?: { readonly messages: readonly Message[] } | null;
 }
 
-/** Whose request it is, and how deep JSON in its fields may be nested. */
+/** The owner and signal of a request, and how deeply JSON in its fields may be nested. */
 export interface Terms extends Pick<CompletionRequest, "owner" | "signal"> {
   readonly maxJsonDepth: number;
 }
@@ -102,7 +102,7 @@ export function chatCompletionRequest(model: NamedModel, request: ChatRequest, {
 /** Throws ServerError `invalid_request`. */
 export function embedPrompts({ inputs }: EmbedRequest): Prompt[] {
   if (inputs.length < 1 || inputs.length > MOST_INPUTS)
-    throw new ServerError("invalid_request", `there are ${inputs.length} inputs; 1 to ${MOST_INPUTS} are taken`, { param: "input" });
+    throw new ServerError("invalid_request", `there are ${inputs.length} inputs; 1 to ${MOST_INPUTS} are allowed`, { param: "input" });
   return inputs.map((input, i) => promptIn(input, `input[${i}]`));
 }
 
@@ -113,7 +113,7 @@ export function routePrompt({ model, conversation, ...prompt }: RouteRequest): P
   return chatPrompt(messagesOf(messages));
 }
 
-/** Names of the HTTP bodies that are others here. */
+/** Fields of the HTTP bodies that have another name here. */
 const RENAMED: readonly (readonly [RegExp, string])[] = [
   [/^(temperature|top_p|top_k|min_p|(repetition|presence|frequency)_penalty|seed|logit_bias)\b/, "options.sampling.$1"],
   [/^(max_tokens|stop|logprobs|routing)\b/, "options.$1"],
@@ -127,13 +127,13 @@ const RENAMED: readonly (readonly [RegExp, string])[] = [
   [/^input(?=\[|$)/, "inputs"],
 ];
 
-/** What a field of the HTTP bodies is called in the messages. */
+/** The name in the messages of a field of the HTTP bodies. */
 export function fieldOf(param: string): string {
   const found = RENAMED.find(([pattern]) => pattern.test(param));
   return found ? param.replace(...found) : param;
 }
 
-/** The same of a request for routing, whose messages are a conversation's. */
+/** The same for a routing request, whose messages are in a conversation. */
 export function routeFieldOf(param: string): string {
   return param.startsWith("messages") ? `conversation.${fieldOf(param)}` : param;
 }
@@ -144,11 +144,11 @@ function promptIn({ text, tokens }: TextOrTokens, param: string): Prompt {
   return promptsOf(text)[0];
 }
 
-/** The fields that the bodies have in common with `Options`. */
+/** The fields that `Options` shares with the bodies. */
 function fieldsOf(options: Options | null | undefined) {
   const { sampling, stop, max_tokens, logprobs, routing } = options ?? {};
   const { logit_bias, seed, ...controls } = sampling ?? {};
-  // The loader notes beside each optional field that is set, under `_` and its name, that it is.
+  // For each optional field that is set, the loader adds a field named `_` and its name.
   const set = Object.fromEntries(Object.entries(controls).filter(([name]) => !name.startsWith("_")));
   return {
     ...set,
@@ -186,7 +186,7 @@ function toolChoiceBody(choice: ChatRequest["tool_choice"]): unknown {
   return typeof choice?.mode === "string" ? choice.mode.replace(/^MODE_/, "").toLowerCase() : choice?.mode;
 }
 
-/** The JSON object in a field; undefined where the field is empty. */
+/** The JSON object in a field; undefined if the field is empty. */
 function jsonIn(text: string, param: string, maxDepth: number): Record<string, unknown> | undefined {
   return text === "" ? undefined : jsonObject(text, param, maxDepth);
 }
@@ -199,7 +199,7 @@ function jsonObject(text: string, param: string, maxDepth: number): Record<strin
     throw error instanceof ServerError ? new ServerError(error.code, error.message, { param, cause: error }) : error;
   }
   if (typeof value === "object" && value !== null && !Array.isArray(value)) return value as Record<string, unknown>;
-  throw new ServerError("invalid_request", `${fieldOf(param)} is JSON but no object`, { param });
+  throw new ServerError("invalid_request", `${fieldOf(param)} is JSON but not an object`, { param });
 }
 
 function checked<T extends z.ZodType>(schema: T, value: unknown): z.infer<T> {

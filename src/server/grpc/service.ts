@@ -24,7 +24,7 @@ interface Named {
   readonly model: string;
 }
 
-/** @param maxJsonDepth nesting of JSON in fields of messages */
+/** @param maxJsonDepth deepest nesting of JSON in message fields */
 export function mixtapeService(calls: Calls, server: ServerContext, maxJsonDepth: number): UntypedServiceImplementation {
   const unary = <Q extends Named>(act: (model: NamedModel, request: Q, context: Context) => Promise<object>) =>
     calls.unary<Q>((request, context) => withModel(server, context.caller, request.model, (model) => act(model, request, context)), {

@@ -1,4 +1,4 @@
-/** Failures as gRPC has them: a status, a sentence, and what a program wants to know of it in trailing metadata. */
+/** Failures as gRPC reports them: a status, a sentence, and machine-readable details in trailing metadata. Knows no call. */
 import { Metadata, status } from "@grpc/grpc-js";
 import { ERRORS, type ServerError, serverError } from "../errors.ts";
 
@@ -8,13 +8,13 @@ export interface Failure {
   readonly metadata: Metadata;
 }
 
-/** Headers are a few KiB in all; what clients wrote may stand in a sentence. */
+/** Headers are limited to a few KiB in all, and messages may quote what clients sent. */
 const LONGEST_DETAILS = 1000;
 const LONGEST_FIELD = 200;
 
 /**
- * The status of a failure. What is not meant for clients becomes INTERNAL, without its text.
- * @param fieldOf how this protocol calls a field of the HTTP bodies
+ * The status of a failure. Errors not meant for clients become INTERNAL, without their text.
+ * @param fieldOf the name in this protocol of a field of the HTTP bodies
  */
 export function failureOf(error: unknown, fieldOf: (param: string) => string = (param) => param): { failure: Failure; known: ServerError } {
   const known = serverError(error);
@@ -25,7 +25,7 @@ export function failureOf(error: unknown, fieldOf: (param: string) => string = (
   return { failure: { code: status[ERRORS[known.code].grpc], details: sendable(known.message), metadata }, known };
 }
 
-/** The library percent-encodes the sentence, which half of a surrogate pair can't be. */
+/** The library percent-encodes the message, which fails for half a surrogate pair. */
 function sendable(text: string): string {
   const cut = text.length > LONGEST_DETAILS ? `${text.slice(0, LONGEST_DETAILS)}…` : text;
   return Buffer.from(cut).toString();

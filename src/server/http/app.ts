@@ -1,4 +1,4 @@
-/** HTTP itself: timeouts, sizes, headers, ids, errors and logs, the same for every route. Knows no route's content. */
+/** The HTTP layer: timeouts, size limits, headers, request ids, errors and logs, the same for every route. Knows no route's content. */
 import { type IncomingMessage, STATUS_CODES } from "node:http";
 import type { Socket } from "node:net";
 import cors from "@fastify/cors";
@@ -21,7 +21,7 @@ import type { InFlight } from "./inflight.ts";
 
 declare module "fastify" {
   interface FastifyRequest {
-    /** Who asks. Set before the handlers of routes inside `guard`. */
+    /** The authenticated client. Set before the handlers of routes inside `guard`. */
     caller: Caller;
   }
 }
@@ -35,24 +35,24 @@ export interface HttpParts {
   readonly version: string;
 }
 
-/** A Fastify instance with everything but routes. */
+/** A Fastify instance without routes. */
 export async function createHttp({ config, log, metrics, inFlight, certificate, version }: HttpParts): Promise<FastifyInstance> {
   const http = {
     maxHeaderSize: config.maxHeaderBytes,
     headersTimeout: Math.min(config.headersTimeoutSeconds, config.requestTimeoutSeconds) * 1000,
-    // Requests that do not arrive in time are looked for as often as matters to that time.
+    // How often Node looks for requests that are overdue: often enough for the timeout to mean something.
     connectionsCheckingInterval: Math.min(1000, config.requestTimeoutSeconds * 500),
   };
   const app = Fastify({
     loggerInstance: log,
-    logController: new LogController({ disableRequestLogging: true }), // the hooks below do it, without what is private
+    logController: new LogController({ disableRequestLogging: true }), // the hooks below log requests, without private data
     genReqId: (request: IncomingMessage) => requestId(request.headers["x-request-id"]),
     bodyLimit: config.maxBodyBytes,
     requestTimeout: config.requestTimeoutSeconds * 1000,
     keepAliveTimeout: config.keepAliveTimeoutSeconds * 1000,
     trustProxy: config.trustProxy,
     forceCloseConnections: "idle",
-    return503OnClosing: false, // the drain has its own answer, in our shape
+    return503OnClosing: false, // while draining, a hook answers in our error format
     clientErrorHandler: answerBroken,
     frameworkErrors: answer,
     ...(certificate ? { https: { ...http, ...certificate.current, minVersion: "TLSv1.2" } } : { http }),
@@ -85,7 +85,7 @@ export async function createHttp({ config, log, metrics, inFlight, certificate, 
     });
 
   await app.register(helmet, {
-    // Nothing from elsewhere, no inline scripts: text that a model wrote can't run in the page.
+    // No foreign origins and no inline scripts: text from a model can't run in the page.
     contentSecurityPolicy: {
       useDefaults: false,
       directives: {
@@ -132,15 +132,18 @@ export async function createHttp({ config, log, metrics, inFlight, certificate, 
   return app;
 }
 
-/** Lets only those into the routes of `scope` who may use them. Runs before bodies are read; requests that compute need a place. */
+/**
+ * Admits only authorized requests to the routes of `scope`; POST requests also need a compute slot. Requests are rejected before
+ * their body is read, so they cost other users almost nothing.
+ */
 export function guard(scope: FastifyInstance, gate: Gate, metrics: Metrics): void {
   const turns = new Turns();
   scope.addHook("onRequest", async (request, reply) => {
-    if (request.method === "POST") await turns.next(); // hundreds that come at once do not hold the event loop
+    if (request.method === "POST") await turns.next(); // a burst of requests must not block the event loop
     request.caller = gate.authenticate(bearerToken(request.headers.authorization));
     if (request.method !== "POST") return;
     const gone = new AbortController();
-    const leave = () => gone.abort(new ServerError("timeout", "the client has left"));
+    const leave = () => gone.abort(new ServerError("timeout", "the client has disconnected"));
     reply.raw.once("close", leave);
     try {
       const place = await gate.enter(request.caller, gone.signal);
@@ -157,7 +160,7 @@ export function guard(scope: FastifyInstance, gate: Gate, metrics: Metrics): voi
   });
 }
 
-/** OpenAI's headers on what a key has left. */
+/** OpenAI's rate limit headers. */
 function rateHeaders(gate: Gate, caller: Caller): Record<string, string> {
   const headers: Record<string, string> = {};
   for (const [name, left] of Object.entries(gate.allowance(caller) ?? {})) {
@@ -177,9 +180,9 @@ function duration(seconds: number): string {
   return `${h ? `${h}h` : ""}${h || m ? `${m}m` : ""}${s}s`;
 }
 
-/** A page elsewhere can point its own name at this machine; its requests still carry that name. */
+/** Against DNS rebinding: a foreign page can point its name at this machine, but its requests still carry that name. */
 function checkHost(request: FastifyRequest, allowed: readonly string[]): void {
-  // Not what a proxy says of it, which a page can say too.
+  // Not X-Forwarded-Host, which a page can set too.
   const name = (request.headers.host ?? "").replace(/:\d+$/, "");
   if (isLoopback(name) || allowed.includes(name)) return;
   throw new ServerError(
@@ -194,19 +197,19 @@ function checkHost(request: FastifyRequest, allowed: readonly string[]): void {
 function answer(error: unknown, request: FastifyRequest, reply: FastifyReply): void {
   const { status, body, headers, code } = errorBody(error);
   if (status >= 500) request.log.error({ err: error }, "a request failed");
-  // The texts of refusals may repeat what the user sent.
-  else request.log.debug({ code, param: body.error.param }, "a request was refused");
+  // Error messages may repeat what the user sent.
+  else request.log.debug({ code, param: body.error.param }, "a request was rejected");
   if (reply.raw.headersSent) {
-    reply.raw.destroy(); // an answer that is under way can't become an error any more; its reader sees that it broke off
+    reply.raw.destroy(); // the response has begun, so its reader can only see it break off
     return;
   }
-  // Fastify would close the connection under a client that still sends its body, which then sees a reset and not the answer.
-  // What comes is thrown away instead, until the time for a request is over.
+  // Fastify would close the connection while the client is still sending its body, and the client would see a reset instead of
+  // the response. Keeping it open discards the body, until the request timeout.
   if (status < 500) reply.removeHeader("connection");
   void reply.code(status).headers(headers).type("application/json; charset=utf-8").serializer(JSON.stringify).send(body);
 }
 
-/** Answers paths that are not there, and methods that a path does not have. */
+/** Answers unknown paths with 404, and methods that a path does not have with 405. */
 function answerUnknownRoutes(app: FastifyInstance): void {
   const methods = new Map<string, { readonly pattern: RegExp; readonly allowed: Set<string> }>();
   app.addHook("onRoute", ({ url, method }) => {
@@ -229,7 +232,7 @@ function answerUnknownRoutes(app: FastifyInstance): void {
   });
 }
 
-/** What Node could not read as a request has no route and no reply: it is answered on the socket. */
+/** Input that Node cannot parse as a request has no route and no reply object: it is answered on the socket. */
 function answerBroken(error: Error & { code?: string }, socket: Socket): void {
   if (error.code === "ECONNRESET" || socket.destroyed || !socket.writable) {
     socket.destroy();
@@ -239,7 +242,7 @@ function answerBroken(error: Error & { code?: string }, socket: Socket): void {
     error.code === "HPE_HEADER_OVERFLOW"
       ? [431, "the headers are too large"]
       : error.code === "ERR_HTTP_REQUEST_TIMEOUT"
-        ? [408, "the request did not come in time"]
+        ? [408, "timed out waiting for the request"]
         : [400, "this is not an HTTP request"];
   const body = JSON.stringify({ error: { message, type: ERRORS.invalid_request.type, param: null, code: "invalid_request" } });
   socket.end(

@@ -1,4 +1,4 @@
-/** Reads a request's JSON: valid UTF-8, not nested without end, no keys that reach into prototypes. */
+/** Parses a request's JSON safely: valid UTF-8, limited nesting, no keys that reach prototypes. Knows no schema. */
 import { isUtf8 } from "node:buffer";
 import { ServerError } from "../errors.ts";
 
@@ -6,8 +6,8 @@ const [QUOTE, BACKSLASH] = [0x22, 0x5c];
 const [OPEN_BRACKET, CLOSE_BRACKET, OPEN_BRACE, CLOSE_BRACE] = [0x5b, 0x5d, 0x7b, 0x7d];
 
 /**
- * Throws ServerError `invalid_request`; what it says has no text of the body, since that is the user's.
- * @param what is read, for errors
+ * Throws ServerError `invalid_request`; its message quotes nothing of the body, which is private.
+ * @param what name of the text, for errors
  */
 export function parseBody(bytes: Buffer, maxDepth: number, what = "the body"): unknown {
   if (bytes.length === 0) throw new ServerError("invalid_request", `${what} is empty; it must be a JSON object`);
@@ -25,7 +25,7 @@ export function parseBody(bytes: Buffer, maxDepth: number, what = "the body"): u
   }
 }
 
-/** Plain, or with some of its letters escaped. */
+/** `__proto__`, plain or with escaped characters. */
 const MAY_HOLD_PROTOTYPE = /__proto__|\\u00[5-7]/i;
 
 function refusePrototype(value: unknown, what: string): void {
@@ -34,7 +34,7 @@ function refusePrototype(value: unknown, what: string): void {
   for (const each of Object.values(value)) refusePrototype(each, what);
 }
 
-/** Whatever walks through the parsed value does so by recursion, so the depth is bounded before. */
+/** Code that walks the parsed value is recursive, so the depth is limited first. */
 function checkDepth(bytes: Buffer, maxDepth: number, what: string): void {
   let depth = 0;
   for (let i = 0; i < bytes.length; i++) {
@@ -47,7 +47,7 @@ function checkDepth(bytes: Buffer, maxDepth: number, what: string): void {
   }
 }
 
-/** Position of the quote that ends a string, found by the platform's search: texts are most of a body. */
+/** Position of the closing quote, found with the platform's fast search: strings are most of a body. */
 function endOfString(bytes: Buffer, from: number): number {
   for (let at = bytes.indexOf(QUOTE, from); at >= 0; at = bytes.indexOf(QUOTE, at + 1)) {
     let backslashes = 0;

@@ -1,4 +1,4 @@
-/** mixtape's own routes: tokens of a text and back, and which experts a text uses. */
+/** mixtape's own routes: tokens of a text and back, and which experts a text uses. Knows no admission. */
 import type { FastifyInstance, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
 import type { Prompt } from "../../chat/prompt.ts";

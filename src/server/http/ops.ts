@@ -1,4 +1,4 @@
-/** Routes for those who run the server: is it alive, is it ready, what are its numbers. */
+/** Routes for operators: liveness, readiness and metrics. Knows no model. */
 import { createHash, timingSafeEqual } from "node:crypto";
 import { once } from "node:events";
 import { createServer, type Server } from "node:http";
@@ -10,7 +10,7 @@ import { ServerError } from "../errors.ts";
 import type { Metrics } from "../metrics.ts";
 import { errorBody } from "./error.ts";
 
-/** Where the server is in its life. */
+/** The server's lifecycle phase. */
 export interface State {
   phase: "starting" | "ready" | "draining";
 }
@@ -25,21 +25,21 @@ export interface OperationsParts {
 
 export async function registerOperations(app: FastifyInstance, { state, config, gate, catalog, metrics }: OperationsParts): Promise<void> {
   const described = (summary: string) => ({ schema: { tags: ["operations"], summary } });
-  app.get("/health", described("The process lives"), async () => ({ status: "ok" }));
-  app.get("/ready", described("Its models are loaded, and it takes requests"), async (_request, reply) => {
+  app.get("/health", described("Liveness: the process is running"), async () => ({ status: "ok" }));
+  app.get("/ready", described("Readiness: models are loaded and requests are accepted"), async (_request, reply) => {
     const ready = state.phase === "ready" && catalog.ready;
     reply.code(ready ? 200 : 503);
     return { status: ready ? "ready" : state.phase === "draining" ? "draining" : "loading" };
   });
   if (!config.metrics || config.metricsPort !== null) return;
   const check = metricsCheck(config.metricsToken, gate);
-  app.get("/metrics", described("Numbers for Prometheus"), async (request, reply) => {
+  app.get("/metrics", described("Metrics for Prometheus"), async (request, reply) => {
     check(request.headers.authorization);
     return reply.type(metrics.registry.contentType).send(await metrics.registry.metrics());
   });
 }
 
-/** Serves the numbers on a port of their own. */
+/** Serves the metrics on a separate port. */
 export async function serveMetrics(config: ServeConfig & { readonly metricsPort: number }, gate: Gate, metrics: Metrics): Promise<Server> {
   const check = metricsCheck(config.metricsToken, gate);
   const server = createServer((request, response) => {
@@ -60,13 +60,13 @@ export async function serveMetrics(config: ServeConfig & { readonly metricsPort:
   return server;
 }
 
-/** Who may see the numbers: with a token of their own its holders; else whoever has a key, where there are keys. */
+/** Who may read the metrics: holders of the metrics token if there is one, else holders of an API key if there are keys, else anyone. */
 export function metricsCheck(token: string | undefined, gate: Gate): (authorization: string | undefined) => void {
   if (token === undefined) return (authorization) => void gate.authenticate(bearerToken(authorization));
   const expected = digest(token);
   return (authorization) => {
     if (!timingSafeEqual(digest(bearerToken(authorization) ?? ""), expected))
-      throw new ServerError("invalid_api_key", "the metrics need their own token: send the header 'Authorization: Bearer …'");
+      throw new ServerError("invalid_api_key", "the metrics need the metrics token: send the header 'Authorization: Bearer …'");
   };
 }
 

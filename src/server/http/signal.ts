@@ -8,7 +8,7 @@ export function signalOf(reply: FastifyReply): AbortSignal {
     if (!reply.raw.writableFinished) gone.abort(new Error("the client has gone"));
   };
   if (reply.raw.closed || reply.raw.destroyed)
-    look(); // while the model was loaded
+    look(); // it left while the model was loading
   else reply.raw.once("close", look);
   return gone.signal;
 }

@@ -1,4 +1,4 @@
-/** Server-sent events on a socket: one at a time, waiting for slow readers, never growing. Knows no content. */
+/** Server-sent events: written one at a time, waiting for slow readers, so that nothing piles up in memory. Knows no content. */
 import type { ServerResponse } from "node:http";
 
 const KEEP_ALIVE_MS = 15_000;
@@ -8,7 +8,7 @@ export class EventStream {
   readonly #keepAlive: NodeJS.Timeout;
   #turn: Promise<void> = Promise.resolve();
 
-  /** Sends the head. The caller has taken the response over from the framework. */
+  /** Sends the headers. The caller must have hijacked the response from the framework. */
   constructor(response: ServerResponse, headers: Readonly<Record<string, string>> = {}) {
     this.#response = response;
     response.writeHead(200, {
@@ -22,7 +22,7 @@ export class EventStream {
     this.#keepAlive.unref();
   }
 
-  /** Settles when the event is on its way; at once where the reader has gone. */
+  /** Resolves when the event has been handed to the socket; immediately if the reader has gone. */
   send(data: unknown, event?: string): Promise<void> {
     return this.#write(
       `${event === undefined ? "" : `event: ${event}\n`}data: ${typeof data === "string" ? data : JSON.stringify(data)}\n\n`,

@@ -30,7 +30,7 @@ export function chatRequest(
     throw new ServerError("invalid_request", "top_logprobs needs logprobs: true as well", { param: "top_logprobs" });
   const reserved = TEMPLATE_OPTIONS.find((name) => name in (body.chat_template_kwargs ?? {}));
   if (reserved)
-    throw new ServerError("invalid_request", `'${reserved}' is not for clients to set`, { param: `chat_template_kwargs.${reserved}` });
+    throw new ServerError("invalid_request", `'${reserved}' cannot be set by clients`, { param: `chat_template_kwargs.${reserved}` });
   const { prompt, format } = readConversation({
     ...body,
     messages: messagesOf(body.messages),
@@ -55,7 +55,7 @@ export function completionRequest(
   who: Pick<CompletionRequest, "owner" | "signal">,
 ): CompletionRequest {
   if (body.echo && body.logprobs != null)
-    throw new ServerError("invalid_request", "echo: log-probabilities are given for new tokens only; leave out echo or logprobs", {
+    throw new ServerError("invalid_request", "echo: log-probabilities cover new tokens only; leave out echo or logprobs", {
       param: "echo",
     });
   return {
@@ -79,7 +79,9 @@ export function completionRequests(
   const prompts = promptsOf(body.prompt);
   const answers = prompts.length * (body.n ?? 1);
   if (answers > MOST_ANSWERS)
-    throw new ServerError("invalid_request", `${answers} answers are asked for; one request may have ${MOST_ANSWERS}`, { param: "prompt" });
+    throw new ServerError("invalid_request", `the request asks for ${answers} answers; at most ${MOST_ANSWERS} are allowed`, {
+      param: "prompt",
+    });
   return prompts.flatMap((prompt) => several(completionRequest(body, prompt, defaults, who), body.n ?? 1));
 }
 

@@ -126,7 +126,10 @@ export const ChatBody = z.strictObject({
     .record(z.string(), z.unknown())
     .nullish()
     .describe("Variables for the chat template. An extension of OpenAI's API."),
-  reasoning_effort: z.enum(["none", "minimal", "low", "medium", "high", "xhigh"]).nullish().describe("Accepted; the model decides."),
+  reasoning_effort: z
+    .enum(["none", "minimal", "low", "medium", "high", "xhigh"])
+    .nullish()
+    .describe("Accepted and ignored: the model decides."),
   modalities: z.array(z.literal("text")).nullish(),
 });
 export type ChatBody = z.infer<typeof ChatBody>;
@@ -145,8 +148,8 @@ export const CompletionBody = z.strictObject({
   max_tokens: z.number().int().min(1).nullish().describe("Default 16, as OpenAI's."),
   logprobs: z.number().int().min(0).max(20).nullish(),
   echo: z.boolean().nullish(),
-  best_of: z.literal(1, "only 1: ask for n answers and choose among them").nullish(),
-  suffix: z.null("text before a suffix can't be filled in: leave it out").optional(),
+  best_of: z.literal(1, "only 1 is supported: request n answers and choose among them").nullish(),
+  suffix: z.null("filling in text before a suffix is not supported: leave it out").optional(),
 });
 export type CompletionBody = z.infer<typeof CompletionBody>;
 

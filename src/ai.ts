@@ -5,16 +5,16 @@
 import { createOpenAICompatible, type OpenAICompatibleProvider } from "@ai-sdk/openai-compatible";
 
 export interface MixtapeProviderOptions {
-  /** Of the server, with `/v1`. Default: the environment's `MIXTAPE_BASE_URL`, else `http://127.0.0.1:8080/v1`. */
+  /** URL of the server, with `/v1`. Default: the environment's `MIXTAPE_BASE_URL`, else `http://127.0.0.1:8080/v1`. */
   readonly baseURL?: string;
-  /** Default: the environment's `MIXTAPE_API_KEY`; none is needed where the server has no keys. */
+  /** Default: the environment's `MIXTAPE_API_KEY`. Servers without keys need none. */
   readonly apiKey?: string;
   /** Sent with each request. */
   readonly headers?: Readonly<Record<string, string>>;
   readonly fetch?: typeof globalThis.fetch;
 }
 
-/** Chat, completion and embedding models of a server, by name: `createMixtape()("default")`. Objects are made to their schema. */
+/** A server's chat, completion and embedding models, by name: `createMixtape()("default")`. Generated objects satisfy their schema. */
 export function createMixtape(options: MixtapeProviderOptions = {}): OpenAICompatibleProvider {
   const { env } = process;
   return createOpenAICompatible({

@@ -1,4 +1,4 @@
-/** The public names of mixtape. */
+/** The public API of mixtape. */
 
 export { type ExportOptions, exportGguf } from "./api/export.ts";
 export type { GenerationOptions, ModelInputs } from "./api/generation.ts";

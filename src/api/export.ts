@@ -1,4 +1,4 @@
-/** Writes a model as one GGUF file, which llama.cpp and what is built on it run. Its tokenizer and chat template go along. */
+/** Exports a model as one GGUF file for llama.cpp and its derivatives, with tokenizer and chat template. Runs no model. */
 import { stat } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { basename, resolve } from "node:path";
@@ -18,22 +18,22 @@ import { openPieces, pieceEntries, placeholderPieces } from "./pieces.ts";
 
 export type GgufExportType = "q8_0" | "q4_0" | "bf16" | "f16" | "f32";
 
-/** llama.cpp's numbers for what most of a file's tensors are. */
+/** llama.cpp's file types, by the format of most tensors. */
 const FILE_TYPES: Readonly<Record<GgufExportType, number>> = { f32: 0, f16: 1, q4_0: 2, q8_0: 7, bf16: 32 };
 
 export interface ExportOptions {
   readonly type: GgufExportType;
-  /** Called after each tensor. Bytes are of the result. */
+  /** Called after each tensor, with bytes of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
   readonly signal?: AbortSignal;
-  /** Write a placeholder (the 256 bytes) where the model has no tokenizer. Default false: that is an error. */
+  /** Write a placeholder tokenizer (the 256 bytes) if the model has none. Default false: that is an error. */
   readonly withoutTokenizer?: boolean;
 }
 
 /**
- * Writes `outFile`. From int4 to q4_0 and from int8 to q8_0 nothing is lost: GGUF can say the same numbers. Norms, the router
- * and its bias are float32; of q4_0 the embedding and the head are q8_0. Holds a few matrices at a time.
- * Throws a one-line error for a model that GGUF can't hold or a file that is there already; no part of a file is left behind.
+ * Writes `outFile`. int4 to q4_0 and int8 to q8_0 are lossless. Norms, the router and its bias are float32; with q4_0 the
+ * embedding and the head are q8_0. Holds a few matrices in memory at a time.
+ * Rejects with a one-line error for a model that GGUF can't represent or a file that exists; no partial file is left behind.
  */
 export async function exportGguf(source: string, outFile: string, options: ExportOptions): Promise<{ bytes: number; tensors: number }> {
   if (!Object.hasOwn(FILE_TYPES, options.type))

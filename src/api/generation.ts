@@ -1,4 +1,4 @@
-/** What `generate` takes: the options that users of transformers know, their defaults, and how they become requests. */
+/** Options of `generate`, named as in transformers: their defaults, validation, and conversion to requests. Runs nothing. */
 import { randomInt } from "node:crypto";
 import { type ResponseFormat, type ResponseFormatOption, readFormat } from "../chat/format.ts";
 import { GREEDY, type Sampling } from "../engine/sampling.ts";
@@ -6,37 +6,37 @@ import { type ErnieConfig, readIds } from "../model/config.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import type { Streamer } from "./streamers.ts";
 
-/** Every default may be set in the model's generation_config.json; those named here apply where it is silent. */
+/** The model's generation_config.json may set any default; those given here apply otherwise. */
 export interface GenerationOptions {
-  /** Tokens of prompt and answer at most. Ignored where `max_new_tokens` is given. */
+  /** Most tokens of prompt and answer together. Ignored when `max_new_tokens` is given. */
   readonly max_length?: number;
-  /** Tokens of the answer at most. Default 256 where `max_length` is not given either. */
+  /** Most tokens of the answer. Default 256 when `max_length` is not given either. */
   readonly max_new_tokens?: number;
-  /** Choose at random by probability. Default false: the most likely token. */
+  /** Sample by probability. Default false: always take the likeliest token. */
   readonly do_sample?: boolean;
-  /** Divides the logits; below 1 sharpens, 0 is greedy. Default 1. Ignored unless sampling, like the next three. */
+  /** Divides the logits; below 1 sharpens the distribution, 0 is greedy. Default 1. Ignored unless sampling, like the next three. */
   readonly temperature?: number;
-  /** Only the k most likely tokens; 0 is no limit. Default 0. */
+  /** Sample from the k likeliest tokens; 0 is no limit. Default 0. */
   readonly top_k?: number;
-  /** Only the likeliest tokens that reach this probability together. Default 1 (https://arxiv.org/abs/1904.09751). */
+  /** Sample from the likeliest tokens whose probabilities add up to this. Default 1 (https://arxiv.org/abs/1904.09751). */
   readonly top_p?: number;
-  /** Only tokens at least this share as likely as the likeliest. Default 0 (https://arxiv.org/abs/2407.01082). */
+  /** Sample from tokens at least this fraction as likely as the likeliest. Default 0 (https://arxiv.org/abs/2407.01082). */
   readonly min_p?: number;
-  /** Divides the logits of tokens that occurred, prompt included. Default 1: none. */
+  /** Divides the logits of tokens that have occurred, prompt included. Default 1: no penalty. */
   readonly repetition_penalty?: number;
-  /** Subtracted once from the logits of tokens of the answer. Default 0. */
+  /** Subtracted once from the logit of each token that has occurred in the answer. Default 0. */
   readonly presence_penalty?: number;
-  /** Subtracted from the logits of tokens of the answer for each occurrence. Default 0. */
+  /** Subtracted from a token's logit for each occurrence in the answer. Default 0. */
   readonly frequency_penalty?: number;
   /** No n-gram of this size occurs twice; 0: off. Default 0. */
   readonly no_repeat_ngram_size?: number;
   /** Added to logits, by token id; -Infinity forbids a token. */
   readonly logit_bias?: Readonly<Record<number, number>> | ReadonlyMap<number, number>;
-  /** Makes sampling repeatable. Default: another one each time. */
+  /** Makes sampling repeatable. Default: a random seed. */
   readonly seed?: number;
-  /** Ids that end an answer: one, a list, or null for none. Default: those of the model. */
+  /** Ids that end an answer: one, a list, or null for none. Default: the model's. */
   readonly eos_token_id?: number | readonly number[] | null;
-  /** Texts that end an answer once they occur in it; needs `tokenizer`. */
+  /** Texts that end an answer when they occur in it. Needs `tokenizer`. */
   readonly stop_strings?: string | readonly string[];
   /** For options that read or constrain the answer's text. */
   readonly tokenizer?: Tokenizer;
@@ -45,17 +45,17 @@ export interface GenerationOptions {
    * as a whole. Needs `tokenizer`. An answer that `max_new_tokens` cuts off is incomplete. Default: free text.
    */
   readonly response_format?: ResponseFormatOption;
-  /** Answers to each prompt. More than one needs sampling. Default 1. */
+  /** Answers per prompt. More than one needs sampling. Default 1. */
   readonly num_return_sequences?: number;
-  /** Gets the prompt, then each new token. For one prompt and one answer only. */
+  /** Receives the prompt, then each new token. Only for one prompt with one answer. */
   readonly streamer?: Streamer;
-  /** Aborting it stops between two tokens; `generate` then rejects with its reason. */
+  /** Aborting it stops generation between two tokens; `generate` then rejects with the signal's reason. */
   readonly signal?: AbortSignal;
   /** Return an object with log-probabilities and finish reasons instead of plain sequences. Default false. */
   readonly return_dict_in_generate?: boolean;
   /** With `return_dict_in_generate`: the likeliest n alternatives at each step, with their log-probabilities. Default 0. */
   readonly top_logprobs?: number;
-  /** Accepted for completeness: the cache is always used, and there is one beam. */
+  /** Accepted for compatibility: the cache is always used, and there is one beam. */
   readonly use_cache?: true;
   readonly num_beams?: 1;
 }
@@ -67,11 +67,11 @@ export interface ResolvedGeneration {
   readonly stopStrings: readonly string[];
   readonly answers: number;
   readonly format: ResponseFormat;
-  /** Tokens of the answer at most, for a prompt of this many. */
+  /** Most tokens of the answer to a prompt of this length. */
   maxNewTokens(promptLength: number): number;
 }
 
-/** Keys of `generate` that are not `GenerationOptions`. */
+/** Options of `generate` that are not in `GenerationOptions`. */
 const INPUTS = ["input_ids", "attention_mask"];
 const KNOWN = new Set<string>([
   ...INPUTS,
@@ -104,8 +104,8 @@ const KNOWN = new Set<string>([
 ]);
 
 /**
- * Fills in defaults. Throws RangeError for options that are unknown or do not fit together; ranges of the sampling
- * controls are checked when a request is submitted.
+ * Fills in defaults. Throws RangeError for options that are unknown or contradict each other, GrammarError for a malformed
+ * `response_format`. The ranges of the sampling controls are checked when a request is submitted.
  */
 export function resolveGeneration(options: GenerationOptions, defaults: Record<string, unknown>, config: ErnieConfig): ResolvedGeneration {
   const unknown = Object.keys(options).find((key) => !KNOWN.has(key));
@@ -171,23 +171,23 @@ export function endTokenIds(defaults: Readonly<Record<string, unknown>>, config:
   return eos == null ? config.eosTokenIds : readIds(eos, "generation_config.json: eos_token_id");
 }
 
-/** Prompts as `generate` and `forward` take them: rows of ids, and which of them count. */
+/** Prompts for `generate` and `forward`: rows of ids, and which of them are padding. */
 export interface ModelInputs {
   readonly input_ids: readonly (readonly number[])[] | readonly number[];
-  /** 1 for a token, 0 for padding, in the shape of `input_ids`. Default: all count. */
+  /** 1 for a token, 0 for padding, in the shape of `input_ids`. Default: no padding. */
   readonly attention_mask?: readonly (readonly number[])[] | readonly number[];
 }
 
-/** A prompt and where its tokens stand in the row as given. */
+/** A prompt and its position in the row as given. */
 export interface Row {
   /** The row as given, padding included. */
   readonly given: readonly number[];
   readonly tokens: readonly number[];
-  /** Index in `given` of the first token that counts. */
+  /** Index in `given` of the first token that is not padding. */
   readonly start: number;
 }
 
-/** Takes padding off. Throws RangeError for rows without tokens, masks of another shape, or padding between tokens. */
+/** Removes padding. Throws RangeError for rows without tokens, masks of another shape, or padding between tokens. */
 export function readRows({ input_ids, attention_mask }: ModelInputs): Row[] {
   const rows = (x: ModelInputs["input_ids"]) => (typeof x[0] === "number" ? [x as number[]] : (x as number[][]));
   const ids = Array.isArray(input_ids) ? rows(input_ids) : [];

@@ -1,4 +1,4 @@
-/** The model as users of transformers know it: `from_pretrained`, `generate`, `forward`. */
+/** The model with the API of transformers: `from_pretrained`, `generate`, `forward`. Knows no messages. */
 import { fileURLToPath } from "node:url";
 import { type DownloadProgress, type ResolveOptions, resolveModel } from "../checkpoint/hub.ts";
 import type { Inspection } from "../engine/engine.ts";
@@ -11,22 +11,22 @@ import { constrainBy } from "./constraint.ts";
 import { type GenerationOptions, type ModelInputs, readRows, resolveGeneration } from "./generation.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "./load.ts";
 
-/** Where a model comes from: a folder, a hub id, or `default` for the small one that comes with mixtape. */
+/** How to find and load a model: a folder, a hub id, or `default` for the bundled model. */
 export interface PretrainedOptions extends LoadOptions {
-  /** Where to compute, as `device`; `auto` is the CPU. */
+  /** Same as `device`; `auto` is the CPU. */
   readonly device_map?: string;
   /** Branch, tag or commit on the hub. Default `main`. */
   readonly revision?: string;
   readonly cache_dir?: string;
   /** For gated and private models. Default: `HF_TOKEN`. */
   readonly token?: string;
-  /** Never ask the hub. Default: whether `HF_HUB_OFFLINE` is set. */
+  /** Never contact the hub. Default: whether `HF_HUB_OFFLINE` is set. */
   readonly local_files_only?: boolean;
   readonly progress_callback?: (progress: DownloadProgress) => void;
   readonly signal?: AbortSignal;
 }
 
-/** Numbers with their sizes, row-major. */
+/** A tensor: its dimensions and its numbers, row-major. */
 export interface NamedTensor<T = Float32Array> {
   readonly dims: readonly number[];
   readonly data: T;
@@ -37,13 +37,13 @@ export interface ForwardOptions extends ModelInputs {
   readonly output_router_logits?: boolean;
 }
 
-/** Rows of padding hold zeros. `length` is that of the longest row. */
+/** Padded positions hold zeros. `length` is that of the longest row. */
 export interface CausalLMOutput {
   /** [batch, length, vocab] */
   readonly logits: NamedTensor;
   /** [batch, length, hidden] before each layer, the last after the final norm. */
   readonly hidden_states?: readonly NamedTensor[];
-  /** Of each mixture layer; tokens of all rows, [batch * length, ...]. */
+  /** One entry per mixture layer, with the tokens of all rows: [batch * length, ...]. */
   readonly router_logits?: readonly RouterOutput[];
 }
 
@@ -58,21 +58,21 @@ export interface RouterOutput {
   readonly weights: NamedTensor;
 }
 
-/** Of `generate` with `return_dict_in_generate`. One entry an answer, answers to the same prompt together. */
+/** Result of `generate` with `return_dict_in_generate`. One entry per answer; answers to the same prompt are consecutive. */
 export interface GenerateOutput {
   /** Prompt and answer. */
   readonly sequences: number[][];
-  /** Natural logarithm of each new token's probability by the model alone. */
+  /** Natural logarithm of each new token's probability by the model alone, before sampling controls. */
   readonly logprobs: number[][];
   /** With `top_logprobs`: the alternatives of each new token, likeliest first. */
   readonly top_logprobs?: { id: number; logprob: number }[][][];
-  /** `stop`: an end token or stop string; `length`: no more room. */
+  /** `stop`: an end token or stop string; `length`: the length limit. */
   readonly finish_reasons: ("stop" | "length")[];
 }
 
 const DEFAULT_MODEL = fileURLToPath(new URL("../../models/small-moe", import.meta.url));
 
-/** The local folder of a model; fetches it from the hub where needed. */
+/** The local folder of a model, downloaded from the hub if necessary. */
 export function resolvePretrained(idOrFolder: string, options: PretrainedOptions & Pick<ResolveOptions, "weights"> = {}): Promise<string> {
   if (idOrFolder === "default") return Promise.resolve(DEFAULT_MODEL);
   return resolveModel(idOrFolder, { ...options, onProgress: options.progress_callback });
@@ -81,8 +81,8 @@ export function resolvePretrained(idOrFolder: string, options: PretrainedOptions
 /** Loads causal language models. */
 export const AutoModelForCausalLM = {
   /**
-   * Loads a model from a folder, a hub id, or `default`. Throws a one-line error that says what is wrong with files,
-   * config or options; nothing has run then.
+   * Loads a model from a folder, a hub id, or `default`. Rejects with a one-line error that says what is wrong with files,
+   * config or options, before anything runs.
    */
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<CausalLM> {
     const folder = await resolvePretrained(idOrFolder, options);
@@ -96,9 +96,9 @@ export class CausalLM {
   readonly config: ErnieConfig;
   /** generation_config.json: defaults of `generate`. */
   readonly generation_config: Readonly<Record<string, unknown>>;
-  /** For people: instruction set and threads. */
+  /** Instruction set and threads, for display. */
   readonly device: string;
-  /** The engine beneath: `submit` streams tokens of many requests at once. */
+  /** The underlying engine: `submit` streams tokens of many concurrent requests. */
   readonly engine: LoadedModel["engine"];
 
   constructor({ config, checkpoint, engine, backend }: LoadedModel) {
@@ -136,7 +136,7 @@ export class CausalLM {
     };
   }
 
-  /** Logits of every position, and on request hidden states and routing. Without side effects on other requests. */
+  /** Logits of every position and, on request, hidden states and routing. Has no side effects on other requests. */
   async forward(options: ForwardOptions): Promise<CausalLMOutput> {
     const rows = readRows(options);
     const want = { hiddenStates: options.output_hidden_states, routing: options.output_router_logits };
@@ -170,13 +170,13 @@ export class CausalLM {
     };
   }
 
-  /** Frees weights, cache and threads. Running requests fail; using the model afterwards throws. */
+  /** Frees weights, cache and threads. Running requests fail, and so does using the model afterwards. */
   dispose(): Promise<void> {
     return this.engine.dispose();
   }
 }
 
-/** Watches answers for stop strings; null where there are none. */
+/** Watches answers for stop strings; null when there are none. */
 export function stopsAt(stopStrings: readonly string[], tokenizer: Tokenizer): (() => (token: GeneratedToken) => boolean) | null {
   if (stopStrings.length === 0) return null;
   return () => {

@@ -1,4 +1,4 @@
-/** The tokenizer in a GGUF file: its key-values as pieces, and back. */
+/** Converts the tokenizer in a GGUF file from key-values to pieces, and back. Knows no weights. */
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { CheckpointError } from "../checkpoint/error.ts";
@@ -11,7 +11,7 @@ import type { Role } from "../tokenizer/vocabulary.ts";
 
 const KEY = "tokenizer.ggml.";
 const TEMPLATE = "tokenizer.chat_template";
-/** GGUF's words for the named tokens; its spelling of the separator is the format's own. */
+/** GGUF's names for special tokens; the misspelled separator is GGUF's own. */
 const ROLES: Readonly<Record<Role, string>> = {
   bos_token: "bos_token_id",
   eos_token: "eos_token_id",
@@ -22,13 +22,13 @@ const ROLES: Readonly<Record<Role, string>> = {
   mask_token: "mask_token_id",
 };
 
-/** The tokenizer of a GGUF file or of a folder, as pieces. Throws CheckpointError or TokenizerError where there is none. */
+/** The tokenizer of a GGUF file or a folder, as pieces. Rejects with CheckpointError or TokenizerError when there is none. */
 export async function openPieces(path: string): Promise<PieceModel> {
   const file = await ggufFile(path);
   return file === undefined ? readPieceModel(path) : piecesOf(file, await readGguf(file));
 }
 
-/** Writes what a model folder has beside config.json and weights: the tokenizer's files and generation_config.json. */
+/** Writes a model folder's files besides config.json and weights: the tokenizer and generation_config.json. */
 export async function unpackConfigs(file: string, folder: string): Promise<void> {
   const head = await readGguf(file);
   const { toFiles } = await import("../tokenizer/portable.ts");
@@ -37,7 +37,7 @@ export async function unpackConfigs(file: string, folder: string): Promise<void>
   for (const [name, value] of Object.entries(files)) await writeFile(join(folder, name), `${JSON.stringify(value, null, 1)}\n`);
 }
 
-/** Pieces for a model without a tokenizer: the bytes. What reads the file needs some, and speed does not depend on them. */
+/** Placeholder pieces for a model without a tokenizer: the 256 bytes. Readers need some, and speed does not depend on them. */
 export function placeholderPieces(vocabSize: number): PieceModel {
   const named = [pieceType.unknown, pieceType.control, pieceType.control].map((type, id) => ({
     piece: ["<unk>", "<s>", "</s>"][id],
@@ -59,7 +59,7 @@ export function placeholderPieces(vocabSize: number): PieceModel {
   };
 }
 
-/** What is absent is as llama.cpp takes it for this kind of tokenizer: a space in front, and the first token `bos`. */
+/** Missing keys get llama.cpp's defaults for this kind of tokenizer: a leading space, and `bos` as the first token. */
 export function piecesOf(file: string, { values }: GgufHead): PieceModel {
   const kind = values.get(`${KEY}model`);
   if (kind !== "llama") {
@@ -72,11 +72,11 @@ export function piecesOf(file: string, { values }: GgufHead): PieceModel {
   };
   const tokens = list("tokens") as readonly string[] | undefined;
   if (!tokens?.length || tokens.some((token) => typeof token !== "string"))
-    throw new CheckpointError(file, `${KEY}tokens is no list of texts`);
+    throw new CheckpointError(file, `${KEY}tokens is not a list of strings`);
   const numbers = (name: string, fallback: number): ArrayLike<number> => {
     const found = list(name) ?? new Array<number>(tokens.length).fill(fallback);
     if (found.length !== tokens.length || typeof found[0] !== "number")
-      throw new CheckpointError(file, `${KEY}${name} is no list of ${tokens.length} numbers, one a token`);
+      throw new CheckpointError(file, `${KEY}${name} is not a list of ${tokens.length} numbers, one per token`);
     return found as ArrayLike<number>;
   };
   const scores = numbers("scores", 0);
@@ -102,9 +102,9 @@ export function piecesOf(file: string, { values }: GgufHead): PieceModel {
 }
 
 /**
- * The key-values of a tokenizer. llama.cpp merges by score any two pieces that make a third and knows no list of merges; it
- * is written all the same, so that mixtape encodes exactly as before.
- * @param vocabSize rows of the embedding: ids beyond the pieces are filled up. Throws RangeError where pieces have none
+ * The key-values of a tokenizer. llama.cpp merges any two pieces that form a third, by score, and ignores the list of merges; it
+ * is written anyway, so that mixtape encodes exactly as before. Throws RangeError when there are more pieces than rows.
+ * @param vocabSize rows of the embedding: ids beyond the pieces get placeholders
  */
 export function pieceEntries(model: PieceModel, vocabSize: number): GgufEntry[] {
   if (model.pieces.length > vocabSize)

@@ -1,4 +1,4 @@
-/** Writes a model folder anew with its matrices in another format. Norms, biases and the router become float32. */
+/** Converts a model folder to another weight format. Norms, biases and the router become float32. Runs no model. */
 import { createHash } from "node:crypto";
 import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";
@@ -21,10 +21,10 @@ import { unpackConfigs } from "./pieces.ts";
 
 export interface QuantizeOptions {
   readonly dtype: "int8" | "int4" | "bf16" | "fp16" | "fp32";
-  /** Called after each tensor. Bytes are of the result. */
+  /** Called after each tensor, with bytes of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
   readonly signal?: AbortSignal;
-  /** Of `random:` sources: another number of layers or experts than the shape has, and the seed (default 0). */
+  /** For `random:` sources: override the number of layers or experts, and the seed (default 0). */
   readonly layers?: number;
   readonly experts?: number;
   readonly seed?: number;
@@ -39,27 +39,27 @@ const FORMATS = {
 } as const;
 const STORED = { int8: "U8", int4: "U8", bf16: "BF16", f16: "F16", f32: "F32" } as const;
 
-/** Beside the weights: a digest of each tensor. */
+/** File with a digest of each tensor, beside the weights. */
 const CHECKSUMS = "checksums.json";
 const COPIED =
   /^(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json$|^tokenizer\.model$|^chat_template[\w.-]*$|^(LICENSE|README)/;
 
-/** Where the numbers come from: a checkpoint, or a seeded generator. */
+/** Source of the weights: a checkpoint or a seeded generator. */
 interface Origin {
   readonly config: Record<string, unknown>;
   /** Writes part `index` of a parameter, a matrix [n, k], into `to`. */
   fill(p: ModelParameter, index: number, dtype: BlockDtype | "f32" | "bf16" | "f16", n: number, k: number, to: Uint8Array): Promise<void>;
-  /** Files to copy beside the weights. */
+  /** Folder with further files to copy; null: none. */
   readonly folder: string | null;
 }
 
 /**
- * Reads the model folder `source` and writes `out`, in the hub's layout. Matrices are converted a few at a time, so memory
- * stays small whatever the size. The weights come last, and get their name only when whole: a folder cut off halfway does
- * not load, and running again goes on where it stopped. `checksums.json` holds a SHA-256 of each tensor for `verify`.
+ * Reads the model folder `source` and writes `out`, in the hub's layout. Matrices are converted a few at a time, so memory use
+ * stays small for any model. The weights are written last and renamed when complete: an interrupted run leaves a folder that
+ * does not load, and running again resumes it. `checksums.json` holds a SHA-256 of each tensor for `verify`.
  *
  * `random:21b-a3b`, `random:0.3b` and `random:CONFIG.json` are models of that shape with seeded random weights.
- * @throws CheckpointError for whatever is wrong with the source, Error when `out` holds a model already
+ * @throws CheckpointError for a source that can't be used, Error when `out` already holds a model
  */
 export async function quantize(source: string, out: string, options: QuantizeOptions): Promise<{ bytes: number; tensors: number }> {
   if (!Object.hasOwn(FORMATS, options.dtype))

@@ -1,21 +1,21 @@
-/** Takes tokens as they are generated: the interface, and one that turns them into text. */
+/** Streamers receive tokens as they are generated: the interface, and one that decodes to text. Know no model. */
 import type { Detokenizer } from "../tokenizer/detokenizer.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 
-/** As in transformers: `put` gets the prompt's ids first, then each new id; `end` is called once, also after an abort. */
+/** As in transformers: `put` receives the prompt's ids, then each new id; `end` is called once, even after an abort. */
 export interface Streamer {
   put(ids: readonly number[]): void;
   end(): void;
 }
 
 export interface TextStreamerOptions {
-  /** Leave the prompt out. Default false. */
+  /** Omit the prompt. Default false. */
   readonly skip_prompt?: boolean;
-  /** Leave special tokens out. Default true. */
+  /** Omit special tokens. Default true. */
   readonly skip_special_tokens?: boolean;
-  /** Gets each piece of text, whole characters only. Default: writes to standard output, and a newline at the end. */
+  /** Receives each piece of text, in whole characters. Default: writes to standard output, with a final newline. */
   readonly callback_function?: (text: string) => void;
-  /** Gets each id of the answer. */
+  /** Receives each id of the answer. */
   readonly token_callback_function?: (ids: readonly number[]) => void;
 }
 

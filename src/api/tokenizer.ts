@@ -1,4 +1,4 @@
-/** `AutoTokenizer`: a tokenizer from a folder, a GGUF file, a hub id, or `default`. */
+/** `AutoTokenizer`: loads a tokenizer from a folder, a GGUF file, a hub id, or `default`. Knows no model. */
 import { readdir } from "node:fs/promises";
 import { ggufFile } from "../checkpoint/gguf/archive.ts";
 import { readGguf } from "../checkpoint/gguf/header.ts";
@@ -6,7 +6,7 @@ import { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { type PretrainedOptions, resolvePretrained } from "./model.ts";
 import { piecesOf } from "./pieces.ts";
 
-/** The tokenizer of a local folder, or of a GGUF file. Files of a tokenizer beside a GGUF file go before what is in it. */
+/** The tokenizer of a local folder or a GGUF file. Tokenizer files beside a GGUF file take precedence over its contents. */
 export async function openTokenizer(path: string): Promise<Tokenizer> {
   const file = await ggufFile(path);
   if (file === undefined || (await holdsTokenizer(path))) return Tokenizer.open(path);
@@ -14,13 +14,13 @@ export async function openTokenizer(path: string): Promise<Tokenizer> {
 }
 
 async function holdsTokenizer(path: string): Promise<boolean> {
-  const names: string[] = await readdir(path).catch(() => []); // of a file none
+  const names: string[] = await readdir(path).catch(() => []); // not a folder
   return names.includes("tokenizer.json") || names.includes("tokenizer.model");
 }
 
 /** Loads tokenizers. */
 export const AutoTokenizer = {
-  /** Reads tokenizer.json or tokenizer.model; from the hub only those files. Throws when the folder has neither. */
+  /** Reads tokenizer.json or tokenizer.model, downloading only the tokenizer's files. Rejects when the folder has neither. */
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<Tokenizer> {
     return openTokenizer(await resolvePretrained(idOrFolder, { ...options, weights: false }));
   },

@@ -1,6 +1,6 @@
 /**
- * A model as it lies on disk: its configs, and every tensor of one or many safetensors files, or of one GGUF file.
- * It knows what is stored, not what a model needs (that is `names.ts`). Weights are never read here, only headers.
+ * A model on disk: its configs, and every tensor of one or more safetensors files or of one GGUF file. Knows what is stored, not
+ * what a model needs (see `names.ts`). Reads headers only, never weights.
  */
 import { readdir, readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
@@ -10,17 +10,17 @@ import { ggufFile, openArchive } from "./gguf/archive.ts";
 import { readHeader, STORED_BITS, type StoredDtype, type TensorEntry } from "./safetensors.ts";
 
 export interface Checkpoint {
-  /** Absolute path; of a GGUF file, the folder that it is in. */
+  /** Absolute path; for a GGUF file, the folder that contains it. */
   readonly folder: string;
-  /** `config.json` as it is. */
+  /** `config.json`, unchanged. */
   readonly config: Record<string, unknown>;
-  /** `generation_config.json` as it is, or null where there is none. */
+  /** `generation_config.json`, unchanged; null if there is none. */
   readonly generationConfig: Record<string, unknown> | null;
   /** Every stored tensor by name, of all files. */
   readonly tensors: ReadonlyMap<string, TensorEntry>;
-  /** `__metadata__` of the files; where shards disagree on a key, the first in the order of names wins. */
+  /** `__metadata__` of the files; if shards disagree on a key, the first shard by name wins. */
   readonly metadata: Readonly<Record<string, string>>;
-  /** The tensors stored in one of our block formats or one of GGUF's; empty for other checkpoints. */
+  /** Tensors in one of our block formats or one of GGUF's; empty for other checkpoints. */
   readonly blocks: ReadonlyMap<string, BlockMatrix>;
 }
 
@@ -31,9 +31,9 @@ export const INDEX = "model.safetensors.index.json";
 
 /**
  * Opens a model folder: reads its configs and the headers of its weights, and checks that they agree.
- * @param folder holds config.json, and model.safetensors or model.safetensors.index.json with its shards; or a GGUF file, or
- * a folder whose only weights are one
- * @throws CheckpointError for whatever is missing, broken, or at odds
+ * @param folder contains config.json, and model.safetensors or model.safetensors.index.json with its shards; or a GGUF file, or
+ * a folder whose only weights are one GGUF file
+ * @throws CheckpointError for anything that is missing, broken or contradictory
  */
 export async function openCheckpoint(folder: string): Promise<Checkpoint> {
   const root = resolve(folder);
@@ -46,15 +46,15 @@ export async function openCheckpoint(folder: string): Promise<Checkpoint> {
   return { folder: root, config, generationConfig, ...(await openWeights(root)) };
 }
 
-/** What a checkpoint holds of one dtype. */
+/** The tensors of one dtype in a checkpoint. */
 export interface DtypeTotal {
   readonly tensors: number;
-  /** Numbers, not bytes: of a block matrix, those of its logical shape. */
+  /** Number of elements; for a block matrix, of its logical shape. */
   readonly elements: number;
   readonly bytes: number;
 }
 
-/** Totals by stored dtype, the largest first; tensors in block formats count as those: `int8`, `q4_0`. */
+/** Totals by stored dtype, largest first; tensors in block formats count under their format: `int8`, `q4_0`. */
 export function totalsByDtype(checkpoint: Checkpoint): Map<StoredDtype | BlockMatrix["dtype"], DtypeTotal> {
   const totals = new Map<StoredDtype | BlockMatrix["dtype"], DtypeTotal>();
   for (const { name, dtype, bytes } of checkpoint.tensors.values()) {
@@ -68,8 +68,8 @@ export function totalsByDtype(checkpoint: Checkpoint): Map<StoredDtype | BlockMa
 }
 
 /**
- * The first file that a model folder lacks, of its config, weights and shards; `undefined` if all are there.
- * Only looks whether they are there. `weights: false` looks for the config alone.
+ * The first file missing from a model folder, of config, weights and shards; `undefined` if all exist. Checks existence only.
+ * `weights: false` checks only the config.
  */
 export async function missingFile(folder: string, { weights = true } = {}): Promise<string | undefined> {
   if (!(await exists(join(folder, CONFIG)))) return CONFIG;
@@ -190,7 +190,7 @@ async function exists(file: string): Promise<boolean> {
   }
 }
 
-/** A hint on weights of a format that is not read, or of which too many are there. */
+/** A hint about weights in an unsupported format, or about too many GGUF files. */
 async function foundInstead(root: string): Promise<string> {
   const others = (await readdir(root)).filter((name) => /\.(safetensors|bin|pt|pth|gguf|pdparams)$/.test(name)).sort();
   if (others.length === 0) return "";

@@ -1,7 +1,7 @@
 /**
  * Reads the safetensors format: an 8-byte length, a JSON header, then the tensors' bytes without gaps.
- * Strict as the official parser is, but that 33.0 may stand for 33. It knows no model and no index of shards; a file's
- * claims are checked against its size before anything of that size is allocated.
+ * As strict as the official parser, except that 33.0 may stand for 33. Sizes claimed by a file are checked against its real size
+ * before anything is allocated. Knows no model and no index of shards.
  */
 import { resolve } from "node:path";
 import { CheckpointError, errorText } from "./error.ts";
@@ -33,7 +33,7 @@ export const STORED_BITS = {
   U64: 64,
 } as const satisfies Record<string, number>;
 
-/** A dtype as a safetensors file spells it. */
+/** A dtype as spelled in safetensors files. */
 export type StoredDtype = keyof typeof STORED_BITS;
 
 /** A run of bytes in a file. */
@@ -45,7 +45,7 @@ export interface Slice {
   readonly bytes: number;
 }
 
-/** One tensor of a file: what it is and where its bytes are. */
+/** One tensor of a file: its type, shape and position. */
 export interface TensorEntry extends Slice {
   readonly name: string;
   readonly dtype: StoredDtype;
@@ -53,7 +53,7 @@ export interface TensorEntry extends Slice {
 }
 
 export interface SafetensorsHeader {
-  /** The file's `__metadata__`; empty where it has none. An object without prototype, so any key is only a key. */
+  /** The file's `__metadata__`; empty if there is none. Has no prototype, so any key is safe. */
   readonly metadata: Readonly<Record<string, string>>;
   /** By name, in the order of their bytes in the file. */
   readonly tensors: Map<string, TensorEntry>;
@@ -122,7 +122,7 @@ export function parseHeader(bytes: Uint8Array, file: string, fileBytes: number):
 }
 
 /**
- * Reads the bytes of a tensor (or of any slice). For small use: the whole is held in memory.
+ * Reads the bytes of a tensor or any slice into memory.
  * @throws CheckpointError if the file can't be read or has become shorter than the slice
  */
 export async function readTensor(entry: Slice): Promise<Buffer> {
@@ -140,7 +140,7 @@ export async function readTensor(entry: Slice): Promise<Buffer> {
 
 /**
  * Bytes of a tensor of this dtype and shape.
- * @returns `undefined` where the count overflows 2^53 or does not fill whole bytes
+ * @returns `undefined` if the count overflows 2^53 or is not a whole number of bytes
  */
 export function storedBytes(dtype: StoredDtype, shape: readonly number[]): number | undefined {
   let elements = 1;
@@ -238,7 +238,7 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** A value from a file as it may stand in a one-line error: JSON, cut at 100 characters. */
+/** A value from a file for a one-line error: JSON, cut at 100 characters. */
 function quote(value: unknown): string {
   const text = JSON.stringify(value) ?? "undefined";
   return text.length > 100 ? `${text.slice(0, 100)}…` : text;

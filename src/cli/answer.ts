@@ -1,32 +1,32 @@
-/** One streamed answer with its times. Knows neither conversations nor where the text goes. */
+/** Streams one answer and measures its speed. Knows neither conversations nor where the text goes. */
 import type { GenerationOptions } from "../api/generation.ts";
 import type { CausalLM } from "../api/model.ts";
 import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 
 export interface Answer {
-  /** Without the stop string that ended it. Empty without a tokenizer. */
+  /** Excludes the stop string that ended it. Empty without a tokenizer. */
   readonly text: string;
   readonly ids: readonly number[];
-  /** Of each token; empty when interrupted. */
+  /** One per token; empty when interrupted. */
   readonly logprobs: readonly number[];
   readonly finish: "stop" | "length" | "interrupted";
   readonly promptTokens: number;
-  /** From the call to the first token; NaN when none came. */
+  /** Time from the call to the first token; NaN if there was none. */
   readonly firstMs: number;
-  /** From the call to the last token. */
+  /** Time from the call to the last token. */
   readonly seconds: number;
 }
 
 export interface AnswerTarget {
-  /** Gets the text, whole characters only. */
+  /** Receives the text, in whole characters. */
   readonly onText?: (text: string) => void;
   readonly onId?: (id: number) => void;
-  /** Ends the answer; what has come is returned. */
+  /** Aborting it ends the answer; the part so far is returned. */
   readonly signal?: AbortSignal;
 }
 
-/** Generates from `prompt` and streams what comes. */
+/** Generates from `prompt` and streams the answer. */
 export async function answer(
   model: CausalLM,
   tokenizer: Tokenizer | null,
@@ -88,7 +88,7 @@ export function describeSpeed({ ids, seconds, firstMs }: Answer): string {
   return `${ids.length} token${ids.length === 1 ? "" : "s"}${speed === null ? "" : `, ${speed.toFixed(0)} tokens/s`}${first}`;
 }
 
-/** Of the tokens after the first, whose time is the prompt's; null for an answer of fewer than two. */
+/** Speed of the tokens after the first, whose time is the prompt's; null for answers of fewer than two tokens. */
 export function tokensPerSecond({ ids, seconds, firstMs }: Pick<Answer, "ids" | "seconds" | "firstMs">): number | null {
   const rest = seconds - firstMs / 1000;
   return ids.length > 1 && rest > 0 ? (ids.length - 1) / rest : null;

@@ -1,4 +1,4 @@
-/** `mixtape bench`: how fast a model reads and writes, how that compares with what the machine could do, and with another model. */
+/** `mixtape bench`: measures a model's speed and compares it with the machine's limits and with another model. Holds no model itself. */
 import { writeFile } from "node:fs/promises";
 import { cpus, totalmem } from "node:os";
 import { type Command, InvalidArgumentError, Option } from "commander";
@@ -25,28 +25,28 @@ interface BenchFlags extends ModelFlags {
 export function addBench(program: Command): void {
   const command = program
     .command("bench")
-    .description("Measure a model's speed, load time and memory, and what share of the machine's own limits it reaches.")
+    .description("Measure a model's speed, load time and memory, and compare them with the machine's limits.")
     .optionsGroup("Options:")
-    .option("--prompt-lengths <list>", "tokens of the prompts, like 128,512", lengths, [128, 512])
-    .option("--contexts <list>", "tokens before those whose generation is timed, like 16,1024", lengths, [16, 1024])
-    .option("--new-tokens <n>", "how many tokens to generate", whole(1), 32)
-    .option("--repeat <n>", "rounds; figures are their medians", whole(1), 5)
-    .option("--profile", "time by op, and how fast it read weights")
+    .option("--prompt-lengths <list>", "prompt lengths in tokens, like 128,512", lengths, [128, 512])
+    .option("--contexts <list>", "context lengths at which generation is timed, like 16,1024", lengths, [16, 1024])
+    .option("--new-tokens <n>", "number of tokens to generate", whole(1), 32)
+    .option("--repeat <n>", "number of rounds; results are medians", whole(1), 5)
+    .option("--profile", "report time by op and the speed of reading weights")
     .option("--json", "print JSON")
     .option("--svg <file>", "write a plot")
     .optionsGroup("Compare with, taking turns in every round:")
     .option("--compare <folder|id>", "another model")
     .option("--compare-threads <n>", "another number of threads", whole(1))
-    .addOption(new Option("--compare-dtype <format>", "another format of the weights").choices(DTYPES))
-    .addOption(new Option("--compare-kv-cache-dtype <format>", "another format of the cache").choices(KV_CACHE_DTYPES));
+    .addOption(new Option("--compare-dtype <format>", "another weight format").choices(DTYPES))
+    .addOption(new Option("--compare-kv-cache-dtype <format>", "another KV cache format").choices(KV_CACHE_DTYPES));
   addModelOptions(command)
     .addHelpText(
       "after",
       examples(
-        ["mixtape bench", "the model that comes along"],
+        ["mixtape bench", "the bundled model"],
         ["mixtape bench -m ./my-model-int4 --profile", "where the time goes"],
         ["mixtape bench -m ./my-model --compare ./my-model-int8 --svg speed.svg", "two models, and a plot"],
-        ["mixtape bench --threads 1 --compare-threads 2", "does the second thread pay?"],
+        ["mixtape bench --threads 1 --compare-threads 2", "does a second thread help?"],
         ['mixtape bench --json | jq ".models[0].generation"', "for scripts"],
       ),
     )
@@ -103,7 +103,7 @@ async function bench(flags: BenchFlags): Promise<void> {
   }
 }
 
-/** What is being done, in one line that is written over; nothing without a terminal. */
+/** Shows the current activity in one line that is overwritten; does nothing without a terminal. */
 function statusLine(): { show(what: string): void; clear(): void } {
   const write = (text: string) => {
     if (process.stderr.isTTY) process.stderr.write(`\r\x1b[2K${text}`);

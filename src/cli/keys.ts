@@ -1,4 +1,4 @@
-/** `mixtape keys`: makes, lists and revokes the keys of `mixtape serve`. */
+/** `mixtape keys`: creates, lists and revokes API keys of `mixtape serve`. Knows no server. */
 import { type Command, InvalidArgumentError } from "commander";
 import { examples, whole } from "./options.ts";
 import { displayWidth, excerpt, padEnd } from "./terminal.ts";
@@ -12,22 +12,22 @@ interface CreateFlags {
 }
 
 export function addKeys(program: Command): void {
-  const keys = program.command("keys").description("Make, list and revoke the API keys of 'mixtape serve'. Only their hashes are stored.");
+  const keys = program.command("keys").description("Create, list and revoke the API keys of 'mixtape serve'. Only hashes are stored.");
   keys
     .command("create")
-    .description("Make a key, and print it: this once.")
-    .argument("<file>", "the key file; it is made if it is not there")
+    .description("Create a key and print it. It cannot be shown again.")
+    .argument("<file>", "the key file; created if it does not exist")
     .requiredOption("--name <name>", "whose it is")
-    .option("--expires <when>", "when it stops being valid: a date like 2027-01-31, or 90d or 12h from now", expiry)
-    .option("--model <name>", "only this model (repeatable; default: all)", (v: string, all: string[] = []) => [...all, v])
-    .option("--requests-per-minute <n>", "how often it may ask", whole(1))
-    .option("--tokens-per-day <n>", "prompts and answers together, a day in UTC", whole(1))
+    .option("--expires <when>", "expiry: a date like 2027-01-31, or a time from now like 90d or 12h", expiry)
+    .option("--model <name>", "allow only this model (repeatable; default: all)", (v: string, all: string[] = []) => [...all, v])
+    .option("--requests-per-minute <n>", "limit of requests per minute", whole(1))
+    .option("--tokens-per-day <n>", "limit of tokens per day (UTC), prompts and answers together", whole(1))
     .addHelpText("after", examples(["mixtape keys create keys.json --name alice --tokens-per-day 1000000", "a key with a budget"]))
     .action(create);
-  keys.command("list").description("List the keys, without the keys themselves.").argument("<file>", "the key file").action(list);
+  keys.command("list").description("List the keys without their secrets.").argument("<file>", "the key file").action(list);
   keys
     .command("revoke")
-    .description("Revoke a key. Running servers refuse it within a second.")
+    .description("Revoke a key. Running servers reject it within a second.")
     .argument("<file>", "the key file")
     .argument("<id|name>", "as 'mixtape keys list' shows it")
     .action(revoke);
@@ -73,12 +73,12 @@ async function revoke(file: string, idOrName: string): Promise<void> {
   for (const key of await revokeKey(file, idOrName)) process.stdout.write(`revoked ${key.id} of ${key.name}\n`);
 }
 
-/** Parses when a key ends: a date, or a time from now. */
+/** Parses an expiry: a date, or a time from now. */
 function expiry(text: string): string {
   const [, amount, unit] = /^(\d{1,5})([hd])$/.exec(text) ?? [];
   const fromNow = Date.now() + Number(amount) * (unit === "h" ? 3_600_000 : 86_400_000);
   const at = amount !== undefined ? fromNow : /^\d{4}-\d\d-\d\d/.test(text) ? Date.parse(text) : Number.NaN;
   if (Number.isNaN(at)) throw new InvalidArgumentError("It must be a date like 2027-01-31, or a time from now like 90d or 12h.");
-  if (at <= Date.now()) throw new InvalidArgumentError("It is over already.");
+  if (at <= Date.now()) throw new InvalidArgumentError("It is in the past.");
   return new Date(at).toISOString();
 }

@@ -1,4 +1,4 @@
-/** Options that several commands share, parsed strictly, and their translation to the names of the library. */
+/** Options shared by several commands: strict parsing, and conversion to the library's options. Knows no command. */
 import { randomInt } from "node:crypto";
 import { type Command, InvalidArgumentError, Option } from "commander";
 import type { GenerationOptions } from "../api/generation.ts";
@@ -6,7 +6,7 @@ import { KV_CACHE_DTYPES, type KvCacheDtype } from "../api/kv.ts";
 import type { LoadOptions } from "../api/load.ts";
 import { displayWidth, padEnd } from "./terminal.ts";
 
-/** Which model, and how to run it. */
+/** Which model to use and how to run it. */
 export interface ModelFlags extends HubFlags {
   readonly model: string;
   readonly dtype?: string;
@@ -17,14 +17,14 @@ export interface ModelFlags extends HubFlags {
   readonly chunkSize?: number;
 }
 
-/** Where files come from. */
+/** Where model files come from. */
 export interface HubFlags {
   readonly revision?: string;
   readonly cacheDir?: string;
   readonly offline?: boolean;
 }
 
-/** How the next token is chosen, and when to stop. */
+/** How to choose tokens and when to stop. */
 export interface SamplingFlags {
   readonly maxNewTokens?: number;
   readonly temperature?: number;
@@ -44,67 +44,67 @@ export interface SamplingFlags {
 export const DTYPES = ["auto", "fp32", "fp16", "bf16", "int8", "int4"] as const;
 const SAMPLERS = ["temperature", "topK", "topP", "minP", "seed"] as const;
 
-/** Adds where files come from. */
+/** Adds the hub options. */
 export function addHubOptions(command: Command): Command {
   return command
     .optionsGroup("Hub options:")
     .option("--revision <name>", "branch, tag or commit on the hub (default: main)")
-    .option("--cache-dir <folder>", "where downloads are kept (default: the Hugging Face cache)")
-    .option("--offline", "use only what is on this machine");
+    .option("--cache-dir <folder>", "download folder (default: the Hugging Face cache)")
+    .option("--offline", "use only files on this machine");
 }
 
-/** Adds `-m`, which model. */
+/** Adds `-m`. */
 export function addModelOption(command: Command): Command {
   return command
     .optionsGroup("Model options:")
     .addOption(
-      new Option("-m, --model <folder|id>", "a folder, a hub id, or the model that comes along").env("MIXTAPE_MODEL").default("default"),
+      new Option("-m, --model <folder|id>", "a folder, a hub id, or 'default' for the bundled model")
+        .env("MIXTAPE_MODEL")
+        .default("default"),
     );
 }
 
-/** Adds which model, and how to run it. */
+/** Adds the model options. */
 export function addModelOptions(command: Command): Command {
   addModelOption(command)
-    .addOption(new Option("--dtype <format>", "format of the weights in memory").choices(DTYPES).default("auto"))
-    .option("--threads <n>", "threads that compute (default: one a physical core)", whole(1))
+    .addOption(new Option("--dtype <format>", "weight format in memory").choices(DTYPES).default("auto"))
+    .option("--threads <n>", "compute threads (default: one per physical core)", whole(1))
     .addOption(new Option("--device <name>", "where to compute").choices(["auto", "cpu", "reference"]).default("auto"));
   command
-    .addOption(
-      new Option("--kv-cache-dtype <format>", "format of cached keys and values (default: by the weights)").choices(KV_CACHE_DTYPES),
-    )
-    .option("--kv-cache-tokens <n>", "tokens that the cache has room for (default: by the free memory)", whole(1))
-    .option("--chunk-size <n>", "tokens of a prompt that one step computes at most (default: 512)", whole(1));
+    .addOption(new Option("--kv-cache-dtype <format>", "KV cache format (default: depends on the weights)").choices(KV_CACHE_DTYPES))
+    .option("--kv-cache-tokens <n>", "capacity of the KV cache (default: depends on free memory)", whole(1))
+    .option("--chunk-size <n>", "most prompt tokens per step (default: 512)", whole(1));
   return addHubOptions(command);
 }
 
-/** The library's options of how to run a model. */
+/** The library's options for loading a model. */
 export function loadOptions(flags: ModelFlags): LoadOptions {
   const { dtype, threads, device, kvCacheDtype, kvCacheTokens, chunkSize } = flags;
   return { dtype, threads, device, kv_cache_dtype: kvCacheDtype, kv_cache_tokens: kvCacheTokens, chunk_size: chunkSize };
 }
 
-/** Adds how tokens are chosen. Defaults are the model's own, of its generation_config.json. */
+/** Adds the sampling options. Defaults come from the model's generation_config.json. */
 export function addSamplingOptions(command: Command): Command {
-  const noRepeat = new Option("--no-repeat-ngram-size <n>", "no sequence of n tokens occurs twice; 0: off").argParser(whole(0));
-  noRepeat.negate = false; // or else `--no-` would mean that --repeat-ngram-size is off
+  const noRepeat = new Option("--no-repeat-ngram-size <n>", "never repeat a sequence of n tokens; 0: off").argParser(whole(0));
+  noRepeat.negate = false; // otherwise `--no-` would negate an option --repeat-ngram-size
   return command
     .optionsGroup("Sampling options (defaults: the model's generation_config.json):")
-    .option("--max-new-tokens <n>", "length of the answer at most", whole(1))
+    .option("--max-new-tokens <n>", "longest answer in tokens", whole(1))
     .option("--temperature <x>", "below 1 sharpens, above 1 flattens, 0 is greedy", real(0))
-    .option("--top-k <n>", "only the n likeliest tokens; 0: all", whole(0))
-    .option("--top-p <x>", "only the likeliest tokens that reach this probability together", real(0, 1))
-    .option("--min-p <x>", "only tokens at least this share as likely as the likeliest", real(0, 1))
-    .option("--repetition-penalty <x>", "above 1: avoid tokens that occurred, prompt included", real(0))
-    .option("--presence-penalty <x>", "above 0: avoid tokens of the answer", real())
-    .option("--frequency-penalty <x>", "above 0: avoid frequent tokens of the answer", real())
+    .option("--top-k <n>", "sample from the n likeliest tokens; 0: all", whole(0))
+    .option("--top-p <x>", "sample from the likeliest tokens whose probabilities add up to this", real(0, 1))
+    .option("--min-p <x>", "sample from tokens at least this fraction as likely as the likeliest", real(0, 1))
+    .option("--repetition-penalty <x>", "above 1: avoid tokens that have occurred, prompt included", real(0))
+    .option("--presence-penalty <x>", "above 0: avoid tokens that have occurred in the answer", real())
+    .option("--frequency-penalty <x>", "above 0: avoid tokens the more often they have occurred in the answer", real())
     .addOption(noRepeat)
-    .option("--seed <n>", "makes sampling repeatable", whole(0))
-    .addOption(new Option("--greedy", "always the likeliest token").conflicts([...SAMPLERS]))
+    .option("--seed <n>", "make sampling repeatable", whole(0))
+    .addOption(new Option("--greedy", "always take the likeliest token").conflicts([...SAMPLERS]))
     .option("--stop <text>", "end the answer before this text (repeatable)", collectText)
     .option("--logit-bias <id=value>", "add to a token's logit, -inf forbids it (repeatable)", collectBias);
 }
 
-/** The library's options. A seed is always set, so that an answer can be told how to be had again. */
+/** The library's generation options. A seed is always set, so that every answer can be reproduced. */
 export function generationOptions(flags: SamplingFlags): GenerationOptions & { readonly seed: number } {
   const samples = SAMPLERS.some((key) => flags[key] !== undefined);
   const chosen: GenerationOptions = {
@@ -154,13 +154,13 @@ export function tokenIds(text: string): number[] {
   return parts.map(Number);
 }
 
-/** The examples at the end of a command's help: what to type, and what it does. */
+/** The examples at the end of a command's help. */
 export function examples(...rows: readonly (readonly [command: string, meaning: string])[]): string {
   const width = Math.max(...rows.map(([command]) => displayWidth(command)));
   return `\nExamples:\n${rows.map(([command, meaning]) => `  ${padEnd(command, width)}  ${meaning}`).join("\n")}\n`;
 }
 
-/** NaN for what is not written as a plain decimal number. */
+/** NaN for anything but a plain decimal number. */
 function parseReal(text: string): number {
   return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(text) ? Number(text) : Number.NaN;
 }

@@ -1,6 +1,6 @@
 /**
- * The process that `mixtape bench` measures: it holds one model and answers one request at a time. A process of its own,
- * so that its memory is the model's alone, and two of them can take turns. Run by `subject.ts`.
+ * The process that `mixtape bench` measures: holds one model and answers one request at a time. It is a separate process so that
+ * its memory is only the model's, and so that two of them can take turns. Started by `subject.ts`.
  */
 import { readFileSync } from "node:fs";
 import { kvCacheName } from "../api/kv.ts";
@@ -10,7 +10,7 @@ import { GREEDY } from "../engine/sampling.ts";
 import { oneLine } from "./failure.ts";
 import { bytesRead, type Operations, operations, type Work, workOf } from "./work.ts";
 
-/** Seeds make token ids, the same for every model with the same vocabulary. */
+/** Seeds of token ids: the same ids for every model with the same vocabulary. */
 export type Request =
   | { readonly kind: "load"; readonly folder: string; readonly options: LoadOptions }
   | { readonly kind: "prompt"; readonly tokens: number; readonly seed: number }
@@ -21,21 +21,21 @@ export type Request =
 export interface Loaded {
   readonly isa: string;
   readonly threads: number;
-  /** Format of most of the matrices' bytes. */
+  /** Format of most of the weights' bytes. */
   readonly dtype: string;
   readonly kvCacheDtype: string;
   readonly longest: number;
   readonly work: Work;
-  /** From the call that loads until the model is ready, and until it has answered a short prompt. */
+  /** Time from the load call until the model is ready, and until it has answered a short prompt. */
   readonly readySeconds: number;
   readonly firstTokenSeconds: number;
 }
 
-/** Resident memory in bytes: the most so far, and what it is made of now. */
+/** Resident memory in bytes: the peak, and its current parts. */
 export interface MemoryUse {
   readonly peakBytes: number;
   readonly privateBytes: number | null;
-  /** Pages of files, which the system can drop and share. */
+  /** File-backed pages, which the system can drop and share. */
   readonly mappedBytes: number | null;
 }
 
@@ -49,7 +49,7 @@ export interface OpTime {
 
 export interface Profile {
   readonly ops: readonly OpTime[];
-  /** By the clock, from submission to the last token. */
+  /** Wall time from submission to the last token. */
   readonly seconds: number;
 }
 
@@ -66,8 +66,8 @@ process.on("message", (request: Request) => {
     (error: unknown) => process.send?.({ error: oneLine(error) } satisfies Reply),
   );
 });
-process.on("SIGINT", () => {}); // of the terminal, meant for the command: it ends this process
-process.on("disconnect", () => process.kill(process.pid, "SIGKILL")); // a step that runs would hold up an exit
+process.on("SIGINT", () => {}); // from the terminal, meant for the command, which ends this process
+process.on("disconnect", () => process.kill(process.pid, "SIGKILL")); // a running step would delay a normal exit
 
 async function answer(request: Request): Promise<unknown> {
   switch (request.kind) {
@@ -114,7 +114,7 @@ async function load({ folder, options }: Extract<Request, { kind: "load" }>): Pr
   };
 }
 
-/** Seconds until the first and the last new token. Greedy, and no token ends it. */
+/** Seconds until the first and the last new token. Greedy, without end tokens. */
 async function run(tokens: number, newTokens: number, seed: number): Promise<{ first: number; last: number }> {
   const { engine, config } = loaded();
   const ids = madeUp(tokens, config.vocabSize, seed);
@@ -123,11 +123,11 @@ async function run(tokens: number, newTokens: number, seed: number): Promise<{ f
   let count = 0;
   for await (const _ of engine.submit({ tokens: ids, sampling: GREEDY, maxNewTokens: newTokens }))
     if (count++ === 0) first = (performance.now() - start) / 1000;
-  if (count !== newTokens) throw new Error(`internal: ${count} tokens came of ${newTokens}`);
+  if (count !== newTokens) throw new Error(`internal: got ${count} of ${newTokens} tokens`);
   return { first, last: (performance.now() - start) / 1000 };
 }
 
-/** Time by op of one prompt, or of the steps after one. */
+/** Time by op, of one prompt or of the steps after it. */
 async function profile({ of, tokens, newTokens }: Extract<Request, { kind: "profile" }>): Promise<Profile> {
   const { engine, config, weights } = loaded();
   const rows = of === "generation" ? 1 : undefined;
@@ -138,7 +138,7 @@ async function profile({ of, tokens, newTokens }: Extract<Request, { kind: "prof
     const read = op === "embed" ? [] : weights.filter((w) => readers.get(op)?.has(w.name));
     const heads = read.filter(({ name }) => name === "lm_head.weight" || name === "model.embed_tokens.weight");
     const others = read.filter((w) => !heads.includes(w));
-    // A prompt goes in steps, and reads the weights in each.
+    // A prompt runs in several steps, each of which reads the weights.
     const bytes =
       of === "generation"
         ? newTokens * sum(read.map((w) => bytesRead(w, config, 1)))
@@ -166,7 +166,7 @@ function memory(): MemoryUse {
     const bytes = (name: string) => Number(new RegExp(`^${name}:\\s*(\\d+) kB`, "m").exec(status)?.[1] ?? Number.NaN) * 1024;
     return { peakBytes: bytes("VmHWM"), privateBytes: bytes("RssAnon"), mappedBytes: bytes("RssFile") };
   } catch {
-    // Not Linux: no parts are known.
+    // Not Linux: the parts are unknown.
     return { peakBytes: process.resourceUsage().maxRSS * 1024, privateBytes: null, mappedBytes: null };
   }
 }
@@ -176,7 +176,7 @@ function loaded(): LoadedModel {
   return model;
 }
 
-/** Token ids out of nothing (a linear congruential generator), repeatable. */
+/** Repeatable pseudo-random token ids, from a linear congruential generator. */
 function madeUp(count: number, vocabSize: number, seed: number): number[] {
   let state = BigInt.asUintN(64, BigInt(seed) * 2n + 1n);
   return Array.from({ length: count }, () => {

@@ -1,4 +1,4 @@
-/** `mixtape serve`: a server in the foreground, from its settings to its last answer. */
+/** `mixtape serve`: runs a server in the foreground, from settings to shutdown. Knows no route. */
 import type { Command } from "commander";
 import type { ServeConfig } from "../server/config.ts";
 import type { Server } from "../server/server.ts";
@@ -8,17 +8,17 @@ import { colours, notice } from "./terminal.ts";
 
 export async function addServe(program: Command): Promise<void> {
   const command = program.command("serve").description("Serve models to many users: OpenAI's API over HTTP, gRPC, and a web page.");
-  // The flags are made of the schema of the settings; other commands do not wait until its library is loaded.
+  // Flags are derived from the settings' schema; other commands need not load its library.
   if (process.argv.includes("serve")) (await import("./settings.ts")).addSettings(command);
   command
     .addHelpText(
       "after",
       examples(
-        ["mixtape serve", "the model that comes along, on http://127.0.0.1:8080"],
-        ["mixtape serve -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int4", "another one"],
-        ["mixtape serve -m small=default -m big=/models/21b", "two, by name"],
-        ["mixtape serve --host 0.0.0.0 --keys keys.json", "to others, who need keys ('mixtape keys create')"],
-        ["mixtape serve --config server.yaml", "settings of a file"],
+        ["mixtape serve", "the bundled model, on http://127.0.0.1:8080"],
+        ["mixtape serve -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int4", "another model"],
+        ["mixtape serve -m small=default -m big=/models/21b", "two models, by name"],
+        ["mixtape serve --host 0.0.0.0 --keys keys.json", "for others, with API keys ('mixtape keys create')"],
+        ["mixtape serve --config server.yaml", "settings from a file"],
       ),
     )
     .action(serve);
@@ -38,7 +38,7 @@ async function serve(flags: ServeFlags): Promise<void> {
   await ended;
 }
 
-/** Tells on standard error what there is; standard output is the log. */
+/** Prints the addresses to standard error; standard output is the log. */
 function announce(config: ServeConfig, { url, grpcPort }: Awaited<ReturnType<Server["start"]>>): void {
   const { bold } = colours(process.stderr);
   const names = config.models.map(({ name }) => name).join(", ");
@@ -47,7 +47,7 @@ function announce(config: ServeConfig, { url, grpcPort }: Awaited<ReturnType<Ser
   notice(`mixtape serves ${names} at ${bold(url)} (${keys}); API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}${grpc}`);
 }
 
-/** Resolves when the server has gone down. The first SIGTERM or Ctrl-C lets running requests end, the second leaves at once. */
+/** Resolves when the server has shut down. The first SIGTERM or Ctrl-C drains running requests, the second exits immediately. */
 function untilSignalled(server: Server): Promise<void> {
   return new Promise((resolve, reject) => {
     let leaving = false;

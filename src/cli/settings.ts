@@ -1,4 +1,4 @@
-/** The settings of `mixtape serve` as flags, each made of its row in the schema, and as what flags and file say together. */
+/** Flags of `mixtape serve`, derived from the settings' schema, and merging flags with the config file. Starts nothing. */
 import { existsSync } from "node:fs";
 import { basename, resolve } from "node:path";
 import { type Command, InvalidArgumentError, Option } from "commander";
@@ -20,7 +20,7 @@ export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly tlsKey?: string;
 }
 
-/** Settings in the order of the help. */
+/** Settings in the order of the help text. */
 const GROUPS: Readonly<Record<string, readonly (keyof ServeConfig & string)[]>> = {
   "Network options:": ["host", "port", "grpcPort", "grpcHost", "corsOrigins", "allowedHosts", "trustProxy"],
   "Key options:": ["keys", "usageFile", "insecureNoAuth"],
@@ -38,35 +38,35 @@ const GROUPS: Readonly<Record<string, readonly (keyof ServeConfig & string)[]>> 
     "maxTokens",
   ],
   "Timeouts:": ["headersTimeoutSeconds", "requestTimeoutSeconds", "keepAliveTimeoutSeconds", "stallTimeoutSeconds", "drainTimeoutSeconds"],
-  "What is served and told besides:": ["web", "docs", "metrics", "metricsPort", "metricsHost", "metricsToken", "logLevel", "logContent"],
+  "Other options:": ["web", "docs", "metrics", "metricsPort", "metricsHost", "metricsToken", "logLevel", "logContent"],
 };
 
 export function addSettings(command: Command): void {
   command
     .optionsGroup("Options:")
-    .option("-c, --config <file>", "settings as YAML or JSON; flags go before them")
-    .option("--print-config-schema", "print the JSON schema of that file")
+    .option("-c, --config <file>", "config file, YAML or JSON; flags override it")
+    .option("--print-config-schema", "print the JSON schema of the config file")
     .optionsGroup("Model options:")
     .addOption(
       new Option("-m, --model <[name=]path>", "a folder, a GGUF file, a hub id, or default (repeatable; default: default)").argParser(
         collectModel,
       ),
     )
-    .addOption(new Option("--dtype <format>", "format of the weights in memory (default: auto)").choices(DTYPES))
-    .option("--threads <n>", "threads that compute (default: one a core)", whole(1))
-    .addOption(new Option("--kv-cache-dtype <format>", "format of cached keys and values").choices(KV_CACHE_DTYPES))
-    .option("--kv-cache-tokens <n>", "tokens that the KV cache of a model has room for", whole(32));
+    .addOption(new Option("--dtype <format>", "weight format in memory (default: auto)").choices(DTYPES))
+    .option("--threads <n>", "compute threads (default: one per core)", whole(1))
+    .addOption(new Option("--kv-cache-dtype <format>", "KV cache format").choices(KV_CACHE_DTYPES))
+    .option("--kv-cache-tokens <n>", "KV cache capacity of a model, in tokens", whole(32));
   for (const [group, fields] of Object.entries(GROUPS)) {
     command.optionsGroup(group);
     for (const field of fields) command.addOption(flagOf(field));
   }
   command
     .optionsGroup("Network options:")
-    .option("--tls-cert <file>", "certificate chain, PEM; read again when it changes, and on SIGHUP")
+    .option("--tls-cert <file>", "certificate chain, PEM; reloaded when it changes and on SIGHUP")
     .option("--tls-key <file>", "its private key, PEM");
 }
 
-/** The file's settings with the flags' over them. */
+/** The file's settings, overridden by flags. */
 export async function settings(flags: ServeFlags): Promise<ServeConfig> {
   const { config: file, model, dtype, threads, kvCacheDtype, kvCacheTokens, tlsCert, tlsKey, printConfigSchema: _, ...rest } = flags;
   const inFile = file === undefined ? {} : await readServeConfig(file);
@@ -83,7 +83,7 @@ export async function settings(flags: ServeFlags): Promise<ServeConfig> {
   return checkServeConfig({ ...inFile, ...fromFlags, ...tls, ...(models ? { models } : {}) }, file ?? "serve");
 }
 
-/** The flag of a setting: its name, kind, help and default all come from the schema. */
+/** The flag of a setting: name, type, help and default come from the schema. */
 function flagOf(field: keyof ServeConfig & string): Option {
   const schema: z.ZodType = ServeConfig.shape[field];
   const { inner, fallback } = unwrap(schema);
@@ -102,7 +102,7 @@ function flagOf(field: keyof ServeConfig & string): Option {
   return new Option(`--${name} <text>`, help).argParser((text) => checked(schema, text));
 }
 
-/** What a schema is under its default and its null. */
+/** The schema without its default and nullability. */
 function unwrap(schema: z.ZodType): { readonly inner: z.ZodType; readonly fallback: unknown } {
   let inner = schema;
   let fallback: unknown;
@@ -131,7 +131,7 @@ function collectModel(text: string, before: ServeFlags["model"] = []): ServeFlag
   return [...before, { name, path }];
 }
 
-/** A setting's sentence as help: other settings that it names are flags there. */
+/** A setting's description as help text: names of other settings become flags. */
 function helpOf(schema: z.ZodType): string {
   const text = (schema.description ?? "").replace(/\b[a-z]+([A-Z][a-z]+)+\b/g, (word) =>
     word in ServeConfig.shape ? `--${flagName(word)}` : word,
@@ -139,7 +139,7 @@ function helpOf(schema: z.ZodType): string {
   return /^[A-Z][a-z ]/.test(text) ? text[0].toLowerCase() + text.slice(1) : text;
 }
 
-/** `maxQueued` as `max-queued`. */
+/** Converts `maxQueued` to `max-queued`. */
 function flagName(field: string): string {
   return field.replace(/[A-Z]/g, (c) => `-${c.toLowerCase()}`);
 }

@@ -143,7 +143,7 @@ test("q8_0 of two scales in a group of int8 is rounded anew, within half a step 
   }
 });
 
-test("the model that comes along: tokens, template, ends and logits survive q8_0 exactly", async () => {
+test("the bundled model: tokens, template, ends and logits survive q8_0 exactly", async () => {
   const file = join(folder, "small.gguf");
   const written: number[] = [];
   await exportGguf(SMALL, file, { type: "q8_0", onProgress: ({ doneBytes }) => written.push(doneBytes) });

@@ -1,4 +1,4 @@
-/** A server on the model that comes along, on a free port of this machine, and what tests ask it with. */
+/** A server on the bundled model, on a free port of this machine, and what tests ask it with. */
 import OpenAI from "openai";
 import { onTestFinished } from "vitest";
 import { checkServeConfig } from "../../src/server/config.ts";
@@ -32,7 +32,7 @@ export async function startHere(config: object = {}, log?: (line: string) => voi
   return running;
 }
 
-/** The engine of the model that comes along: to see that nothing is left behind. */
+/** The engine of the bundled model: to see that nothing is left behind. */
 export async function engineOf({ server }: Pick<Running, "server">) {
   const { model, release } = await server.catalog.use("default");
   release();

@@ -17,7 +17,8 @@ export async function start(config: object = {}, log?: (line: string) => void): 
   const checked = checkServeConfig({
     port: 0,
     logLevel: log ? "info" : "silent",
-    models: [{ name: "default", path: "default", kvCacheTokens: 32768 }],
+    // One thread: the server is tested here, and teams of threads slow each other down where test files run side by side.
+    models: [{ name: "default", path: "default", kvCacheTokens: 32768, threads: 1 }],
     ...config,
   });
   const server = await createServer(checked, log && { write: log });

@@ -177,7 +177,7 @@ export class CausalLM {
 }
 
 /** Watches answers for stop strings; null when there are none. */
-export function stopsAt(stopStrings: readonly string[], tokenizer: Tokenizer): (() => (token: GeneratedToken) => boolean) | null {
+function stopsAt(stopStrings: readonly string[], tokenizer: Tokenizer): (() => (token: GeneratedToken) => boolean) | null {
   if (stopStrings.length === 0) return null;
   return () => {
     const stops = new StopStrings(stopStrings);

@@ -9,7 +9,7 @@ import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { answerRows } from "./answers.ts";
 import { constrainBy } from "./constraint.ts";
 import { type GenerationOptions, readRows, resolveGeneration } from "./generation.ts";
-import { AutoModelForCausalLM, type CausalLM, type PretrainedOptions, stopsAt } from "./model.ts";
+import { AutoModelForCausalLM, type CausalLM, type PretrainedOptions } from "./model.ts";
 import { AutoTokenizer } from "./tokenizer.ts";
 
 /** `tools`, `tool_choice` and `parallel_tool_calls` are OpenAI's, for prompts that are messages. */
@@ -79,28 +79,22 @@ async function answerMessages(
   const { tokens, insideReasoning } = encodePrompt(tokenizer, prompt);
   const options = { tokenizer, ...generation };
   const settings = resolveGeneration(options, model.generation_config, model.config);
-  const reader = () => new ReplyReader(tokenizer, { prompt, insideReasoning, stop: [] });
-  const stops = stopsAt(settings.stopStrings, tokenizer);
+  const reader = () => new ReplyReader(tokenizer, { prompt, insideReasoning, stop: settings.stopStrings });
   const answers = await answerRows(model.engine, model.config.vocabSize, readRows({ input_ids: [tokens] }), {
     settings,
     options,
     constrain: constrainBy(settings, prompt, model.config, tokenizer),
-    // The engine need not go on after the only call.
-    watch: prompt.oneToolCall ? endingCalls(reader, stops) : stops,
+    // The engine need not go on after a stop string, or after the only call.
+    watch: prompt.oneToolCall || settings.stopStrings.length > 0 ? () => endOf(reader()) : null,
   });
   return answers.map((answer) => messageOf(reader(), answer.tokens));
 }
 
-type Watch = () => (token: GeneratedToken) => boolean;
-
-/** Ends an answer after its first tool call, or at a stop string. */
-function endingCalls(reader: () => ReplyReader, stops: Watch | null): Watch {
-  return () => {
-    const [reply, isStopped] = [reader(), stops?.()];
-    return (token) => {
-      if (token.finish !== "stop") reply.take(token.id);
-      return reply.ended !== null || (isStopped?.(token) ?? false);
-    };
+/** Tells after each token whether the reply has ended. */
+function endOf(reply: ReplyReader): (token: GeneratedToken) => boolean {
+  return ({ id, finish }) => {
+    if (finish !== "stop") reply.take(id);
+    return reply.ended !== null;
   };
 }
 

@@ -240,6 +240,14 @@ describe("pipeline", () => {
     expect(taken).toBeLessThan(whole * 0.7);
   });
 
+  test("stop strings end the answer, not the reasoning, and are not part of it", async () => {
+    const text = "one STOP two\n</think>\nthree STOP four five six seven";
+    const { message, taken, whole } = await replied(thinking, text, { stop_strings: "STOP" });
+    expect(message).toEqual({ role: "assistant", content: "three ", reasoning_content: "one STOP two" });
+    expect(taken).toBeLessThan(whole - 3);
+    expect((await replied(plain, "one STOP two", { stop_strings: ["x", "STOP"] })).message["content"]).toBe("one ");
+  });
+
   test("without tools, or with tool_choice none, a call is no call: the tags are special tokens, the rest is text", async () => {
     for (const options of [{}, { tools: [WEATHER], tool_choice: "none" }])
       expect((await replied(plain, CALL, options)).message).toEqual({

@@ -1,7 +1,7 @@
 /** The page's frame: chooses the view from the address (`#/c/ID`, `#/status`) and handles the global keyboard shortcuts. */
 import type { ComponentType } from "preact";
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
-import { Chat } from "./chat.tsx";
+import { Chat, type Panel } from "./chat.tsx";
 import type { Client } from "./client.ts";
 import { type Conversation, shownMessages } from "./conversation.ts";
 import { Dialog } from "./dialog.tsx";
@@ -15,9 +15,6 @@ import { SHORTCUTS, shortcutOf } from "./shortcuts.ts";
 import { Sidebar } from "./sidebar.tsx";
 import type { Vault } from "./vault.ts";
 import { sayIn } from "./words.ts";
-
-export type Panel = "experts" | "settings" | null;
-
 export interface AppParts {
   readonly session: Session;
   readonly client: Client;

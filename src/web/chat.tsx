@@ -1,6 +1,5 @@
 /** One conversation: its header, its messages and the message field. */
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
-import type { Panel } from "./app.tsx";
 import { Composer } from "./composer.tsx";
 import { type Conversation, type Message, shownMessages } from "./conversation.ts";
 import { Icon, Mark } from "./icons.tsx";
@@ -11,7 +10,10 @@ import { finishedSentences } from "./speech.ts";
 /** Within this distance of the end, in pixels, the reader counts as being at the end. */
 const NEAR_END = 80;
 
-export interface ChatParts {
+/** What is open beside the conversation. */
+export type Panel = "experts" | "settings" | null;
+
+interface ChatParts {
   readonly conversation: Conversation;
   readonly panel: Panel;
   readonly onPanel: (panel: Panel) => void;

@@ -271,8 +271,12 @@ describe("what is refused", () => {
       const right = new Float32Array(16);
       const attempt = async (inputs: Record<string, Numbers>, outputs: Record<string, Numbers>) =>
         program.run({ rows: 4 }, inputs, outputs);
-      await expect(attempt({ x: new Float32Array(15) }, { y: right }), backend.name).rejects.toThrow(/^internal: the input 'x' \(f32\[rows,4\]\) needs 64 bytes of f32, not 60 of Float32Array/);
-      await expect(attempt({ x: right }, { y: new Int32Array(16) })).rejects.toThrow(/^internal: the output 'y' \(f32\[rows,4\]\) needs 64 bytes of f32, not 64 of Int32Array/);
+      await expect(attempt({ x: new Float32Array(15) }, { y: right }), backend.name).rejects.toThrow(
+        /^internal: the input 'x' \(f32\[rows,4\]\) needs 64 bytes of f32, not 60 of Float32Array/,
+      );
+      await expect(attempt({ x: right }, { y: new Int32Array(16) })).rejects.toThrow(
+        /^internal: the output 'y' \(f32\[rows,4\]\) needs 64 bytes of f32, not 64 of Int32Array/,
+      );
       await expect(attempt({}, { y: right })).rejects.toThrow(/^internal: .*'x'.* not given/);
       await expect(attempt({ x: right }, { z: right })).rejects.toThrow("internal: the program has no output 'z'");
       backend.dispose();

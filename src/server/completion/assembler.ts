@@ -5,7 +5,7 @@
 import type { EncodedPrompt } from "../../chat/prompt.ts";
 import { ReplyReader } from "../../chat/reply.ts";
 import type { GeneratedToken } from "../../engine/sequence.ts";
-import { moeLayers } from "../../model/size.ts";
+import { moeLayers } from "../../model/config.ts";
 import type { NamedModel } from "../catalog.ts";
 import type { CompletionEvent, CompletionRequest, FinishReason, ScoredToken, Usage } from "./request.ts";
 

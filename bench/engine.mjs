@@ -1,15 +1,24 @@
 /**
- * The engine alone, without text or HTTP: speed for one and for many users, what a step costs besides native code, the first
- * token of a conversation's second turn, and how long generating requests wait while a long prompt is read. Medians with
- * their range; what is compared takes turns.
+ * The engine alone, without text or HTTP: speed of prompts and of generation for one and for many users, what a step costs
+ * besides native code, how long generating requests wait while a long prompt is read, and the first token of a
+ * conversation's second turn. Medians with their range.
  *
  *   npm run build && node bench/engine.mjs [--model FOLDER] [--threads 2] [--rounds 5] [--users 1,32,256] [--against CHECKOUT]
+ *     [--new-tokens 64] [--only prompt,generation,sampled,beside,turns] [--seed 1]
  *
- * With --against, the engine of another checkout, built as well, takes turns with this one's.
+ * With --against, the build of another checkout takes turns with this one in every round, and the ratio of the two is taken
+ * round by round. For layers of true shape: `mixtape quantize random:21b-a3b FOLDER --dtype int4 --layers 8`, then --model FOLDER.
+ *
+ * What keeps rounds honest: each user gets a new random prompt in each round, warm-up included; both checkouts get the same
+ * prompts, each in a process of its own. Generation is timed on prompts that the same round has just read: the prefix cache
+ * holds them, and only the tokens between the last user's first and the first user's last are counted.
  */
 import { resolve } from "node:path";
-import { fileURLToPath, pathToFileURL } from "node:url";
+import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { report, reportRatio } from "./figures.mjs";
+import { freshPrompts } from "./prompts.mjs";
+import { inTurns, startSubject } from "./subject.mjs";
 
 const { values: flags } = parseArgs({
   options: {
@@ -18,110 +27,128 @@ const { values: flags } = parseArgs({
     rounds: { type: "string", default: "5" },
     users: { type: "string", default: "1,32,256" },
     against: { type: "string" },
+    "new-tokens": { type: "string", default: "64" },
+    only: { type: "string", default: "prompt,generation,sampled,beside,turns" },
+    seed: { type: "string", default: "1" },
   },
 });
+const PARTS = ["prompt", "generation", "sampled", "beside", "turns"];
+const only = flags.only.split(",");
+for (const part of only) if (!PARTS.includes(part)) throw new Error(`--only ${part}: known are ${PARTS.join(", ")}`);
+const wants = (part) => only.includes(part);
 const rounds = Number(flags.rounds);
 const here = fileURLToPath(new URL("..", import.meta.url));
-const checkouts = [["this", here], ...(flags.against ? [["other", resolve(flags.against)]] : [])];
+const model = resolve(flags.model);
+const SAMPLED = { temperature: 0.8, topP: 0.8, repetitionPenalty: 1.05, seed: 1 };
+const CACHE_TOKENS = 65536;
+/** Tokens of the prompts of all users together. */
+const PROMPT_TOKENS = 2048;
+const BLOCK = 32;
 
-async function open(root, more = {}) {
-  const { loadModel } = await import(pathToFileURL(`${root}/dist/api/load.js`));
-  const { GREEDY } = await import(pathToFileURL(`${root}/dist/engine/sampling.js`));
-  const { engine } = await loadModel(flags.model, { threads: Number(flags.threads), kv_cache_tokens: 65536, ...more });
-  return { engine, GREEDY };
+async function open(name, root, options = {}) {
+  const setting = { root, model, options: { threads: Number(flags.threads), kv_cache_tokens: CACHE_TOKENS, ...options } };
+  const subject = { name, ...startSubject(setting) };
+  return { ...subject, ...(await subject.ready) };
 }
 
-function report(what, list, unit, digits = 0) {
-  const sorted = [...list].sort((a, b) => a - b);
-  const [low, middle, high] = [sorted[0], sorted[Math.floor(sorted.length / 2)], sorted.at(-1)].map((x) => x.toFixed(digits));
-  console.log(`${what.padEnd(64)} ${middle.padStart(9)} ${unit}   (${low} to ${high})`);
+/** Tokens of one user's prompt: one more than full blocks, so that of a cached prompt only the last token is computed again. */
+const promptLength = (users) => BLOCK * Math.max(1, Math.round(PROMPT_TOKENS / users / BLOCK)) + 1;
+
+/** Tokens a second between the last user's first token and the first user's last: as long as all of them generate. */
+function generationSpeed(answers) {
+  const from = Math.max(...answers.map(({ times }) => times[0]));
+  const to = Math.min(...answers.map(({ times }) => times.at(-1)));
+  const count = answers.reduce((sum, { times }) => sum + times.filter((t) => t > from && t <= to).length, 0);
+  if (count < 8 * answers.length) throw new Error("the first user had nearly ended before the last began: pass more --new-tokens");
+  return (1000 * count) / (to - from);
 }
 
-let seeds = 0;
-/** Token ids that no other prompt begins with. */
-function made(count, vocabSize) {
-  const seed = ++seeds;
-  return Array.from({ length: count }, (_, i) => 6 + ((i * 7919 + seed * 104729 + ((i * i) % 97)) % (vocabSize - 6)));
+/** Reports the figure of each subject. */
+function each(what, lists, unit, digits) {
+  for (const [s, { name }] of subjects.entries()) report(`${subjects.length > 1 ? `${name}: ` : ""}${what}`, lists[s], unit, digits);
 }
 
-/** Seconds until the first token, and between one and the next. */
-async function times({ engine, GREEDY }, tokens, maxNewTokens, sampling = GREEDY) {
-  const start = performance.now();
-  let last = start;
-  const gaps = [];
-  const ids = [];
-  for await (const { id } of engine.submit({ tokens, sampling, maxNewTokens })) {
-    const now = performance.now();
-    gaps.push((now - last) / 1000);
-    last = now;
-    ids.push(id);
-  }
-  return { first: gaps[0], between: gaps.slice(1), ids };
+/** The same, and their ratio where there are two. */
+function compare(what, lists, unit, digits) {
+  each(what, lists, unit, digits);
+  if (lists.length === 2) reportRatio("  this / other", lists[0], lists[1]);
 }
 
-/** Tokens a second while all generate, and what a step takes besides the ops of the program. */
-async function crowd(subject, users, newTokens, sampling) {
-  const { engine } = subject;
-  const seconds = () => [...engine.profile()].reduce((sum, [, op]) => sum + op.seconds, 0);
-  const before = { native: seconds(), steps: engine.stats().steps };
-  const start = performance.now();
-  await Promise.all(Array.from({ length: users }, () => times(subject, made(16, engine.config.vocabSize), newTokens, sampling)));
-  const wall = (performance.now() - start) / 1000;
-  const steps = engine.stats().steps - before.steps;
-  return { speed: (users * newTokens) / wall, besides: (wall - (seconds() - before.native)) / steps, step: wall / steps };
-}
-
-const subjects = [];
-for (const [name, root] of checkouts) subjects.push({ name, ...(await open(root)) });
-
-const KINDS = [
-  ["greedy", {}],
-  ["temperature 0.8, top_p 0.8, penalty 1.05", { temperature: 0.8, topP: 0.8, repetitionPenalty: 1.05, seed: 1 }],
-];
-for (const users of flags.users.split(",").map(Number))
-  for (const [kind, sampling] of KINDS) {
-    const newTokens = users === 1 ? 200 : 64;
-    const found = new Map(subjects.map((s) => [s.name, []]));
-    for (let r = 0; r <= rounds; r++)
-      for (const s of subjects) {
-        const measured = await crowd(s, users, newTokens, { ...s.GREEDY, ...sampling });
-        if (r > 0) found.get(s.name).push(measured); // the first one plans programs
-      }
-    for (const [name, list] of found) {
-      const what = `${name}: ${users} user${users > 1 ? "s" : ""}, ${kind}`;
-      report(what, list.map((x) => x.speed), "tokens/s"); // biome-ignore format: a table
-      report("  of a step, besides native code", list.map((x) => x.besides * 1e6), "us"); // biome-ignore format: a table
-      report("  share of the step", list.map((x) => (100 * x.besides) / x.step), "%", 1); // biome-ignore format: a table
+async function speed(users) {
+  const length = promptLength(users);
+  const newTokens = Number(flags["new-tokens"]) * (users === 1 ? 4 : 1); // one user's tokens take little time
+  const results = await inTurns(
+    subjects,
+    rounds,
+    () => Array.from({ length: users }, () => prompts.ids(length)),
+    async ({ ask }, prompts) => {
+      const read = await ask({ prompts, newTokens: 1 });
+      const measured = { prompt: (users * length * 1000) / Math.max(...read.answers.map(({ times }) => times[0])) };
+      for (const [part, sampling] of [["generation", {}], ["sampled", SAMPLED]]) // biome-ignore format: a table
+        if (wants(part)) {
+          const { answers, wall, native, steps } = await ask({ prompts, newTokens, sampling });
+          const besides = (wall - native) / steps;
+          measured[part] = { speed: generationSpeed(answers), besides: besides * 1e6, share: (100 * besides * steps) / wall };
+        }
+      return measured;
+    },
+  );
+  const lists = (pick) => results.map((list) => list.map(pick));
+  const who = `${users} user${users > 1 ? "s" : ""}`;
+  if (wants("prompt")) compare(`${who}: prompts of ${length} tokens`, lists((m) => m.prompt), "tokens/s"); // biome-ignore format: a table
+  for (const [part, kind] of [["generation", "greedy"], ["sampled", "temperature 0.8, top_p 0.8, penalty 1.05"]]) // biome-ignore format: a table
+    if (wants(part)) {
+      compare(`${who}: generation, ${kind}`, lists((m) => m[part].speed), "tokens/s"); // biome-ignore format: a table
+      each("  of a step, outside native code", lists((m) => m[part].besides), "us"); // biome-ignore format: a table
+      each("  as a share of the step", lists((m) => m[part].share), "%", 1); // biome-ignore format: a table
     }
-  }
-
-for (const { name, engine, GREEDY } of subjects) {
-  const gaps = [];
-  for (let r = 0; r < rounds; r++) {
-    const talkers = Array.from({ length: 8 }, () => times({ engine, GREEDY }, made(16, engine.config.vocabSize), 150));
-    await new Promise((resolve) => setTimeout(resolve, 30));
-    const reader = await times({ engine, GREEDY }, made(3500, engine.config.vocabSize), 1);
-    for (const { between } of await Promise.all(talkers)) gaps.push(Math.max(...between) * 1000);
-    if (r === rounds - 1) report(`${name}: first token of a 3,500-token prompt beside 8 users`, [reader.first * 1000], "ms");
-  }
-  report("  longest wait between two tokens of each of them", gaps, "ms", 1);
 }
-for (const { engine } of subjects) await engine.dispose();
 
-const turns = { with: await open(here), without: await open(here, { prefix_cache: false }) };
-const firsts = { with: [], without: [] };
-for (let r = 0; r <= rounds; r++) {
-  const tokens = made(2000, turns.with.engine.config.vocabSize);
-  const answers = [];
-  for (const [kind, subject] of Object.entries(turns)) {
-    const { ids } = await times(subject, tokens, 40);
-    const { first, ids: next } = await times(subject, [...tokens, ...ids, ...tokens.slice(50, 80)], 8);
-    if (r > 0) firsts[kind].push(first * 1000);
-    answers.push(next.join());
-  }
-  if (answers[0] !== answers[1]) throw new Error("the answers with and without the prefix cache differ");
+/** Eight users generate; once all have begun, a long prompt comes. */
+async function beside() {
+  const long = Math.min(3500, subjects[0].positions - 1);
+  const results = await inTurns(
+    subjects,
+    rounds,
+    () => ({ prompts: Array.from({ length: 8 }, () => prompts.ids(16)), late: prompts.ids(long) }),
+    async ({ ask }, asked) => {
+      const { answers } = await ask({ ...asked, newTokens: 150 });
+      const reader = answers.pop();
+      const waits = answers.map(({ times }) => Math.max(...times.slice(1).map((t, i) => t - times[i])));
+      return { first: reader.times[0], wait: Math.max(...waits) };
+    },
+  );
+  const lists = (pick) => results.map((list) => list.map(pick));
+  compare(`first token of a ${long}-token prompt beside 8 users`, lists((m) => m.first), "ms"); // biome-ignore format: a table
+  compare("  their longest wait between two tokens", lists((m) => m.wait), "ms", 1); // biome-ignore format: a table
 }
-report("second turn of 2,000 tokens: first token, prefix cache", firsts.with, "ms", 1);
-report("  without", firsts.without, "ms", 1);
-report("  times sooner", firsts.with.map((x, i) => firsts.without[i] / x), "x", 1); // biome-ignore format: a table
-for (const { engine } of Object.values(turns)) await engine.dispose();
+
+/** The second turn of a conversation, whose first the prefix cache holds or does not. */
+async function turns() {
+  const pair = [await open("with", here), await open("without", here, { prefix_cache: false })];
+  const said = [[], []];
+  const results = await inTurns(
+    pair,
+    rounds,
+    () => ({ first: prompts.ids(2000), more: prompts.ids(30) }),
+    async (subject, { first, more }) => {
+      const { answers: [{ ids }] } = await subject.ask({ prompts: [first], newTokens: 40 }); // biome-ignore format: a pattern
+      const { answers: [next] } = await subject.ask({ prompts: [[...first, ...ids, ...more]], newTokens: 8 }); // biome-ignore format: a pattern
+      said[pair.indexOf(subject)].push(next.ids.join());
+      return next.times[0];
+    },
+  );
+  for (const { stop } of pair) stop();
+  if (said[0].join(";") !== said[1].join(";")) throw new Error("the answers with and without the prefix cache differ");
+  report("second turn after 2,000 tokens: first token, prefix cache", results[0], "ms", 1);
+  report("  without", results[1], "ms", 1);
+  reportRatio("  times sooner", results[1], results[0]);
+}
+
+let subjects = [await open("this", here)];
+const prompts = freshPrompts({ vocabulary: subjects[0].vocabulary, seed: Number(flags.seed) });
+if (flags.against) subjects = [...subjects, await open("other", resolve(flags.against))];
+if (wants("prompt") || wants("generation") || wants("sampled")) for (const users of flags.users.split(",").map(Number)) await speed(users);
+if (wants("beside")) await beside();
+for (const { stop } of subjects) stop();
+if (wants("turns")) await turns();

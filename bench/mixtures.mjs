@@ -1,12 +1,15 @@
 /**
- * What mixtures of experts claim, measured: speed beside a dense model of the same number of parameters, the cost of a token
- * with more experts, of other formats, and memory and time of long inputs. Random weights of true widths. Writes the tables
- * and plots of docs/mixtures.md; each part is kept in bench/results/mixtures.json, so that parts can be measured apart.
+ * Measures the claims about mixtures of experts: speed beside a dense model of the same number of parameters, the cost of a
+ * token with more experts and in other formats, and memory and time of long inputs. Random weights of true widths. Writes the
+ * tables and plots of docs/mixtures.md; the results are kept in bench/results/mixtures.json, so that parts can be measured apart.
  *
  *   npm run build && node bench/mixtures.mjs [--folder DIR] [--only dense,experts,formats,lengths,contexts] [--rounds 5] [--big MODEL]
  *
- * --folder keeps the models (20 GB); --big is what `lengths` reads long inputs with, else the 21B's shape in int4 is made (12 GB);
- * without --only everything is measured, with --only none the document is written again.
+ * --folder keeps the models (20 GB); --big is the model for `lengths` and `contexts` (default: one of the 21B's shape in int4 is
+ * made, 12 GB); without --only everything is measured, with --only none the document is only rewritten.
+ *
+ * What keeps rounds honest: models take turns in every round, every prompt is new, warm-up included, and the models keep no prefix
+ * cache. Only `contexts` lets the cache hold what comes before; it counts the time between new tokens alone.
  */
 import { existsSync, mkdirSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { cpus, tmpdir, totalmem } from "node:os";
@@ -22,6 +25,7 @@ import { AutoModelForCausalLM, quantize } from "../dist/index.js";
 import { readConfig } from "../dist/model/config.js";
 import { parameters } from "../dist/model/ernie.js";
 import { PRESETS } from "../dist/model/presets.js";
+import { freshPrompts } from "./prompts.mjs";
 
 const { values: flags } = parseArgs({
   options: {
@@ -45,7 +49,7 @@ const count = (config) =>
   parameters(readConfig(config)).reduce((sum, p) => sum + (p.experts ?? 1) * product(p.experts ? p.shape.slice(1) : p.shape), 0);
 const product = (list) => list.reduce((a, b) => a * b, 1);
 
-/** Makes a model of this shape in a format, or takes the one that is there. */
+/** Makes a model of this shape in a format, unless the folder has it already. */
 async function make(name, config, dtype) {
   const out = join(folder, `${name}-${dtype}`);
   if (existsSync(join(out, "model.safetensors"))) return out;
@@ -61,7 +65,7 @@ function mixture(layers, experts = 64) {
   return { ...PRESETS["21b-a3b"], num_hidden_layers: layers, moe_layer_end_index: layers - 1, moe_num_experts: experts };
 }
 
-/** As many parameters as the mixture, in feed-forward parts that every token passes whole. */
+/** A dense model with as many parameters as the mixture: every token passes through all of its feed-forward layers. */
 function dense(like) {
   const base = { ...PRESETS["0.3b"], ...like, architectures: ["Ernie4_5ForCausalLM"], model_type: "ernie4_5" };
   const wanted = count(like);
@@ -122,12 +126,12 @@ const PARTS = {
     for (const dtype of ["bf16", "int8", "int4"]) settings.push({ label: dtype, folder: await make("formats-4", mixture(4), dtype) });
     return compare(settings);
   },
-  /** The prefix cache holds the context, so that only generation takes time, and contexts can take turns. */
+  /** The prefix cache holds the context, so that contexts can take turns without being read anew in each round. */
   async contexts() {
     const model = flags.big ?? (await make("21b-a3b", PRESETS["21b-a3b"], "int4"));
     const { engine, config } = await AutoModelForCausalLM.from_pretrained(model, { ...options, kv_cache_tokens: 9216 });
     const contexts = [16, 512, 1024, 2048, 4096, 8192];
-    const ids = Array.from({ length: contexts.at(-1) }, (_, i) => 20 + ((i * 7919) % (config.vocabSize - 20)));
+    const ids = freshPrompts({ vocabulary: config.vocabSize }).ids(contexts.at(-1));
     const gap = async (context) => {
       const times = [];
       for await (const _ of engine.submit({ tokens: ids.slice(0, context), sampling: GREEDY, maxNewTokens: newTokens }))
@@ -135,7 +139,7 @@ const PARTS = {
       const gaps = times.slice(1).map((t, i) => t - times[i]);
       return gaps.sort((a, b) => a - b)[gaps.length >> 1];
     };
-    await gap(ids.length); // reads all of it once
+    await gap(ids.length); // computes the whole context once
     const measured = new Map(contexts.map((context) => [context, []]));
     for (let round = 0; round < rounds; round++)
       for (const context of contexts) measured.get(context).push({ own: await gap(context), none: await gap(16) });
@@ -151,12 +155,13 @@ const PARTS = {
     const model = flags.big ?? (await make("21b-a3b", PRESETS["21b-a3b"], "int4"));
     const subject = await Subject.start({ model, folder: model, options: { ...options, kv_cache_tokens: 17408 } }, signal);
     try {
-      for (let seed = 1; seed <= 5; seed++) await subject.ask({ kind: "prompt", tokens: 512, seed: -seed }); // until all weights are mapped
+      let seed = 0;
+      for (let i = 0; i < 5; i++) await subject.ask({ kind: "prompt", tokens: 512, seed: ++seed }); // until all weights are mapped
       const list = [];
       for (const tokens of [512, 1024, 2048, 4096, 8192, 16384]) {
         process.stderr.write(`  ${tokens} tokens\n`);
-        const short = await subject.ask({ kind: "prompt", tokens: 512, seed: tokens }); // beside it, for the ratio
-        const seconds = await subject.ask({ kind: "prompt", tokens, seed: 3 });
+        const short = await subject.ask({ kind: "prompt", tokens: 512, seed: ++seed }); // for the ratio
+        const seconds = await subject.ask({ kind: "prompt", tokens, seed: ++seed });
         const { privateBytes } = await subject.ask({ kind: "memory" });
         list.push({ tokens, seconds, ratio: seconds / tokens / (short / 512), privateBytes });
       }

@@ -1,6 +1,7 @@
 /**
- * What rounding costs: perplexity over windows of a text, and how often the likeliest next token stays the same, of several
- * settings of one model or several models beside the first of them. Each setting is MODEL[:DTYPE[:CACHE]].
+ * What rounding costs: perplexity over windows of a text, and how often the likeliest next token stays the same, for several
+ * settings of one model, or several models, compared with the first. Each setting is MODEL[:DTYPE[:CACHE]]. It measures no time and
+ * has no rounds; every window is computed in full, since `forward` does not use the prefix cache.
  *
  *   npm run build && node bench/quality.mjs --text corpus.txt [--windows 24] [--length 1024] default:bf16:fp32 default:int8:fp16 default:int8:int8
  */

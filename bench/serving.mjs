@@ -1,8 +1,13 @@
 /**
- * The server under load: streams at once, each compared with what it says alone; what happens beyond the room there is; the
- * second turn of a long conversation; and models without a tokenizer on the engine alone. Server and clients share the machine.
+ * The server under load: many streams at once, some of them compared with the answer that the same question gets alone; more
+ * requests than the server admits; the second turn of a long conversation; and models without a tokenizer on the engine alone.
+ * Server and clients share the machine.
  *
- *   npm run build && node bench/serving.mjs [--users 1,8,32,256] [--new-tokens 100] [--rounds 3] [--engine MODEL] [--json]
+ *   npm run build && node bench/serving.mjs [--users 1,8,32,256] [--new-tokens 100] [--rounds 3] [--engine MODEL] [--seed 1] [--json]
+ *
+ * What keeps rounds honest: every question is new, of each user in each round, warm-up included, so that no prefix cache answers
+ * in place of the model. Questions are asked alone after the crowd has been timed. Where HTTP is compared with the engine alone,
+ * each has its own cache and gets the same questions. Only the second turn of a conversation is meant to hit the cache.
  */
 import { spawn } from "node:child_process";
 import { Agent, request } from "node:http";
@@ -10,6 +15,8 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import autocannon from "autocannon";
 import { AutoModelForCausalLM, AutoTokenizer } from "../dist/index.js";
+import { median, quantile } from "./figures.mjs";
+import { freshPrompts } from "./prompts.mjs";
 
 const { values: flags } = parseArgs({
   options: {
@@ -18,6 +25,7 @@ const { values: flags } = parseArgs({
     rounds: { type: "string", default: "3" },
     engine: { type: "string" },
     threads: { type: "string", default: "2" },
+    seed: { type: "string", default: "1" },
     json: { type: "boolean", default: false },
   },
 });
@@ -25,12 +33,10 @@ const newTokens = Number(flags["new-tokens"]);
 const rounds = Number(flags.rounds);
 const cli = fileURLToPath(new URL("../bin/mixtape.js", import.meta.url));
 const lateness = new URL("lateness.mjs", import.meta.url).href;
-const sorted = (list) => [...list].sort((a, b) => a - b);
-const quantile = (list, q) => sorted(list)[Math.min(list.length - 1, Math.floor(q * list.length))] ?? Number.NaN;
-const median = (list) => quantile(list, 0.5);
+const prompts = freshPrompts({ seed: Number(flags.seed) });
 const results = {};
 
-/** A server of its own, and what it says of itself. */
+/** Starts a server, whose figures and timers can be read. */
 async function serve(args = []) {
   const started = [cli, "serve", "--port", "0", "--log-level", "error", "--threads", flags.threads, ...args];
   const child = spawn(process.execPath, ["--import", lateness, ...started], { stdio: ["ignore", "ignore", "pipe", "ipc"] });
@@ -60,8 +66,11 @@ function parse(text) {
   return new Map([...text.matchAll(/^([a-z_0-9]+)(?:\{[^}]*\})? (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
 }
 
-const TOPICS = ["hotel", "train", "museum", "river", "poem", "spreadsheet", "restaurant", "taxi"];
-const question = (i) => `Tell me about the ${TOPICS[i % TOPICS.length]} number ${i % 16}.`;
+/** How many streams of a crowd are compared with their answers alone. */
+const COMPARED = 8;
+
+/** So many new questions. */
+const questions = (count) => Array.from({ length: count }, () => `${prompts.text(6)}: tell me about them.`);
 
 const bodyOf = (content, more = {}) => ({
   model: "default",
@@ -69,11 +78,11 @@ const bodyOf = (content, more = {}) => ({
   temperature: 0,
   max_tokens: newTokens,
   stream: true,
-  logit_bias: { 2: -100, 5: -100 }, // nobody ends early
+  logit_bias: { 2: -100, 5: -100 }, // no answer ends early
   ...more,
 });
 
-/** One streamed answer: its text, when each piece came, and the status. */
+/** One streamed answer: its text, when each piece arrived, and the status. */
 async function ask(url, content, more = {}) {
   const start = performance.now();
   const response = await fetch(`${url}/v1/chat/completions`, {
@@ -99,19 +108,24 @@ async function ask(url, content, more = {}) {
   return { status: response.status, text, times, ms: performance.now() - start, retryAfter: response.headers.get("retry-after") };
 }
 
-/** So many streams at once. */
-async function streams(server, users, alone) {
+/** So many streams at once, then the first of the questions again, one at a time. */
+async function streams(server, users) {
+  const asked = questions(users);
   const before = await server.figures();
   await server.lateness();
   const start = performance.now();
-  const answers = await Promise.all(Array.from({ length: users }, (_, i) => ask(server.url, question(i))));
+  const answers = await Promise.all(asked.map((content) => ask(server.url, content)));
   const seconds = (performance.now() - start) / 1000;
   const late = await server.lateness();
   const after = await server.figures();
+  const compared = answers.slice(0, COMPARED);
+  let same = 0;
+  for (const [i, { text }] of compared.entries()) if ((await ask(server.url, asked[i])).text === text) same++;
   const inSteps = after.get("mixtape_step_seconds_sum") - before.get("mixtape_step_seconds_sum");
   return {
     tokensPerSecond: (users * newTokens) / seconds,
-    same: answers.filter((a, i) => a.text === alone[i % 16]).length,
+    same,
+    compared: compared.length,
     first: answers.map((a) => a.times[0]),
     gaps: answers.flatMap((a) => a.times.slice(1).map((t, i) => t - a.times[i])),
     outsideSteps: 1 - inSteps / seconds,
@@ -119,12 +133,12 @@ async function streams(server, users, alone) {
   };
 }
 
-/** What rounds of so many streams come to. */
+/** The rounds of so many streams in one row. */
 function summary(users, each) {
   return {
     users,
     tokensPerSecond: median(each.map((e) => e.tokensPerSecond)),
-    sameAsAlone: `${Math.min(...each.map((e) => e.same))} of ${users}`,
+    sameAsAlone: `${each.reduce((n, e) => n + e.same, 0)} of ${each.reduce((n, e) => n + e.compared, 0)}`,
     firstMs: {
       median: median(each.flatMap((e) => e.first)),
       p99: quantile(
@@ -147,24 +161,23 @@ function summary(users, each) {
 async function crowd() {
   const server = await serve();
   try {
-    const alone = [];
-    for (let i = 0; i < 16; i++) alone.push((await ask(server.url, question(i))).text);
+    for (const content of questions(16)) await ask(server.url, content); // warms up
     const levels = flags.users.split(",").map(Number);
     const each = new Map(levels.map((users) => [users, []]));
-    for (let round = 0; round < rounds; round++) for (const users of levels) each.get(users).push(await streams(server, users, alone));
+    for (let round = 0; round < rounds; round++) for (const users of levels) each.get(users).push(await streams(server, users));
     return [...each].map(([users, all]) => summary(users, all));
   } finally {
     server.stop();
   }
 }
 
-/** Four times as many as there is room for, over connections that are open: what the server does, not what connecting takes. */
+/** Four times as many requests as the server admits, over open connections: what the server does, not what connecting takes. */
 async function overload() {
   const room = 32;
   const server = await serve(["--max-in-progress", String(room)]);
   const agent = new Agent({ keepAlive: true });
   try {
-    const wave = (n) => Promise.all(Array.from({ length: n }, (_, i) => drink(server.url, question(i), agent)));
+    const wave = (n) => Promise.all(questions(n).map((content) => drink(server.url, content, agent)));
     await wave(4 * room);
     const [calm, full] = [[], []];
     const refused = [];
@@ -174,11 +187,11 @@ async function overload() {
       full.push(median(answers.filter((a) => a.status === 200).map((a) => a.ms)));
       refused.push(...answers.filter((a) => a.status === 429));
     }
-    // One after the other while the room is full: what a refusal costs, without the rush of so many new connections at once.
+    // One after the other while the server is full: what a rejection costs, without the rush of so many requests at once.
     const running = wave(room);
     await new Promise((resolve) => setTimeout(resolve, 200));
     const singly = [];
-    for (let i = 0; i < 3 * room; i++) singly.push(await drink(server.url, question(i), agent));
+    for (const content of questions(3 * room)) singly.push(await drink(server.url, content, agent));
     await running;
     const aloneMs = singly.filter((a) => a.status === 429).map((a) => a.ms);
     return {
@@ -201,21 +214,22 @@ async function overload() {
   }
 }
 
-/** The first token of a long conversation's second turn, beside a conversation as long that nobody has seen. */
+/** The first token of a long conversation's second turn, beside that of an equally long conversation that is new. */
 async function secondTurn() {
   const server = await serve();
   try {
     const [fresh, known] = [[], []];
     for (let round = -1; round < 3 * rounds; round++) {
-      const long = (seed) => `${seed} ${"The train leaves the station at nine and arrives in the evening. ".repeat(130)}`;
-      const turns = (seed, answer) => [
-        { role: "user", content: long(seed) },
+      const long = (start) => `${start} ${"The train leaves the station at nine and arrives in the evening. ".repeat(130)}`;
+      const turns = (start, answer) => [
+        { role: "user", content: long(start) },
         { role: "assistant", content: answer },
         { role: "user", content: "And then?" },
       ];
-      const first = await ask(server.url, turns(`a${round}`, "x").slice(0, 1), { max_tokens: 8 });
-      const again = await ask(server.url, turns(`a${round}`, first.text), { max_tokens: 2 });
-      const unseen = await ask(server.url, turns(`b${round}`, first.text), { max_tokens: 2 });
+      const [a, b] = [prompts.text(6), prompts.text(6)];
+      const first = await ask(server.url, turns(a, "x").slice(0, 1), { max_tokens: 8 });
+      const again = await ask(server.url, turns(a, first.text), { max_tokens: 2 });
+      const unseen = await ask(server.url, turns(b, first.text), { max_tokens: 2 });
       if (round < 0) continue; // code that runs for the first time is slow for both
       known.push(again.times[0]);
       fresh.push(unseen.times[0]);
@@ -226,7 +240,7 @@ async function secondTurn() {
   }
 }
 
-/** A streamed answer that is thrown away as it comes: a client that costs as little as one can. */
+/** A streamed answer that is discarded as it arrives: the cheapest client there can be. */
 function drink(url, content, agent) {
   return new Promise((resolve, reject) => {
     const start = performance.now();
@@ -240,7 +254,7 @@ function drink(url, content, agent) {
   });
 }
 
-/** What HTTP and the routes cost: 32 streams through them beside the same 32 requests put to the engine itself, in turns. */
+/** What HTTP and the routes cost: 32 streams through them beside the same 32 requests to the engine itself, in turns. */
 async function overhead() {
   const users = 32;
   const server = await serve();
@@ -248,23 +262,23 @@ async function overhead() {
   const model = await AutoModelForCausalLM.from_pretrained("default", { threads: Number(flags.threads), kv_cache_tokens: 32768 });
   try {
     const logit_bias = new Map([2, 5].map((id) => [id, -100]));
-    const input_ids = Array.from({ length: users }, (_, i) =>
-      tokenizer.apply_chat_template([{ role: "user", content: question(i) }], { add_generation_prompt: true }),
-    );
+    const encode = (content) => tokenizer.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
     const seconds = async (work) => {
       const start = performance.now();
       await work();
       return (performance.now() - start) / 1000;
     };
-    const alone = () => model.generate({ input_ids, max_new_tokens: newTokens, do_sample: false, eos_token_id: null, logit_bias });
+    const alone = (input_ids) => model.generate({ input_ids, max_new_tokens: newTokens, do_sample: false, eos_token_id: null, logit_bias });
     const agent = new Agent({ keepAlive: true });
-    const served = () => Promise.all(Array.from({ length: users }, (_, i) => drink(server.url, question(i), agent)));
-    await alone();
-    await served();
+    const served = (asked) => Promise.all(asked.map((content) => drink(server.url, content, agent)));
     const [engine, http] = [[], []];
-    for (let round = 0; round < 3 * rounds; round++) {
-      engine.push(await seconds(alone));
-      http.push(await seconds(served));
+    for (let round = -1; round < 3 * rounds; round++) {
+      const asked = questions(users);
+      const input_ids = asked.map(encode);
+      const [inEngine, overHttp] = [await seconds(() => alone(input_ids)), await seconds(() => served(asked))];
+      if (round < 0) continue; // warms up
+      engine.push(inEngine);
+      http.push(overHttp);
     }
     const speed = (list) => (users * newTokens) / median(list);
     return { users, engineTokensPerSecond: speed(engine), servedTokensPerSecond: speed(http), share: 1 - median(engine) / median(http) };
@@ -274,16 +288,19 @@ async function overhead() {
   }
 }
 
-/** Requests that need no model: what HTTP itself costs. */
+/** Requests that need no model, each with a new text: what HTTP itself costs. */
 async function plain() {
   const server = await serve();
   try {
-    const body = JSON.stringify({ model: "default", text: "Hello" });
     const { requests, latency } = await autocannon({
       url: `${server.url}/tokenize`,
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body,
+      requests: [
+        {
+          method: "POST",
+          headers: { "content-type": "application/json" },
+          setupRequest: (request) => ({ ...request, body: JSON.stringify({ model: "default", text: prompts.text(3) }) }),
+        },
+      ],
       connections: 32,
       duration: 5,
     });
@@ -293,18 +310,18 @@ async function plain() {
   }
 }
 
-/** Users of the engine alone, tokens a second. */
+/** Tokens a second of the engine alone, by number of users. */
 async function engineOnly(model) {
   const loaded = await AutoModelForCausalLM.from_pretrained(model, { threads: Number(flags.threads), kv_cache_tokens: 16384 });
+  const ids = freshPrompts({ vocabulary: loaded.config.vocabSize, seed: Number(flags.seed) });
   const table = [];
   for (const users of [1, 4, 16]) {
-    const input_ids = Array.from({ length: users }, (_, u) => Array.from({ length: 16 }, (_, i) => 300 + ((i * 7 + u * 131) % 5000)));
-    const options = { input_ids, max_new_tokens: 24, eos_token_id: null, do_sample: false };
-    await loaded.generate(options);
     const speeds = [];
-    for (let round = 0; round < rounds; round++) {
+    for (let round = -1; round < rounds; round++) {
+      const input_ids = Array.from({ length: users }, () => ids.ids(16));
       const start = performance.now();
-      await loaded.generate(options);
+      await loaded.generate({ input_ids, max_new_tokens: 24, eos_token_id: null, do_sample: false });
+      if (round < 0) continue; // plans programs
       speeds.push((users * 24 * 1000) / (performance.now() - start));
     }
     table.push({ users, tokensPerSecond: median(speeds) });
@@ -327,20 +344,20 @@ else {
   for (const r of results.engine ?? []) console.log(`${String(r.users).padStart(4)} users ${f(r.tokensPerSecond)} tokens/s`);
   for (const r of results.crowd ?? [])
     console.log(
-      `${String(r.users).padStart(4)} streams ${f(r.tokensPerSecond, 0)} tokens/s   as alone: ${r.sameAsAlone.padEnd(10)}  first token ${f(r.firstMs.median)} ms (p99 ${f(r.firstMs.p99)})   between tokens ${f(r.gapMs.median, 2)} ms (p99 ${f(r.gapMs.p99, 2)})   outside steps ${f(100 * r.outsideSteps)} %   timers late p99 ${f(r.lateMs.p99)} ms, at most ${f(r.lateMs.max)}`,
+      `${String(r.users).padStart(4)} streams ${f(r.tokensPerSecond, 0)} tokens/s   same answer alone: ${r.sameAsAlone.padEnd(10)}  first token ${f(r.firstMs.median)} ms (p99 ${f(r.firstMs.p99)})   between tokens ${f(r.gapMs.median, 2)} ms (p99 ${f(r.gapMs.p99, 2)})   outside steps ${f(100 * r.outsideSteps)} %   timers late: p99 ${f(r.lateMs.p99)} ms, at most ${f(r.lateMs.max)}`,
     );
   if (results.overload) {
     const { room, asked, refused, allSayWhen, refusedMs, singlyRefusedMs: one, admittedSeconds: s } = results.overload;
     console.log(
-      `room for ${room}, ${asked} ask: ${refused} get 429${allSayWhen ? " with Retry-After" : ""}, in ${f(refusedMs.median)} ms (p99 ${f(refusedMs.p99)}), one by one in ${f(one.median)} ms (p99 ${f(one.p99)}); admitted take ${s.at4x.toFixed(2)} s (${s.at1x.toFixed(2)} s without the others)`,
+      `${asked} requests where ${room} are admitted: ${refused} get 429${allSayWhen ? " with Retry-After" : ""} within ${f(refusedMs.median)} ms (p99 ${f(refusedMs.p99)}), one at a time within ${f(one.median)} ms (p99 ${f(one.p99)}); admitted requests take ${s.at4x.toFixed(2)} s (${s.at1x.toFixed(2)} s without the others)`,
     );
     const o = results.overhead;
     console.log(
-      `${o.users} streams over HTTP, client included: ${f(o.servedTokensPerSecond, 0)} tokens/s; the engine alone ${f(o.engineTokensPerSecond, 0)}: ${f(100 * o.share)} % of the time is not the engine's`,
+      `${o.users} streams over HTTP, client included: ${f(o.servedTokensPerSecond, 0)} tokens/s; the engine alone ${f(o.engineTokensPerSecond, 0)}: ${f(100 * o.share)} % of the time is spent outside the engine`,
     );
     const { freshMs, knownMs, ratio } = results.secondTurn;
     console.log(
-      `second turn of a long conversation: first token after ${f(knownMs)} ms, of one that is new ${f(freshMs)} ms: ${ratio.toFixed(1)} x`,
+      `first token of a long conversation's second turn: ${f(knownMs)} ms; of a new conversation as long: ${f(freshMs)} ms; ${ratio.toFixed(1)} x`,
     );
     const { requestsPerSecond, latencyMs } = results.plain;
     console.log(`/tokenize: ${f(requestsPerSecond, 0)} requests/s, ${latencyMs.median} ms (p99 ${latencyMs.p99})`);

@@ -1,6 +1,6 @@
 /**
  * Whether an independent engine, llama.cpp through node-llama-cpp, agrees with mixtape on a model: the model is exported to
- * GGUF, both run it, and their tokens and greedy texts are compared.
+ * GGUF, both run it, and their tokens and greedy texts are compared. It measures no time and has no rounds.
  *
  *   npm run build && npm install --prefix bench/rivals --no-package-lock && node bench/rivals/agree.mjs [model] [--types q8_0,bf16] [--tokens 48] [--corpus FILE...]
  */
@@ -40,7 +40,7 @@ const PROMPTS = [
 ];
 /** mixtape's cache is float32 for float32 weights; llama.cpp's is half precision unless told. */
 const EXACT_CACHE = { experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32", flashAttention: false };
-/** What tokenizers trip over. */
+/** Texts that trip tokenizers up. */
 const TEXTS = [
   "",
   " ",

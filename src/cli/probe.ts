@@ -10,12 +10,18 @@ import { GREEDY } from "../engine/sampling.ts";
 import { oneLine } from "./failure.ts";
 import { bytesRead, type Operations, operations, type Work, workOf } from "./work.ts";
 
-/** Seeds of token ids: the same ids for every model with the same vocabulary. */
+/** A seed determines the prompt's token ids: the same for every model with the same vocabulary. */
 export type Request =
   | { readonly kind: "load"; readonly folder: string; readonly options: LoadOptions }
   | { readonly kind: "prompt"; readonly tokens: number; readonly seed: number }
   | { readonly kind: "generate"; readonly context: number; readonly newTokens: number; readonly seed: number }
-  | { readonly kind: "profile"; readonly of: "prompt" | "generation"; readonly tokens: number; readonly newTokens: number }
+  | {
+      readonly kind: "profile";
+      readonly of: "prompt" | "generation";
+      readonly tokens: number;
+      readonly newTokens: number;
+      readonly seed: number;
+    }
   | { readonly kind: "memory" };
 
 export interface Loaded {
@@ -92,7 +98,7 @@ async function load({ folder, options }: Extract<Request, { kind: "load" }>): Pr
   const start = performance.now();
   model = await loadModel(folder, {
     ...options,
-    prefix_cache: false,
+    prefix_cache: false, // a prompt that was seen before must cost as much as any
     warning_callback: (message) => process.stderr.write(`mixtape: ${message}\n`),
   });
   const readySeconds = (performance.now() - start) / 1000;
@@ -123,16 +129,16 @@ async function run(tokens: number, newTokens: number, seed: number): Promise<{ f
   let count = 0;
   for await (const _ of engine.submit({ tokens: ids, sampling: GREEDY, maxNewTokens: newTokens }))
     if (count++ === 0) first = (performance.now() - start) / 1000;
-  if (count !== newTokens) throw new Error(`internal: got ${count} of ${newTokens} tokens`);
+  if (count !== newTokens) throw new Error(`internal: ${count} of ${newTokens} tokens arrived`);
   return { first, last: (performance.now() - start) / 1000 };
 }
 
-/** Time by op, of one prompt or of the steps after it. */
-async function profile({ of, tokens, newTokens }: Extract<Request, { kind: "profile" }>): Promise<Profile> {
+/** Time by op of one prompt, or of the steps after one. */
+async function profile({ of, tokens, newTokens, seed }: Extract<Request, { kind: "profile" }>): Promise<Profile> {
   const { engine, config, weights } = loaded();
   const rows = of === "generation" ? 1 : undefined;
   const before = engine.profile(rows);
-  const { first, last } = await run(tokens, of === "generation" ? newTokens + 1 : 1, 0);
+  const { first, last } = await run(tokens, of === "generation" ? newTokens + 1 : 1, seed);
   const readers = engine.weightsByOp();
   const ops = [...engine.profile(rows)].map(([op, { seconds }]): OpTime => {
     const read = op === "embed" ? [] : weights.filter((w) => readers.get(op)?.has(w.name));
@@ -176,7 +182,7 @@ function loaded(): LoadedModel {
   return model;
 }
 
-/** Repeatable pseudo-random token ids, from a linear congruential generator. */
+/** Random token ids (a linear congruential generator); the same seed gives the same ones. */
 function madeUp(count: number, vocabSize: number, seed: number): number[] {
   let state = BigInt.asUintN(64, BigInt(seed) * 2n + 1n);
   return Array.from({ length: count }, () => {

@@ -1,6 +1,7 @@
 /**
  * The order in which `mixtape bench` measures: everything once a round, models in turns, and in each round the machine's
- * own limits, so that whatever slows the machine for a while slows all alike.
+ * own limits, so that whatever slows the machine for a while slows all alike. Every prompt is new, warm-up included; in a
+ * round all models get the same ones. The models keep no prefix cache.
  */
 import { instructionSets, type MachineLimits, machineLimits } from "../backend/native.ts";
 import { UsageError } from "./failure.ts";
@@ -95,14 +96,15 @@ export async function measureInTurns(
     const schedule = cut(wanted, Math.min(...subjects.map((s) => s.loaded.longest)), onCut);
     const runs = subjects.map((subject, s) => new Run(settings[s], subject, loads[s]));
     onStep("warming up");
-    for (const { subject } of runs) await warmUp(subject, schedule);
+    const seed = seeds();
+    for (const { subject } of runs) await warmUp(subject, schedule, seed);
     for (let round = 1; round <= wanted.repeat; round++)
-      await measureRound(runs, schedule, round, (what) => onStep(`round ${round} of ${wanted.repeat}: ${what}`));
+      await measureRound(runs, schedule, seed, (what) => onStep(`round ${round} of ${wanted.repeat}: ${what}`));
     const all: Measured[] = [];
     for (const run of runs) {
       const memory = await run.subject.ask({ kind: "memory" });
       onStep("profile");
-      all.push(run.result(schedule, memory, schedule.profile ? await profile(run, schedule) : undefined));
+      all.push(run.result(schedule, memory, schedule.profile ? await profile(run, schedule, seed) : undefined));
     }
     return all;
   } finally {
@@ -110,13 +112,19 @@ export async function measureInTurns(
   }
 }
 
+/** Numbers that each make another prompt. 0 is that of loading. */
+function seeds(): () => number {
+  let last = 0;
+  return () => ++last;
+}
+
 /** Prepares programs, and reads prompts until hardly any page of the weights is new to the process. */
-async function warmUp(subject: Subject, { promptLengths, contexts }: Schedule): Promise<void> {
-  for (const tokens of promptLengths) await subject.ask({ kind: "prompt", tokens, seed: 0 });
-  await subject.ask({ kind: "generate", context: contexts[0], newTokens: 1, seed: 0 });
+async function warmUp(subject: Subject, { promptLengths, contexts }: Schedule, seed: () => number): Promise<void> {
+  for (const tokens of promptLengths) await subject.ask({ kind: "prompt", tokens, seed: seed() });
+  await subject.ask({ kind: "generate", context: contexts[0], newTokens: 1, seed: seed() });
   let mapped = (await subject.ask({ kind: "memory" })).mappedBytes;
   for (let i = 1; mapped !== null && i <= WARM_UPS; i++) {
-    await subject.ask({ kind: "prompt", tokens: Math.max(...promptLengths), seed: -i });
+    await subject.ask({ kind: "prompt", tokens: Math.max(...promptLengths), seed: seed() });
     const now = (await subject.ask({ kind: "memory" })).mappedBytes ?? 0;
     if (now < mapped * 1.003) return;
     mapped = now;
@@ -136,7 +144,12 @@ function cut(schedule: Schedule, longest: number, onCut: (message: string) => vo
   return { ...schedule, promptLengths: within("prompts", promptLengths, prompt), contexts: within("contexts", contexts, context) };
 }
 
-async function measureRound(runs: readonly Run[], schedule: Schedule, seed: number, onStep: (what: string) => void): Promise<void> {
+async function measureRound(
+  runs: readonly Run[],
+  schedule: Schedule,
+  nextSeed: () => number,
+  onStep: (what: string) => void,
+): Promise<void> {
   const measured = new Map<string, MachineLimits>(); // runs with the same threads share them
   for (const run of runs) {
     const { isa, threads } = run.subject.loaded;
@@ -148,11 +161,13 @@ async function measureRound(runs: readonly Run[], schedule: Schedule, seed: numb
   }
   for (const tokens of schedule.promptLengths) {
     onStep(`prompt of ${tokens}`);
+    const seed = nextSeed();
     for (const run of runs) run.add("prompt", tokens, tokens / (await run.subject.ask({ kind: "prompt", tokens, seed })));
   }
   const { newTokens } = schedule;
   for (const context of schedule.contexts) {
     onStep(`generation after ${context}`);
+    const seed = nextSeed();
     for (const run of runs)
       run.add("generation", context, newTokens / (await run.subject.ask({ kind: "generate", context, newTokens, seed })));
   }
@@ -216,12 +231,12 @@ class Run {
   }
 }
 
-async function profile(run: Run, { promptLengths, contexts, newTokens }: Schedule): Promise<ProfiledPhase[]> {
+async function profile(run: Run, { promptLengths, contexts, newTokens }: Schedule, seed: () => number): Promise<ProfiledPhase[]> {
   const phases: ProfiledPhase[] = [];
   const limits = typical(run.limits);
   for (const [phase, lengths] of [["prompt", promptLengths] as const, ["generation", contexts] as const]) {
     for (const tokens of lengths) {
-      const { ops, seconds } = await run.subject.ask({ kind: "profile", of: phase, tokens, newTokens });
+      const { ops, seconds } = await run.subject.ask({ kind: "profile", of: phase, tokens, newTokens, seed: seed() });
       phases.push({ phase, tokens, seconds, ops: byTime(ops, seconds, limits) });
     }
   }

@@ -1,4 +1,5 @@
 // `chat`: over a pipe, for one question, and at a terminal.
+import type { ChildProcess } from "node:child_process";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { PassThrough } from "node:stream";
@@ -63,20 +64,22 @@ test("a conversation beyond the longest position drops its oldest turns with a n
   expect(messages.at(-2)?.content).toBe("seven");
 });
 
+/** For typing `keys` once the terminal shows `wanted`, in what has arrived since the last call. */
+function typist(child: ChildProcess): (wanted: RegExp, keys: string) => Promise<void> {
+  let seen = "";
+  child.stdout?.on("data", (part: Buffer) => void (seen += part.toString()));
+  return async (wanted, keys) => {
+    await expect.poll(() => seen, { timeout: 50_000 }).toMatch(wanted);
+    seen = "";
+    child.stdin?.write(keys);
+  };
+}
+
 test("at a terminal: Ctrl-C stops the answer and keeps the session and what was said", async () => {
   const file = join(temporary(), "a.json");
   const child = terminal(["chat", "-m", tinyModel(), "--greedy", "--max-new-tokens", "3500", "--logit-bias", "2=-inf"]);
   const done = finished(child);
-  let seen = "";
-  child.stdout?.on("data", (part: Buffer) => void (seen += part.toString()));
-  /** Types `keys` once `wanted` has been shown, in what came since the last call. */
-  const type = async (wanted: RegExp, keys: string) => {
-    const limit = Date.now() + 20_000;
-    while (!wanted.test(seen) && Date.now() < limit) await new Promise((resolve) => setTimeout(resolve, 10));
-    expect(seen).toMatch(wanted);
-    seen = "";
-    child.stdin?.write(keys);
-  };
+  const type = typist(child);
   await type(/› /, "hello\r");
   await type(/hello[\s\S]*\n[\s\S]{20}/, "\x03"); // the answer has begun
   await type(/\(stopped\)[\s\S]*tokens\/s[\s\S]*› /, `/save ${file}\r`);
@@ -93,8 +96,9 @@ test("at a terminal: Ctrl-C stops the answer and keeps the session and what was 
 test("at a terminal: Ctrl-C twice leaves", async () => {
   const child = terminal(["chat", "-m", tinyModel()]);
   const done = finished(child);
-  child.stdout?.once("data", () => setTimeout(() => child.stdin?.write("\x03"), 500));
-  setTimeout(() => child.stdin?.write("\x03"), 3000);
+  const type = typist(child);
+  await type(/› /, "\x03");
+  await type(/Ctrl-C again/, "\x03");
   expect((await done).code).toBe(0);
 });
 

@@ -326,13 +326,11 @@ test("what a schema forbids by its other keywords cannot be written", async () =
   }
 });
 
-test("a class that leaves out thousands of characters is read in no time, and leaves them out", async () => {
+test("a class that excludes thousands of characters excludes each of them", async () => {
   const some = Array.from({ length: 8000 }, (_, i) => String.fromCodePoint(0x4e00 + 2 * i));
-  const start = performance.now();
   const schema = { type: "string", pattern: `^[^${some.join("")}]$` };
   expect(await writes(schema, JSON.stringify(some[777]))).toBe(false);
   expect(await writes(schema, JSON.stringify(String.fromCodePoint(0x4e01)))).toBe(true);
-  expect(performance.now() - start).toBeLessThan(2000); // it was minutes
 });
 
 test("a long answer by an ambiguous schema remembers no more than so much", async () => {
@@ -355,20 +353,21 @@ test("a long answer by an ambiguous schema remembers no more than so much", asyn
   expect(most).toBeGreaterThan(50_000); // it did forget
 });
 
-test("patterns made to be ambiguous take a bounded time a token", async () => {
+test("patterns made to be ambiguous cost a bounded number of frames for each token", async () => {
+  const trie = await Trie.build(tokenizer.vocabulary, VOCABULARY);
   for (const pattern of ["^((a|aa|aaa|.){0,50}){0,50}b$", "^((.{0,99}b){0,9}.){0,99}$", "(a*)*(a*)*(a*)*b"]) {
-    const constraint = await grammars.constraint({ kind: "schema", schema: { type: "string", pattern } }, { param: "x" });
+    const automaton = new Automaton(schemaGrammar({ type: "string", pattern }), trie, ENDS, new Map());
     const random = seeded(7);
-    const times: number[] = [];
+    let state = automaton.start;
+    let most = 0;
     for (let step = 0; step < 25; step++) {
-      const start = performance.now();
-      const ids = allowed(await constraint.next()).filter((id) => !ENDS.includes(id));
-      times.push(performance.now() - start);
+      const before = automaton.kept;
+      const ids = allowed(automaton.mask(state)).filter((id) => !ENDS.includes(id));
+      most = Math.max(most, automaton.kept - before);
       if (ids.length === 0) break;
-      constraint.accept(ids[Math.floor(random() * ids.length)]);
+      state = automaton.accept(state, ids[Math.floor(random() * ids.length)]) ?? expect.fail("refused");
     }
-    expect(times.sort((a, b) => a - b)[times.length >> 1]).toBeLessThan(100);
-    expect(Math.max(...times)).toBeLessThan(1000);
+    expect(most).toBeLessThan(25_000);
   }
 });
 

@@ -93,12 +93,11 @@ test("more requests than there is room for are refused at once, and those under 
   const streams = await Promise.all(Array.from({ length: 4 }, () => post(running.url, "/v1/chat/completions", long)));
   expect(streams.map((s) => s.status)).toEqual([200, 200, 200, 200]);
   for (let i = 0; i < 12; i++) {
-    const start = performance.now();
     const refused = await post(running.url, "/v1/chat/completions", BODY);
     expect(refused.status).toBe(429);
     expect(Number(refused.headers.get("retry-after"))).toBeGreaterThanOrEqual(1);
     await refused.arrayBuffer();
-    expect(performance.now() - start).toBeLessThan(1000);
+    expect(engine.stats().running).toBe(4); // it did not wait for one of them to end
   }
   for (const s of streams) expect(await s.text()).toMatch(/data: \[DONE\]\n\n$/);
   expect((await post(running.url, "/v1/chat/completions", BODY)).status).toBe(200);

@@ -1,6 +1,6 @@
 /** The page in Chromium, against answers by script: chats, branches, failures, hostile text, barriers. */
 import axe from "axe-core";
-import type { Browser, Page } from "playwright-core";
+import type { Browser, Locator, Page } from "playwright-core";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "vitest";
 import { ELSEWHERE, launch, missingBrowser, visit } from "./browser.ts";
 import { EXPERTS, type FakeServer, LAYERS, spoken, startFake } from "./fakeserver.ts";
@@ -180,11 +180,18 @@ describe.skipIf(missingBrowser)(`the page${missingBrowser ? ` (${missingBrowser}
         : attempt === 2
           ? { deltas: spoken("Half an answer that"), breakAfter: 2, everyMs: 20 }
           : { deltas: spoken("The whole answer.") };
-    const began = performance.now();
+    await page.clock.install();
+    await page.clock.pauseAt(Date.now() + 60_000); // from here on the page's time passes in steps of ours
+    const passes = async (shown: Locator) => {
+      while (!(await shown.isVisible())) await page.clock.runFor(20);
+    };
     await say(page, "Hello");
-    await page.getByText("The server is busy. Retrying in 1 s.").waitFor();
-    await page.getByText("Generation failed: ").waitFor();
-    expect(performance.now() - began).toBeGreaterThan(1000);
+    await passes(page.getByText("The server is busy. Retrying in 1 s."));
+    await page.clock.runFor(900);
+    expect(fake.asked).toHaveLength(1);
+    await passes(page.getByText("Generation failed: "));
+    expect(fake.asked).toHaveLength(2);
+    await page.clock.resume();
     expect(await page.locator(".prose").innerText()).toBe("Half an");
     await page.getByRole("button", { name: "Try again" }).click();
     await shown(page).getByText("The whole answer.").waitFor();

@@ -1,6 +1,6 @@
 /**
  * The server under load: many streams at once, some of them compared with the answer that the same question gets alone; more
- * requests than the server admits; the second turn of a long conversation; and models without a tokenizer on the engine alone.
+ * requests than the server admits; the second turn of a long conversation; long texts and hard patterns; and models without a tokenizer on the engine alone.
  * Server and clients share the machine.
  *
  *   npm run build && node bench/serving.mjs [--users 1,8,32,256] [--new-tokens 100] [--rounds 3] [--engine MODEL] [--seed 1] [--json]
@@ -310,6 +310,57 @@ async function plain() {
   }
 }
 
+/** How late the server's timers are while it encodes a text of half a million characters, which takes it so many milliseconds. */
+async function longText() {
+  const server = await serve();
+  try {
+    const [encode, late] = [[], []];
+    for (let round = -1; round < rounds; round++) {
+      const text = `${prompts.text(6)} ${"The train leaves the station at nine. ".repeat(13_000)}`;
+      await server.lateness();
+      const start = performance.now();
+      const response = await fetch(`${server.url}/tokenize`, {
+        method: "POST",
+        headers: { "content-type": "application/json" },
+        body: JSON.stringify({ model: "default", text }),
+      });
+      if (response.status !== 200) throw new Error(`/tokenize: ${response.status} ${await response.text()}`);
+      await response.arrayBuffer();
+      if (round < 0) continue; // starts the thread
+      encode.push(performance.now() - start);
+      late.push((await server.lateness()).max);
+    }
+    return { encodeMs: median(encode), lateMs: median(late) };
+  } finally {
+    server.stop();
+  }
+}
+
+/** Milliseconds between tokens of answers by patterns that are made to be ambiguous, or that exclude thousands of characters. */
+async function patterns() {
+  const server = await serve();
+  const some = Array.from({ length: 1000 }, (_, i) => String.fromCodePoint(0x4e00 + 2 * i)).join("");
+  try {
+    const table = [];
+    for (const pattern of ["^((a|aa|aaa|.){0,50}){0,50}b$", "^((.{0,99}b){0,9}.){0,99}$", "(a*)*(a*)*(a*)*b", `^[^${some}]{40}$`]) {
+      const schema = { type: "string", pattern };
+      const response_format = { type: "json_schema", json_schema: { name: "x", schema } };
+      const [first, gaps] = [[], []];
+      for (let round = 0; round < rounds; round++) {
+        const { status, times } = await ask(server.url, questions(1)[0], { max_tokens: 25, response_format });
+        if (status !== 200) throw new Error(`${pattern.slice(0, 40)}: the server answered ${status}`);
+        first.push(times[0]);
+        gaps.push(...times.slice(1).map((t, i) => t - times[i]));
+      }
+      const gapMs = { median: median(gaps), max: Math.max(...gaps) };
+      table.push({ pattern: pattern.length > 40 ? `${pattern.slice(0, 10)}...` : pattern, firstMs: median(first), gapMs });
+    }
+    return table;
+  } finally {
+    server.stop();
+  }
+}
+
 /** Tokens a second of the engine alone, by number of users. */
 async function engineOnly(model) {
   const loaded = await AutoModelForCausalLM.from_pretrained(model, { threads: Number(flags.threads), kv_cache_tokens: 16384 });
@@ -337,6 +388,8 @@ else {
   results.overhead = await overhead();
   results.secondTurn = await secondTurn();
   results.plain = await plain();
+  results.longText = await longText();
+  results.patterns = await patterns();
 }
 if (flags.json) console.log(JSON.stringify(results, null, 1));
 else {
@@ -360,6 +413,14 @@ else {
       `first token of a long conversation's second turn: ${f(knownMs)} ms; of a new conversation as long: ${f(freshMs)} ms; ${ratio.toFixed(1)} x`,
     );
     const { requestsPerSecond, latencyMs } = results.plain;
+    const { encodeMs, lateMs } = results.longText;
+    console.log(
+      `a text of half a million characters is encoded within ${f(encodeMs, 0)} ms; timers are at most ${f(lateMs)} ms late meanwhile`,
+    );
+    for (const { pattern, firstMs, gapMs } of results.patterns)
+      console.log(
+        `${pattern.padEnd(32)} first token ${f(firstMs)} ms   between tokens ${f(gapMs.median, 2)} ms (at most ${f(gapMs.max, 2)})`,
+      );
     console.log(`/tokenize: ${f(requestsPerSecond, 0)} requests/s, ${latencyMs.median} ms (p99 ${latencyMs.p99})`);
   }
 }

@@ -217,14 +217,18 @@ test("rates and budgets: OpenAI's headers, then 429 with the time to wait", asyn
   expect((await ask()).headers).toMatchObject({
     "x-ratelimit-limit-requests": "2",
     "x-ratelimit-remaining-requests": "1",
-    "x-ratelimit-reset-requests": expect.stringMatching(/^(30s|29s)$/),
+    "x-ratelimit-reset-requests": expect.stringMatching(/^(30|2\d)s$/),
     "x-ratelimit-limit-tokens": "100",
     "x-ratelimit-remaining-tokens": "100",
     "x-ratelimit-reset-tokens": expect.stringMatching(/^((\d+h)?\d+m)?\d+s$/),
   });
   await ask();
   const third = await ask();
-  expect([third.statusCode, third.json().error.code, third.headers["retry-after"]]).toEqual([429, "rate_limit_exceeded", "30"]);
+  expect([third.statusCode, third.json().error.code, third.headers["retry-after"]]).toEqual([
+    429,
+    "rate_limit_exceeded",
+    expect.stringMatching(/^(30|2\d)$/),
+  ]);
   gate.charge(key.id, 100);
   const spent = await ask();
   expect([spent.statusCode, spent.json().error.type]).toEqual([429, "insufficient_quota"]);

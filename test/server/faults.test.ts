@@ -23,7 +23,11 @@ const ENDLESS = {
 async function begun(response: Response) {
   const reader = (response.body as ReadableStream<Uint8Array>).getReader();
   let text = "";
-  while (!/"content":"[^"]/.test(text)) text += Buffer.from((await reader.read()).value ?? []).toString();
+  while (!/"content":"[^"]/.test(text)) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error(`the stream ended before any text: ${text}`);
+    text += Buffer.from(value).toString();
+  }
   return reader;
 }
 

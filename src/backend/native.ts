@@ -1,7 +1,7 @@
 /** The CPU backend in C++: runs the CPU's passes on a graph and passes the plan to the addon. Knows no kernel. */
 import type { Tensor } from "../graph/call.ts";
 import { fuse } from "../graph/fuse.ts";
-import { type Graph, show } from "../graph/graph.ts";
+import type { Graph } from "../graph/graph.ts";
 import { lower } from "../graph/lower.ts";
 import { needed } from "../graph/needed.ts";
 import { bytesOf, DTYPE_CODES, type Plan, plan } from "../graph/plan.ts";
@@ -9,7 +9,8 @@ import type { Dtype } from "../tensor/dtype.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
-import type { Backend, Numbers, Program, Slice, State, WeightSource, Weights } from "./backend.ts";
+import { fitting } from "./arrays.ts";
+import type { Backend, Program, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
 import { CPU } from "./cpu.ts";
 import { hostMemory } from "./memory.ts";
@@ -174,18 +175,6 @@ function errandOf({ graph, calls }: Plan, names: readonly string[]): Errand {
     inputs: new Set(touched.filter((t) => t.kind === "input")),
     symbols: new Set(touched.flatMap((t) => t.shape.flatMap((d) => (typeof d === "number" ? [] : [d.symbol])))),
   };
-}
-
-/** The array of an input or output, which must be of its type and large enough. */
-function fitting(t: Tensor, label: string, data: Numbers | undefined, sizes: SymbolValues): Numbers {
-  if (!data) throw new Error(`internal: the ${label} was not given`);
-  const right = t.dtype === "i32" ? data instanceof Int32Array : data instanceof Float32Array;
-  const bytes = bytesOf(t, sizes);
-  if (!right || data.byteLength < bytes)
-    throw new Error(
-      `internal: the ${label} (${show(t)}) needs ${bytes} bytes of ${t.dtype}, not ${data.byteLength} of ${data.constructor.name}`,
-    );
-  return data;
 }
 
 /** Converts a stored matrix [n, k] (or vector, n = 1) to another format, off the event loop. `to` must have the exact size. */

@@ -51,7 +51,7 @@ export function backward(graph: Graph, loss: string, trained: readonly string[])
   }
   for (const t of parameters)
     next.output(gradientName(t.name as string), gradients.get(t) ?? fail(`the loss '${loss}' does not depend on '${t.name}'`));
-  return checked(next, "backward", graph);
+  return checked(next, "backward");
 }
 
 function fail(message: string): never {

@@ -83,5 +83,5 @@ export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
     if (found) next.within(call.scope, () => next.call(found.op, found.inputs, found.params, {}, found.outputs));
     else if (!gone.has(call)) next.push(call);
   });
-  return checked(next, "fuse", graph);
+  return checked(next, "fuse");
 }

@@ -76,7 +76,9 @@ export class Graph {
     const given = inputs.filter((t) => t !== undefined);
     const results = resultsOf(op, row, given, params, sizes);
     const made = outputs ? fitted(op, results, outputs) : results.map((r) => this.#value({ kind: "computed", ...r }));
-    this.push({ op, inputs: given, outputs: made, params, sizes, scope: this.#scope, effects: effectsOf(row, given) });
+    const call: Call = { op, inputs: given, outputs: made, params, sizes, scope: this.#scope, effects: effectsOf(row, given) };
+    SOUND.add(call);
+    this.push(call);
     return made as Tensor[];
   }
 
@@ -216,20 +218,21 @@ function fitted(op: string, results: readonly Result[], outputs: readonly Tensor
   return outputs;
 }
 
+/** Calls whose shapes were checked when they were made. */
+const SOUND = new WeakSet<Call>();
+
 /**
  * Throws `internal:` errors that name `pass` and the call where a graph is not whole: values used before they are computed, or results
- * of another shape.
- * @param from the graph that the pass was given: calls that it took over as they were have been checked
+ * of another shape in a call that was not made by `call`.
  */
-export function checked(graph: Graph, pass: string, from?: Graph): Graph {
+export function checked(graph: Graph, pass: string): Graph {
   const known = new Set<Tensor>();
   for (const t of graph.values) if (t.kind !== "computed") known.add(t);
-  const taken = new Set(from?.calls);
   for (const call of graph.calls) {
     const { op, inputs, outputs, params, sizes, scope } = call;
     const at = () => `internal: ${pass}: ${op}${scope ? ` of ${scope}` : ""}`;
     for (const t of inputs) if (!known.has(t)) throw new Error(`${at()} uses the value ${t.id} (${show(t)}) before it is computed`);
-    if (!taken.has(call)) {
+    if (!SOUND.has(call)) {
       try {
         fitted(op, resultsOf(op, graph.row(op), inputs, params, sizes), outputs);
       } catch (error) {

@@ -74,5 +74,5 @@ export function lower(graph: Graph, lowering: Lowering): Graph {
       }
     });
   }
-  return checked(next, "lower", graph);
+  return checked(next, "lower");
 }

@@ -41,5 +41,5 @@ export function remat(graph: Graph, again: (scope: string) => boolean = (scope) 
     if (!scope || !again(scope)) next.push(call);
     else next.push({ ...call, inputs: call.inputs.map((t) => cloned(t, scope)) });
   }
-  return checked(next, "remat", graph);
+  return checked(next, "remat");
 }

@@ -36,7 +36,7 @@ export function adamw(graph: Graph, trained: readonly string[], clip: number | n
     const moment = (which: "m" | "v") => next.state(momentName(name, which), parameter.shape, "f32");
     next.call("adamw", [parameter, gradient, moment("m"), moment("v"), rates, factor]);
   }
-  return checked(next, "adamw", graph);
+  return checked(next, "adamw");
 }
 
 export interface AdamwOptions {

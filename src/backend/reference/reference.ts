@@ -3,9 +3,10 @@
  * graphs as they are, traced or behind any pass, and so it checks the passes too.
  */
 import type { Call, Tensor } from "../../graph/call.ts";
-import { type Graph, show } from "../../graph/graph.ts";
+import type { Graph } from "../../graph/graph.ts";
 import { needed } from "../../graph/needed.ts";
 import { elements, type SymbolValues } from "../../tensor/shape.ts";
+import { fitting } from "../arrays.ts";
 import type { Backend, Numbers, Program, State, WeightSource, Weights } from "../backend.ts";
 import { hostMemory } from "../memory.ts";
 import { KERNELS } from "./kernels.ts";
@@ -58,10 +59,16 @@ export function referenceBackend(): Backend {
         calls: graph.calls,
         async run(sizes, inputs, outputs) {
           const values = new Map(bound);
-          for (const t of graph.values) if (t.kind === "input" && inputs[t.name ?? ""]) values.set(t, fits(t, inputs[t.name ?? ""], sizes));
+          const give = (t: Tensor, label: string, data: Numbers) => {
+            values.set(t, fitting(t, label, data, sizes).subarray(0, elements(t.shape, sizes)));
+          };
+          for (const t of graph.values) {
+            const data = t.kind === "input" ? inputs[t.name as string] : undefined;
+            if (data) give(t, `input '${t.name}'`, data);
+          }
           for (const [name, data] of Object.entries(outputs)) {
             const t = graph.outputs.get(name);
-            if (t) values.set(t, fits(t, data, sizes));
+            if (t) give(t, `output '${name}'`, data);
           }
           for (const call of needed(graph, Object.keys(outputs))) {
             const start = performance.now();
@@ -96,14 +103,6 @@ function runCall(call: Call, kernel: Kernel, values: Map<Tensor, Numbers>, sizes
     return { dims, data, dtype: t.dtype };
   };
   kernel(call.inputs.map(operand), call.outputs.map(operand), call.params);
-}
-
-/** The part of an array that a value takes. */
-function fits(t: Tensor, data: Numbers, sizes: SymbolValues): Numbers {
-  const count = elements(t.shape, sizes);
-  const right = t.dtype === "i32" ? data instanceof Int32Array : data instanceof Float32Array;
-  if (!right || data.length < count) throw new Error(`internal: ${t.name ?? "an output"} (${show(t)}) does not fit its array`);
-  return data.subarray(0, count);
 }
 
 function found<T>(value: T | undefined, t: Tensor): T {

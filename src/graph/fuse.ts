@@ -48,18 +48,20 @@ const PATTERNS: readonly Pattern[] = [gated, addNorm];
 
 /** @param has whether the backend has a kernel for an op */
 export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
-  const makers = new Map<Tensor, { call: Call; at: number }>();
-  const reads = new Map<Tensor, number[]>();
+  // By value id: the call that makes it, the first that reads it, and how many do.
+  const makers: (Call | undefined)[] = [];
+  const firstRead = new Int32Array(graph.values.length).fill(graph.calls.length);
+  const readers = new Int32Array(graph.values.length);
   graph.calls.forEach((call, at) => {
-    for (const t of call.outputs) makers.set(t, { call, at });
-    for (const t of call.inputs) {
-      const before = reads.get(t);
-      if (!before) reads.set(t, [at]);
-      else if (before[before.length - 1] !== at) before.push(at);
-    }
+    for (const t of call.outputs) makers[t.id] = call;
+    call.inputs.forEach((t, i) => {
+      if (call.inputs.indexOf(t) !== i) return; // read twice by one call
+      readers[t.id]++;
+      firstRead[t.id] = Math.min(firstRead[t.id], at);
+    });
   });
   const returned = new Set(graph.outputs.values());
-  const uses: Uses = { maker: (t) => makers.get(t)?.call, single: (t) => reads.get(t)?.length === 1 && !returned.has(t) };
+  const uses: Uses = { maker: (t) => makers[t.id], single: (t) => readers[t.id] === 1 && !returned.has(t) };
 
   /** By position: a call that is replaced, and the fusion that stands where the last one of its calls stood. */
   const gone = new Set<Call>();
@@ -69,7 +71,7 @@ export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
       const found = pattern(call, uses);
       if (!found || !has(found.op) || found.replaced.some((c) => gone.has(c))) continue;
       // Whatever a replaced call computed must not be read before the fusion computes it.
-      const early = found.replaced.some((c) => c.outputs.some((t) => (reads.get(t) ?? []).some((i) => i < at)));
+      const early = found.replaced.some((c) => c.outputs.some((t) => firstRead[t.id] < at));
       if (early) continue;
       for (const c of found.replaced) gone.add(c);
       fusions.set(at, found);

@@ -226,12 +226,12 @@ const SOUND = new WeakSet<Call>();
  * of another shape in a call that was not made by `call`.
  */
 export function checked(graph: Graph, pass: string): Graph {
-  const known = new Set<Tensor>();
-  for (const t of graph.values) if (t.kind !== "computed") known.add(t);
+  const known = new Uint8Array(graph.values.length); // by value id
+  for (const t of graph.values) if (t.kind !== "computed") known[t.id] = 1;
   for (const call of graph.calls) {
     const { op, inputs, outputs, params, sizes, scope } = call;
     const at = () => `internal: ${pass}: ${op}${scope ? ` of ${scope}` : ""}`;
-    for (const t of inputs) if (!known.has(t)) throw new Error(`${at()} uses the value ${t.id} (${show(t)}) before it is computed`);
+    for (const t of inputs) if (!known[t.id]) throw new Error(`${at()} uses the value ${t.id} (${show(t)}) before it is computed`);
     if (!SOUND.has(call)) {
       try {
         fitted(op, resultsOf(op, graph.row(op), inputs, params, sizes), outputs);
@@ -240,11 +240,11 @@ export function checked(graph: Graph, pass: string): Graph {
       }
     }
     for (const t of outputs) {
-      if (known.has(t)) throw new Error(`${at()} computes the value ${t.id} (${show(t)}) again`);
-      known.add(t);
+      if (known[t.id]) throw new Error(`${at()} computes the value ${t.id} (${show(t)}) again`);
+      known[t.id] = 1;
     }
   }
   for (const [name, t] of graph.outputs)
-    if (!known.has(t)) throw new Error(`internal: ${pass}: nothing computes the output '${name}' (${show(t)})`);
+    if (!known[t.id]) throw new Error(`internal: ${pass}: nothing computes the output '${name}' (${show(t)})`);
   return graph;
 }

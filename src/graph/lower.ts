@@ -24,22 +24,27 @@ const PRODUCTS = new Set(["linear", "groupedLinear", "gatedLinear", "groupedGate
 
 export function lower(graph: Graph, lowering: Lowering): Graph {
   const next = graph.branch(lowering.table);
-  const makers = new Map<Tensor, Call>();
-  const reads = new Map<Tensor, number>();
+  // By value id: the call that makes it, and how often it is read.
+  const makers: (Call | undefined)[] = [];
+  const reads = new Int32Array(graph.values.length);
   for (const call of graph.calls) {
-    for (const t of call.outputs) makers.set(t, call);
-    for (const t of call.inputs) reads.set(t, (reads.get(t) ?? 0) + 1);
+    for (const t of call.outputs) makers[t.id] = call;
+    for (const t of call.inputs) reads[t.id]++;
   }
   const returned = new Set(graph.outputs.values());
 
-  const converted = new Map<string, Tensor>();
+  /** By value id, in the one format that each op converts to. */
+  const converted = new Map<string, (Tensor | undefined)[]>();
   const activations = (x: Tensor, weight: Tensor): Tensor => {
     const op = lowering.activations(weight.dtype);
     if (!op || x.dtype !== "f32") return x;
-    const key = `${op}:${x.id}`;
-    const made = converted.get(key) ?? next.call(op, [x])[0];
-    converted.set(key, made);
-    return made;
+    let made = converted.get(op);
+    if (!made) {
+      made = [];
+      converted.set(op, made);
+    }
+    made[x.id] ??= next.call(op, [x])[0];
+    return made[x.id] as Tensor;
   };
 
   const halves = new Map<Tensor, Tensor>();
@@ -49,18 +54,23 @@ export function lower(graph: Graph, lowering: Lowering): Graph {
     return made;
   };
   /** The reads of a cache that attention alone is made of; null where something else wants what they give. */
-  const cached = ({ op, inputs, outputs, params }: Call): readonly [Call, Call] | null => {
-    if (op !== "attention" || params.causal !== 1 || reads.has(outputs[1]) || returned.has(outputs[1])) return null;
-    const [k, v] = [makers.get(inputs[1]), makers.get(inputs[2])];
-    if (k?.op !== "cacheRead" || v?.op !== "cacheRead" || reads.get(inputs[1]) !== 1 || reads.get(inputs[2]) !== 1) return null;
+  const cached = ({ inputs, outputs, params }: Call): readonly [Call, Call] | null => {
+    if (params.causal !== 1 || reads[outputs[1].id] > 0 || returned.has(outputs[1])) return null;
+    const [k, v] = [makers[inputs[1].id], makers[inputs[2].id]];
+    if (k?.op !== "cacheRead" || v?.op !== "cacheRead" || reads[inputs[1].id] !== 1 || reads[inputs[2].id] !== 1) return null;
     return [k, v];
   };
-  const dropped = new Set(graph.calls.flatMap((call) => cached(call) ?? []));
+  const attentions = new Map<Call, readonly [Call, Call]>();
+  for (const call of graph.calls) {
+    const found = call.op === "attention" ? cached(call) : null;
+    if (found) attentions.set(call, found);
+  }
+  const dropped = new Set([...attentions.values()].flat());
 
   for (const call of graph.calls) {
     const { op, inputs, outputs, params, sizes, scope } = call;
     next.within(scope, () => {
-      const found = cached(call);
+      const found = attentions.get(call);
       if (found) {
         const [keys, values] = [half(found[0].inputs[0], "keys"), half(found[1].inputs[0], "values")];
         next.call("pagedAttention", [inputs[0], keys, values, ...found[0].inputs.slice(1)], {}, {}, outputs.slice(0, 1));

@@ -53,6 +53,8 @@ export class Graph {
   /** Lets a run return `value`, a computed one, under this name. */
   output(name: string, value: Tensor): void {
     if (value.kind !== "computed") throw new Error(`internal: the output ${name} is no computed value`);
+    for (const [other, t] of this.outputs)
+      if (t === value || other === name) throw new Error(`internal: the output ${name} would be a second name or value of '${other}'`);
     this.outputs.set(name, value);
   }
 

@@ -137,8 +137,12 @@ test("calls carry the scope that traced them, and the states that they touch", (
   expect(add.effects).toEqual({ reads: [], writes: [] });
 });
 
-test("an output must be computed", () => {
+test("an output must be computed, and have one name", () => {
   const { g, x } = setUp();
+  const y = g.scale(x(rows, 2), 2);
+  g.output("a", y);
+  expect(() => g.output("b", y)).toThrow("internal: the output b would be a second name or value of 'a'");
+  expect(() => g.output("a", g.scale(y, 2))).toThrow("internal: the output a would be a second name or value of 'a'");
   expect(() => g.output("y", x(rows, 2))).toThrow("internal: the output y is no computed value");
 });
 

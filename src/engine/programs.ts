@@ -52,9 +52,10 @@ export class Programs {
       if (t.kind === "state") this.#states.set(t.name as string, backend.state(t.dtype, t.shape.map(Number)));
   }
 
-  /** A program with room for so many rows and picked rows; made once for each pair of powers of two. */
+  /** A program with room for so many rows and picked rows; made once for each power of two of rows and power of 16 of picked rows. */
   for(rows: number, outs: number): Program {
-    const capacity = { rows: powerOfTwo(rows), outs: powerOfTwo(outs) };
+    const most = powerOfTwo(rows);
+    const capacity = { rows: most, outs: Math.min(most, 16 ** Math.max(1, Math.ceil(Math.log2(outs) / 4))) };
     const key = `${capacity.rows}:${capacity.outs}`;
     const made = this.#prepared.get(key) ?? { program: this.#prepare(capacity), rows: capacity.rows };
     this.#prepared.set(key, made);
@@ -145,5 +146,5 @@ function traceSampling(g: Graph, logits: Tensor): void {
 }
 
 function powerOfTwo(n: number): number {
-  return n === 0 ? 0 : 2 ** Math.ceil(Math.log2(n));
+  return 2 ** Math.ceil(Math.log2(n));
 }

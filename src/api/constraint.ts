@@ -3,19 +3,20 @@ import { endsInReasoning, TAGS } from "../chat/dialect.ts";
 import { shapeOf } from "../chat/format.ts";
 import type { Prompt } from "../chat/prompt.ts";
 import type { Constraint } from "../engine/sequence.ts";
-import { Grammars } from "../grammar/grammars.ts";
+import type { Grammars } from "../grammar/grammars.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import type { ResolvedGeneration } from "./generation.ts";
 
 /** By tokenizer, then by vocabulary size and end tokens. */
-const KEPT = new WeakMap<Tokenizer, Map<string, Grammars>>();
+const KEPT = new WeakMap<Tokenizer, Map<string, Promise<Grammars>>>();
 
-function grammarsOf(tokenizer: Tokenizer, vocabSize: number, endIds: readonly number[]): Grammars {
-  const known = KEPT.get(tokenizer) ?? new Map<string, Grammars>();
+/** Loaded when first needed: most processes never constrain an answer, and all want their first token soon. */
+function grammarsOf(tokenizer: Tokenizer, vocabSize: number, endIds: readonly number[]): Promise<Grammars> {
+  const known = KEPT.get(tokenizer) ?? new Map<string, Promise<Grammars>>();
   KEPT.set(tokenizer, known);
   const key = [vocabSize, ...endIds].join();
-  const grammars = known.get(key) ?? new Grammars(tokenizer, vocabSize, endIds);
+  const grammars = known.get(key) ?? import("../grammar/grammars.ts").then((grammar) => new grammar.Grammars(tokenizer, vocabSize, endIds));
   known.set(key, grammars);
   return grammars;
 }
@@ -39,6 +40,8 @@ export function constrainBy(
   const { shape, param } = wanted;
   if (!tokenizer) throw new RangeError("response_format needs the option 'tokenizer' as well, to know the text of each token");
   if (stopIds.length === 0) throw new RangeError(`${param} needs a token that ends the answer, and eos_token_id names none`);
-  const grammars = grammarsOf(tokenizer, vocabSize, stopIds);
-  return (ids) => grammars.constraint(shape, { param, after: endsInReasoning(tokenizer, ids) ? TAGS.think[1] : null });
+  return async (ids) => {
+    const grammars = await grammarsOf(tokenizer, vocabSize, stopIds);
+    return grammars.constraint(shape, { param, after: endsInReasoning(tokenizer, ids) ? TAGS.think[1] : null });
+  };
 }

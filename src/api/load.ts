@@ -2,7 +2,6 @@
 import type { Backend, WeightSource } from "../backend/backend.ts";
 import { physicalCores } from "../backend/cores.ts";
 import { nativeBackend } from "../backend/native.ts";
-import { referenceBackend } from "../backend/reference/reference.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { locate } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
@@ -87,7 +86,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
       wanted === "auto" && p.kind === "matrix" ? computedAs(found.dtype) : parameterDtype(p, wanted === "auto" ? "f32" : wanted);
     return { name: p.name, stored: found.dtype, dtype, shape: p.shape, parts: found.parts };
   });
-  const backend = openBackend(options);
+  const backend = await openBackend(options);
   try {
     const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
     for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
@@ -117,8 +116,8 @@ function checkCache({ kv_cache_dtype: dtype = "fp32", kv_cache_tokens = 1, chunk
     if (!Number.isSafeInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
 }
 
-function openBackend({ device = "auto", threads, isa }: LoadOptions): Backend {
-  if (device === "reference") return referenceBackend();
+async function openBackend({ device = "auto", threads, isa }: LoadOptions): Promise<Backend> {
+  if (device === "reference") return (await import("../backend/reference/reference.ts")).referenceBackend();
   if (device === "auto" || device === "cpu") return nativeBackend({ threads, isa });
   throw new RangeError(`device '${device}' is not known; known are auto, cpu, reference`);
 }

@@ -2,8 +2,8 @@
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { CheckpointError } from "../checkpoint/error.ts";
-import { ggufFile } from "../checkpoint/gguf/archive.ts";
 import { type GgufHead, readGguf } from "../checkpoint/gguf/header.ts";
+import { ggufFile } from "../checkpoint/gguf/locate.ts";
 import { type GgufEntry, generationOf } from "../checkpoint/gguf/metadata.ts";
 import { type PieceModel, pieceType } from "../tokenizer/pieces.ts";
 import { readPieceModel } from "../tokenizer/tokenizer.ts";

@@ -7,7 +7,7 @@ import { convertStored, randomMatrix } from "../backend/native.ts";
 import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
 import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
-import { ggufFile } from "../checkpoint/gguf/archive.ts";
+import { ggufFile } from "../checkpoint/gguf/locate.ts";
 import { locate } from "../checkpoint/names.ts";
 import { readTensor } from "../checkpoint/safetensors.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";

@@ -1,16 +1,15 @@
 /** `AutoTokenizer`: loads a tokenizer from a folder, a GGUF file, a hub id, or `default`. Knows no model. */
 import { readdir } from "node:fs/promises";
-import { ggufFile } from "../checkpoint/gguf/archive.ts";
-import { readGguf } from "../checkpoint/gguf/header.ts";
+import { ggufFile } from "../checkpoint/gguf/locate.ts";
 import { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { type PretrainedOptions, resolvePretrained } from "./model.ts";
-import { piecesOf } from "./pieces.ts";
 
 /** The tokenizer of a local folder or a GGUF file. Tokenizer files beside a GGUF file take precedence over its contents. */
 export async function openTokenizer(path: string): Promise<Tokenizer> {
   const file = await ggufFile(path);
   if (file === undefined || (await holdsTokenizer(path))) return Tokenizer.open(path);
-  return Tokenizer.fromPieces(piecesOf(file, await readGguf(file)));
+  const { openPieces } = await import("./pieces.ts");
+  return Tokenizer.fromPieces(await openPieces(path));
 }
 
 async function holdsTokenizer(path: string): Promise<boolean> {

@@ -6,7 +6,7 @@ import { readdir, readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type BlockMatrix, readBlockMatrices } from "./blocks.ts";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
-import { ggufFile, openArchive } from "./gguf/archive.ts";
+import { ggufFile } from "./gguf/locate.ts";
 import { readHeader, STORED_BITS, type StoredDtype, type TensorEntry } from "./safetensors.ts";
 
 export interface Checkpoint {
@@ -38,7 +38,7 @@ export const INDEX = "model.safetensors.index.json";
 export async function openCheckpoint(folder: string): Promise<Checkpoint> {
   const root = resolve(folder);
   const archive = await ggufFile(root);
-  if (archive) return openArchive(archive);
+  if (archive) return (await import("./gguf/archive.ts")).openArchive(archive);
   await checkFolder(root);
   const config = await readJson(join(root, CONFIG));
   if (!config) throw new CheckpointError(root, `no ${CONFIG} in this folder; a checkpoint in the Hugging Face layout has one`);

@@ -1,6 +1,5 @@
 /** A GGUF file as a checkpoint: its tensors under the hub's names, stacked experts split, its keys as configs. Reads no weights. */
-import { readdir, stat } from "node:fs/promises";
-import { dirname, join } from "node:path";
+import { dirname } from "node:path";
 import { isPacked } from "../../tensor/stored.ts";
 import type { BlockMatrix } from "../blocks.ts";
 import { CheckpointError } from "../error.ts";
@@ -10,16 +9,6 @@ import { hubName } from "./layout.ts";
 import { configOf, generationOf } from "./metadata.ts";
 
 const DTYPES: Readonly<Record<GgufTensor["format"], StoredDtype>> = { f32: "F32", f16: "F16", bf16: "BF16", q8_0: "U8", q4_0: "U8" };
-
-/** The GGUF file that a path means: the path itself, or the only one in a folder without other weights. Else undefined. */
-export async function ggufFile(path: string): Promise<string | undefined> {
-  const found = await stat(path).catch(() => null);
-  if (found?.isFile()) return path.endsWith(".gguf") ? path : undefined;
-  if (!found?.isDirectory()) return undefined;
-  const names = await readdir(path);
-  const weights = names.filter((name) => /\.(safetensors|safetensors\.index\.json|gguf)$/.test(name));
-  return weights.length === 1 && weights[0].endsWith(".gguf") ? join(path, weights[0]) : undefined;
-}
 
 /**
  * Opens a GGUF file of an ERNIE-4.5 model as a `Checkpoint`.

@@ -1,6 +1,6 @@
 /** The model with the API of transformers: `from_pretrained`, `generate`, `forward`. Knows no messages. */
 import { fileURLToPath } from "node:url";
-import { type DownloadProgress, type ResolveOptions, resolveModel } from "../checkpoint/hub.ts";
+import type { DownloadProgress, ResolveOptions } from "../checkpoint/hub.ts";
 import type { Inspection } from "../engine/engine.ts";
 import type { GeneratedToken } from "../engine/sequence.ts";
 import type { ErnieConfig } from "../model/config.ts";
@@ -73,8 +73,12 @@ export interface GenerateOutput {
 const DEFAULT_MODEL = fileURLToPath(new URL("../../models/small-moe", import.meta.url));
 
 /** The local folder of a model, downloaded from the hub if necessary. */
-export function resolvePretrained(idOrFolder: string, options: PretrainedOptions & Pick<ResolveOptions, "weights"> = {}): Promise<string> {
+export async function resolvePretrained(
+  idOrFolder: string,
+  options: PretrainedOptions & Pick<ResolveOptions, "weights"> = {},
+): Promise<string> {
   if (idOrFolder === "default") return Promise.resolve(DEFAULT_MODEL);
+  const { resolveModel } = await import("../checkpoint/hub.ts"); // the bundled model needs no hub
   return resolveModel(idOrFolder, { ...options, onProgress: options.progress_callback });
 }
 

@@ -76,7 +76,7 @@ export interface Backend {
   /** @param shape as traced; how it is laid out is the backend's business */
   state(dtype: Dtype, shape: readonly number[]): State;
   /**
-   * Makes a program of a traced graph by the backend's own passes: fuse, lower, plan.
+   * Makes a program of a traced graph, which is complete by now, by the backend's own passes: fuse, lower, plan.
    * @param capacity the largest value of each symbol that memory is set aside for
    * @throws when an op has no kernel here, naming it
    */

@@ -47,6 +47,8 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
   const kernels = new Set(addon.ops(isa)); // throws on an unknown instruction set
   const name = isa || addon.isas()[0];
   const device = addon.open(isa, threads);
+  /** Traced graphs behind the passes that no capacity changes. A graph must not grow once it has been prepared. */
+  const passed = new WeakMap<Graph, Graph>();
 
   return {
     name,
@@ -68,10 +70,13 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
     state: (dtype, shape) => nativeState(addon, dtype, shape),
 
     prepare(graph: Graph, capacity: SymbolValues, weights: Weights, states: ReadonlyMap<string, State>): Program {
-      const lowered = lower(
-        fuse(graph, (op) => kernels.has(op)),
-        CPU,
-      );
+      const lowered =
+        passed.get(graph) ??
+        lower(
+          fuse(graph, (op) => kernels.has(op)),
+          CPU,
+        );
+      passed.set(graph, lowered);
       const planned = plan(lowered, capacity);
       const missing = planned.ops.find((op) => !kernels.has(op));
       if (missing) throw new Error(`internal: the ${name} backend has no kernel for the op '${missing}'`);

@@ -171,28 +171,15 @@ function parseJson(bytes: Uint8Array, file: string): Record<string, unknown> {
 function duplicateKey(text: string): string | undefined {
   const open: Set<string>[] = [];
   let last = "";
-  for (let i = 0; i < text.length; i++) {
-    switch (text.charCodeAt(i)) {
-      case 0x22: {
-        const start = i++;
-        while (text.charCodeAt(i) !== 0x22) i += text.charCodeAt(i) === 0x5c ? 2 : 1;
-        last = text.slice(start, i + 1);
-        break;
-      }
-      case 0x3a: {
-        const key: string = JSON.parse(last);
-        const keys = open.at(-1);
-        if (keys?.has(key)) return key;
-        keys?.add(key);
-        break;
-      }
-      case 0x7b:
-        open.push(new Set());
-        break;
-      case 0x7d:
-        open.pop();
-        break;
-    }
+  for (const [token] of text.matchAll(/"(?:[^"\\]|\\.)*"|[{}:]/g)) {
+    if (token === "{") open.push(new Set());
+    else if (token === "}") open.pop();
+    else if (token === ":") {
+      const key: string = last.includes("\\") ? JSON.parse(last) : last.slice(1, -1);
+      const keys = open.at(-1);
+      if (keys?.has(key)) return key;
+      keys?.add(key);
+    } else last = token;
   }
   return undefined;
 }

@@ -61,10 +61,18 @@ async function generate(argument: string | undefined, flags: GenerateFlags): Pro
   const interrupt = onInterrupt();
   try {
     const folder = await findFolder(flags.model, flags, { signal: interrupt.signal });
-    const tokenizer = !flags.ids || flags.text || flags.stop || format ? await openTokenizer(folder) : null;
-    const ids = encodePrompt(prompt, tokenizer, flags);
+    // The model's files are read while the tokenizer is built, so that the first token comes sooner.
+    const opening = openModel(folder, flags);
+    const readTokens = async () => {
+      const tokenizer = !flags.ids || flags.text || flags.stop || format ? await openTokenizer(folder) : null;
+      return { tokenizer, ids: encodePrompt(prompt, tokenizer, flags) };
+    };
+    const { tokenizer, ids } = await readTokens().catch((error: unknown) => {
+      opening.then((model) => model.dispose()).catch(() => {}); // the prompt's error is the one to report
+      throw error;
+    });
     const printsIds = flags.ids !== undefined && !flags.text;
-    const model = await openModel(folder, flags);
+    const model = await opening;
     try {
       const single = flags.numReturnSequences === 1;
       const streams = single && !flags.json;

@@ -133,29 +133,32 @@ function records(
   for (const t of graph.values) {
     if (t.shape.length > MAX_RANK)
       throw new Error(`internal: the value ${t.name ?? t.id} (${show(t)}) has more than ${MAX_RANK} dimensions`);
-    let at = t.id * VALUE_WORDS;
-    const write = (word: number): void => {
-      if (word > 0x7fffffff)
-        throw new Error(
-          `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${word} (of ${bytes} bytes of workspace); 32 bits hold less`,
-        );
-      values[at++] = word;
-    };
+    const at = t.id * VALUE_WORDS;
     const view = views.get(t);
-    const offset = offsets[t.id];
-    const output = outputs[t.id];
-    if (view) [PLACES.view, view.of.id, view.bytes].forEach(write);
-    else if (offset >= 0) [PLACES.arena, offset / ARENA_UNIT, 0].forEach(write);
-    else if (output >= 0) [PLACES.output, output, 0].forEach(write);
-    else if (t.kind !== "computed" && bound[t.id] >= 0) [PLACES[t.kind], bound[t.id], 0].forEach(write);
-    else [PLACES.unused, 0, 0].forEach(write);
-    [output, DTYPE_CODES[t.dtype], t.shape.length].forEach(write);
-    for (const d of t.shape) {
-      write(typeof d === "number" ? d : d.times);
-      write(typeof d === "number" ? -1 : (numbered.get(d.symbol) ?? -1)); // a symbol of an unused value has no number
-    }
+    let [where, index]: readonly [number, number] = [PLACES.unused, 0];
+    if (view) [where, index] = [PLACES.view, view.of.id];
+    else if (offsets[t.id] >= 0) [where, index] = [PLACES.arena, offsets[t.id] / ARENA_UNIT];
+    else if (outputs[t.id] >= 0) [where, index] = [PLACES.output, outputs[t.id]];
+    else if (t.kind !== "computed" && bound[t.id] >= 0) [where, index] = [PLACES[t.kind], bound[t.id]];
+    values[at] = where;
+    values[at + 1] = fits32(index, t, bytes);
+    values[at + 2] = fits32(view?.bytes ?? 0, t, bytes);
+    values[at + 3] = outputs[t.id];
+    values[at + 4] = DTYPE_CODES[t.dtype];
+    values[at + 5] = t.shape.length;
+    t.shape.forEach((d, i) => {
+      values[at + 6 + 2 * i] = fits32(typeof d === "number" ? d : d.times, t, bytes);
+      values[at + 7 + 2 * i] = typeof d === "number" ? -1 : (numbered.get(d.symbol) ?? -1); // a symbol of an unused value has no number
+    });
   }
   return values;
+}
+
+function fits32(word: number, t: Tensor, bytes: number): number {
+  if (word <= 0x7fffffff) return word;
+  throw new Error(
+    `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${word} (of ${bytes} bytes of workspace); 32 bits hold less`,
+  );
 }
 
 function flat(calls: readonly Call[], ops: readonly string[], graph: Graph): Pick<Plan, "program" | "params"> {

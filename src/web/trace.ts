@@ -1,5 +1,5 @@
 /** Which experts the tokens of one answer used, per token and in total. Knows nothing of server or page. */
-import type { TokenRouting } from "./wire.ts";
+import type { RoutedExperts } from "./wire.ts";
 
 /** A trace as it is stored: tokens in order; experts and weights are [tokens, layers, chosen]. */
 export interface StoredTrace {
@@ -30,7 +30,7 @@ export class Trace {
   }
 
   /** An empty trace for tokens of this shape. */
-  static like({ layers, experts }: TokenRouting): Trace {
+  static like({ layers, experts }: RoutedExperts): Trace {
     return new Trace({ layers, chosen: experts[0]?.length ?? 0, texts: [], experts: new Uint16Array(0), weights: new Float32Array(0) });
   }
 
@@ -44,7 +44,7 @@ export class Trace {
   }
 
   /** Adds a token. Returns false, adding nothing, when its shape differs. */
-  push({ text, layers, experts, weights }: TokenRouting): boolean {
+  push({ text, layers, experts, weights }: RoutedExperts): boolean {
     if (layers.length !== this.layers.length || (experts[0]?.length ?? 0) !== this.chosen) return false;
     const at = this.length * this.#stride;
     if (at + this.#stride > this.#experts.length) {

@@ -1,7 +1,7 @@
 /** Validates what the server sends: stream events, models, errors. Knows nothing of requests or the page. */
 
 /** Which experts computed one token: per mixture layer the chosen experts and their weights, [layers][chosen]. */
-export interface TokenRouting {
+export interface RoutedExperts {
   readonly text: string;
   readonly layers: readonly number[];
   readonly experts: readonly (readonly number[])[];
@@ -27,7 +27,7 @@ export interface Delta {
   readonly content: string;
   readonly reasoning: string;
   readonly toolCalls: readonly ToolCallPiece[];
-  readonly routing: readonly TokenRouting[];
+  readonly routing: readonly RoutedExperts[];
   /** Why the answer ended; only in its last delta. */
   readonly finish: string | null;
   readonly usage: Usage | null;
@@ -70,7 +70,7 @@ export function readDelta(value: unknown): Delta | null {
     content: textOf(delta["content"]),
     reasoning: textOf(delta["reasoning_content"]),
     toolCalls: listOf(delta["tool_calls"]).filter(isFields).map(readToolCall),
-    routing: listOf(delta["routing"]).filter(isTokenRouting),
+    routing: listOf(delta["routing"]).filter(isRoutedExperts),
     finish: typeof choice["finish_reason"] === "string" ? choice["finish_reason"] : null,
     usage: isFields(value["usage"]) ? readUsage(value["usage"]) : null,
   };
@@ -90,7 +90,7 @@ function readUsage(usage: Fields): Usage {
 }
 
 /** Checks that all layers have the same number of experts, and as many weights. */
-export function isTokenRouting(value: unknown): value is TokenRouting {
+export function isRoutedExperts(value: unknown): value is RoutedExperts {
   if (!isFields(value) || typeof value["text"] !== "string") return false;
   const [layers, experts, weights] = [value["layers"], value["experts"], value["weights"]];
   if (!Array.isArray(layers) || !Array.isArray(experts) || !Array.isArray(weights)) return false;

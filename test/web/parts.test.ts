@@ -21,7 +21,7 @@ import { languageOf } from "../../src/web/preferences.ts";
 import { shortcutOf } from "../../src/web/shortcuts.ts";
 import { finishedSentences } from "../../src/web/speech.ts";
 import { Trace } from "../../src/web/trace.ts";
-import { isTokenRouting, readDelta, readFailure, readModels, readShape } from "../../src/web/wire.ts";
+import { isRoutedExperts, readDelta, readFailure, readModels, readShape } from "../../src/web/wire.ts";
 import { LANGUAGES, type Language, sayIn, WORDS } from "../../src/web/words.ts";
 
 describe("words", () => {
@@ -168,11 +168,11 @@ describe("what the server sends", () => {
   });
 
   test("routing of one shape only", () => {
-    expect(isTokenRouting(token)).toBe(true);
-    expect(isTokenRouting({ ...token, weights: [[0.6, 0.4]] })).toBe(false);
-    expect(isTokenRouting({ ...token, experts: [[0, 3], [5]] })).toBe(false);
+    expect(isRoutedExperts(token)).toBe(true);
+    expect(isRoutedExperts({ ...token, weights: [[0.6, 0.4]] })).toBe(false);
+    expect(isRoutedExperts({ ...token, experts: [[0, 3], [5]] })).toBe(false);
     expect(
-      isTokenRouting({
+      isRoutedExperts({
         ...token,
         experts: [
           [0, -3],
@@ -180,7 +180,7 @@ describe("what the server sends", () => {
         ],
       }),
     ).toBe(false);
-    expect(isTokenRouting({ ...token, text: {} })).toBe(false);
+    expect(isRoutedExperts({ ...token, text: {} })).toBe(false);
   });
 
   test("models, shapes and errors", () => {

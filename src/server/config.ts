@@ -11,95 +11,95 @@ const port = z.int().min(0).max(65_535);
 const modelSchema = z.strictObject({
   name: z
     .string()
-    .regex(/^[\w.:/@-]{1,200}$/, "must be letters, digits and . : / @ _ - only")
-    .describe("Name that clients ask for"),
-  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default' for the bundled model"),
+    .regex(/^[\w.:/@-]{1,200}$/, "may contain only letters, digits and . : / @ _ -")
+    .describe("Name that clients use"),
+  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the bundled model"),
   dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
   threads: count(1).max(1024).optional().describe("Compute threads; default: one per physical core"),
   device: z.enum(["auto", "cpu", "reference"]).default("auto").describe("Where to compute"),
-  kvCacheDtype: z.enum(KV_CACHE_DTYPES).optional().describe("Format of the KV cache; default: depends on the weights"),
+  kvCacheDtype: z.enum(KV_CACHE_DTYPES).optional().describe("Format of the KV cache; default: chosen by the format of the weights"),
   kvCacheTokens: count(32)
     .optional()
     .describe(
-      "Capacity of the KV cache in tokens; default: what fits half of the free memory, or a quarter of the memory budget; at most 16 full sequences",
+      "Capacity of the KV cache in tokens; default: 16 full sequences, or as many as fit half of the free memory that the weights leave (of the control group's memory limit, if there is one) or a quarter of memoryBudgetBytes",
     ),
-  chunkSize: count(1).max(65_536).optional().describe("The most rows of one step; default 512"),
+  chunkSize: count(1).max(65_536).optional().describe("Maximum rows per step; default: 512"),
   preload: z
     .boolean()
     .default(true)
-    .describe("Load the model before the server is ready and keep it loaded; otherwise load it on first use"),
+    .describe("Load the model before the server is ready, and keep it loaded; otherwise load it on first use"),
 });
 
 /** One model to serve. */
 export type ModelConfig = z.infer<typeof modelSchema>;
 
 export const ServeConfig = z.strictObject({
-  host: z.string().min(1).default("127.0.0.1").describe("Address to listen on; addresses other than loopback need keys"),
-  port: port.default(8080).describe("Port for HTTP; 0: any free port"),
+  host: z.string().min(1).default("127.0.0.1").describe("Address to listen on; anything but loopback requires keys"),
+  port: port.default(8080).describe("HTTP port; 0: any free port"),
   models: z
     .array(modelSchema)
     .min(1)
     .default([{ name: "default", path: "default", dtype: "auto", device: "auto", preload: true }])
     .describe("Models by name"),
   memoryBudgetBytes: count(1).nullable().default(null).describe("Memory for loaded models and their KV caches; default: no limit"),
-  idleUnloadSeconds: seconds.default(600).describe("Unload models that are not preloaded after this idle time"),
-  offline: z.boolean().default(false).describe("Never fetch a model from the hub"),
+  idleUnloadSeconds: seconds.default(600).describe("Unload models that are not preloaded after this time without use"),
+  offline: z.boolean().default(false).describe("Never download models from the hub"),
 
-  keys: z.string().min(1).optional().describe("API key file, created by 'mixtape keys'; without it no key is required"),
+  keys: z.string().min(1).optional().describe("File of API keys, created by 'mixtape keys'; without it, no key is required"),
   usageFile: z
     .string()
     .min(1)
     .optional()
-    .describe("File for the tokens that keys have used today; default: the key file's name with .usage appended"),
-  insecureNoAuth: z.boolean().default(false).describe("Allow any address without keys: anyone who can reach the port may use the server"),
+    .describe("Where each key's token usage of the day is stored; default: the keys file with .usage added"),
+  insecureNoAuth: z.boolean().default(false).describe("Allow any address without keys: anyone who can reach the port can use the server"),
   tls: z
     .strictObject({ cert: z.string().min(1).describe("Certificate chain, PEM"), key: z.string().min(1).describe("Private key, PEM") })
     .optional()
-    .describe("TLS certificate files; reloaded when they change and on SIGHUP"),
+    .describe("TLS certificate files; reloaded when they change, and on SIGHUP"),
   corsOrigins: z
     .array(z.string().regex(/^https?:\/\/[^/\s]+$/, "must be an origin like https://chat.example.com"))
     .default([])
-    .describe("Origins of other web pages that may use the API; none by default"),
+    .describe("Origins of other web pages that may use the API"),
   allowedHosts: z
     .array(z.string().min(1))
     .default([])
-    .describe("Host names besides localhost that a server without keys answers to; this stops DNS rebinding by web pages"),
+    .describe("Host names besides localhost that a server without keys answers to; protects against DNS rebinding"),
   trustProxy: z
     .union([z.boolean(), z.array(z.string().min(1))])
     .default(false)
     .describe("Take the client's address from X-Forwarded-For: true, or the addresses of trusted proxies"),
 
-  maxInProgress: count(1).default(256).describe("Requests in progress at once"),
-  maxQueued: count(0).default(0).describe("Requests that may wait for a free slot; more are rejected with 429 immediately"),
-  maxInProgressPerKey: count(1).default(128).describe("Requests of one key in progress and waiting"),
+  maxInProgress: count(1).default(256).describe("Maximum number of requests in progress"),
+  maxQueued: count(0).default(0).describe("Maximum number of requests waiting for a place; more are rejected immediately with 429"),
+  maxInProgressPerKey: count(1).default(128).describe("Maximum number of requests in progress or waiting per key"),
   queueTimeoutSeconds: seconds.default(10).describe("How long a request may wait before it is rejected with 429"),
   maxBodyBytes: count(1024)
     .default(4 * 2 ** 20)
-    .describe("Largest request body"),
-  maxJsonDepth: count(8).max(1000).default(100).describe("Deepest nesting of a request's JSON"),
+    .describe("Maximum size of a request body"),
+  maxJsonDepth: count(8).max(1000).default(100).describe("Maximum nesting depth of a request's JSON"),
   maxHeaderBytes: count(1024)
     .default(16 * 1024)
-    .describe("Largest request headers"),
-  maxConnections: count(1).default(4096).describe("Open connections; more are closed immediately"),
-  maxPromptTokens: count(1).nullable().default(null).describe("Longest prompt in tokens; default: as long as the model allows"),
-  maxTokens: count(1).nullable().default(null).describe("Longest answer in tokens; default: as long as the model allows"),
+    .describe("Maximum size of a request's headers"),
+  maxConnections: count(1).default(4096).describe("Maximum number of open connections; more are closed immediately"),
+  maxPromptTokens: count(1).nullable().default(null).describe("Maximum prompt length in tokens; default: the model's limit"),
+  maxTokens: count(1).nullable().default(null).describe("Maximum answer length in tokens; default: the model's limit"),
 
-  headersTimeoutSeconds: seconds.default(15).describe("Time to send the headers of a request"),
-  requestTimeoutSeconds: seconds.default(30).describe("Time to send a whole request, waiting in the queue included"),
+  headersTimeoutSeconds: seconds.default(15).describe("Time a client has to send a request's headers"),
+  requestTimeoutSeconds: seconds.default(30).describe("Time a client has to send a whole request, including time in the queue"),
   keepAliveTimeoutSeconds: seconds.default(72).describe("How long a connection may be idle between requests"),
-  stallTimeoutSeconds: seconds.default(30).describe("How long a client may read nothing of a waiting response before it is disconnected"),
+  stallTimeoutSeconds: seconds.default(30).describe("Disconnect a client that reads nothing of a waiting response for this long"),
   drainTimeoutSeconds: z.number().min(0).max(86_400).default(30).describe("How long running requests may continue after SIGTERM"),
 
   logLevel: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info").describe("Lowest level that is logged"),
-  logContent: z.boolean().default(false).describe("Also log request bodies, prompts included"),
-  metrics: z.boolean().default(true).describe("Serve metrics for Prometheus at /metrics"),
+  logContent: z.boolean().default(false).describe("Also log request bodies, including prompts"),
+  metrics: z.boolean().default(true).describe("Serve Prometheus metrics at /metrics"),
   metricsPort: port.nullable().default(null).describe("Separate port for /metrics; default: the HTTP port"),
   metricsHost: z.string().min(1).default("127.0.0.1").describe("Address of metricsPort"),
-  metricsToken: z.string().min(16).optional().describe("Bearer token for /metrics, instead of an API key"),
-  grpcPort: port.nullable().default(null).describe("Port for gRPC; 0: any free port; default: no gRPC"),
+  metricsToken: z.string().min(16).optional().describe("Bearer token that /metrics requires instead of an API key"),
+  grpcPort: port.nullable().default(null).describe("gRPC port; 0: any free port; default: no gRPC"),
   grpcHost: z.string().min(1).nullable().default(null).describe("Address for gRPC; default: the HTTP address"),
   web: z.boolean().default(true).describe("Serve the web page at /"),
-  docs: z.boolean().default(true).describe("Serve the API description at /docs"),
+  docs: z.boolean().default(true).describe("Serve the API documentation at /docs"),
 });
 
 /** All settings, complete and validated. */
@@ -117,7 +117,7 @@ export function checkServeConfig(raw: unknown, source = "config"): ServeConfig {
   const config = result.data;
   const names = config.models.map(({ name }) => name);
   const twice = names.find((name, i) => names.indexOf(name) !== i);
-  if (twice !== undefined) throw new ServerConfigError(`${source}: models: two are named ${JSON.stringify(twice)}; a name means one model`);
+  if (twice !== undefined) throw new ServerConfigError(`${source}: two models are named ${JSON.stringify(twice)}; names must be unique`);
   checkExposure(config, source);
   return config;
 }
@@ -142,7 +142,7 @@ export async function readServeConfig(file: string): Promise<Readonly<Record<str
     );
   }
   if (typeof value !== "object" || value === null || Array.isArray(value))
-    throw new ServerConfigError(`${file}: not a list of settings like {"port": 8080}`);
+    throw new ServerConfigError(`${file}: must be an object of settings, like {"port": 8080}`);
   return value as Record<string, unknown>;
 }
 
@@ -165,7 +165,7 @@ function checkExposure(config: ServeConfig, source: string): void {
   const open = hosts.find((host) => host !== null && !isLoopback(host));
   if (open !== undefined)
     throw new ServerConfigError(
-      `${source}: ${open} can be reached from other machines, and there are no keys: make some with 'mixtape keys create' and pass --keys, or say --insecure-no-auth`,
+      `${source}: ${open} can be reached from other machines, and there are no keys: create some with 'mixtape keys create' and pass --keys, or pass --insecure-no-auth`,
     );
 }
 

@@ -1,4 +1,4 @@
-/** Counts which experts were used: per layer how often, with what weight, and how evenly. Only numbers. */
+/** Counts how often each layer's experts were used, with what weight, and how evenly. Only numbers. */
 import type { RouterOutput } from "../api/model.ts";
 
 /** Use of one layer's experts. A token takes a layer's `chosen` experts, so there are tokens * chosen slots. */
@@ -14,9 +14,9 @@ export interface LayerUse {
   /** Standard deviation of the load over its mean; 0 is perfectly even. */
   readonly variation: number;
   readonly max_load: number;
-  /** Of the load, in bits. */
+  /** Entropy of the load, in bits. */
   readonly entropy: number;
-  /** 2^entropy: as many experts used evenly would have this entropy. */
+  /** 2^entropy: the number of experts that, used evenly, would have this entropy. */
   readonly effective_experts: number;
   readonly unused_experts: number;
 }
@@ -61,7 +61,7 @@ export function topExperts(layers: readonly LayerUse[], n: number): TopExpert[] 
     .slice(0, n);
 }
 
-/** What one token chose in one layer, best first. */
+/** The experts that one token chose in one layer, best first. */
 export interface Choice {
   readonly experts: readonly number[];
   readonly weights: readonly number[];

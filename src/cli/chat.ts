@@ -13,19 +13,19 @@ interface ChatFlags extends ModelFlags, SamplingFlags {
 export function addChat(program: Command): void {
   const command = program
     .command("chat")
-    .description("Talk with a model. With a question: one answer. From a pipe: each line is a message.")
-    .argument("[question]", "answer this and leave")
+    .description("Chat with a model. With a question, print one answer. From a pipe, each line is a message.")
+    .argument("[question]", "answer this question and exit")
     .optionsGroup("Options:")
-    .option("--system <text>", "what the model is told before the conversation")
-    .option("--load <file>", "go on with messages that /save wrote");
+    .option("--system <text>", "system message")
+    .option("--load <file>", "continue with messages that /save wrote");
   addSamplingOptions(addModelOptions(command))
     .addHelpText(
       "after",
       `${examples(
         ["mixtape chat", "a conversation; /help lists its commands"],
         ['mixtape chat "Who are you?"', "one answer"],
-        ["mixtape chat --system 'Answer in one word.' < questions.txt", "a message a line"],
-        ["mixtape chat -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int8", "a model of the hub"],
+        ["mixtape chat --system 'Answer in one word.' < questions.txt", "one message per line"],
+        ["mixtape chat -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int8", "a model from the hub"],
       )}
 In the conversation:
   /system TEXT  /reset  /regenerate  /save FILE  /load FILE  /stats  /help  /exit
@@ -79,7 +79,7 @@ async function once(session: Session, question: string): Promise<void> {
   if (stopped) process.exitCode = 130;
 }
 
-/** Messages and commands line by line; the first that fails ends it. */
+/** Reads messages and commands line by line; the first that fails ends the session. */
 async function pipe(session: Session): Promise<void> {
   const { pipedLines, readMessage } = await import("./input.ts");
   const lines = pipedLines(process.stdin);
@@ -93,7 +93,7 @@ async function pipe(session: Session): Promise<void> {
   }
 }
 
-/** A person at a terminal: what fails is told, and the conversation goes on. */
+/** Chats with a person at a terminal: errors are reported, and the conversation continues. */
 async function converse(session: Session, welcome: string): Promise<void> {
   const { readMessage, TerminalLines } = await import("./input.ts");
   const { COMMAND_WORDS } = await import("./session.ts");
@@ -102,7 +102,7 @@ async function converse(session: Session, welcome: string): Promise<void> {
   const lines = new TerminalLines(process.stdin, screen, { words: COMMAND_WORDS, hint: dim("(Ctrl-C again or Ctrl-D leaves)") });
   const stop = () => session.stop();
   lines.onInterrupt = stop;
-  process.on("SIGINT", stop); // sent by another process: the keyboard's arrives as a key
+  process.on("SIGINT", stop); // sent by another process; from the keyboard, Ctrl-C arrives as a key
   notice(welcome);
   try {
     for (;;) {

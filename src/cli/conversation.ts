@@ -1,4 +1,4 @@
-/** A conversation: its messages, what of it fits the model, and its file. Knows neither the terminal nor how answers are made. */
+/** A conversation: its messages, the part of it that fits the model, and its file. Knows neither the terminal nor how answers are generated. */
 import { randomUUID } from "node:crypto";
 import { readFile, rename, rm, writeFile } from "node:fs/promises";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
@@ -23,13 +23,13 @@ export class Conversation {
   }
 
   /**
-   * The ids to answer, at most `room` of them: the oldest turns are dropped for good, up to the last question.
-   * Throws UsageError where even that alone is too long.
+   * The ids of the prompt, at most `room` of them: the oldest turns are dropped for good, but never the last question.
+   * Throws UsageError if even that alone is too long.
    */
   fit(tokenizer: Tokenizer, room: number): { ids: number[]; dropped: number } {
     let dropped = 0;
     for (;;) {
-      // What people type is text: special tokens in it are not.
+      // Special tokens that people type are plain text.
       const ids = tokenizer.apply_chat_template(this.messages, { add_generation_prompt: true, split_special_tokens: true });
       if (ids.length <= room) return { ids, dropped };
       if (this.turns.length <= 1)
@@ -41,7 +41,7 @@ export class Conversation {
     }
   }
 
-  /** Writes the messages as JSON: whole or not at all. */
+  /** Writes the messages as JSON, atomically. */
   async save(file: string): Promise<void> {
     const temporary = `${file}.${randomUUID()}.tmp`;
     try {
@@ -53,7 +53,7 @@ export class Conversation {
     }
   }
 
-  /** Replaces the messages by those of a file. Throws UsageError, with nothing changed, when it does not hold any. */
+  /** Replaces the messages with those of a file. If the file has none, throws UsageError and changes nothing. */
   async load(file: string): Promise<void> {
     let text: string;
     try {

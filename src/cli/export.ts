@@ -15,20 +15,18 @@ interface ExportFlags extends HubFlags {
 export function addExport(program: Command): void {
   const command = program
     .command("export")
-    .description(
-      "Write a model as one GGUF file, for llama.cpp and what is built on it. From int8 to q8_0 and int4 to q4_0 nothing is lost.",
-    )
+    .description("Write a model as one GGUF file, for llama.cpp and programs built on it. int8 to q8_0 and int4 to q4_0 are lossless.")
     .argument("<source>", "a folder, a GGUF file, a hub id, or default")
-    .argument("<out>", "the file to write; it must not be there yet")
+    .argument("<out>", "the file to write; it must not exist yet")
     .optionsGroup("Options:")
     .addOption(new Option("--format <name>", "format of the file").choices(["gguf"]).default("gguf"))
     .addOption(new Option("--type <format>", "format of the matrices; the router and norms stay f32").choices(TYPES).makeOptionMandatory())
-    .option("--without-tokenizer", "of a model that has none: a placeholder takes its place, enough to measure speed");
+    .option("--without-tokenizer", "if the model has no tokenizer, write a placeholder, which is enough to measure speed");
   addHubOptions(command)
     .addHelpText(
       "after",
       examples(
-        ["mixtape export default small.gguf --type q8_0", "the model that comes along"],
+        ["mixtape export default small.gguf --type q8_0", "the bundled model"],
         ["mixtape export ./my-model-int4 my-model.gguf --type q4_0", "the same weights for another engine"],
       ),
     )

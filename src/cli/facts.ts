@@ -1,4 +1,4 @@
-/** Gathers what `mixtape info` shows of a model. A folder without weights or without a tokenizer is described as far as it goes. */
+/** Gathers what `mixtape info` shows about a model. A folder without weights or a tokenizer is described as far as possible. */
 import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -11,7 +11,7 @@ import type { HubFlags } from "./options.ts";
 
 export type Facts = Awaited<ReturnType<typeof gather>>;
 
-/** Throws when the folder, its config, the headers of its weights or its tokenizer are broken. */
+/** Throws if the folder, its config, the headers of its weights or its tokenizer are broken. */
 export async function gather(name: string, flags: HubFlags) {
   const folder = await findFolder(name, flags, { weights: false });
   const missing = existsSync(join(folder, CONFIG)) ? await missingFile(folder) : undefined;
@@ -24,7 +24,7 @@ export async function gather(name: string, flags: HubFlags) {
     config: { ...config, moe_layers: moeLayers(config) },
     ...measure(config),
     stored: checkpoint && Object.fromEntries(totalsByDtype(checkpoint)),
-    /** The first file that is not here, where that keeps the model from running. */
+    /** The first missing file that the model needs to run. */
     missing: missing ?? null,
     tokenizer: await describeTokenizer(folder),
     generation: checkpoint ? (checkpoint.generationConfig ?? {}) : existsSync(generation) ? await readObject(generation) : {},

@@ -1,12 +1,12 @@
 /** How a command ends badly: one line on standard error and an exit code. The stack is shown with MIXTAPE_DEBUG=1 only. */
 import { CommanderError } from "commander";
 
-/** Something that the user gave does not work; the message is one line and says what was seen. */
+/** The user's input can't be used; the message is one line and says what was seen. */
 export class UsageError extends Error {
   override readonly name = "UsageError";
 }
 
-/** The user pressed Ctrl-C. Nothing needs to be said about it. */
+/** The user pressed Ctrl-C. It needs no message. */
 export class Interrupted extends Error {
   override readonly name = "Interrupted";
 
@@ -15,7 +15,7 @@ export class Interrupted extends Error {
   }
 }
 
-/** Tells the user of an error. Returns the exit code: 0 for help that was asked for, 130 for Ctrl-C, else 1. */
+/** Reports an error to the user. Returns the exit code: 0 for requested help, 130 for Ctrl-C, else 1. */
 export function fail(error: unknown): number {
   if (error instanceof CommanderError && error.exitCode === 0) return 0;
   if (error instanceof Interrupted) return 130;
@@ -33,7 +33,7 @@ export function oneLine(error: unknown): string {
     .trim();
 }
 
-/** A reader that has seen enough (`mixtape … | head`) ends the program without a word. */
+/** When the reader closes the pipe (`mixtape … | head`), the program exits silently. */
 export function quietOnClosedPipe(): void {
   for (const stream of [process.stdout, process.stderr]) {
     stream.on("error", (error: NodeJS.ErrnoException) => {

@@ -14,7 +14,7 @@ export function shadingOf(stream: NodeJS.WriteStream): Shading {
 
 const BLOCKS = "▁▂▃▄▅▆▇█";
 
-/** `columns` wide, for a value from 0 to 1; zero is told apart from little. */
+/** A cell `columns` wide for a value from 0 to 1; zero looks different from small values. */
 function cell(value: number, columns: number, shading: Shading): string {
   if (shading === "blocks") {
     const block = value <= 0 ? "·" : BLOCKS[Math.min(BLOCKS.length - 1, Math.floor(value * BLOCKS.length))];
@@ -32,14 +32,14 @@ export interface GridOptions {
 
 const LABEL = 6;
 
-/** What stands at the end of a layer's row: all of it, only how even it is, or nothing, as the width allows. */
+/** Statistics at the end of a layer's row: all of them, only the evenness, or none, as the width allows. */
 const BALANCE = [
   { width: 27, head: "  max     CV  in use  even" },
   { width: 8, head: "   even" },
   { width: 0, head: "" },
 ];
 
-/** A row a layer, with how even its load is at the end; mixtures too wide for the terminal are cut into bands of experts. */
+/** One row per layer, ending with statistics of its load; mixtures too wide for the terminal are split into bands of experts. */
 export function layerGrid(layers: readonly LayerUse[], { width, shading }: GridOptions): string[] {
   const experts = layers[0].load.length;
   const most = Math.max(...layers.map((l) => l.max_load));
@@ -84,7 +84,7 @@ function legend(most: number, experts: number, shading: Shading, stats: number):
   return [
     `      ${cell(0, 1, shading)} never  ${steps} up to ${percent(most)} of the slots (an even share: ${percent(1 / experts)})`,
     ...(stats >= 27 ? ["      max: the busiest expert's share   CV: standard deviation over mean"] : []),
-    ...(stats > 0 ? ["      even: so many experts, used evenly, would be as varied"] : []),
+    ...(stats > 0 ? ["      even: how many experts, used evenly, would have this entropy"] : []),
   ];
 }
 
@@ -93,7 +93,7 @@ export interface TokenRow {
   readonly choice: Choice;
 }
 
-/** A row a token: its text, where its experts are, and their numbers with weights in percent. */
+/** One row per token: its text, the positions of its experts, and their numbers with weights in percent. */
 export function tokenGrid(tokens: readonly TokenRow[], experts: number, { width, shading }: GridOptions): string[] {
   const label = Math.min(16, Math.max(5, ...tokens.map(({ text }) => displayWidth(show(text)))));
   const number = String(tokens.length - 1).length;

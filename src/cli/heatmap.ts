@@ -1,4 +1,4 @@
-/** The routing heat map as an SVG for a slide: layers by experts, how even each layer is, and a colour bar. Pure text, no files. */
+/** The routing heat map as an SVG for a slide: layers by experts, the evenness of each layer, and a colour bar. Pure text, no files. */
 import type { LayerUse } from "./census.ts";
 import { hex, magma } from "./scale.ts";
 import { excerpt } from "./terminal.ts";
@@ -21,7 +21,7 @@ const BAR_WIDTH = 150;
 const INK = "#1f1b2d";
 const MUTED = "#6b6579";
 const NEVER = "#f0eef2";
-/** In the order of preference; all without serifs, the last ones with Chinese characters. */
+/** In order of preference; all are sans-serif, and the last ones have Chinese characters. */
 export const FONT_FAMILIES = [
   "Inter",
   "Helvetica Neue",
@@ -78,7 +78,7 @@ export function heatmapSvg(layers: readonly LayerUse[], { title, model, prompt, 
   put(48, middle, "layer", 15, muted(`text-anchor="middle" transform="rotate(-90 48 ${n(middle)})"`));
 
   // How even each layer is.
-  put(BARS, TOP - 14, "experts in effect", 15, 'font-weight="600"');
+  put(BARS, TOP - 14, "effective experts", 15, 'font-weight="600"');
   layers.forEach((l, i) => {
     const y = TOP + i * row;
     const wide = (BAR_WIDTH * l.effective_experts) / experts;
@@ -91,8 +91,8 @@ export function heatmapSvg(layers: readonly LayerUse[], { title, model, prompt, 
     );
     put(BARS + BAR_WIDTH + 12, y + row / 2 + 5, l.effective_experts.toFixed(1), 14);
   });
-  put(BARS, TOP + gridHeight + 22, `of ${experts}: as many, used evenly,`, 13, muted());
-  put(BARS, TOP + gridHeight + 39, "would be as varied", 13, muted());
+  put(BARS, TOP + gridHeight + 22, `of ${experts}: how many, used evenly,`, 13, muted());
+  put(BARS, TOP + gridHeight + 39, "would have this entropy", 13, muted());
 
   parts.push(...colourBar(TOP + gridHeight + 70, most, experts));
   return [
@@ -103,7 +103,7 @@ export function heatmapSvg(layers: readonly LayerUse[], { title, model, prompt, 
   ].join("\n");
 }
 
-/** From pale for little to dark for much, so that the eye goes to the busy experts on a light ground. */
+/** From pale for small values to dark for large ones, so that busy experts stand out on a light background. */
 function shade(value: number) {
   return magma(0.97 - 0.87 * value);
 }
@@ -127,7 +127,7 @@ function colourBar(y: number, most: number, experts: number): string[] {
   ];
 }
 
-/** For text and attributes of XML 1.0: markup is escaped, characters that it does not allow become U+FFFD. */
+/** Escapes text and attributes for XML 1.0; characters that XML does not allow become U+FFFD. */
 export function escapeXml(text: string): string {
   const marks: Record<string, string> = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
   return text.replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]|\p{Cs}/gu, "\ufffd").replace(/[&<>"']/g, (c) => marks[c]);

@@ -11,7 +11,7 @@ interface InfoFlags extends ModelFlags {
 export function addInfo(program: Command): void {
   const command = program
     .command("info")
-    .description("Show a model's sizes, parameters, memory, tokenizer and defaults. Fetches no weights from the hub.")
+    .description("Show a model's sizes, parameters, memory, tokenizer and defaults. Downloads no weights.")
     .argument("[model]", "as -m")
     .optionsGroup("Options:")
     .option("--json", "print JSON");
@@ -19,8 +19,8 @@ export function addInfo(program: Command): void {
     .addHelpText(
       "after",
       examples(
-        ["mixtape info", "the model that comes along"],
-        ["mixtape info baidu/ERNIE-4.5-21B-A3B-PT", "one of the hub, before fetching its 44 GB"],
+        ["mixtape info", "the bundled model"],
+        ["mixtape info baidu/ERNIE-4.5-21B-A3B-PT", "a model on the hub, before downloading its 44 GB"],
         ["mixtape info ./my-model --json | jq .parameters", "for scripts"],
       ),
     )
@@ -92,7 +92,7 @@ function render(facts: Facts): string {
 
 function notHere({ missing, model }: Facts): string {
   return missing?.startsWith("model")
-    ? `no ${missing} in the folder; fetch a hub's model with: mixtape pull ${model}`
+    ? `no ${missing} in the folder; download a model from the hub with: mixtape pull ${model}`
     : `${missing} is missing`;
 }
 

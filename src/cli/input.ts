@@ -1,8 +1,8 @@
-/** What the user of `chat` types: lines from a terminal or a pipe, and messages of several lines. Knows no models. */
+/** Input of `chat`: lines from a terminal or a pipe, and messages of several lines. Knows no models. */
 import { createInterface, type Interface } from "node:readline";
 import { Writable } from "node:stream";
 
-/** A line; `cleared`: Ctrl-C threw away what was typed; `end`: there is no more. */
+/** A line; `cleared`: Ctrl-C discarded what was typed; `end`: end of input. */
 export type Line = { readonly text: string } | "cleared" | "end";
 
 export interface Lines {
@@ -23,7 +23,7 @@ export async function readMessage(lines: Lines, prompt: string, more: string): P
   while (open()) {
     const next = await lines.next(more);
     if (next === "cleared") return "";
-    if (next === "end") return text; // what has come is all there is
+    if (next === "end") return text; // the message is what has been read so far
     text = `${block ? text : text.slice(0, -1)}\n${next.text}`;
   }
   return block
@@ -48,8 +48,8 @@ export function pipedLines(input: NodeJS.ReadableStream): Lines {
 }
 
 /**
- * Lines typed at a terminal, with history on the arrow keys. While nobody waits for a line, typed keys are kept but not
- * shown, so that they don't mix with an answer; then Ctrl-C calls `onInterrupt`.
+ * Lines typed at a terminal, with history on the arrow keys. While no line is being read, typed keys are kept but not shown, so
+ * that they don't mix with an answer, and Ctrl-C calls `onInterrupt`.
  */
 export class TerminalLines implements Lines {
   onInterrupt: () => void = () => {};
@@ -136,7 +136,7 @@ export class TerminalLines implements Lines {
   }
 }
 
-/** The terminal as readline sees it, which can be made to show nothing. */
+/** The output that readline writes to; it can be muted. */
 class Screen extends Writable {
   shown = true;
   readonly #output: NodeJS.WriteStream;

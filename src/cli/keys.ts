@@ -17,7 +17,7 @@ export function addKeys(program: Command): void {
     .command("create")
     .description("Create a key and print it. It cannot be shown again.")
     .argument("<file>", "the key file; created if it does not exist")
-    .requiredOption("--name <name>", "whose it is")
+    .requiredOption("--name <name>", "name of its owner")
     .option("--expires <when>", "expiry: a date like 2027-01-31, or a time from now like 90d or 12h", expiry)
     .option("--model <name>", "allow only this model (repeatable; default: all)", (v: string, all: string[] = []) => [...all, v])
     .option("--requests-per-minute <n>", "limit of requests per minute", whole(1))

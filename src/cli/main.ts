@@ -1,6 +1,6 @@
 /**
- * The command `mixtape`: the list of commands, and what happens when one fails. Commands load what they need when they run,
- * so that `--help` and the first token come fast.
+ * The command `mixtape`: its list of commands, and what happens when one fails. Commands import what they need when they run,
+ * so that `--help` and the first token are fast.
  */
 import { readFileSync } from "node:fs";
 import { Command } from "commander";
@@ -26,14 +26,14 @@ const program = new Command("mixtape")
   .helpOption("-h, --help", "print help")
   .helpCommand("help [command]", "print the help of a command")
   .exitOverride()
-  // Errors are thrown, and told in one place; asked-for help still goes to standard output.
+  // Errors are thrown and reported in one place; requested help still goes to standard output.
   .configureOutput({ writeErr: () => {} })
   .addHelpText(
     "after",
     examples(
-      ["mixtape chat", "talk with the model that comes along"],
+      ["mixtape chat", "chat with the bundled model"],
       ['mixtape generate "你好" --greedy', "continue a text"],
-      ["mixtape serve", "an OpenAI-compatible service and a page to chat, on this machine"],
+      ["mixtape serve", "an OpenAI-compatible server and a chat page, on this machine"],
       ['mixtape routing "你好" --svg routing.svg', "see which experts a prompt uses"],
       ["mixtape serve", "answer many users over HTTP"],
       ["mixtape generate --help", "the options of a command"],

@@ -1,4 +1,4 @@
-/** From the options of a command to a folder, a tokenizer and a model. Loads the library only when called. */
+/** Turns a command's options into a folder, a tokenizer and a model. Loads the library only when called. */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import type { CausalLM } from "../api/model.ts";
@@ -32,7 +32,7 @@ export async function findFolder(
   }
 }
 
-/** True if a folder or a GGUF file has a tokenizer, sound or not. */
+/** True if a folder or a GGUF file has a tokenizer, valid or not. */
 export function hasTokenizer(folder: string): boolean {
   if (folder.endsWith(".gguf")) return true;
   return ["tokenizer.json", "tokenizer.model"].some((name) => existsSync(join(folder, name)));

@@ -1,4 +1,4 @@
-/** SVG to PNG, with the fonts of this machine. Says which characters they lack, since those would silently be boxes or gaps. */
+/** Converts SVG to PNG with this machine's fonts. Reports characters they lack, which would otherwise silently become boxes or gaps. */
 import { existsSync } from "node:fs";
 import type { Resvg, ResvgRenderOptions } from "@resvg/resvg-js";
 import { UsageError } from "./failure.ts";
@@ -6,14 +6,14 @@ import { escapeXml, FONT_FAMILIES } from "./heatmap.ts";
 
 export interface Picture {
   readonly png: Buffer;
-  /** Characters of the text that no font here has. */
+  /** Characters of the text that no available font has. */
   readonly missing: readonly string[];
 }
 
 type Fonts = NonNullable<ResvgRenderOptions["font"]>;
 type Renderer = typeof Resvg;
 
-/** Draws `svg` at `width` pixels. `text`: the characters that it must show. `font`: a font file, instead of the system's fonts. */
+/** Renders `svg`, `width` pixels wide. `text`: the characters that it must show. `font`: a font file to use instead of the system's. */
 export async function drawPng(svg: string, text: string, { width = 2560, font }: { width?: number; font?: string } = {}): Promise<Picture> {
   const { Resvg } = await import("@resvg/resvg-js").catch((cause: unknown) => {
     throw new UsageError("PNG needs the package @resvg/resvg-js, which has no build for this machine; use --svg", { cause });
@@ -32,7 +32,7 @@ export async function drawPng(svg: string, text: string, { width = 2560, font }:
   return { png, missing: characters.filter((_, i) => lacking !== undefined && tiles[i].equals(lacking)) };
 }
 
-/** resvg looks only for the first family of a list, so it is told which of them is there. */
+/** resvg looks only for the first family of a list, so this finds the first one that is installed. */
 function systemFonts(Renderer: Renderer): Fonts {
   const fonts: Fonts = { loadSystemFonts: true };
   const tiles = drawTiles(
@@ -47,7 +47,7 @@ function systemFonts(Renderer: Renderer): Fonts {
 
 const TILE = 24;
 
-/** The pixels of some short texts, drawn at once: each drawing reads all fonts anew. */
+/** The pixels of several short texts, rendered together, since every rendering loads all fonts again. */
 function drawTiles(Renderer: Renderer, font: Fonts, texts: readonly { text: string; family?: string }[]): Buffer[] {
   const drawn = texts.map(({ text, family = "sans-serif" }, i) => {
     return `<text x="2" y="${i * TILE + 18}" font-size="15" font-family="${family}">${escapeXml(text)}</text>`;

@@ -1,4 +1,4 @@
-/** What `mixtape bench` measured, as an SVG: a bar for each length, in front of what the machine's limit would give. Pure text, no files. */
+/** The results of `mixtape bench` as an SVG: a bar per length, in front of a bar for the machine's limit. Pure text, no files. */
 import { escapeXml, FONT_FAMILIES } from "./heatmap.ts";
 import { type BenchResult, describeSetting, percent, promptLimitName, speed } from "./report.ts";
 import type { Measured, Rate } from "./rounds.ts";
@@ -11,7 +11,7 @@ const THICK = 26;
 const INK = "#1f1b2d";
 const MUTED = "#6b6579";
 const LIMIT = "#f0eef2";
-/** Of the model, and of the one that it is compared with. */
+/** Colours of the model and of the one it is compared with. */
 const COLOURS = ["#8c2981", "#f7705c"] as const;
 const FONTS = [...FONT_FAMILIES.map((family) => `'${family}'`), "sans-serif"].join(", ");
 
@@ -20,8 +20,8 @@ export function speedSvg({ machine, rounds, models }: BenchResult): string {
   const parts: string[] = [];
   const put = (x: number, y: number, body: string, size: number, attributes = "") =>
     parts.push(`<text x="${n(x)}" y="${n(y)}" font-size="${size}"${attributes && ` ${attributes}`}>${escapeXml(body)}</text>`);
-  put(48, 62, "Tokens a second, and the machine's limits", 30, 'font-weight="700"');
-  const plural = rounds === 1 ? "one round" : `medians of ${rounds} rounds, lines from least to most`;
+  put(48, 62, "Tokens per second and the machine's limits", 30, 'font-weight="700"');
+  const plural = rounds === 1 ? "one round" : `medians of ${rounds} rounds, lines from minimum to maximum`;
   put(48, 95, excerpt(`${machine.cpu}, ${machine.cores} cores  ·  ${plural}`, 120), 16, muted());
   models.forEach((m, i) => {
     parts.push(`<rect x="48" y="${110 + i * 26}" width="16" height="16" rx="2" fill="${COLOURS[i]}"/>`);
@@ -57,10 +57,10 @@ export function speedSvg({ machine, rounds, models }: BenchResult): string {
     () => "reading",
   );
   parts.push(`<rect x="${LEFT}" y="${n(y)}" width="22" height="14" rx="2" fill="${LIMIT}"/>`);
-  put(LEFT + 32, y + 12, "at the limit: prompts at the arithmetic's peak, generation at the speed of reading memory", 14, muted());
+  put(LEFT + 32, y + 12, "the limit: for prompts the arithmetic peak, for generation the speed of reading memory", 14, muted());
   const height = y + 46;
   return [
-    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${n(height)}" width="${WIDTH}" height="${n(height)}" role="img" aria-label="Tokens a second" font-family="${FONTS}" fill="${INK}">`,
+    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${n(height)}" width="${WIDTH}" height="${n(height)}" role="img" aria-label="Tokens per second" font-family="${FONTS}" fill="${INK}">`,
     `<rect width="${WIDTH}" height="${n(height)}" fill="#ffffff"/>`,
     ...parts,
     "</svg>\n",

@@ -98,7 +98,7 @@ async function load({ folder, options }: Extract<Request, { kind: "load" }>): Pr
   const start = performance.now();
   model = await loadModel(folder, {
     ...options,
-    prefix_cache: false, // a prompt that was seen before must cost as much as any
+    prefix_cache: false, // a repeated prompt must cost as much as a new one
     warning_callback: (message) => process.stderr.write(`mixtape: ${message}\n`),
   });
   const readySeconds = (performance.now() - start) / 1000;

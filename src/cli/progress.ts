@@ -1,8 +1,8 @@
-/** Progress bars on standard error, for downloads and conversions. Knows when none are wanted. */
+/** Progress bars on standard error for downloads and conversions; none if the environment disables them. */
 import type { DownloadProgress } from "../checkpoint/hub.ts";
 import { formatBytes } from "./terminal.ts";
 
-/** HF_HUB_DISABLE_PROGRESS_BARS, as other tools for the hub read it. */
+/** HF_HUB_DISABLE_PROGRESS_BARS, interpreted as other hub tools do. */
 function disabled(): boolean {
   return /^(1|true|yes|on)$/i.test(process.env["HF_HUB_DISABLE_PROGRESS_BARS"] ?? "");
 }
@@ -10,13 +10,13 @@ function disabled(): boolean {
 const NONE = { update: () => {}, stop: () => {} };
 const STYLE = { barCompleteChar: "━", barIncompleteChar: "╌", hideCursor: true, clearOnComplete: false, stream: process.stderr };
 
-/** Something that is under way. `stop` must be called at the end, also after an error: it gives the cursor back. */
+/** A running display. Call `stop` at the end, even after an error: it restores the cursor. */
 export interface Progress<T> {
   update(state: T): void;
   stop(): void;
 }
 
-/** One bar a file. Without a terminal: one line for each file that has come. */
+/** One bar per file. Without a terminal: one line for each file that is complete. */
 export async function downloadProgress(): Promise<Progress<DownloadProgress>> {
   if (disabled()) return NONE;
   if (!process.stderr.isTTY) {

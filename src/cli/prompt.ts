@@ -40,7 +40,7 @@ async function readAll(stream: NodeJS.ReadableStream): Promise<string> {
   return Buffer.concat(parts).toString("utf8");
 }
 
-/** The text of each token; bytes of a character that is cut across tokens are shown as the tokens are called. */
+/** The text of each token; a token with only part of a character is shown by its name in the vocabulary. */
 export function tokenTexts(tokenizer: Tokenizer, ids: readonly number[]): string[] {
   return ids.map((id) => {
     const text = tokenizer.decode([id]);

@@ -1,4 +1,4 @@
-/** `mixtape pull`: fetches a model from the hub into the Hugging Face cache and prints where it is. */
+/** `mixtape pull`: downloads a model from the hub into the Hugging Face cache and prints its folder. */
 import type { Command } from "commander";
 import { onInterrupt } from "./failure.ts";
 import { addHubOptions, examples, type HubFlags } from "./options.ts";
@@ -6,14 +6,14 @@ import { addHubOptions, examples, type HubFlags } from "./options.ts";
 export function addPull(program: Command): void {
   const command = program
     .command("pull")
-    .description("Fetch a model from the hub, and print its folder. What was cut off goes on where it stopped.")
+    .description("Download a model from the hub and print its folder. An interrupted download resumes where it stopped.")
     .argument("<id>", "a hub id, like baidu/ERNIE-4.5-0.3B-PT");
   addHubOptions(command)
     .addHelpText(
       "after",
       `${examples(
         ["mixtape pull baidu/ERNIE-4.5-0.3B-PT", "a small dense model"],
-        ['mixtape info "$(mixtape pull baidu/ERNIE-4.5-0.3B-PT)"', "its folder, in another command"],
+        ['mixtape info "$(mixtape pull baidu/ERNIE-4.5-0.3B-PT)"', "use its folder in another command"],
       )}
 Environment:
   HF_ENDPOINT   another hub        HF_TOKEN        for gated and private models

@@ -1,4 +1,4 @@
-/** `mixtape quantize`: writes a model folder anew, its matrices in another format. */
+/** `mixtape quantize`: converts a model folder to another weight format. */
 import { type Command, Option } from "commander";
 import { onInterrupt } from "./failure.ts";
 import { addHubOptions, examples, type HubFlags, whole } from "./options.ts";
@@ -16,21 +16,21 @@ interface QuantizeFlags extends HubFlags {
 export function addQuantize(program: Command): void {
   const command = program
     .command("quantize")
-    .description("Write a model anew with its matrices in another format. The router, norms and biases stay float32.")
+    .description("Convert a model's matrices to another format. The router, norms and biases are written in float32.")
     .argument("<source>", "a folder, a hub id, default, or random:21b-a3b, random:0.3b, random:CONFIG.json")
-    .argument("<out>", "the folder to write; it must not hold a model yet")
+    .argument("<out>", "the folder to write; it must not contain a model yet")
     .optionsGroup("Options:")
     .addOption(new Option("--dtype <format>", "format of the matrices").choices(FORMATS).makeOptionMandatory())
-    .option("--layers <n>", "of random: sources: the number of layers", whole(1))
-    .option("--experts <n>", "of random: sources: the number of experts", whole(1))
-    .option("--seed <n>", "of random: sources: another seed gives other weights (default: 0)", whole(0));
+    .option("--layers <n>", "number of layers of a random: source", whole(1))
+    .option("--experts <n>", "number of experts of a random: source", whole(1))
+    .option("--seed <n>", "seed of a random: source's weights (default: 0)", whole(0));
   addHubOptions(command)
     .addHelpText(
       "after",
       examples(
         ["mixtape quantize ./my-model ./my-model-int8 --dtype int8", "about half of bf16"],
-        ["mixtape quantize random:21b-a3b ./shape --dtype int4", "random weights of the true shape, to measure"],
-        ["mixtape quantize baidu/ERNIE-4.5-0.3B-PT ./ernie-int8 --dtype int8", "a model of the hub"],
+        ["mixtape quantize random:21b-a3b ./shape --dtype int4", "random weights of the real shape, for benchmarks"],
+        ["mixtape quantize baidu/ERNIE-4.5-0.3B-PT ./ernie-int8 --dtype int8", "a model from the hub"],
       ),
     )
     .action(convert);

@@ -1,9 +1,9 @@
-/** What `mixtape bench` measured, as text for a terminal. */
+/** The results of `mixtape bench` as text for a terminal. */
 import type { Measured, ProfiledPhase, Rate } from "./rounds.ts";
 import { ratios, type Spread } from "./spread.ts";
 import { colours, formatBytes, formatCount, padEnd } from "./terminal.ts";
 
-/** The second model's tokens a second in relation to the first's, pair by pair. */
+/** The second model's tokens per second relative to the first's, pair by pair. */
 export interface Comparison {
   readonly prompt: readonly { readonly tokens: number; readonly ratio: Spread }[];
   readonly generation: readonly { readonly tokens: number; readonly ratio: Spread }[];
@@ -12,7 +12,7 @@ export interface Comparison {
 export interface BenchResult {
   readonly machine: { readonly cpu: string; readonly cores: number; readonly memory_bytes: number };
   readonly rounds: number;
-  /** The model, and the one that it is compared with. */
+  /** The model and, if any, the one it is compared with. */
   readonly models: readonly Measured[];
   readonly comparison?: Comparison;
 }
@@ -27,25 +27,25 @@ export function report({ machine, rounds, models, comparison }: BenchResult): st
   const { bold, dim } = colours(process.stdout);
   const lines = [
     dim(
-      `${machine.cpu}, ${machine.cores} cores, ${formatBytes(machine.memory_bytes)}; ${rounds === 1 ? "one round" : `medians of ${rounds} rounds (least … most)`}`,
+      `${machine.cpu}, ${machine.cores} cores, ${formatBytes(machine.memory_bytes)}; ${rounds === 1 ? "one round" : `medians of ${rounds} rounds (minimum … maximum)`}`,
     ),
     ...models.flatMap((m) => ["", ...describe(m)]),
   ];
   if (comparison) {
     const [a, b] = models.map((m) => describeSetting(m));
-    lines.push("", bold(`${b} in relation to ${a}`));
+    lines.push("", bold(`${b} relative to ${a}`));
     for (const { tokens, ratio } of comparison.prompt) lines.push(`  ${padEnd(`prompt of ${tokens}`, 24)}${times(ratio)}`);
     for (const { tokens, ratio } of comparison.generation) lines.push(`  ${padEnd(`generation after ${tokens}`, 24)}${times(ratio)}`);
   }
   return `${lines.join("\n")}\n`;
 }
 
-/** How a model ran, in a few words. */
+/** A model's settings, in a few words. */
 export function describeSetting({ model, dtype, kv_cache_dtype, threads }: Measured): string {
   return `${model}, ${dtype}, cache ${kv_cache_dtype}, ${threads} thread${threads === 1 ? "" : "s"}`;
 }
 
-/** What the figures of prompts are held against: that of the arithmetic that most of the work is in. */
+/** The limit that prompt speeds are compared with: the peak of the arithmetic that does most of the work. */
 export function promptLimitName({ dtype }: Measured): string {
   return dtype === "int8" || dtype === "int4" ? "int8 peak" : "fp32 peak";
 }
@@ -58,12 +58,12 @@ function describe(m: Measured): string[] {
   const parts =
     memory.private_bytes === null || memory.mapped_bytes === null
       ? ""
-      : dim(`now ${formatBytes(memory.private_bytes)} its own, ${formatBytes(memory.mapped_bytes)} mapped from files`);
+      : dim(`now ${formatBytes(memory.private_bytes)} private, ${formatBytes(memory.mapped_bytes)} mapped from files`);
   return [
     `${bold(describeSetting(m))}  ${dim(m.isa)}`,
     row("parameters", `${formatCount(total)}, ${formatCount(active)} active`),
-    row("weights", formatBytes(m.weight_bytes), dim(`${formatBytes(m.weight_bytes_per_token)} read a token`)),
-    row("memory at most", formatBytes(memory.peak_bytes), parts),
+    row("weights", formatBytes(m.weight_bytes), dim(`${formatBytes(m.weight_bytes_per_token)} read per token`)),
+    row("peak memory", formatBytes(memory.peak_bytes), parts),
     row("ready", spreadOf(load.ready_seconds, seconds)),
     row("first token", spreadOf(load.first_token_seconds, seconds)),
     "",
@@ -79,7 +79,7 @@ function describe(m: Measured): string[] {
       row(
         `generation after ${g.tokens}`,
         `${spreadOf(g.tokens_per_second, speed)} tokens/s`,
-        `${share(g, "reading")}, ${milliseconds(1 / g.tokens_per_second.median)} a token`,
+        `${share(g, "reading")}, ${milliseconds(1 / g.tokens_per_second.median)} per token`,
       ),
     ),
     ...(m.profile ?? []).flatMap((phase) => ["", ...describePhase(phase)]),

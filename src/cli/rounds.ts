@@ -1,7 +1,7 @@
 /**
- * The order in which `mixtape bench` measures: everything once a round, models in turns, and in each round the machine's
- * own limits, so that whatever slows the machine for a while slows all alike. Every prompt is new, warm-up included; in a
- * round all models get the same ones. The models keep no prefix cache.
+ * The order in which `mixtape bench` measures: everything once per round, models in turns, and in each round also the machine's
+ * limits, so that a temporary slowdown of the machine affects all alike. Every prompt is new, warm-up included; within a round
+ * all models get the same ones. The models have no prefix cache.
  */
 import { instructionSets, type MachineLimits, machineLimits } from "../backend/native.ts";
 import { UsageError } from "./failure.ts";
@@ -12,14 +12,14 @@ import { generationLimit, promptLimit } from "./work.ts";
 
 export interface Schedule {
   readonly promptLengths: readonly number[];
-  /** Tokens before those whose generation is timed. */
+  /** Context lengths at which generation is timed. */
   readonly contexts: readonly number[];
   readonly newTokens: number;
   readonly repeat: number;
   readonly profile: boolean;
 }
 
-/** What was measured of one model; JSON prints it as it is. */
+/** The measurements of one model, in the form that --json prints. */
 export interface Measured {
   readonly model: string;
   readonly folder: string;
@@ -42,11 +42,11 @@ export interface Measured {
   readonly profile?: readonly ProfiledPhase[];
 }
 
-/** Tokens a second of prompts of `tokens`, or of generation after `tokens`. */
+/** Tokens per second for prompts of `tokens`, or for generation after `tokens`. */
 export interface Rate {
   readonly tokens: number;
   readonly tokens_per_second: Spread;
-  /** What the machine's limit would give. */
+  /** Tokens per second at the machine's limit. */
   readonly limit_tokens_per_second: number;
   readonly share: number;
 }
@@ -55,7 +55,7 @@ export interface ProfiledPhase {
   readonly phase: "prompt" | "generation";
   readonly tokens: number;
   readonly seconds: number;
-  /** The longest first. */
+  /** Longest first. */
   readonly ops: readonly ProfiledOp[];
 }
 
@@ -64,10 +64,10 @@ export interface ProfiledOp {
   readonly seconds: number;
   /** Of the phase's time. */
   readonly share: number;
-  /** Of weights; null for ops that read none. */
+  /** Speed of reading weights; null for ops that read none. */
   readonly bytes_per_second: number | null;
   readonly ops_per_second: number | null;
-  /** The time in which the machine could read these weights, or do these operations if that takes longer, as a share of `seconds`. */
+  /** The time the machine needs at least to read these weights or do these operations, whichever is longer, as a share of `seconds`. */
   readonly limit_share: number | null;
 }
 
@@ -112,13 +112,13 @@ export async function measureInTurns(
   }
 }
 
-/** Numbers that each make another prompt. 0 is that of loading. */
+/** Seeds, each for a new prompt. 0 is the one used for loading. */
 function seeds(): () => number {
   let last = 0;
   return () => ++last;
 }
 
-/** Prepares programs, and reads prompts until hardly any page of the weights is new to the process. */
+/** Prepares programs, and processes prompts until hardly any page of the weights is new to the process. */
 async function warmUp(subject: Subject, { promptLengths, contexts }: Schedule, seed: () => number): Promise<void> {
   for (const tokens of promptLengths) await subject.ask({ kind: "prompt", tokens, seed: seed() });
   await subject.ask({ kind: "generate", context: contexts[0], newTokens: 1, seed: seed() });
@@ -131,7 +131,7 @@ async function warmUp(subject: Subject, { promptLengths, contexts }: Schedule, s
   }
 }
 
-/** Lengths that the models' positions have room for. */
+/** The lengths, cut to what the models' positions allow. */
 function cut(schedule: Schedule, longest: number, onCut: (message: string) => void): Schedule {
   const { newTokens, promptLengths, contexts } = schedule;
   const [prompt, context] = [longest - 1, longest - 1 - newTokens];
@@ -173,7 +173,7 @@ async function measureRound(
   }
 }
 
-/** Collects what is measured of one subject. */
+/** Collects the measurements of one subject. */
 class Run {
   readonly subject: Subject;
   readonly limits: MachineLimits[] = [];

@@ -21,13 +21,13 @@ interface RoutingFlags extends ModelFlags, PromptFlags {
   readonly title: string;
 }
 
-/** What was routed, and how. */
+/** A prompt with its answer, and how it was routed. */
 interface Routed {
   readonly ids: readonly number[];
   readonly promptTokens: number;
   /** The text of each token; its id without a tokenizer. */
   readonly pieces: readonly string[];
-  /** What was asked, and the answer. */
+  /** The prompt and, after an arrow, the answer. */
   readonly prompt: string;
   readonly layers: readonly RouterOutput[];
   readonly uses: readonly LayerUse[];
@@ -40,15 +40,15 @@ export function addRouting(program: Command): void {
     .argument("[text]", "the prompt; default: standard input")
     .optionsGroup("Options:")
     .option("--ids <list>", "token ids as the prompt, like 1,2,3", tokenIds)
-    .option("--chat", "make the prompt a user's message, by the model's chat template")
+    .option("--chat", "send the prompt as a user message, with the model's chat template")
     .option("--generate <n>", "include up to n tokens of the model's greedy answer", whole(1))
-    .option("--tokens", "a row for each token: the experts that it chose in one layer")
-    .option("--layer <n>", "the layer of --tokens (default: the first mixture)", whole(0))
-    .option("--top <n>", "how many of the busiest experts to list", whole(0), 5)
-    .option("--json", "print JSON: by layer counts and load, by token experts and weights")
-    .option("--svg <file>", "write the heat map as a picture for a slide")
+    .option("--tokens", "show one row per token: its experts in one layer")
+    .option("--layer <n>", "layer for --tokens (default: the first mixture layer)", whole(0))
+    .option("--top <n>", "number of busiest experts to list", whole(0), 5)
+    .option("--json", "print JSON: counts and load per layer, experts and weights per token")
+    .option("--svg <file>", "write the heat map as an SVG for a slide")
     .option("--png <file>", "the same as PNG, 2560 pixels wide")
-    .option("--font <file>", "a font file for the PNG's text (default: fonts of this machine)")
+    .option("--font <file>", "font file for the PNG's text (default: this machine's fonts)")
     .option("--title <text>", "title of the picture", "Which experts a prompt uses");
   addModelOptions(command)
     .addHelpText(
@@ -72,7 +72,7 @@ async function routing(argument: string | undefined, flags: RoutingFlags): Promi
   const interrupt = onInterrupt();
   try {
     const folder = await findFolder(flags.model, flags, { signal: interrupt.signal });
-    // With --ids the tokens' texts are a nicety.
+    // With --ids, a tokenizer is optional: it only shows the tokens' texts.
     const tokenizer = flags.ids && !hasTokenizer(folder) ? null : await openTokenizer(folder);
     const ids = encodePrompt(prompt, tokenizer, flags);
     const model = await openModel(folder, flags);
@@ -101,7 +101,7 @@ async function route(
   if (!moe) throw new UsageError(`${flags.model} is a dense model (${model.config.architecture}): it has no experts to route to`);
   const max_new_tokens = flags.generate;
   const ids = max_new_tokens ? (await model.generate({ input_ids: [[...given]], do_sample: false, max_new_tokens, signal }))[0] : given;
-  const { routing } = await model.engine.inspect(ids, { logits: false, routing: true }); // logits of a long text would fill memory
+  const { routing } = await model.engine.inspect(ids, { logits: false, routing: true }); // the logits of a long text would fill the memory
   const layers = routing.map(({ layer, ...numbers }): RouterOutput => {
     const rows = <T extends { readonly length: number }>(data: T) => ({ dims: [ids.length, data.length / ids.length], data });
     return { layer, logits: rows(numbers.logits), experts: rows(numbers.experts), weights: rows(numbers.weights) };
@@ -173,7 +173,7 @@ async function printJson({ ids, pieces, layers, uses, promptTokens }: Routed, fl
 async function writePictures({ ids, layers, uses, prompt }: Routed, model: CausalLM, flags: RoutingFlags): Promise<void> {
   if (flags.svg === undefined && flags.png === undefined) return;
   const { heatmapSvg } = await import("./heatmap.ts");
-  const name = flags.model === "default" ? "the model that comes with mixtape" : flags.model.replace(/^.*\/(?=[^/]+\/?$)/, "");
+  const name = flags.model === "default" ? "the bundled model" : flags.model.replace(/^.*\/(?=[^/]+\/?$)/, "");
   const shown = { title: flags.title, model: `${name} (${model.config.layers} layers)`, prompt: excerpt(prompt, 110) };
   const svg = heatmapSvg(uses, { ...shown, tokens: ids.length, chosen: layers[0].experts.dims[1] });
   if (flags.svg !== undefined) {

@@ -3,7 +3,7 @@
 /** Red, green, blue from 0 to 255. */
 export type Rgb = readonly [number, number, number];
 
-/** Every tenth of the way (Smith and van der Walt, https://bids.github.io/colormap, CC0). */
+/** At every tenth of the scale (Smith and van der Walt, https://bids.github.io/colormap, CC0). */
 const MAGMA: readonly Rgb[] = [
   [0, 0, 4],
   [20, 14, 54],
@@ -32,7 +32,7 @@ export function hex(rgb: Rgb): string {
 
 const CUBE = [0, 95, 135, 175, 215, 255];
 
-/** The nearest of the 216 colours that terminals with 256 have in a cube. */
+/** The nearest colour in the 6 x 6 x 6 cube of 256-colour terminals. */
 export function ansi256(rgb: Rgb): number {
   const nearest = (c: number) => CUBE.reduce((best, level, i) => (Math.abs(level - c) < Math.abs(CUBE[best] - c) ? i : best), 0);
   return 16 + 36 * nearest(rgb[0]) + 6 * nearest(rgb[1]) + nearest(rgb[2]);

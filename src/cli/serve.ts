@@ -38,11 +38,11 @@ async function serve(flags: ServeFlags): Promise<void> {
   await ended;
 }
 
-/** Prints the addresses to standard error; standard output is the log. */
+/** Prints the addresses to standard error, since standard output is the log. */
 function announce(config: ServeConfig, { url, grpcPort }: Awaited<ReturnType<Server["start"]>>): void {
   const { bold } = colours(process.stderr);
   const names = config.models.map(({ name }) => name).join(", ");
-  const keys = config.keys === undefined ? "no API keys asked for" : "API keys needed";
+  const keys = config.keys === undefined ? "no API key required" : "API key required";
   const grpc = grpcPort === null ? "" : `; gRPC on port ${grpcPort}`;
   notice(`mixtape serves ${names} at ${bold(url)} (${keys}); API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}${grpc}`);
 }

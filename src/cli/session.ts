@@ -1,4 +1,4 @@
-/** A chat under way: asks the model, streams its answer, and does what lines with a slash say. Knows no keyboard. */
+/** A running chat: asks the model, streams its answer, and executes slash commands. Knows no keyboard. */
 import type { GenerationOptions } from "../api/generation.ts";
 import type { CausalLM } from "../api/model.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
@@ -12,19 +12,19 @@ export interface Outlet {
   text(piece: string): void;
   /** Everything else, a line at a time. */
   notice(line: string): void;
-  /** Speed after each answer is wanted. */
+  /** Whether to report the speed after each answer. */
   readonly speed: boolean;
 }
 
 const COMMANDS: Readonly<Record<string, string>> = {
-  "/system": "TEXT   what the model is told before the conversation; alone: shows it",
-  "/reset": "        forget the conversation; the system text stays",
+  "/system": "TEXT   set the system message; without TEXT, show it",
+  "/reset": "        forget the conversation, but keep the system message",
   "/regenerate": "   answer the last question again",
   "/save": "FILE     write the messages as JSON",
-  "/load": "FILE     go on with saved messages",
+  "/load": "FILE     continue with saved messages",
   "/stats": "        tokens and speed so far",
   "/help": "         this list",
-  "/exit": "         leave; Ctrl-D does too",
+  "/exit": "         leave; so does Ctrl-D",
 };
 
 export const COMMAND_WORDS = Object.keys(COMMANDS);
@@ -52,7 +52,7 @@ export class Session {
     this.#out = out;
   }
 
-  /** Stops the answer under way; what has come stays in the conversation. */
+  /** Stops the current answer; the part so far stays in the conversation. */
   stop(): void {
     this.#running?.abort();
   }
@@ -67,7 +67,7 @@ export class Session {
     return this.#command(word, rest);
   }
 
-  /** Asks and streams the answer. When that fails, the conversation is as before. */
+  /** Asks and streams the answer. If that fails, the conversation is left unchanged. */
   async ask(question: string): Promise<void> {
     this.#conversation.turns.push({ role: "user", content: question });
     try {
@@ -84,7 +84,7 @@ export class Session {
     const wanted = this.#options.max_new_tokens ?? 1024;
     const reserve = Math.min(wanted, Math.max(1, maxPositions >> 2));
     const { ids, dropped } = this.#conversation.fit(this.#tokenizer, maxPositions - reserve);
-    if (dropped) this.#out.notice(`(the oldest ${dropped} messages were dropped: the model reads ${maxPositions} tokens at most)`);
+    if (dropped) this.#out.notice(`(the oldest ${dropped} messages were dropped: the model's limit is ${maxPositions} tokens)`);
     const max_new_tokens = Math.min(wanted, maxPositions - ids.length);
     const seed = (this.#options.seed + this.#answers) % 2 ** 47;
     this.#running = new AbortController();
@@ -98,7 +98,7 @@ export class Session {
     this.#last = said;
     if (said.finish === "interrupted" && said.text.trim() === "") {
       turns.pop();
-      this.#out.notice("(stopped before the answer began; the question is forgotten)");
+      this.#out.notice("(stopped before the answer began; the question was dropped)");
       return;
     }
     turns.push({ role: "assistant", content: said.text });
@@ -116,7 +116,7 @@ export class Session {
         return true;
       case "/reset":
         turns.length = 0;
-        this.#out.notice("the conversation is forgotten");
+        this.#out.notice("conversation forgotten");
         return true;
       case "/regenerate":
         await this.#regenerate();
@@ -148,7 +148,7 @@ export class Session {
     const { turns } = this.#conversation;
     const last = turns.at(-1);
     if (last?.role === "assistant") turns.pop();
-    if (turns.at(-1)?.role !== "user") throw new UsageError("there is no question yet to answer again");
+    if (turns.at(-1)?.role !== "user") throw new UsageError("there is no question yet to answer");
     try {
       await this.#answer();
     } catch (error) {

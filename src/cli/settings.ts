@@ -76,7 +76,7 @@ export async function settings(flags: ServeFlags): Promise<ServeConfig> {
   );
   const named = model ?? (inFile["models"] === undefined ? [{ name: "default", path: "default" }] : undefined);
   if (named === undefined && Object.keys(how).length > 0)
-    throw new UsageError(`${file} names the models, so it also says how each is run; or name them with --model`);
+    throw new UsageError(`${file} lists the models, so set their options there, or name the models with --model`);
   if ((tlsCert === undefined) !== (tlsKey === undefined)) throw new UsageError("--tls-cert and --tls-key go together");
   const tls = tlsCert === undefined ? {} : { tls: { cert: tlsCert, key: tlsKey } };
   const models = named?.map((each) => ({ ...each, ...how }));

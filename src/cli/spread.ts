@@ -1,10 +1,10 @@
-/** Figures that were measured several times: the median, and how far they lie apart. */
+/** Statistics of repeated measurements: the median, minimum and maximum. */
 
 export interface Spread {
   readonly median: number;
   readonly least: number;
   readonly most: number;
-  /** In the order in which they were measured. */
+  /** In the order of measurement. */
   readonly values: readonly number[];
 }
 
@@ -14,7 +14,7 @@ export function spread(values: readonly number[]): Spread {
   return { median: (low + high) / 2, least: sorted[0], most: sorted[sorted.length - 1], values };
 }
 
-/** Of figures that were measured in turns: the ratio of each pair, `second` to `first`. */
+/** For values measured in turns: the ratio of each pair, `second` to `first`. */
 export function ratios(first: Spread, second: Spread): Spread {
   return spread(first.values.map((x, i) => second.values[i] / x));
 }

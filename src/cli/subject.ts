@@ -1,4 +1,4 @@
-/** A process that holds a model to be measured, seen from the command. Knows how it is started, asked and ended. */
+/** The command's handle on a process that holds a model to measure: starts it, asks it and ends it. */
 import { type ChildProcess, fork } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import type { LoadOptions } from "../api/load.ts";
@@ -13,12 +13,12 @@ export interface Setting {
   readonly options: LoadOptions;
 }
 
-/** What each request gives. */
+/** The reply to each kind of request. */
 interface Replies {
   readonly load: Loaded;
   /** Seconds. */
   readonly prompt: number;
-  /** Seconds of all new tokens but the first. */
+  /** Seconds for all new tokens but the first. */
   readonly generate: number;
   readonly profile: Profile;
   readonly memory: MemoryUse;
@@ -35,10 +35,10 @@ export class Subject {
     this.loaded = loaded;
   }
 
-  /** Starts a process and loads the model in it. Throws what keeps it from loading, in one line. */
+  /** Starts a process and loads the model in it. Throws UsageError, in one line, when the model can't be loaded. */
   static async start({ folder, options }: Setting, signal: AbortSignal): Promise<Subject> {
     signal.throwIfAborted();
-    // The same ending as this file: it runs from the sources and as built.
+    // The same extension as this file, which runs both from source and as built.
     const probe = fileURLToPath(new URL(import.meta.url.endsWith(".ts") ? "probe.ts" : "probe.js", import.meta.url));
     const child = fork(probe, { stdio: ["ignore", "ignore", "inherit", "ipc"] });
     try {
@@ -68,7 +68,7 @@ function ask<R extends Request>(child: ChildProcess, request: R, signal: AbortSi
     const onMessage = (reply: Reply) =>
       settle(() => ("error" in reply ? reject(new UsageError(reply.error)) : resolve(reply.value as Replies[R["kind"]])));
     const onExit = (code: number | null, by: string | null) => {
-      const hint = by === "SIGKILL" ? "; was there memory enough?" : "";
+      const hint = by === "SIGKILL" ? "; perhaps it ran out of memory" : "";
       settle(() => reject(new UsageError(`the process that held the model ended (${by ?? `exit code ${code}`})${hint}`)));
     };
     const onError = (error: Error) => settle(() => reject(error));

@@ -1,4 +1,4 @@
-/** What a terminal can show: colours, width, and how many columns a text takes. */
+/** Terminal output: colours, width, and how many columns a text takes. */
 import pc from "picocolors";
 
 /** Colours for a stream: none when it is not a terminal or NO_COLOR is set; FORCE_COLOR turns them on anyway. */
@@ -11,7 +11,7 @@ export function hasColours(stream: NodeJS.WriteStream): boolean {
   return Boolean(process.env["FORCE_COLOR"]) || (stream.isTTY === true && process.env["TERM"] !== "dumb");
 }
 
-/** Says something that is not data, on standard error. */
+/** Writes a message that is not data to standard error. */
 export function notice(text: string): void {
   process.stderr.write(`${colours(process.stderr).dim(text)}\n`);
 }
@@ -25,14 +25,14 @@ const WIDE =
   /[\u1100-\u115f\u2e80-\u303e\u3041-\ua4cf\ua960-\ua97f\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}/u;
 const NARROWLESS = /[\p{Mn}\p{Me}\p{Cf}]/u;
 
-/** Columns that a text takes: two for Chinese, Japanese and Korean characters, none for marks on top of others. */
+/** Columns that a text takes: two for each Chinese, Japanese or Korean character, none for combining marks. */
 export function displayWidth(text: string): number {
   let width = 0;
   for (const c of text) width += NARROWLESS.test(c) ? 0 : WIDE.test(c) || (c.codePointAt(0) ?? 0) >= 0x20000 ? 2 : 1;
   return width;
 }
 
-/** A text in one line of at most `columns`, cut with an ellipsis. */
+/** A text as one line of at most `columns`, truncated with an ellipsis. */
 export function excerpt(text: string, columns: number): string {
   const line = text.replace(/\s+/g, " ").trim();
   if (displayWidth(line) <= columns) return line;
@@ -44,7 +44,7 @@ export function excerpt(text: string, columns: number): string {
   return `${cut}…`;
 }
 
-/** Fills up with spaces to `columns`. */
+/** Pads with spaces to `columns`. */
 export function padEnd(text: string, columns: number): string {
   return text + " ".repeat(Math.max(0, columns - displayWidth(text)));
 }

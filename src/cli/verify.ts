@@ -5,7 +5,7 @@ import { addHubOptions, examples, type HubFlags } from "./options.ts";
 export function addVerify(program: Command): void {
   const command = program
     .command("verify")
-    .description("Compare every tensor of a model with its checksums. Exits with 1 and names the tensors that have changed.")
+    .description("Check every tensor of a model against its checksums. If any have changed, name them and exit with 1.")
     .argument("<model>", "a folder that 'mixtape quantize' wrote, a hub id, or default");
   addHubOptions(command)
     .addHelpText("after", examples(["mixtape verify ./my-model-int8", "find flipped bits and broken copies"]))
@@ -22,7 +22,7 @@ async function check(model: string, flags: HubFlags): Promise<void> {
   const bar = await byteProgress("reading");
   const changed = await verify(folder, bar.update).finally(bar.stop);
   if (changed.length === 0) {
-    process.stdout.write(`all tensors of ${folder} are as they were written\n`);
+    process.stdout.write(`all tensors of ${folder} are intact\n`);
     return;
   }
   const more = changed.length > 3 ? ` and ${changed.length - 3} more` : "";

@@ -1,4 +1,4 @@
-/** What a model's steps take at least: bytes of weights to read and operations to do, counted from its weights' formats and shapes. */
+/** The minimum work of a model's steps: bytes of weights to read and operations to do, from the formats and shapes of its weights. */
 import type { MachineLimits } from "../backend/native.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import { measure, type Size } from "../model/size.ts";
@@ -12,7 +12,7 @@ export interface LoadedWeight {
   readonly shape: readonly number[];
 }
 
-/** Multiplications and additions, by what computes them. */
+/** Multiplications and additions, by the kind of arithmetic. */
 export interface Operations {
   readonly int8: number;
   readonly float: number;
@@ -20,10 +20,10 @@ export interface Operations {
 
 export interface Work {
   readonly parameters: Size["parameters"];
-  /** Bytes of all weights, and of those that generating one token reads. */
+  /** Bytes of all weights, and of those read to generate one token. */
   readonly weightBytes: number;
   readonly tokenBytes: number;
-  /** Of a prompt's token, and once a prompt, of its last token: the head. */
+  /** Operations of each prompt token, and of the head, which runs only for the last one. */
   readonly tokenOperations: Operations;
   readonly headOperations: Operations;
 }
@@ -37,14 +37,14 @@ export function workOf(config: ErnieConfig, weights: readonly LoadedWeight[]): W
   return {
     parameters: measure(config).parameters,
     weightBytes: weights.reduce((sum, w) => sum + storedBytes(w.dtype, w.shape), 0),
-    // A row of the embedding is next to nothing, but the head is read whole.
+    // One row of the embedding is negligible, but the head is read whole.
     tokenBytes: [...layers, ...heads].reduce((sum, w) => sum + bytesRead(w, config, 1), 0),
     tokenOperations: operations(layers, config),
     headOperations: operations(heads, config),
   };
 }
 
-/** Bytes of a weight that a step of `rows` tokens reads: of stacked experts those that are chosen, were all equally likely. */
+/** Bytes of a weight that a step of `rows` tokens reads. For stacked experts: the expected share chosen, if all are equally likely. */
 export function bytesRead(weight: LoadedWeight, { moe }: ErnieConfig, rows: number): number {
   const share = weight.shape.length === 3 && moe ? 1 - (1 - moe.chosen / moe.experts) ** rows : 1;
   return storedBytes(weight.dtype, weight.shape) * share;
@@ -62,12 +62,12 @@ export function operations(weights: readonly LoadedWeight[], { moe }: ErnieConfi
   return sum;
 }
 
-/** Tokens a second at which generation reads weights as fast as the machine can. */
+/** Tokens per second if generation reads weights as fast as the machine can. */
 export function generationLimit(work: Work, limits: MachineLimits): number {
   return limits.readBytesPerSecond / work.tokenBytes;
 }
 
-/** Tokens a second at which a prompt's matrix products run at the arithmetic's peak. Attention is not counted. */
+/** Tokens per second if a prompt's matrix products run at the arithmetic peak. Attention is not counted. */
 export function promptLimit(work: Work, limits: MachineLimits, tokens: number): number {
   const { tokenOperations: each, headOperations: once } = work;
   const seconds =

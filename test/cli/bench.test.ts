@@ -111,8 +111,8 @@ test("text and a plot", async () => {
     "fp32 peak",
     "groupedLinear",
     "GB/s",
-    "in relation to",
-    "memory at most",
+    "relative to",
+    "peak memory",
   ])
     expect(out).toContain(text);
   expect(err).toBe(`wrote ${svg}\n`);

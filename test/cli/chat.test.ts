@@ -58,7 +58,7 @@ test("a conversation beyond the longest position drops its oldest turns with a n
   const file = join(temporary(), "a.json");
   const { code, err } = await run(["chat", "-m", model, ...LIMIT], { input: `one two\nthree four\nfive six\nseven\n/save ${file}\n` });
   expect(code, err).toBe(0);
-  expect(err).toMatch(/\(the oldest \d+ messages were dropped: the model reads 96 tokens at most\)/);
+  expect(err).toMatch(/\(the oldest \d+ messages were dropped: the model's limit is 96 tokens\)/);
   const messages = JSON.parse(readFileSync(file, "utf8")) as Messages;
   expect(messages[0].role).toBe("user");
   expect(messages.at(-2)?.content).toBe("seven");

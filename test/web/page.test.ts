@@ -1,4 +1,4 @@
-/** The page in Chromium against the real server and the model that comes along. */
+/** The page in Chromium against the real server with the bundled model. */
 import type { Browser } from "playwright-core";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { type Running, start } from "../server/start.ts";

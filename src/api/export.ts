@@ -39,11 +39,11 @@ export async function exportGguf(source: string, outFile: string, options: Expor
   if (!Object.hasOwn(FILE_TYPES, options.type))
     throw new RangeError(`type '${options.type}' is not known; known are ${Object.keys(FILE_TYPES).join(", ")}`);
   const file = resolve(outFile);
-  if (await stat(file).catch(() => null)) throw new CheckpointError(file, "is there already; name another file or delete it first");
+  if (await stat(file).catch(() => null)) throw new CheckpointError(file, "already exists; name another file or delete it first");
   const checkpoint = await openCheckpoint(source);
   const config = readConfig(checkpoint.config);
   if (config.moe && config.moe.endLayer !== config.layers - 1)
-    throw new CheckpointError(file, `GGUF can't say that layer ${config.moe.endLayer} of ${config.layers} is the last with experts`);
+    throw new CheckpointError(file, `GGUF can't represent that layer ${config.moe.endLayer} of ${config.layers} is the last with experts`);
 
   const all = parameters(config);
   const { sources } = locate(all, checkpoint);

@@ -8,9 +8,9 @@ import type { Streamer } from "./streamers.ts";
 
 /** The model's generation_config.json may set any default; those given here apply otherwise. */
 export interface GenerationOptions {
-  /** Most tokens of prompt and answer together. Ignored when `max_new_tokens` is given. */
+  /** Maximum number of tokens of prompt and answer together. Ignored when `max_new_tokens` is given. */
   readonly max_length?: number;
-  /** Most tokens of the answer. Default 256 when `max_length` is not given either. */
+  /** Maximum number of tokens of the answer. Default 256 when `max_length` is not given either. */
   readonly max_new_tokens?: number;
   /** Sample by probability. Default false: always take the likeliest token. */
   readonly do_sample?: boolean;
@@ -67,7 +67,7 @@ export interface ResolvedGeneration {
   readonly stopStrings: readonly string[];
   readonly answers: number;
   readonly format: ResponseFormat;
-  /** Most tokens of the answer to a prompt of this length. */
+  /** Maximum number of tokens of the answer to a prompt of this length. */
   maxNewTokens(promptLength: number): number;
 }
 
@@ -125,7 +125,7 @@ export function resolveGeneration(options: GenerationOptions, defaults: Record<s
   if (answers > 1 && !samples)
     throw new RangeError(`num_return_sequences is ${answers}, but without do_sample all answers would be the same`);
   const stopStrings = [options.stop_strings ?? []].flat();
-  if (stopStrings.some((s) => typeof s !== "string" || s === "")) throw new RangeError("stop_strings must be texts that are not empty");
+  if (stopStrings.some((s) => typeof s !== "string" || s === "")) throw new RangeError("stop_strings must be non-empty strings");
   if (stopStrings.length && !options.tokenizer)
     throw new RangeError("stop_strings needs the option 'tokenizer' as well, to read the answer");
 

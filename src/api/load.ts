@@ -12,10 +12,10 @@ import { computedAs } from "../tensor/stored.ts";
 import { KV_CACHE_DTYPES, KV_DTYPES, type KvCacheDtype } from "./kv.ts";
 import { thisMachine, warningsFor } from "./room.ts";
 
-/** Formats of the weight matrices; `auto` takes each as it is stored. Norms, biases and the router are float32 always. */
+/** Formats of the weight matrices; `auto` uses each in its stored format. Norms, biases and the router are always float32. */
 export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8" | "int4";
 
-/** Names that users of transformers also write. */
+/** Formats by name, including the names that transformers uses. */
 const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
   auto: "auto",
   fp32: "f32",
@@ -36,23 +36,23 @@ const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
 export interface LoadOptions {
   /** Default `auto`. */
   readonly dtype?: WeightDtype | (string & {});
-  /** Threads that compute; default: one a physical core. */
+  /** Compute threads. Default: one per physical core. */
   readonly threads?: number;
-  /** `auto` and `cpu` are the native CPU backend; `reference` is the slow one in TypeScript that defines every op. Default `auto`. */
+  /** `auto` and `cpu` are the native CPU backend; `reference` is the slow TypeScript backend that defines every op. Default `auto`. */
   readonly device?: "auto" | "cpu" | "reference" | (string & {});
-  /** An instruction set by name (`scalar`, `avx2`, ...); default: the environment's `MIXTAPE_ISA`, else the best there is. */
+  /** An instruction set by name (`scalar`, `avx2`, ...). Default: the environment variable `MIXTAPE_ISA`, else the best available. */
   readonly isa?: string;
   /** Format of the KV cache: `fp32`, `fp16` or `int8`. Default: fp32 for fp32 weights, int8 for int8 and int4, else fp16. */
   readonly kv_cache_dtype?: KvCacheDtype;
-  /** Tokens that the KV cache has room for. Default: 16 full sequences, or as many as fit half of the memory that the weights leave. */
+  /** Capacity of the KV cache in tokens. Default: 16 full sequences, or as many as fit half of the free memory that the weights leave. */
   readonly kv_cache_tokens?: number;
-  /** Tokens of a prompt that one step computes at most. Default 512. */
+  /** Maximum number of prompt tokens per step. Default 512. */
   readonly chunk_size?: number;
-  /** Keep what full blocks of the KV cache hold, for prompts that begin alike. Default true. */
+  /** Reuse full blocks of the KV cache for prompts with the same prefix. Default true. */
   readonly prefix_cache?: boolean;
-  /** Requests that are computed at the same time; others wait. Default 512. */
+  /** Maximum number of requests computed at the same time; others wait. Default 512. */
   readonly max_sequences?: number;
-  /** Told what will make the model slow on this machine: weights larger than memory, more threads than cores. Default: a warning of the process. */
+  /** Called with what will make the model slow on this machine: weights larger than memory, more threads than cores. Default: a process warning. */
   readonly warning_callback?: (message: string) => void;
 }
 
@@ -61,7 +61,7 @@ export interface LoadedModel {
   readonly checkpoint: Checkpoint;
   readonly engine: Engine;
   readonly backend: Backend;
-  /** The parameters as loaded, and the formats in which they are computed with. */
+  /** The parameters as loaded, with the formats used in computation. */
   readonly weights: readonly WeightSource[];
 }
 

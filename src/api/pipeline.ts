@@ -41,7 +41,7 @@ export async function pipeline(
   idOrFolder = "default",
   options: PretrainedOptions = {},
 ): Promise<TextGenerationPipeline> {
-  if (task !== "text-generation") throw new RangeError(`the task '${task}' is not known; known is text-generation`);
+  if (task !== "text-generation") throw new RangeError(`unknown task '${task}'; the only one supported is text-generation`);
   const tokenizer = await AutoTokenizer.from_pretrained(idOrFolder, options);
   const model = await AutoModelForCausalLM.from_pretrained(idOrFolder, options);
   const call = async (prompt: Prompt, options: TextGenerationOptions = {}) => {
@@ -84,7 +84,7 @@ async function answerMessages(
     settings,
     options,
     constrain: constrainBy(settings, prompt, model.config, tokenizer),
-    // The engine need not go on after a stop string, or after the only call.
+    // Generation can stop after a stop string, or after the only call allowed.
     watch: prompt.oneToolCall || settings.stopStrings.length > 0 ? () => endOf(reader()) : null,
   });
   return answers.map((answer) => messageOf(reader(), answer.tokens));

@@ -70,7 +70,7 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   if (resolve(source) === resolve(out)) throw new Error(`${out}: source and result are the same folder; name another for the result`);
   await mkdir(out, { recursive: true });
   if ((await readdir(out)).includes("model.safetensors"))
-    throw new Error(`${out}: holds a model already; name another folder or delete it first`);
+    throw new Error(`${out}: already contains a model; name another folder or delete it first`);
 
   const blocks = new Map<string, BlockMatrix>();
   const tensors: TensorData[] = [];
@@ -134,8 +134,7 @@ export async function verify(
     (text) => JSON.parse(text)?.tensors as unknown,
     () => null,
   );
-  if (typeof known !== "object" || known === null)
-    throw new CheckpointError(path, "there are no checksums here; 'mixtape quantize' writes them");
+  if (typeof known !== "object" || known === null) throw new CheckpointError(path, "no checksums here; 'mixtape quantize' writes them");
   const expected = new Map(Object.entries(known));
   const totalBytes = [...tensors.values()].reduce((sum, t) => sum + t.bytes, 0);
   const changed: string[] = [];

@@ -1,4 +1,4 @@
-/** Whether a model fits this machine: what to refuse before it is loaded, and what to warn about. Loads nothing. */
+/** Checks before loading whether a model fits this machine: what to reject, and what to warn about. Loads nothing. */
 import type { WeightSource } from "../backend/backend.ts";
 import { hostMemory } from "../backend/memory.ts";
 import { storedBytes } from "../tensor/stored.ts";
@@ -33,7 +33,7 @@ export function warningsFor(weights: readonly WeightSource[], threads: number, {
   const warnings: string[] = [];
   if (mapped + copied > memory)
     warnings.push(
-      `the weights are ${gib(mapped + copied)} GiB and there are ${gib(memory)} GiB of memory: they are read from the disk again and again, many times slower; a smaller format (mixtape quantize --dtype int4) may fit`,
+      `the weights are ${gib(mapped + copied)} GiB and there are ${gib(memory)} GiB of memory: they will be read from disk over and over, which is many times slower; a smaller format (mixtape quantize --dtype int4) may fit`,
     );
   if (threads > cores)
     warnings.push(`${threads} threads on ${cores} core${cores === 1 ? "" : "s"}: they wait for each other; ${cores} would be faster`);

@@ -1,7 +1,7 @@
 /**
- * How a safetensors file says that a tensor is a matrix in one of our block formats: it is stored as U8 [bytes] under its
- * own name, and `__metadata__` holds `mixtape.format` and, as JSON, `mixtape.int8` or `mixtape.int4` = { name: [n, k] }.
- * The layout of the bytes is `tensor/quantized.ts`'s.
+ * How a safetensors file marks a tensor as a matrix in one of our block formats: it is stored as U8 [bytes] under its own
+ * name, and `__metadata__` holds `mixtape.format` and, as JSON, `mixtape.int8` or `mixtape.int4` = { name: [n, k] }.
+ * `tensor/quantized.ts` defines the layout of the bytes.
  */
 import { BLOCK_BYTES, type BlockDtype, blockBytes } from "../tensor/quantized.ts";
 import type { PackedFormat } from "../tensor/stored.ts";
@@ -31,7 +31,7 @@ export function blockMetadata(matrices: ReadonlyMap<string, BlockMatrix>): Recor
 
 /**
  * The block matrices of one file, by tensor name; empty for a file that `mixtape quantize` did not write.
- * @throws CheckpointError for another version of the format, a tensor that is not there, or a size that does not agree
+ * @throws CheckpointError for another version of the format, a missing tensor, or a size that does not match
  */
 export function readBlockMatrices(file: string, { metadata, tensors }: SafetensorsHeader): Map<string, BlockMatrix> {
   const matrices = new Map<string, BlockMatrix>();

@@ -195,5 +195,5 @@ async function foundInstead(root: string): Promise<string> {
   const others = (await readdir(root)).filter((name) => /\.(safetensors|bin|pt|pth|gguf|pdparams)$/.test(name)).sort();
   if (others.length === 0) return "";
   const archives = others.length > 1 && others.every((name) => name.endsWith(".gguf"));
-  return `; found ${others.slice(0, 3).join(", ")}${others.length > 3 ? ", …" : ""}, ${archives ? "of which one is to be named" : "which is not read"}`;
+  return `; found ${others.slice(0, 3).join(", ")}${others.length > 3 ? ", …" : ""}, ${archives ? "name one of them" : "which is not supported"}`;
 }

@@ -1,6 +1,6 @@
 /**
- * Fetches one file of a hub into one blob of the cache: resumed where a partial one is there, checked against its size
- * and hash, and renamed when whole. It knows nothing of repositories or of which files a model needs.
+ * Downloads one file from a hub into one blob of the cache: resumes a partial one, checks size and hash, and renames the
+ * complete file. Knows neither repositories nor which files a model needs.
  */
 import { createHash, type Hash } from "node:crypto";
 import { createReadStream } from "node:fs";
@@ -18,13 +18,13 @@ export interface RemoteFile {
 }
 
 const PROGRESS_MS = 100;
-/** An attempt that brought at least this much does not count as failed. */
+/** An attempt that received at least this many bytes does not count as failed. */
 const GAIN_BYTES = 2 ** 20;
 
 /**
- * Fetches a file to `blob`, through `blob` + ".incomplete", which stays when the fetch fails so that the next continues.
- * @param onBytes called with the bytes there so far, at most ten times a second, and at the end
- * @throws CheckpointError that says what was wrong and how to go on, or the reason of the remote's signal
+ * Downloads a file to `blob` by way of `blob` + ".incomplete", which is kept on failure so that the next download resumes it.
+ * @param onBytes called with the number of bytes so far, at most ten times a second, and at the end
+ * @throws CheckpointError that says what was wrong and how to continue, or the reason of the remote's signal
  */
 export async function download(remote: Remote, file: RemoteFile, blob: string, onBytes: (loadedBytes: number) => void): Promise<void> {
   const partial = await Partial.open(remote, file, `${blob}.incomplete`);
@@ -32,14 +32,14 @@ export async function download(remote: Remote, file: RemoteFile, blob: string, o
     const resumed = partial.loadedBytes > 0;
     await partial.fill(onBytes);
     if (resumed && !partial.whole()) {
-      await partial.restart(); // what an earlier run left may be another file's: once more from the start
+      await partial.restart(); // the partial file may be of another version: start over once
       await partial.fill(onBytes);
     }
     if (!partial.whole()) {
       await partial.restart();
       throw new CheckpointError(
         remote.id,
-        `${file.path} is damaged: its hash is not the ${file.etag} of the hub's listing; it was removed, run again`,
+        `${file.path} is damaged: its hash differs from the ${file.etag} of the hub's listing; it was removed, run again`,
       );
     }
     await partial.finish(blob);
@@ -48,7 +48,7 @@ export async function download(remote: Remote, file: RemoteFile, blob: string, o
   }
 }
 
-/** The part of a file that is there, open for more. */
+/** A partially downloaded file, open for appending. */
 class Partial {
   loadedBytes = 0;
   private hash: Hash;
@@ -80,7 +80,7 @@ class Partial {
     return partial;
   }
 
-  /** Hashes what an earlier run left. */
+  /** Hashes the part from an earlier run. */
   private async takeUp(): Promise<void> {
     const { size } = await this.handle.stat();
     if (size > this.file.bytes) return this.restart();
@@ -88,7 +88,7 @@ class Partial {
     this.loadedBytes = size;
   }
 
-  /** Fetches the rest; after a cut, from where it was cut. */
+  /** Downloads the rest, resuming after a broken connection. */
   async fill(onBytes: (loadedBytes: number) => void): Promise<void> {
     onBytes(this.loadedBytes);
     for (let failures = 0; this.loadedBytes < this.file.bytes; ) {
@@ -106,7 +106,7 @@ class Partial {
     onBytes(this.loadedBytes);
   }
 
-  /** Whether the bytes are the file's. Call it after `fill`. */
+  /** Whether the hash matches. Call it after `fill`. */
   whole(): boolean {
     this.digest ??= this.hash.digest("hex");
     return this.digest === this.file.etag;
@@ -128,7 +128,7 @@ class Partial {
     }
   }
 
-  /** Closes the file, and removes it where nothing is in it. */
+  /** Closes the file, and removes it if it is empty. */
   async close(): Promise<void> {
     await this.handle.close();
     if (this.loadedBytes === 0 && this.file.bytes > 0) await rm(this.path, { force: true });
@@ -139,7 +139,7 @@ class Partial {
     const headers: Record<string, string> = { "accept-encoding": "identity" };
     if (this.loadedBytes > 0) headers["range"] = `bytes=${this.loadedBytes}-`;
     const response = await remoteFetch(remote)(file.url, { headers });
-    if (this.loadedBytes > 0 && response.status !== 206) await this.restart(); // a server without ranges sends it all
+    if (this.loadedBytes > 0 && response.status !== 206) await this.restart(); // a server without ranges sends the whole file
     const range = response.headers.get("content-range");
     if (response.status === 206 && range !== `bytes ${this.loadedBytes}-${file.bytes - 1}/${file.bytes}`) {
       await response.body?.cancel();
@@ -162,7 +162,7 @@ class Partial {
     if (this.loadedBytes < file.bytes) throw new Unavailable("the connection was cut");
   }
 
-  /** The body's chunks; a cut connection is `Unavailable`. */
+  /** The body's chunks; a broken connection becomes `Unavailable`. */
   private async *chunks(response: Response): AsyncGenerator<Uint8Array> {
     if (!response.body) return;
     const reader = response.body.getReader();
@@ -176,7 +176,7 @@ class Partial {
         yield value;
       }
     } finally {
-      await reader.cancel().catch(() => undefined); // of a body that was cut there is nothing left to cancel
+      await reader.cancel().catch(() => undefined); // fails if the connection broke: there is nothing left to cancel
     }
   }
 
@@ -201,12 +201,12 @@ class Partial {
 
   private stopped(why: string, cause?: unknown): CheckpointError {
     const { file, loadedBytes } = this;
-    const kept = loadedBytes > 0 ? `; what came is kept in ${this.path}, run again to resume` : "; run again later";
+    const kept = loadedBytes > 0 ? `; the part received is kept in ${this.path}, run again to resume` : "; run again later";
     return new CheckpointError(this.remote.id, `${file.path} stopped at byte ${loadedBytes} of ${file.bytes}: ${why}${kept}`, { cause });
   }
 }
 
-/** A SHA-256, or git's hash of a blob: SHA-1 over a word, the size, and the bytes. */
+/** SHA-256, or git's blob hash: SHA-1 of the word "blob", the size, and the bytes. */
 function newHash({ etag, bytes }: RemoteFile): Hash {
   return etag.length === 64 ? createHash("sha256") : createHash("sha1").update(`blob ${bytes}\0`);
 }

@@ -1,12 +1,12 @@
-/** The one error of this folder: a checkpoint (or a hub's answer for one) that can't be used, in one line. */
+/** The error of this folder: a checkpoint, or a hub's response, that can't be used, in one line. */
 
-/** A file or folder that can't be used as a checkpoint. `file` is what was looked at: an absolute path, or a hub id. */
+/** A file or folder that can't be used as a checkpoint. `file` is what was opened: an absolute path, or a hub id. */
 export class CheckpointError extends Error {
   override readonly name = "CheckpointError";
   readonly file: string;
 
   /**
-   * @param file what was looked at; the message starts with it
+   * @param file what was opened; the message starts with it
    * @param what what was seen and what to do, in one line (line breaks become spaces)
    */
   constructor(file: string, what: string, options?: ErrorOptions) {

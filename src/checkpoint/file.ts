@@ -2,7 +2,7 @@
 import { type FileHandle, open } from "node:fs/promises";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
 
-/** Runs `use` on a file opened for reading. Whatever the system refuses becomes a CheckpointError. */
+/** Runs `use` on a file opened for reading. System errors become a CheckpointError. */
 export async function withFile<T>(file: string, use: (handle: FileHandle) => Promise<T>): Promise<T> {
   let handle: FileHandle | undefined;
   try {
@@ -17,7 +17,7 @@ export async function withFile<T>(file: string, use: (handle: FileHandle) => Pro
   }
 }
 
-/** Reads `bytes` bytes from `offset`. Throws CheckpointError when the file ends before. */
+/** Reads `bytes` bytes from `offset`. Throws CheckpointError if the file ends before that. */
 export async function readExactly(handle: FileHandle, file: string, offset: number, bytes: number): Promise<Buffer> {
   const buffer = Buffer.allocUnsafeSlow(bytes);
   for (let done = 0; done < bytes; ) {

@@ -1,6 +1,6 @@
 /**
- * From a model's name to a local folder: a folder is itself, and a hub id is fetched into the Hugging Face cache, which
- * other tools share. It decides which files an engine needs; `download.ts` fetches one, `remote.ts` talks to the hub.
+ * Resolves a model's name to a local folder: a folder stands for itself, and a hub id is downloaded into the Hugging Face
+ * cache, which other tools share. Decides which files a model needs; `download.ts` downloads one, `remote.ts` talks to the hub.
  */
 import { randomUUID } from "node:crypto";
 import { copyFile, mkdir, readFile, rename, rm, stat, symlink, writeFile } from "node:fs/promises";
@@ -11,12 +11,12 @@ import { download, type RemoteFile } from "./download.ts";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
 import { ATTEMPTS, type Remote, remoteFetch, retrying, Unavailable } from "./remote.ts";
 
-/** How far the fetching of one file is. */
+/** Progress of downloading one file. */
 export interface DownloadProgress {
   readonly file: string;
   readonly loadedBytes: number;
   readonly totalBytes: number;
-  /** `done` counts files that are whole, cached ones included; `total` is known once the index of shards is read. */
+  /** `done` counts complete files, including cached ones; `total` is known once the index of shards is read. */
   readonly files: { readonly done: number; readonly total: number };
 }
 
@@ -29,15 +29,15 @@ export interface ResolveOptions {
   readonly token?: string;
   /** Use only what is in the cache. Default: whether `HF_HUB_OFFLINE` is set to 1, true, yes or on. */
   readonly local_files_only?: boolean;
-  /** False leaves the weights out: config and tokenizer alone. Default true. */
+  /** False omits the weights: only config and tokenizer. Default true. */
   readonly weights?: boolean;
-  /** Called at the start and end of each fetched file, and at most ten times a second between. */
+  /** Called at the start and end of each download, and at most ten times a second in between. */
   readonly onProgress?: (progress: DownloadProgress) => void;
   /** Called when the hub can't be reached and the cached copy is used. Default: `process.emitWarning`. */
   readonly onWarning?: (message: string) => void;
-  /** Aborts; what has come is kept for the next time. */
+  /** Aborts the download; the part received is kept for the next time. */
   readonly signal?: AbortSignal;
-  /** Before the second attempt, doubled for each after that. Default 1000. */
+  /** Delay before the second attempt, doubled for each further one. Default 1000. */
   readonly retryDelayMs?: number;
 }
 
@@ -46,10 +46,10 @@ const SMALL_FILE =
 const COMMIT = /^[0-9a-f]{40}$/;
 
 /**
- * Finds the local folder of a model, fetching it if needed. `HF_ENDPOINT` names another hub than huggingface.co.
+ * Finds the local folder of a model, downloading it if needed. `HF_ENDPOINT` sets a hub other than huggingface.co.
  * @param idOrFolder a folder, or a hub id: `org/name` or `name`
  * @returns the folder as given, or the snapshot's folder in the cache
- * @throws CheckpointError in one line, whatever goes wrong; or the reason of the signal
+ * @throws CheckpointError, in one line, or the reason of the signal
  */
 export async function resolveModel(idOrFolder: string, options: ResolveOptions = {}): Promise<string> {
   if (await isLocal(idOrFolder)) return idOrFolder;
@@ -58,7 +58,7 @@ export async function resolveModel(idOrFolder: string, options: ResolveOptions =
     throw new CheckpointError(idOrFolder, "no such folder, and not a hub id either (org/name)");
   }
   if (!/^[\w.+-]+(\/[\w.+-]+)*$/.test(revision) || revision.includes("..")) {
-    throw new CheckpointError(idOrFolder, `${JSON.stringify(revision)} is not a revision: a branch, tag or commit is`);
+    throw new CheckpointError(idOrFolder, `${JSON.stringify(revision)} is not a revision: it must be a branch, tag or commit`);
   }
   const { getHFHubCachePath, getRepoFolderName, HUB_URL } = await import("@huggingface/hub");
   const cache = options.cache_dir ?? getHFHubCachePath();
@@ -118,7 +118,7 @@ async function list(remote: Remote): Promise<Listing> {
   return { commit: sha, files };
 }
 
-/** Fetches what the cache lacks of a commit, then points the revision's ref at it. */
+/** Downloads the files of a commit that the cache lacks, then points the revision's ref at it. */
 async function fetchSnapshot(remote: Remote, { commit, files }: Listing, repo: string, options: ResolveOptions): Promise<string> {
   const folder = join(repo, "snapshots", commit);
   const blobs = join(repo, "blobs");
@@ -169,14 +169,14 @@ async function cached(repo: string, revision: string, weights: boolean): Promise
   return missing ? { fault: `the cache lacks ${missing} in ${folder}` } : { folder };
 }
 
-/** A link relative to its place, so that the cache may be moved; a copy where the system has no links. */
+/** Creates a relative link, so that the cache can be moved; a copy if the system has no links. */
 async function linkTo(blob: string, link: string): Promise<void> {
   await rm(link, { force: true });
   try {
     await symlink(relative(dirname(link), blob), link);
   } catch (error) {
     switch (errorCode(error)) {
-      case "EEXIST": // another process was as fast, with the same blob
+      case "EEXIST": // another process has just linked the same blob
         return;
       case "EPERM":
       case "ENOSYS":
@@ -194,13 +194,13 @@ async function writeRef(path: string, commit: string): Promise<void> {
   await rename(temporary, path);
 }
 
-/** Runs a change of the cache; a system error becomes one line that names the place. */
+/** Runs a change to the cache; system errors become one line that names the path. */
 async function atCache<T>(path: string, change: () => Promise<T>): Promise<T> {
   try {
     return await change();
   } catch (cause) {
     if (cause instanceof CheckpointError) throw cause;
-    throw new CheckpointError(path, `the cache can't be written (${errorText(cause)}); HF_HUB_CACHE names another place`, { cause });
+    throw new CheckpointError(path, `the cache can't be written (${errorText(cause)}); set HF_HUB_CACHE to another folder`, { cause });
   }
 }
 
@@ -229,7 +229,7 @@ async function readText(path: string): Promise<string | undefined> {
   }
 }
 
-/** Whether a model lies there: in a folder, or in one GGUF file. */
+/** Whether the path is a model: a folder, or a GGUF file. */
 async function isLocal(path: string): Promise<boolean> {
   const found = await statOrUndefined(path);
   if (found?.isFile() && path.endsWith(".gguf")) return true;

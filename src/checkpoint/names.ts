@@ -1,7 +1,6 @@
 /**
- * Finds what a model asks for in what a checkpoint holds: the hub's layout (one tensor an expert), transformers 5's
- * fused one, and our block matrices. Presence, shape and dtype are all checked here, before anything runs.
- * It reads no bytes and knows no forward pass.
+ * Locates a model's parameters in a checkpoint: in the hub's layout (one tensor per expert), in transformers 5's fused one,
+ * and in our block matrices. Checks presence, shape and dtype before anything runs. Reads no bytes and knows no forward pass.
  */
 import type { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
@@ -11,32 +10,32 @@ import type { Slice, StoredDtype } from "./safetensors.ts";
 
 export type { Slice } from "./safetensors.ts";
 
-/** A tensor that a model asks for, by the name it has in the hub's `-PT` checkpoints. */
+/** A tensor that a model needs, by its name in the hub's `-PT` checkpoints. */
 export interface Parameter {
-  /** Of stacked experts without the expert's number: `model.layers.3.mlp.experts.gate_proj.weight`. */
+  /** For stacked experts, without the expert's number: `model.layers.3.mlp.experts.gate_proj.weight`. */
   readonly name: string;
-  /** Of stacked experts with the count of experts first: [experts, rows, columns]. */
+  /** For stacked experts, with the number of experts first: [experts, rows, columns]. */
   readonly shape: readonly number[];
-  /** Set for stacked experts: how many. Equals `shape[0]`. */
+  /** Number of stacked experts, if it has any. Equals `shape[0]`. */
   readonly experts?: number;
-  /** Left out of the result, instead of an error, where the checkpoint lacks it. Default false. */
+  /** If the checkpoint lacks it, omit it from the result instead of throwing. Default false. */
   readonly optional?: boolean;
 }
 
-/** Where a parameter's bytes are. */
+/** Location of a parameter's bytes. */
 export interface Source {
   readonly name: string;
   readonly dtype: StoredFormat;
-  /** As asked for. */
+  /** As requested. */
   readonly shape: readonly number[];
-  /** One, or of stacked experts one an expert, in their order. */
+  /** One; for stacked experts, one per expert in order. */
   readonly parts: readonly Slice[];
 }
 
 export interface Located {
-  /** By parameter name, in the order asked for. */
+  /** By parameter name, in the order requested. */
   readonly sources: Map<string, Source>;
-  /** Stored tensors that nobody asked for and that are not known to be superfluous. */
+  /** Stored tensors that the model does not use and that are not known to be superfluous. */
   readonly unused: string[];
 }
 
@@ -48,12 +47,12 @@ interface Part {
 
 const DTYPES: Partial<Record<StoredDtype, keyof typeof ELEMENT_BYTES>> = { F32: "f32", F16: "f16", BF16: "bf16" };
 const CORRECTION_BIAS = /\.mlp\.moe_statics\.e_score_correction_bias$/;
-/** Multi-token prediction, which transformers ignores too; RoPE tables of old files; the head where it is tied. */
+/** Multi-token prediction, which transformers ignores too; RoPE tables of old files; the head if it is tied. */
 const SUPERFLUOUS = /(^|\.)mtp_|\.rotary_emb\.inv_freq$|^lm_head\.weight$/;
 
 /**
  * Finds every parameter in a checkpoint.
- * @throws CheckpointError naming the first tensor that is missing, or of another shape or dtype than the model's
+ * @throws CheckpointError naming the first tensor that is missing, or whose shape or dtype differs from the model's
  */
 export function locate(parameters: Iterable<Parameter>, checkpoint: Checkpoint): Located {
   const reader = new Reader(checkpoint);
@@ -74,11 +73,11 @@ export function locate(parameters: Iterable<Parameter>, checkpoint: Checkpoint):
 function missingText(missing: readonly string[]): string {
   const others = missing.length > 1 ? ` (and ${missing.length - 1} more of the model's tensors)` : "";
   const first = missing.find((name) => !CORRECTION_BIAS.test(name));
-  if (first !== undefined) return `tensor ${first} is missing${others}; the files are incomplete or config.json is another model's`;
-  return `the correction bias ${missing[0]} is missing${others}: routing without it is wrong, so the checkpoint is refused`;
+  if (first !== undefined) return `tensor ${first} is missing${others}; the files are incomplete, or config.json belongs to another model`;
+  return `the correction bias ${missing[0]} is missing${others}: routing would be wrong without it, so the checkpoint is rejected`;
 }
 
-/** Looks tensors up in a checkpoint, and remembers which were used. */
+/** Looks up tensors in a checkpoint and records which were used. */
 class Reader {
   readonly used = new Set<string>();
   private readonly checkpoint: Checkpoint;
@@ -87,7 +86,7 @@ class Reader {
     this.checkpoint = checkpoint;
   }
 
-  /** The parts of a parameter; or, if it is not there, the name of the tensor that is missing. */
+  /** The parts of a parameter, or the name of the missing tensor. */
   parts({ name, shape, experts }: Parameter): readonly Part[] | string {
     if (experts === undefined) {
       const part = this.tensor(name, shape) ?? this.tensor(renamed(name), shape);
@@ -121,7 +120,7 @@ class Reader {
   }
 
   /**
-   * Stacked experts in one tensor, as transformers 5 holds them: `experts.down_proj` [E, H, I], and
+   * Stacked experts in one tensor, as transformers 5 stores them: `experts.down_proj` [E, H, I], and
    * `experts.gate_up_proj` [E, 2I, H] with an expert's gate rows before its up rows. That layout has no biases.
    */
   private fused(name: string, shape: readonly number[]): readonly Part[] | undefined {
@@ -143,7 +142,7 @@ class Reader {
 
   private checkShape(name: string, seen: readonly number[], expected: readonly number[]): void {
     if (seen.length === expected.length && seen.every((n, i) => n === expected[i])) return;
-    throw this.fail(`tensor ${name} has the shape [${seen.join(", ")}], config.json makes it [${expected.join(", ")}]`);
+    throw this.fail(`tensor ${name} has the shape [${seen.join(", ")}], but config.json implies [${expected.join(", ")}]`);
   }
 
   private fail(what: string): CheckpointError {
@@ -151,7 +150,7 @@ class Reader {
   }
 }
 
-/** The name in transformers 5's layout of a tensor that is plain in both. */
+/** The name in transformers 5's layout of a tensor that is not stacked in either. */
 function renamed(name: string): string {
   return name.replace(CORRECTION_BIAS, ".mlp.gate.moe_statics.e_score_correction_bias");
 }

@@ -1,10 +1,10 @@
 /**
- * Talks to a hub over HTTP: who we are, which answers are worth another try, and what a refusal means in one line.
- * It knows neither the cache nor what is fetched.
+ * Talks to a hub over HTTP: authentication, which failures are worth a retry, and error responses as one-line messages.
+ * Knows neither the cache nor the files.
  */
 import { CheckpointError, errorText } from "./error.ts";
 
-/** One hub, for one repository. */
+/** One repository on a hub. */
 export interface Remote {
   /** For example `https://huggingface.co`; without a slash at the end. */
   readonly endpoint: string;
@@ -13,21 +13,21 @@ export interface Remote {
   readonly revision: string;
   readonly token: string | undefined;
   readonly signal: AbortSignal | undefined;
-  /** Before the second attempt; doubled for each after that. */
+  /** Delay before the second attempt, doubled for each further one. */
   readonly retryDelayMs: number;
 }
 
-/** Attempts in a row that may fail before the failure is reported. */
+/** Number of failed attempts in a row after which the failure is reported. */
 export const ATTEMPTS = 5;
 
-/** A failure that another attempt may cure: no connection, a connection cut, a server's own fault. */
+/** A failure that a retry may fix: no connection, a broken one, or a server error. */
 export class Unavailable extends Error {
   override readonly name = "Unavailable";
 }
 
 /**
- * `fetch` for a hub: with its token (sent to that origin alone), and with refusals as errors.
- * @throws Unavailable, CheckpointError for a refusal, or the reason of the signal
+ * `fetch` for a hub: with its token (sent to that origin only), and with error responses thrown.
+ * @throws Unavailable, CheckpointError if the hub rejects the request, or the reason of the signal
  */
 export function remoteFetch(remote: Remote): typeof fetch {
   return async (input, init) => {
@@ -48,8 +48,8 @@ export function remoteFetch(remote: Remote): typeof fetch {
 }
 
 /**
- * Runs an operation until it succeeds, up to `attempts` times, with growing delays. A body cut halfway shows as a
- * `TypeError` or broken JSON of the library's, and is tried again too.
+ * Runs an operation until it succeeds, up to `attempts` times, with growing delays. A body that breaks off shows up as a
+ * `TypeError` or broken JSON, and is retried too.
  * @throws the last Unavailable, whatever else the operation throws, or the reason of the signal
  */
 export async function retrying<T>(remote: Remote, attempts: number, operation: () => Promise<T>): Promise<T> {
@@ -81,7 +81,7 @@ export async function delay(remote: Remote, attempt: number): Promise<void> {
   remote.signal?.throwIfAborted();
 }
 
-/** What a network failure says: Node wraps the reason in "fetch failed". */
+/** The reason of a network failure, which Node wraps in "fetch failed". */
 export function networkText(error: unknown): string {
   const cause = error instanceof Error ? error.cause : undefined;
   if (cause instanceof AggregateError && cause.errors.length > 0) return errorText(cause.errors[0]);
@@ -91,7 +91,7 @@ export function networkText(error: unknown): string {
 function asUnavailable(remote: Remote, error: unknown): Unavailable | undefined {
   if (error instanceof Unavailable) return error;
   if (error instanceof TypeError || error instanceof SyntaxError) {
-    return new Unavailable(`${remote.endpoint} gave half an answer (${networkText(error)})`, { cause: error });
+    return new Unavailable(`${remote.endpoint} sent an incomplete response (${networkText(error)})`, { cause: error });
   }
   return undefined;
 }
@@ -108,7 +108,7 @@ function refusal({ endpoint, id, revision, token }: Remote, url: string, { statu
       const remedy = token
         ? "the token that was sent may not read it: ask for access, or set another HF_TOKEN"
         : "set HF_TOKEN to a token that may read it";
-      const what = `${endpoint} answers ${status}${why}: private, gated or not there, and no local folder has this name`;
+      const what = `${endpoint} answers ${status}${why}: private, gated or nonexistent, and no local folder has this name`;
       return new CheckpointError(id, `${what}; ${remedy}`);
     }
     case 404:

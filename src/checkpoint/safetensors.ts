@@ -1,6 +1,6 @@
 /**
  * Reads the safetensors format: an 8-byte length, a JSON header, then the tensors' bytes without gaps.
- * As strict as the official parser, except that 33.0 may stand for 33. Sizes claimed by a file are checked against its real size
+ * As strict as the official parser, except that 33.0 is accepted for 33. Sizes claimed by a file are checked against its real size
  * before anything is allocated. Knows no model and no index of shards.
  */
 import { resolve } from "node:path";

@@ -1,19 +1,19 @@
 /**
- * A file that comes to be whole or not at all: written to a temporary name, synced, renamed. It knows no format; a system
- * error becomes one line that says what to do.
+ * Writes a file atomically: to a temporary name, synced, then renamed. System errors become one line that says what to do.
+ * Knows no format.
  */
 import { randomUUID } from "node:crypto";
 import { type FileHandle, open, rename, rm } from "node:fs/promises";
 import { dirname } from "node:path";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
 
-/** Most that one system call reads or writes. */
+/** Maximum number of bytes per system call. */
 export const CHUNK_BYTES = 64 * 2 ** 20;
 
 /**
- * Lets `fill` write a file of `total` bytes (for messages), then gives it its name, durably.
- * @param resumable write to `<file>.partial`, which may be there already, and keep it when something goes wrong
- * @throws CheckpointError where the disk fails; errors of `fill` pass through, and a file already there stays as it was
+ * Lets `fill` write a file, then renames it durably. `total` is its size in bytes, for error messages.
+ * @param resumable write to `<file>.partial`, which may already exist, and keep it on failure
+ * @throws CheckpointError if writing fails; errors of `fill` pass through. An existing file then stays unchanged.
  */
 export async function writeWhole(
   file: string,
@@ -42,7 +42,7 @@ export async function writeWhole(
   await syncFolder(dirname(file));
 }
 
-/** What the makers make, in their order, up to `concurrency` of it in the making. */
+/** Yields the results of the makers in order, running up to `concurrency` of them at a time. */
 export async function* produced(makers: readonly (() => Promise<Uint8Array>)[], concurrency: number): AsyncGenerator<Uint8Array> {
   const making: Promise<Uint8Array>[] = [];
   try {
@@ -68,7 +68,7 @@ export async function writeAll(handle: FileHandle, data: Uint8Array, file: strin
   }
 }
 
-/** Runs one operation on the file; a system error becomes one line that says what to do. */
+/** Runs one operation on the file; system errors become one line that says what to do. */
 async function atFile<T>(file: string, total: number, operation: () => Promise<T>): Promise<T> {
   try {
     return await operation();
@@ -87,7 +87,7 @@ async function atFile<T>(file: string, total: number, operation: () => Promise<T
   }
 }
 
-/** Makes the rename itself durable. Windows can't open a folder, and needs no such step. */
+/** Makes the rename itself durable. Windows can't open folders, and doesn't need this. */
 async function syncFolder(folder: string): Promise<void> {
   if (process.platform === "win32") return;
   const handle = await open(folder, "r");

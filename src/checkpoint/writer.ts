@@ -1,6 +1,6 @@
 /**
  * Writes a safetensors file, one tensor at a time: header first, then the bytes, to a temporary name that is renamed
- * at the end, so a reader sees the whole file or none. It knows no model and no quantisation.
+ * at the end, so readers see the complete file or none. Knows no model and no quantisation.
  */
 import type { FileHandle } from "node:fs/promises";
 import { resolve } from "node:path";
@@ -8,7 +8,7 @@ import { CheckpointError } from "./error.ts";
 import { MAX_HEADER_BYTES, PREFIX_BYTES, STORED_BITS, type StoredDtype, storedBytes } from "./safetensors.ts";
 import { CHUNK_BYTES, produced, writeAll, writeWhole } from "./stream.ts";
 
-/** One tensor to write. `data` may be a function, called once when its turn comes, so that one tensor is held at a time. */
+/** One tensor to write. `data` may be a function, called once when its turn comes, so that only one tensor is in memory at a time. */
 export interface TensorData {
   readonly name: string;
   readonly dtype: StoredDtype;
@@ -21,23 +21,23 @@ const ALIGNMENT_BYTES = 64;
 export interface WriteOptions {
   /** The file's `__metadata__`; none by default. */
   readonly metadata?: Readonly<Record<string, string>>;
-  /** How many `data` functions run at once, in the order of the file; as many tensors are in memory. Default 1. */
+  /** How many `data` functions run at once, in file order; that many tensors are in memory. Default 1. */
   readonly concurrency?: number;
   /**
-   * Write to `<path>.partial`, keep it when something goes wrong, and go on where such a file ends. The tensors must be
-   * the same ones then: a partial file with another header is thrown away. Default false.
+   * Write to `<path>.partial`, keep it on failure, and resume where an existing one ends. The tensors must be the same:
+   * a partial file with another header is discarded. Default false.
    */
   readonly resumable?: boolean;
-  /** Called with each tensor's bytes once they are in the file, kept ones of a resumed file included. */
+  /** Called with each tensor's bytes once they are in the file, including those already there when resuming. */
   readonly onWritten?: (name: string, data: Uint8Array) => void;
 }
 
 /**
- * Writes a safetensors file. The tensors' bytes start at a multiple of 64, and tensors whose size is a multiple of 64
- * come first, so each of those starts at one too; the format allows no gaps, so of the rest the less even come last.
- * Every name, dtype and shape is needed before the first byte; data is asked for afterwards, in the order of the file.
- * @throws CheckpointError for a bad tensor, data of the wrong size, or a disk that is full; errors of a `data` function
- * pass through. Nothing but a resumable part is left behind, and a file already at `path` stays as it was.
+ * Writes a safetensors file. The data starts at a multiple of 64, and tensors whose size is a multiple of 64 come first, so
+ * each of them is aligned to 64 too; since the format allows no gaps, the others follow in order of decreasing alignment.
+ * All names, dtypes and shapes are needed before the first byte; data is requested afterwards, in file order.
+ * @throws CheckpointError for a bad tensor, data of the wrong size, or a full disk; errors of a `data` function pass
+ * through. On failure nothing but a resumable part is left behind, and an existing file at `path` stays unchanged.
  */
 export async function writeSafetensors(
   path: string,
@@ -78,7 +78,7 @@ interface Sized {
   readonly bytes: number;
 }
 
-/** How many tensors a partial file holds whole; cuts off what follows them. 0 if it is of other tensors. */
+/** The number of complete tensors in a partial file; truncates the file after them. 0 if it has other tensors. */
 async function keptTensors(
   handle: FileHandle,
   header: Buffer,
@@ -110,7 +110,7 @@ function checkedBytes(file: string, { name, dtype, shape }: TensorData): number 
   return bytes;
 }
 
-/** The largest power of two, 64 at most, that divides the size: it keeps what follows as aligned as it was. */
+/** The largest power of two, up to 64, that divides the size: the alignment that the tensor preserves for the next one. */
 function evenness(bytes: number): number {
   for (let power = ALIGNMENT_BYTES; power > 1; power /= 2) if (bytes % power === 0) return power;
   return 1;

@@ -151,7 +151,7 @@ describe("quantize", () => {
   test("a result that is there already, or is the source, is left alone", async () => {
     const out = join(temporary, "twice");
     await quantize(`${GOLDENS}dense-tiny`, out, { dtype: "int8" });
-    await expect(quantize(`${GOLDENS}dense-tiny`, out, { dtype: "int8" })).rejects.toThrow("holds a model already");
+    await expect(quantize(`${GOLDENS}dense-tiny`, out, { dtype: "int8" })).rejects.toThrow("already contains a model");
     await expect(quantize(out, out, { dtype: "int8" })).rejects.toThrow("source and result are the same folder");
   });
 

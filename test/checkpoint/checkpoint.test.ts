@@ -95,12 +95,12 @@ describe("openCheckpoint", () => {
 });
 
 describe("one clear error for", () => {
-  test("no folder, or a file", async () => {
+  test("a missing folder, or a file", async () => {
     expect(await faultOf(join(folder, "absent"))).toBe("F: no such folder");
     expect(await faultOf(join(folder, "config.json"))).toMatch(/^F: not a folder/);
   });
 
-  test("no config, a broken config, a config that is no object", async () => {
+  test("a missing or broken config, or one that is not an object", async () => {
     put("config.json", '{"hidden_size": 64,\n}');
     expect(await faultOf()).toMatch(/^F\/config.json: broken JSON \(/);
     put("config.json", "[]");
@@ -114,10 +114,10 @@ describe("one clear error for", () => {
     expect(await faultOf()).toMatch(/generation_config.json: broken JSON/);
   });
 
-  test("no weights, and what there is instead", async () => {
+  test("missing weights, with what was found instead", async () => {
     expect(await faultOf()).toBe("F: no weights: looked for model.safetensors and model.safetensors.index.json");
     put("pytorch_model.bin", "x");
-    expect(await faultOf()).toMatch(/index.json; found pytorch_model.bin, which is not read/);
+    expect(await faultOf()).toMatch(/index.json; found pytorch_model.bin, which is not supported/);
   });
 
   test("truncated weights", async () => {

@@ -1,4 +1,4 @@
-/** Makes safetensors files byte by byte, right or wrong; independent of the writer under test. */
+/** Builds safetensors files byte by byte, valid or not; independent of the writer under test. */
 
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -42,7 +42,7 @@ export function writeTensors(path: string, tensors: Readonly<Record<string, Stor
   writeFileSync(path, craft(header, end));
 }
 
-/** The value of a key that must be there. */
+/** The value of a key that must exist. */
 export function get<K, V>(map: ReadonlyMap<K, V>, key: K): V {
   const value = map.get(key);
   if (value === undefined) throw new Error(`no ${String(key)} among ${[...map.keys()].join(", ")}`);

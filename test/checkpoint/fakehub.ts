@@ -5,16 +5,16 @@ import type { AddressInfo } from "node:net";
 
 export const COMMIT = "a".repeat(40);
 
-/** Answers a request instead of the hub; false leaves it to the hub. */
+/** Answers a request in place of the hub; false: the hub answers. */
 export type Fault = (request: IncomingMessage, response: ServerResponse, body?: Buffer) => boolean;
 
 export const sha256 = (bytes: Buffer) => createHash("sha256").update(bytes).digest("hex");
 export const gitOid = (bytes: Buffer) => createHash("sha1").update(`blob ${bytes.length}\0`).update(bytes).digest("hex");
 
 export class FakeHub {
-  /** Of `org/model`. Those that end in .safetensors are large files (LFS). */
+  /** Files of `org/model`. Those that end in .safetensors are large files (LFS). */
   readonly files = new Map<string, Buffer>();
-  /** SHA-256 that the listing claims, where it is not the file's. */
+  /** SHA-256 that the listing claims, if not the file's own. */
   readonly claims = new Map<string, string>();
   /** Every request: method, path, and whether it carried a token or a range. */
   readonly log: { path: string; token: string | undefined; range: string | undefined; server: "hub" | "cdn" }[] = [];
@@ -92,7 +92,7 @@ export class FakeHub {
   }
 }
 
-/** Sends bytes, or the range asked for; `length` cuts the connection after so many. */
+/** Sends bytes, or the requested range; `length` breaks the connection after that many. */
 export function sendBytes(request: IncomingMessage, response: ServerResponse, bytes: Buffer, etag: string, length?: number): void {
   const start = Number(/^bytes=(\d+)-$/.exec(request.headers.range ?? "")?.[1] ?? 0);
   const ranged = request.headers.range !== undefined;

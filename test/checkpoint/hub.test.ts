@@ -55,13 +55,13 @@ const incomplete = () => `${blob("model.safetensors")}.incomplete`;
 const ranges = () => hub.log.filter((r) => r.server === "cdn").map((r) => r.range);
 
 describe("resolveModel", () => {
-  test("returns a folder as it is, and asks nobody", async () => {
+  test("returns a folder as it is, without any request", async () => {
     expect(await resolve({}, join(GOLDENS, "moe-tiny"))).toBe(join(GOLDENS, "moe-tiny"));
     expect(await faultOf({}, join(GOLDENS, "moe-tiny/config.json"))).toMatch(/: a file; give the folder/);
     expect(hub.log).toEqual([]);
   });
 
-  test("fetches what an engine needs into the cache's layout", async () => {
+  test("downloads what a model needs, in the layout of the cache", async () => {
     const folder = await resolve();
     expect(folder).toBe(join(repo, "snapshots", COMMIT));
     expect(readdirSync(folder).sort()).toEqual(["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]);
@@ -87,7 +87,7 @@ describe("resolveModel", () => {
     expect(hub.log).toEqual([]);
   });
 
-  test("fetches the shards that the index lists", async () => {
+  test("downloads the shards that the index lists", async () => {
     hub.files.delete("model.safetensors");
     hub.files.set("model-1.safetensors", Buffer.from("one"));
     hub.files.set("model-2.safetensors", Buffer.from("two"));
@@ -102,7 +102,7 @@ describe("resolveModel", () => {
     expect(await faultOf()).toMatch(/^org\/model: the repository has no model-2.safetensors \(it has .*\)$/);
   });
 
-  test("leaves the weights out if asked, and offline does not miss them", async () => {
+  test("omits the weights on request, and does not require them offline", async () => {
     const folder = await resolve({ weights: false });
     expect(readdirSync(folder).sort()).toEqual(["chat_template.jinja", "config.json", "tokenizer.json"]);
     expect(await resolve({ weights: false, local_files_only: true })).toBe(folder);
@@ -111,7 +111,7 @@ describe("resolveModel", () => {
     );
   });
 
-  test("tells the progress of every file", async () => {
+  test("reports the progress of every file", async () => {
     const seen: DownloadProgress[] = [];
     await resolve({ onProgress: (p) => seen.push(p) });
     expect(seen[0]).toEqual({ file: "config.json", loadedBytes: 0, totalBytes: CONFIG.length, files: { done: 0, total: 4 } });
@@ -124,7 +124,7 @@ describe("resolveModel", () => {
     expect(new Set(seen.map((p) => p.file)).size).toBe(4);
   });
 
-  test("places the cache where the environment says", async () => {
+  test("puts the cache where the environment says", async () => {
     vi.stubEnv("HUGGINGFACE_HUB_CACHE", join(home, "older"));
     expect(await resolve({ weights: false })).toBe(join(home, "older/models--org--model/snapshots", COMMIT));
     vi.stubEnv("HF_HUB_CACHE", join(home, "newer"));
@@ -171,7 +171,7 @@ describe("a download", () => {
     expect(readFileSync(join(folder, "model.safetensors")).equals(WEIGHTS)).toBe(true);
   });
 
-  test("resumes a partial file that only lacks its renaming", async () => {
+  test("finishes a complete file that was not renamed yet", async () => {
     mkdirSync(join(repo, "blobs"), { recursive: true });
     writeFileSync(incomplete(), WEIGHTS);
     await resolve();
@@ -190,7 +190,7 @@ describe("a download", () => {
     expect(readFileSync(join(folder, "model.safetensors")).equals(WEIGHTS)).toBe(true);
   });
 
-  test("starts again from a server that knows no ranges", async () => {
+  test("starts over if the server does not support ranges", async () => {
     mkdirSync(join(repo, "blobs"), { recursive: true });
     writeFileSync(incomplete(), WEIGHTS.subarray(0, 1000));
     hub.fault = (_request, response, body) => {
@@ -201,7 +201,7 @@ describe("a download", () => {
     expect(readFileSync(join(folder, "model.safetensors")).equals(WEIGHTS)).toBe(true);
   });
 
-  test("goes on by itself when the connection is cut halfway", async () => {
+  test("resumes by itself when the connection breaks midway", async () => {
     let cuts = 0;
     hub.fault = (request, response, body) => {
       if (!body || cuts === 2) return false;
@@ -214,13 +214,13 @@ describe("a download", () => {
     expect(ranges()).toEqual([undefined, "bytes=300000-", "bytes=600000-"]);
   });
 
-  test("says so when the connection is cut again and again, keeps what came, and resumes in the next run", async () => {
+  test("reports a connection that keeps breaking, keeps the part received, and resumes in the next run", async () => {
     hub.fault = (request, response, body) => {
       if (body) sendBytes(request, response, body, "x", request.headers.range ? 0 : 500_000);
       return body !== undefined;
     };
     expect(await faultOf()).toMatch(
-      /^org\/model: model.safetensors stopped at byte 500000 of 799416: the connection was cut.*, 5 times in a row; what came is kept in HOME\/hub\/.*\.incomplete, run again to resume$/,
+      /^org\/model: model.safetensors stopped at byte 500000 of 799416: the connection was cut.*, 5 times in a row; the part received is kept in HOME\/hub\/.*\.incomplete, run again to resume$/,
     );
     expect(existsSync(join(repo, "refs/main"))).toBe(false);
     hub.fault = () => false;
@@ -229,10 +229,10 @@ describe("a download", () => {
     expect(ranges()).toEqual(["bytes=500000-"]);
   });
 
-  test("refuses bytes that are not the listing's, and leaves none of them", async () => {
+  test("rejects bytes that differ from the listing, and leaves none of them", async () => {
     hub.claims.set("model.safetensors", "0".repeat(64));
     expect(await faultOf()).toMatch(
-      /model.safetensors is damaged: its hash is not the 0{64} of the hub's listing; it was removed, run again/,
+      /model.safetensors is damaged: its hash differs from the 0{64} of the hub's listing; it was removed, run again/,
     );
     expect(readdirSync(join(repo, "blobs")).some((name) => name.startsWith("0000"))).toBe(false);
     hub.claims.clear();
@@ -246,7 +246,7 @@ describe("a download", () => {
     expect(await faultOf()).toMatch(/tokenizer.json is damaged/);
   });
 
-  test("refuses more bytes than the listing's", async () => {
+  test("rejects more bytes than listed", async () => {
     hub.fault = (request, response, body) => {
       if (body) sendBytes(request, response, Buffer.concat([body, body]), "x");
       return body !== undefined;
@@ -255,7 +255,7 @@ describe("a download", () => {
     expect(existsSync(incomplete())).toBe(false);
   });
 
-  test("refuses a range that was not asked for", async () => {
+  test("rejects a range that was not requested", async () => {
     mkdirSync(join(repo, "blobs"), { recursive: true });
     writeFileSync(incomplete(), WEIGHTS.subarray(0, 1000));
     hub.fault = (_request, response, body) => {
@@ -265,7 +265,7 @@ describe("a download", () => {
     expect(await faultOf()).toMatch(/asked for bytes from 1000 of 799416, got "bytes 0-799415\/799416"/);
   });
 
-  test("says so when the disk is full, and keeps what came", async () => {
+  test("reports a full disk, and keeps the part received", async () => {
     const { open } = fs;
     vi.spyOn(fs, "open").mockImplementation(async (...args) => {
       const handle = await open(...args);
@@ -279,12 +279,12 @@ describe("a download", () => {
       return handle;
     });
     expect(await faultOf()).toMatch(
-      /stopped at byte \d+ of 799416: the disk is full, \d+ more bytes are needed; what came is kept in .*, run again to resume/,
+      /stopped at byte \d+ of 799416: the disk is full, \d+ more bytes are needed; the part received is kept in .*, run again to resume/,
     );
     expect(existsSync(incomplete())).toBe(true);
   });
 
-  test("stops at a signal, and keeps what came", async () => {
+  test("stops when aborted, and keeps the part received", async () => {
     const controller = new AbortController();
     hub.fault = (_request, response, body) => {
       if (body) response.writeHead(200, { "content-length": body.length }).write(body.subarray(0, 100_000));
@@ -310,7 +310,7 @@ describe("one clear error for", () => {
   test("401 and 403", async () => {
     everywhere(401);
     expect(await faultOf()).toBe(
-      "org/model: HUB answers 401: private, gated or not there, and no local folder has this name; set HF_TOKEN to a token that may read it",
+      "org/model: HUB answers 401: private, gated or nonexistent, and no local folder has this name; set HF_TOKEN to a token that may read it",
     );
     everywhere(403, "GatedRepo");
     expect(await faultOf({ token: "hf_mine" })).toMatch(
@@ -340,7 +340,7 @@ describe("one clear error for", () => {
     expect(hub.log).toHaveLength(5);
   });
 
-  test("500 of a file; but not if it passes", async () => {
+  test("500 of a file, unless a retry succeeds", async () => {
     let left = 7;
     hub.fault = (_request, response, body) => {
       if (!body || left-- <= 0) return false;
@@ -351,7 +351,7 @@ describe("one clear error for", () => {
     expect(await resolve()).toBe(join(repo, "snapshots", COMMIT));
   });
 
-  test("a listing that is cut, or is none", async () => {
+  test("a truncated or invalid listing", async () => {
     let cuts = 1;
     hub.fault = (request, response) => {
       if (!request.url?.includes("/tree/") || cuts-- <= 0) return false;
@@ -361,10 +361,10 @@ describe("one clear error for", () => {
     };
     expect(await resolve({ weights: false })).toBe(join(repo, "snapshots", COMMIT));
     hub.fault = (_request, response) => Boolean(response.writeHead(200, { "content-type": "text/html" }).end("<html>"));
-    expect(await faultOf({ cache_dir: join(home, "none") })).toMatch(/HUB gave half an answer/);
+    expect(await faultOf({ cache_dir: join(home, "none") })).toMatch(/HUB sent an incomplete response/);
   });
 
-  test("a hub that is not there, or no URL", async () => {
+  test("an unreachable hub, or an invalid URL", async () => {
     vi.stubEnv("HF_ENDPOINT", "http://127.0.0.1:1/");
     expect(await faultOf()).toMatch(
       /^org\/model: can't reach http:\/\/127.0.0.1:1 \(.*\), 5 times in a row, and the cache has no revision main/,
@@ -384,7 +384,7 @@ describe("one clear error for", () => {
   test("a cache that can't be written", async () => {
     mkdirSync(repo, { recursive: true });
     writeFileSync(join(repo, "snapshots"), "");
-    expect(await faultOf()).toMatch(/^HOME\/hub\/models--org--model: the cache can't be written .*; HF_HUB_CACHE names another place/);
+    expect(await faultOf()).toMatch(/^HOME\/hub\/models--org--model: the cache can't be written .*; set HF_HUB_CACHE to another folder/);
   });
 
   test("a repository without config or weights", async () => {
@@ -404,7 +404,7 @@ describe("one clear error for", () => {
     "C:\\models",
     "org/a--b",
     "https://huggingface.co/org/model",
-  ])("the name %j, which asks nobody", async (id) => {
+  ])("the name %j, without any request", async (id) => {
     expect(await faultOf({}, id)).toMatch(/no such folder, and not a hub id either/);
     expect(hub.log).toEqual([]);
   });

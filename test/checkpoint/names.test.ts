@@ -66,7 +66,7 @@ function faultOf(checkpoint: Checkpoint, asked: readonly Parameter[] = ASKED): s
 const without = <T>(from: Record<string, T>, name: string) => Object.fromEntries(Object.entries(from).filter(([key]) => key !== name));
 
 describe("locate", () => {
-  test("finds the hub's layout: one part a plain tensor, one an expert of stacked ones", async () => {
+  test("finds the hub's layout: one part per plain tensor, one per expert of stacked ones", async () => {
     const checkpoint = await checkpointOf(HUB);
     const { sources, unused } = locate(ASKED, checkpoint);
     expect([...sources.keys()]).toEqual(ASKED.map((p) => p.name));
@@ -135,10 +135,10 @@ describe("locate", () => {
     expect(gate).toMatchObject({ dtype: "int8", shape: [E, I, H] });
     expect(gate.parts.map((p) => p.bytes)).toEqual([block, block, block]);
     const swapped = ASKED.map((p) => (p.name.includes("up_proj") ? { ...p, shape: [E, H, I] } : p));
-    expect(faultOf(checkpoint, swapped)).toMatch(/up_proj.weight has the shape \[4, 2\], config.json makes it \[2, 4\]/);
+    expect(faultOf(checkpoint, swapped)).toMatch(/up_proj.weight has the shape \[4, 2\], but config.json implies \[2, 4\]/);
   });
 
-  test("passes over what is known to be superfluous, and lists what is not", async () => {
+  test("skips what is known to be superfluous, and lists the rest", async () => {
     const superfluous = { "model.mtp_block.0.mlp.up_proj.weight": [2], "model.mtp_emb_norm.0.weight": [2], "lm_head.weight": [9] };
     const checkpoint = await checkpointOf({
       ...HUB,
@@ -161,7 +161,7 @@ describe("locate", () => {
 describe("one clear error for", () => {
   test("a missing tensor, with how many more", async () => {
     expect(faultOf(await checkpointOf(without(HUB, "model.norm.weight")))).toBe(
-      "F: tensor model.norm.weight is missing; the files are incomplete or config.json is another model's",
+      "F: tensor model.norm.weight is missing; the files are incomplete, or config.json belongs to another model",
     );
     expect(faultOf(await checkpointOf({ "model.norm.weight": [H] }))).toMatch(
       /^F: tensor .*gate.weight is missing \(and 4 more of the model's tensors\);/,
@@ -175,21 +175,23 @@ describe("one clear error for", () => {
 
   test("a missing correction bias", async () => {
     expect(faultOf(await checkpointOf(without(HUB, BIAS)))).toBe(
-      `F: the correction bias ${BIAS} is missing: routing without it is wrong, so the checkpoint is refused`,
+      `F: the correction bias ${BIAS} is missing: routing would be wrong without it, so the checkpoint is rejected`,
     );
   });
 
   test("another shape", async () => {
-    expect(faultOf(await checkpointOf({ ...HUB, [BIAS]: [E] }))).toBe(`F: tensor ${BIAS} has the shape [3], config.json makes it [1, 3]`);
+    expect(faultOf(await checkpointOf({ ...HUB, [BIAS]: [E] }))).toBe(
+      `F: tensor ${BIAS} has the shape [3], but config.json implies [1, 3]`,
+    );
     expect(faultOf(await checkpointOf({ ...HUB, [`${MLP}.experts.2.down_proj.weight`]: [I, H] }))).toMatch(
       /experts.2.down_proj.weight has the shape \[4, 2\]/,
     );
     expect(faultOf(await checkpointOf({ ...FUSED, [`${MLP}.experts.gate_up_proj`]: [E + 1, 2 * I, H] }))).toMatch(
-      /gate_up_proj has the shape \[4, 8, 2\], config.json makes it \[3, 8, 2\]/,
+      /gate_up_proj has the shape \[4, 8, 2\], but config.json implies \[3, 8, 2\]/,
     );
   });
 
-  test("a dtype that is not read", async () => {
+  test("an unsupported dtype", async () => {
     expect(faultOf(await checkpointOf(HUB, { "model.norm.weight": "I64" }))).toBe(
       "F: tensor model.norm.weight is stored as I64; F32, F16, BF16 and mixtape's int8 and int4 are read",
     );

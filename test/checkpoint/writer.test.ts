@@ -41,7 +41,7 @@ test("what is written reads back, names and metadata included", async () => {
   expect([...(await readTensor(get(tensors, "层.weight")))]).toEqual([7, 8]);
 });
 
-test("data starts at a multiple of 64, and so does every tensor that can", async () => {
+test("data starts at a multiple of 64, and so does every tensor that can be aligned", async () => {
   const sizes = [3, 64, 100, 128, 32, 1, 192, 6];
   await writeSafetensors(
     path,
@@ -69,7 +69,7 @@ test("elements are aligned to their own size, whatever the mix", async () => {
   );
 });
 
-test("data is asked for one tensor at a time, from an async iterable too", async () => {
+test("data is requested one tensor at a time, also from an async iterable", async () => {
   let held = 0;
   async function* tensors(): AsyncGenerator<TensorData> {
     for (let i = 0; i < 5; i++) {
@@ -99,7 +99,7 @@ test("a failure leaves the old file and no temporary one", async () => {
   expect(leftovers()).toEqual([]);
 });
 
-test("bad tensors are refused before anything is written", async () => {
+test("bad tensors are rejected before anything is written", async () => {
   await expect(writeSafetensors(path, [u8("a", 1), u8("a", 1)])).rejects.toThrow(/two tensors are named a/);
   await expect(writeSafetensors(path, [u8("__metadata__", 1)])).rejects.toThrow(CheckpointError);
   await expect(writeSafetensors(path, [{ ...u8("a", 1), shape: [1.5] }])).rejects.toThrow(/can't be stored/);
@@ -108,7 +108,7 @@ test("bad tensors are refused before anything is written", async () => {
   expect(existsSync(path)).toBe(false);
 });
 
-test("a resumable file goes on where it stopped, and forgets what is not its own", async () => {
+test("a resumable file continues where it stopped, and discards a part with other tensors", async () => {
   const sizes = [64, 128, 192, 256];
   const made: string[] = [];
   const tensors = (stop: number): TensorData[] =>
@@ -143,7 +143,7 @@ test("a resumable file goes on where it stopped, and forgets what is not its own
   expect(made).toHaveLength(4);
 });
 
-test("a full disk is said so, and leaves nothing", async () => {
+test("a full disk is reported, and nothing is left behind", async () => {
   const { open } = fs;
   vi.spyOn(fs, "open").mockImplementationOnce(async (...args) => {
     const handle = await open(...args);

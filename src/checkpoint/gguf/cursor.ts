@@ -21,7 +21,7 @@ export const VALUE_BYTES: Readonly<Record<GgufType, number>> = {
   i64: 8,
   f64: 8,
 };
-/** Most elements of a list: a hundred times the largest vocabularies. */
+/** Maximum number of elements in a list: a hundred times the largest vocabularies. */
 const MAX_COUNT = 2 ** 25;
 
 /** Thrown to ask for more of the file: the header is incomplete. */
@@ -66,7 +66,7 @@ export class Cursor {
     try {
       return UTF8.decode(this.bytes.subarray(start, start + length));
     } catch (cause) {
-      throw new CheckpointError(this.file, `bad head: ${quote(what)} at byte ${start} is not UTF-8`, { cause });
+      throw new CheckpointError(this.file, `bad header: ${quote(what)} at byte ${start} is not UTF-8`, { cause });
     }
   }
 
@@ -112,7 +112,7 @@ export class Cursor {
   }
 
   fail(what: string): CheckpointError {
-    return new CheckpointError(this.file, `bad head: ${what.length > 300 ? `${what.slice(0, 300)}…` : what}`);
+    return new CheckpointError(this.file, `bad header: ${what.length > 300 ? `${what.slice(0, 300)}…` : what}`);
   }
 
   /** The start of the next `count` bytes. */

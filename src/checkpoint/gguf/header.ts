@@ -66,7 +66,7 @@ export function readGguf(file: string): Promise<GgufHead> {
     for (let size = Math.min(FIRST_READ_BYTES, limit); ; size = Math.min(size * 4, limit)) {
       const head = parseGguf(await readExactly(handle, file, 0, size), file, stat.size);
       if (head) return head;
-      if (size === limit) throw new CheckpointError(file, `its head is longer than ${limit} bytes: damaged, fetch it again`);
+      if (size === limit) throw new CheckpointError(file, `its header is longer than ${limit} bytes: damaged, fetch it again`);
     }
   });
 }
@@ -154,7 +154,7 @@ function readValue(at: Cursor, key: string): GgufValue {
   const type = at.type(key);
   if (type !== "array") return at.scalar(type, key);
   const element = at.type(key);
-  if (element === "array") throw at.fail(`${quote(key)} is a list of lists, which is not read`);
+  if (element === "array") throw at.fail(`${quote(key)} is a list of lists, which is not supported`);
   const count = at.count(`elements of ${key}`, VALUE_BYTES[element]);
   if (element === "f32") {
     const list = new Float32Array(count);

@@ -1,4 +1,4 @@
-/** Heads of GGUF files, right, wrong, and damaged at random. */
+/** Headers of GGUF files: valid, invalid, and randomly damaged. */
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { beforeAll, expect, test } from "vitest";
@@ -50,7 +50,7 @@ test("reads what is written: values with their types, tensors outermost first", 
   expect([whole[stacked.offset], whole[stacked.offset + 3 * 68], whole[stacked.offset + stacked.bytes - 1]]).toEqual([2, 3, 3]);
 });
 
-test("asks for more where the head is cut off, and says so where the file is", () => {
+test("asks for more if the header is incomplete, and throws if the file is truncated", () => {
   const start = Math.min(...[...(parseGguf(whole, "f", whole.byteLength)?.tensors.values() ?? [])].map((t) => t.offset));
   for (let length = 24; length < start - 32; length += 7) {
     expect(parseGguf(whole.subarray(0, length), "f", whole.byteLength)).toBeUndefined();
@@ -73,16 +73,16 @@ test.each([
   expect(() => parseGguf(damaged, "f", damaged.byteLength)).toThrow(message);
 });
 
-test("names the format that is not read", () => {
+test("names an unsupported format", () => {
   const damaged = Buffer.from(whole);
   const at = damaged.indexOf("plain") + 5 + 4 + 8;
   damaged.writeUInt32LE(12, at);
   expect(() => parseGguf(damaged, "f", damaged.byteLength)).toThrow(
-    'f: bad head: tensor "plain" is stored as Q4_K; F32, F16, BF16, Q8_0 and Q4_0 are read',
+    'f: bad header: tensor "plain" is stored as Q4_K; F32, F16, BF16, Q8_0 and Q4_0 are read',
   );
 });
 
-test("10,000 damaged heads: each is read or refused in one line", () => {
+test("10,000 damaged headers: each is read or rejected in one line", () => {
   let seed = 1;
   const random = (n: number) => {
     seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
@@ -118,7 +118,7 @@ test("a failed write leaves nothing behind", async () => {
   await expect(ggufFile(folder)).resolves.toBe(file); // the only one that is there
 });
 
-test("names there and back", () => {
+test("names convert there and back", () => {
   const names = [
     "token_embd.weight",
     "output.weight",
@@ -133,12 +133,12 @@ test("names there and back", () => {
   expect(hubName("rope_freqs.weight")).toBeUndefined();
 });
 
-test("a file of another architecture, and a folder of several files, are refused", async () => {
+test("a file of another architecture, and a folder of several files, are rejected", async () => {
   const other = join(folder, "other");
   mkdirSync(other);
   await writeGguf(join(other, "a.gguf"), [["general.architecture", "string", "llama"]], []);
   await expect(openCheckpoint(other)).rejects.toThrow('general.architecture is "llama"; ernie4_5 and ernie4_5-moe are read');
   writeFileSync(join(other, "b.gguf"), "");
   writeFileSync(join(other, "config.json"), "{}");
-  await expect(openCheckpoint(other)).rejects.toThrow(/found a.gguf, b.gguf, of which one is to be named/);
+  await expect(openCheckpoint(other)).rejects.toThrow(/found a.gguf, b.gguf, name one of them/);
 });

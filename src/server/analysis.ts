@@ -28,7 +28,7 @@ export function factsOf(model: NamedModel) {
   };
 }
 
-/** The longest text whose tokens are listed, in characters: the list is many times as long. */
+/** The longest text whose tokens are listed, in characters: the list is many times longer. */
 const LONGEST_LISTED = 2 ** 19;
 
 /**
@@ -42,7 +42,7 @@ export async function tokenize(
   signal?: AbortSignal,
 ): Promise<{ readonly tokens: readonly number[]; readonly pieces: readonly string[] }> {
   if (text.length > LONGEST_LISTED)
-    throw new ServerError("invalid_request", `the text has ${text.length} characters; ${LONGEST_LISTED} are taken at once`, {
+    throw new ServerError("invalid_request", `the text has ${text.length} characters; at most ${LONGEST_LISTED} are allowed`, {
       param: "text",
     });
   const { tokens } = await encoder.encode({ kind: "text", text, specialTokens }, signal);

@@ -1,4 +1,4 @@
-/** Waiting that ends. Knows no connection. */
+/** Waiting with a time limit. Knows no connection. */
 
 /** Resolves when `work` does, or after `ms` milliseconds, whichever comes first. The timer does not outlive the wait. */
 export async function within(ms: number, work: Promise<unknown>): Promise<void> {

@@ -40,13 +40,13 @@ export class ServerError extends Error {
   }
 }
 
-/** Any failure as one that clients may see. */
+/** Converts any failure to one that clients may see. */
 export function serverError(error: unknown): ServerError {
   if (error instanceof ServerError) return error;
   if (error instanceof PromptError || error instanceof GrammarError)
     return new ServerError("invalid_request", error.message, { param: error.param, cause: error });
-  // The engine and the library reject senseless input with a RangeError that says what they saw.
+  // The engine and the library reject invalid input with a RangeError that says what they saw.
   if (error instanceof RangeError && !error.message.startsWith("internal:"))
     return new ServerError("invalid_request", error.message, { cause: error });
-  return new ServerError("internal", "something went wrong here; the server's log has more under this request's id", { cause: error });
+  return new ServerError("internal", "internal error; the server's log has the details under this request's id", { cause: error });
 }

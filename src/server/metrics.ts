@@ -117,11 +117,11 @@ export class Metrics implements Observer {
         },
       });
     gauge("mixtape_sequences_running", "Requests that have cache blocks.", (s) => s.running);
-    gauge("mixtape_sequences_waiting", "Requests that wait for theirs.", (s) => s.waiting);
+    gauge("mixtape_sequences_waiting", "Requests that wait for cache blocks.", (s) => s.waiting);
     gauge("mixtape_kv_blocks", "Blocks of the KV cache, of 32 tokens each.", (s) => s.blocks.count);
-    gauge("mixtape_kv_blocks_held", "Those that requests hold.", (s) => s.blocks.count - s.blocks.free);
-    gauge("mixtape_kv_blocks_remembered", "Those that nobody holds and the prefix cache remembers.", (s) => s.blocks.remembered);
-    gauge("mixtape_preemptions", "Requests that gave their blocks up to others so far.", (s) => s.preemptions);
+    gauge("mixtape_kv_blocks_held", "KV cache blocks that requests hold.", (s) => s.blocks.count - s.blocks.free);
+    gauge("mixtape_kv_blocks_remembered", "KV cache blocks that no request holds and the prefix cache keeps.", (s) => s.blocks.remembered);
+    gauge("mixtape_preemptions", "Preemptions so far: requests that lost their cache blocks to others.", (s) => s.preemptions);
     new Gauge({
       name: "mixtape_expert_load",
       help: "How often an expert was chosen, in sampled steps (every sixteenth).",

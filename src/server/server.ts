@@ -40,7 +40,7 @@ export interface Server {
 }
 
 /**
- * Rejects with ServerConfigError, KeyFileError or the like when the settings can't work.
+ * Rejects with ServerConfigError, KeyFileError or similar when the settings can't work.
  * @param logTo where log lines go; default: standard output
  */
 export async function createServer(config: ServeConfig, logTo?: DestinationStream): Promise<Server> {

@@ -1,10 +1,10 @@
-/** Reasoning, answers and calls are told apart in the same way, however the text is cut into pieces. */
+/** Reasoning, answers and calls are split the same way, however the text is cut into pieces. */
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { CallReader } from "../../src/chat/call.ts";
 import { type Piece, Splitter, type SplitterOptions } from "../../src/chat/splitter.ts";
 
-/** What the pieces come to: texts of one kind joined. */
+/** The pieces, with adjacent texts of one kind joined. */
 function joined(pieces: readonly Piece[]): string[] {
   const out: string[] = [];
   let last = "";

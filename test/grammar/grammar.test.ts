@@ -1,4 +1,4 @@
-/** Grammars alone: tokens drawn at random from their masks, with no model to be reasonable, still make what the schema asks for. */
+/** Grammars alone: tokens drawn at random from their masks, without a model, still satisfy the schema. */
 import { isIPv4, isIPv6 } from "node:net";
 import { Ajv2020 } from "ajv/dist/2020.js";
 import fc from "fast-check";
@@ -16,7 +16,7 @@ const VOCABULARY = 20480;
 const ENDS = [2, 5];
 let tokenizer: Tokenizer;
 let grammars: Grammars;
-/** What closes something: quotes, brackets, the marks within an address. */
+/** Tokens that close something: quotes, brackets, the marks within an address. */
 let closers: ReadonlySet<number>;
 beforeAll(async () => {
   tokenizer = await AutoTokenizer.from_pretrained("default");
@@ -31,7 +31,7 @@ function allowed(mask: Int32Array | null): number[] {
   return ids;
 }
 
-/** A text that the shape allows, tokens chosen by `random` (from 0 to 1); ends are taken as soon as `patience` tokens have come. */
+/** A text that the shape allows, its tokens chosen by `random` (from 0 to 1); after `patience` tokens it ends as soon as it can. */
 async function drawn(shape: Shape, random: () => number, options: { patience?: number; insideReasoning?: boolean } = {}): Promise<string> {
   const { patience = 60, insideReasoning = false } = options;
   const constraint = await grammars.constraint(shape, { param: "x", after: insideReasoning ? "</think>" : null });
@@ -42,7 +42,7 @@ async function drawn(shape: Shape, random: () => number, options: { patience?: n
     const others = all.filter((id) => !ENDS.includes(id));
     const ends = all.length - others.length;
     if (others.length === 0 || (ends > 0 && step >= patience)) return tokenizer.decode(ids, { skip_special_tokens: false });
-    // After a while what closes something, so that it comes to an end.
+    // After a while, prefer tokens that close something, so that it ends.
     const closing = step < patience ? [] : others.filter((id) => closers.has(id));
     const pool = closing.length > 0 ? closing : others;
     const id = pool[Math.min(pool.length - 1, Math.floor(random() * pool.length))];
@@ -132,7 +132,7 @@ const SCHEMAS: Readonly<Record<string, object>> = {
   ),
 };
 
-/** What each format promises, written down apart from the grammar. */
+/** The definition of each format, independent of the grammar. */
 const FORMATS: Readonly<Record<string, (text: string) => boolean>> = {
   date: (text) => new Date(`${text}T00:00:00Z`).toISOString().startsWith(text),
   time: (text) => !Number.isNaN(Date.parse(`2000-01-01T${text}`)),
@@ -146,7 +146,7 @@ const FORMATS: Readonly<Record<string, (text: string) => boolean>> = {
   uuid: (text) => /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(text),
 };
 
-describe("whatever is chosen from the masks is valid by its schema", () => {
+describe("any choice from the masks satisfies the schema", () => {
   const ajv = new Ajv2020({ strict: false, formats: FORMATS });
   test.each(Object.entries(SCHEMAS))("%s", async (_name, schema) => {
     const valid = ajv.compile(schema);
@@ -187,7 +187,7 @@ describe("whatever is chosen from the masks is valid by its schema", () => {
   });
 });
 
-/** Whether a text can be written whole, and then end. */
+/** Whether the grammar accepts a complete text. */
 const writes = async (schema: object, text: string): Promise<boolean> => {
   const constraint = await grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, { param: "x" });
   for (const id of tokenizer.encode(text, { add_special_tokens: false })) {
@@ -199,8 +199,8 @@ const writes = async (schema: object, text: string): Promise<boolean> => {
   return ENDS.every((id) => after.includes(id));
 };
 
-describe("what is valid can be written", () => {
-  test("any JSON, compact, spaced or indented, in any cut into tokens", async () => {
+describe("the grammar accepts what is valid", () => {
+  test("any JSON, compact, spaced or indented, split into tokens anywhere", async () => {
     await fc.assert(
       fc.asyncProperty(fc.jsonValue({ maxDepth: 4 }), fc.constantFrom(undefined, 1, 2, 4), async (value, indent) => {
         fc.pre(!/\d{16}|e[+-]\d{3}/.test(JSON.stringify(value))); // numbers are written with at most 15 digits
@@ -211,7 +211,7 @@ describe("what is valid can be written", () => {
     );
   });
 
-  test("each whole number within bounds, and none beyond", async () => {
+  test("every integer within bounds, and none beyond", async () => {
     await fc.assert(
       fc.asyncProperty(fc.integer({ min: -3000, max: 3000 }), fc.nat(400), fc.integer({ min: -4000, max: 4000 }), async (low, span, n) => {
         const schema = { type: "integer", minimum: low, maximum: low + span };
@@ -292,7 +292,7 @@ test.each([
   [{ allOf: [{ prefixItems: [{ type: "string" }] }, { items: { type: "integer" } }] }, "'prefixItems' in another"],
   // Small enough to be sent, but each branch would read again what stands beside it.
   [{ enum: Array.from({ length: 3000 }, (_, i) => i), anyOf: new Array(5000).fill({}) }, "the schema is too large"],
-])("%j is refused: %s", async (schema, message) => {
+])("%j is rejected: %s", async (schema, message) => {
   const refused = grammars.constraint(
     { kind: "schema", schema: schema as Record<string, unknown> },
     { param: "response_format.json_schema.schema" },
@@ -304,7 +304,7 @@ test.each([
   });
 });
 
-test("a schema within a schema within a schema: refused, not a stack that overflows", async () => {
+test("deeply nested schemas are rejected rather than overflowing the stack", async () => {
   let schema: object = { type: "null" };
   for (let depth = 0; depth < 500; depth++) schema = { type: "array", items: schema };
   await expect(grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, { param: "x" })).rejects.toThrow(
@@ -312,7 +312,7 @@ test("a schema within a schema within a schema: refused, not a stack that overfl
   );
 });
 
-test("what a schema forbids by its other keywords cannot be written", async () => {
+test("the grammar rejects what other keywords of the schema forbid", async () => {
   const any = { additionalProperties: true };
   expect(await writes({ type: "object", unevaluatedProperties: false }, '{"x":1}')).toBe(false);
   expect(await writes({ type: "object", unevaluatedProperties: false }, "{}")).toBe(true);
@@ -333,7 +333,7 @@ test("a class that excludes thousands of characters excludes each of them", asyn
   expect(await writes(schema, JSON.stringify(String.fromCodePoint(0x4e01)))).toBe(true);
 });
 
-test("a long answer by an ambiguous schema remembers no more than so much", async () => {
+test("memory stays bounded over a long answer to an ambiguous schema", async () => {
   const items = { anyOf: Array.from({ length: 300 }, (_, i) => ({ type: "string", minLength: 3000 + i })) };
   const trie = await Trie.build(tokenizer.vocabulary, VOCABULARY);
   const automaton = new Automaton(schemaGrammar({ type: "array", items }), trie, ENDS, new Map());
@@ -345,15 +345,15 @@ test("a long answer by an ambiguous schema remembers no more than so much", asyn
   for (let step = 0; step < 1500; step++) {
     const mask = automaton.mask(state);
     first ??= mask;
-    if (step === 1499) expect(mask).toEqual(first); // and allows the same as ever
+    if (step === 1499) expect(mask).toEqual(first); // and the mask is the same as at first
     state = automaton.accept(state, a) ?? expect.fail("refused");
     most = Math.max(most, automaton.kept);
   }
   expect(most).toBeLessThan(200_000);
-  expect(most).toBeGreaterThan(50_000); // it did forget
+  expect(most).toBeGreaterThan(50_000); // it did evict
 }, 300_000);
 
-test("patterns made to be ambiguous cost a bounded number of frames for each token", async () => {
+test("deliberately ambiguous patterns cost a bounded number of frames per token", async () => {
   const trie = await Trie.build(tokenizer.vocabulary, VOCABULARY);
   for (const pattern of ["^((a|aa|aaa|.){0,50}){0,50}b$", "^((.{0,99}b){0,9}.){0,99}$", "(a*)*(a*)*(a*)*b"]) {
     const automaton = new Automaton(schemaGrammar({ type: "string", pattern }), trie, ENDS, new Map());
@@ -387,7 +387,7 @@ describe("calls of tools", () => {
     return calls;
   };
 
-  test("one, where one is wanted; several, where they are; nothing beside them", async () => {
+  test("exactly one if one is required, several if allowed, and nothing besides", async () => {
     for (let seed = 1; seed <= 15; seed++) {
       const one = await drawn({ kind: "calls", tools, tags: ["<tool_call>", "</tool_call>"], several: false, free: false }, seeded(seed), {
         patience: 30,
@@ -403,7 +403,7 @@ describe("calls of tools", () => {
     }
   });
 
-  test("among text: free until a call begins, and then held to its schema; half a call is no end", async () => {
+  test("among text: free until a call begins, then held to its schema; an incomplete call cannot end the answer", async () => {
     const { vocabulary } = tokenizer;
     const constraint = await grammars.constraint(
       { kind: "calls", tools, tags: ["<tool_call>", "</tool_call>"], several: true, free: true },
@@ -428,7 +428,7 @@ describe("calls of tools", () => {
     expect(allowed(await constraint.next()).length).toBeLessThan(40);
   });
 
-  test("after the reasoning, which is free but has to end", async () => {
+  test("after the reasoning, which is unconstrained but must end", async () => {
     const constraint = await grammars.constraint({ kind: "schema", schema: { enum: ["yes", "no"] } }, { param: "x", after: "</think>" });
     const reasoning = allowed(await constraint.next());
     expect(reasoning.length).toBe(VOCABULARY - ENDS.length);

@@ -1,4 +1,4 @@
-/** The files that operators take as they are: they parse, and name what there is. */
+/** The deployment files: they parse, and what they name exists. */
 
 import { spawnSync } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
@@ -25,7 +25,7 @@ test("every metric that the dashboard asks for exists", async () => {
   expect(asked.filter((name) => !known.has(name))).toEqual([]);
 });
 
-test("the Kubernetes manifests are YAML, and the config in them is one that the server takes", async () => {
+test("the Kubernetes manifests are YAML, and the server accepts the config in them", async () => {
   const documents = parseAllDocuments(read("kubernetes/mixtape.yaml")).map(
     (d) => d.toJS({ maxAliasCount: 0 }) as { kind: string; data?: Record<string, string> },
   );
@@ -41,20 +41,20 @@ test("the Kubernetes manifests are YAML, and the config in them is one that the 
   expect(checkServeConfig(parse(documents[0].data?.["mixtape.yaml"] ?? "")).models[0].name).toBe("default");
 });
 
-test("the example config is one that the server takes", async () => {
+test("the server accepts the example config", async () => {
   expect(checkServeConfig(await readServeConfig(fileURLToPath(new URL("../../deploy/mixtape.yaml", import.meta.url)))).maxInProgress).toBe(
     256,
   );
 });
 
-test("every setting is told of in docs/serving.md", () => {
+test("every setting is documented in docs/serving.md", () => {
   const text = readFileSync(new URL("../../docs/serving.md", import.meta.url), "utf8");
   expect(Object.keys(ServeConfig.shape).filter((field) => !text.includes(`| \`${field}\` |`))).toEqual([]);
 });
 
-test.skipIf(spawnSync("systemd-analyze", ["--version"]).error)("systemd takes the unit as it is (needs systemd-analyze)", () => {
+test.skipIf(spawnSync("systemd-analyze", ["--version"]).error)("systemd accepts the unit (needs systemd-analyze)", () => {
   const folder = temporary();
-  // Programs that are not there are told of, so the one that is stands for node.
+  // systemd-analyze reports missing programs, so the running node replaces the unit's.
   writeFileSync(
     join(folder, "mixtape.service"),
     read("mixtape.service").replace("ExecStart=/usr/bin/node", `ExecStart=${process.execPath}`),

@@ -1,4 +1,4 @@
-/** What clients and the system do to a server: it answers or refuses, loses nothing, and lives on. */
+/** Hostile clients and system faults: the server answers or rejects, leaks nothing, and keeps running. */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync } from "node:fs";
@@ -76,7 +76,7 @@ test("bodies that are too large, too deep, not JSON, not UTF-8, or of another ty
   expect(await status(Buffer.from('{"model":"nope\xff\xfe"}', "latin1"))).toEqual([400, "invalid_request"]); // not UTF-8
 });
 
-test("a client that leaves while its model is loaded, or its embeddings are computed, is computed for no more", async () => {
+test("when a client leaves while its model loads or its embeddings are computed, computation stops", async () => {
   const models = [{ name: "default", path: "default", kvCacheTokens: 32768, preload: false }];
   const running = await startHere({ models });
   const send = (path: string, body: object, afterMs: number) =>
@@ -97,7 +97,7 @@ test("a client that leaves while its model is loaded, or its embeddings are comp
 test("ten thousand random requests: never a 500", async () => {
   const { server } = await startHere({ maxTokens: 3 });
   const json = fc.jsonValue({ maxDepth: 3 });
-  /** Mostly what is right, now and then anything. */
+  /** Mostly valid values, now and then anything. */
   const mostly = <T>(right: fc.Arbitrary<T>) => fc.oneof({ weight: 12, arbitrary: right }, { weight: 1, arbitrary: json });
   const text = fc.string({ maxLength: 20 });
   const ids = fc.array(fc.integer({ min: -1, max: 20_600 }), { maxLength: 5 });
@@ -160,11 +160,11 @@ test("ten thousand random requests: never a 500", async () => {
       }),
     );
   expect(bad.slice(0, 3)).toEqual([]);
-  expect(statuses.get(429)).toBe(undefined); // all of them were looked at
+  expect(statuses.get(429)).toBe(undefined); // none was rejected before validation
   expect(statuses.get(200)).toBeGreaterThan(1000);
 }, 120_000);
 
-test("a reader that does not read is waited for, not buffered for", async () => {
+test("a reader that does not read makes the server wait, not buffer", async () => {
   const running = await startHere();
   const { port, hostname } = new URL(running.url);
   const socket = connect(Number(port), hostname);
@@ -202,7 +202,7 @@ async function serve(args: readonly string[]) {
   return { child, url, output: () => output };
 }
 
-test("SIGTERM: no new requests, streams under way end whole, then exit 0", async () => {
+test("SIGTERM: no new requests, running streams complete, then exit 0", async () => {
   const { child, url } = await serve([]);
   const response = await post(url, CHAT, { ...ENDLESS, max_tokens: 600 });
   const reader = await begun(response);

@@ -1,4 +1,4 @@
-// What tests of the server's parts share: a log that is kept, a key in a file.
+// Shared by tests of the server's parts: a log kept in memory, and a key in a file.
 import { join } from "node:path";
 import type { DestinationStream } from "pino";
 import { type ApiKey, createKey, type KeyTerms } from "../../src/server/access/keys.ts";
@@ -10,7 +10,7 @@ export function keptLines(): { readonly sink: DestinationStream; lines(): string
   return { sink: { write: (line) => void (text += line) }, lines: () => text };
 }
 
-/** A key that may do everything, for ever. */
+/** A key without limits that never expires. */
 export const FREE: KeyTerms = { name: "test", expires: null, models: null, requestsPerMinute: null, tokensPerDay: null };
 
 /** A file with one key, and the key. */

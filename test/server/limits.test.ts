@@ -1,4 +1,4 @@
-/** Who may ask and how much: keys, rates, budgets, room; and what the server says to those who may not. */
+/** Who may use the server and how much: keys, rates, budgets, capacity; and the errors for everyone else. */
 import { spawnSync } from "node:child_process";
 import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { get } from "node:https";
@@ -15,7 +15,7 @@ const BODY = { model: "default", messages: [{ role: "user", content: "Hello" }],
 const asked = (url: string, secret: string | null) =>
   post(url, "/v1/chat/completions", BODY, secret === null ? {} : { authorization: `Bearer ${secret}` });
 
-test("keys: only hashes are stored, for the owner's eyes; the right key opens, others do not", async () => {
+test("keys: only hashes are stored, readable by the owner; the right key works, others do not", async () => {
   const file = join(temporary(), "keys.json");
   const { secret } = await createKey(file, FREE);
   expect(secret).toMatch(/^mxt_[\w-]{43}$/);
@@ -32,7 +32,7 @@ test("keys: only hashes are stored, for the owner's eyes; the right key opens, o
   for (const open of ["/health", "/ready"]) expect((await fetch(url + open)).status).toBe(200);
 });
 
-test("a key that is made or revoked while the server runs counts within seconds", async () => {
+test("a key created or revoked while the server runs takes effect within seconds", async () => {
   const file = join(temporary(), "keys.json");
   const { secret } = await createKey(file, FREE);
   const { url } = await startHere({ keys: file });
@@ -41,7 +41,7 @@ test("a key that is made or revoked while the server runs counts within seconds"
   await expect.poll(async () => (await asked(url, later.secret)).status, { interval: 200 }).toBe(200);
   await revokeKey(file, "alice");
   await expect.poll(async () => (await asked(url, secret)).status, { interval: 200 }).toBe(401);
-  await expect(revokeKey(file, "alice")).rejects.toThrow("there is no key 'alice' that is valid");
+  await expect(revokeKey(file, "alice")).rejects.toThrow("there is no valid key 'alice'");
 });
 
 test("expired keys, keys of other models, and broken files", async () => {
@@ -59,7 +59,7 @@ test("expired keys, keys of other models, and broken files", async () => {
   await expect(readKeys(file)).rejects.toThrow(/broken JSON/);
 });
 
-test("a rate: so many requests a minute, then 429 and when to come back", async () => {
+test("a rate limit: beyond it, 429 with the time to retry", async () => {
   const file = join(temporary(), "keys.json");
   const { secret } = await createKey(file, { ...FREE, requestsPerMinute: 3 });
   const { url } = await startHere({ keys: file });
@@ -73,7 +73,7 @@ test("a rate: so many requests a minute, then 429 and when to come back", async 
   expect((await refused.json()) as object).toMatchObject({ error: { code: "rate_limit_exceeded" } });
 });
 
-test("a budget: what was used is remembered over a restart", async () => {
+test("a budget: usage survives a restart", async () => {
   const file = join(temporary(), "keys.json");
   const { secret, key } = await createKey(file, { ...FREE, tokensPerDay: 5 });
   const first = await startHere({ keys: file });
@@ -86,7 +86,7 @@ test("a budget: what was used is remembered over a restart", async () => {
   expect((await asked(second.url, secret)).status).toBe(429);
 });
 
-test("more requests than there is room for are refused at once, and those under way are not disturbed", async () => {
+test("requests beyond capacity are rejected immediately, and running ones are not disturbed", async () => {
   const running = await startHere({ maxInProgress: 4 });
   const engine = await engineOf(running);
   const long = { ...BODY, max_tokens: 200, stream: true, logit_bias: { "2": -100, "5": -100 } };
@@ -121,14 +121,14 @@ test("neither prompts nor answers nor keys are in the log", async () => {
   if (answer.length > 4) expect(log).not.toContain(answer);
 });
 
-test("an address that others can reach needs keys", () => {
+test("an address that other machines can reach requires keys", () => {
   expect(() => checkServeConfig({ host: "0.0.0.0" })).toThrow(/0\.0\.0\.0 can be reached from other machines, and there are no keys/);
   expect(checkServeConfig({ host: "0.0.0.0", insecureNoAuth: true }).port).toBe(8080);
   expect(() => checkServeConfig({ prot: 1 }, "my.yaml")).toThrow("my.yaml: prot: there is no such option");
   expect(() => checkServeConfig({ port: "x" }, "my.yaml")).toThrow(/^my\.yaml: port: /);
 });
 
-test("metrics: what was asked is counted; with a token only for those who have it", async () => {
+test("metrics: requests are counted; a metrics token restricts who can read them", async () => {
   const { url } = await startHere({ metricsToken: "0123456789abcdef" });
   const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "x" });
   await client.chat.completions.create({ model: "default", messages: [{ role: "user", content: "Hello" }], max_tokens: 3 });
@@ -170,7 +170,7 @@ test.skipIf(spawnSync("openssl", ["version"]).error)("TLS: over HTTPS with a cer
   expect(status).toBe(200);
 });
 
-test("several models: loaded when asked for, the idle one unloaded where the budget needs its room", async () => {
+test("several models: loaded on first use, idle ones unloaded when the budget needs their memory", async () => {
   const bytes = statSync(new URL("../../models/small-moe/model.safetensors", import.meta.url)).size;
   const models = ["a", "b", "c"].map((name) => ({ name, path: "default", preload: false, kvCacheTokens: 1024 }));
   const { url, server } = await startHere({ models, memoryBudgetBytes: Math.floor(2.5 * (bytes + 1024 * 2048)) });
@@ -191,7 +191,7 @@ test("several models: loaded when asked for, the idle one unloaded where the bud
   expect((await post(url, "/v1/chat/completions", { ...BODY, model: "b" })).status).toBe(200);
 });
 
-test("a model that cannot be loaded is 503, says so in the log alone, and can be asked for again", async () => {
+test("a model that cannot be loaded gives 503, with the reason only in the log, and the next request tries again", async () => {
   const lines: string[] = [];
   const models = [{ name: "gone", path: "/no/such/folder", preload: false }];
   const { url } = await startHere({ models }, (line) => lines.push(line));
@@ -203,7 +203,7 @@ test("a model that cannot be loaded is 503, says so in the log alone, and can be
   expect(lines.join("")).toContain("/no/such/folder: no such folder");
 });
 
-test("a client that leaves pays for what was computed", async () => {
+test("a client that leaves is charged for what was computed", async () => {
   const file = join(temporary(), "keys.json");
   const { secret, key } = await createKey(file, { ...FREE, tokensPerDay: 100_000 });
   const running = await startHere({ keys: file });
@@ -223,7 +223,7 @@ test("a client that leaves pays for what was computed", async () => {
   expect(JSON.parse(readFileSync(`${file}.usage`, "utf8")).tokens[key.id]).toBeGreaterThan(8);
 });
 
-test("without keys, a name of elsewhere that points here is refused", async () => {
+test("without keys, a foreign host name that points here is rejected", async () => {
   const { server } = await startHere();
   const status = async (host: string) => (await server.app.inject({ url: "/v1/models", headers: { host } })).statusCode;
   expect(await status("evil.example")).toBe(400);

@@ -1,4 +1,4 @@
-/** A server on the bundled model, on a free port of this machine, and what tests ask it with. */
+/** A server with the bundled model on a free port, and functions for sending it requests. */
 import OpenAI from "openai";
 import { onTestFinished } from "vitest";
 import { checkServeConfig } from "../../src/server/config.ts";
@@ -7,7 +7,7 @@ import { createServer, type Server } from "../../src/server/server.ts";
 export interface Running {
   readonly server: Server;
   readonly url: string;
-  /** Of gRPC; null where `grpcPort` was not set. */
+  /** Of gRPC; null if `grpcPort` was not set. */
   readonly grpcPort: number | null;
   readonly client: OpenAI;
 }
@@ -33,7 +33,7 @@ export async function startHere(config: object = {}, log?: (line: string) => voi
   return running;
 }
 
-/** The engine of the bundled model: to see that nothing is left behind. */
+/** The engine of the bundled model, to check that nothing is left behind. */
 export async function engineOf({ server }: Pick<Running, "server">) {
   const { model, release } = await server.catalog.use("default");
   release();

@@ -51,7 +51,7 @@ export class Admission {
 
   /**
    * Waits for a compute slot. Rejects with ServerError `overloaded`: immediately when the queue is full or the owner has too
-   * many requests, later when no slot came free in time. Aborting the signal leaves the queue and rejects with its reason.
+   * many requests, later when no slot became free in time. Aborting the signal leaves the queue and rejects with its reason.
    */
   async enter(owner: string, signal?: AbortSignal): Promise<Place> {
     signal?.throwIfAborted();
@@ -110,7 +110,7 @@ export class Admission {
       };
       const onAbort = () => giveUp(signal?.reason);
       const { queueSeconds } = this.#limits;
-      const late = () => giveUp(this.#overloaded(`no place came free within ${queueSeconds} s; try again later`));
+      const late = () => giveUp(this.#overloaded(`no place became free within ${queueSeconds} s; try again later`));
       const timer = setTimeout(late, queueSeconds * 1000);
       const finish = () => {
         clearTimeout(timer);
@@ -153,7 +153,7 @@ export class Admission {
     for (const line of [...this.#queue.values()])
       for (const waiter of [...line]) {
         this.#dequeue(waiter);
-        waiter.settle(new ServerError("not_ready", "the server is going down", { retryAfterSeconds: 1 }));
+        waiter.settle(new ServerError("not_ready", "the server is shutting down", { retryAfterSeconds: 1 }));
       }
   }
 

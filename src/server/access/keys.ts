@@ -52,7 +52,7 @@ export async function revokeKey(file: string, idOrName: string): Promise<readonl
   const found: ApiKey[] = [];
   await changeKeys(file, (keys) => {
     found.push(...keys.filter(matches));
-    if (found.length === 0) throw new KeyFileError(`${file}: there is no key '${idOrName}' that is valid`);
+    if (found.length === 0) throw new KeyFileError(`${file}: there is no valid key '${idOrName}'`);
     return keys.map((key) => (found.includes(key) ? { ...key, revoked: new Date().toISOString() } : key));
   });
   return found;
@@ -96,14 +96,14 @@ export async function readKeys(file: string): Promise<readonly ApiKey[]> {
     text = await readFile(file, "utf8");
   } catch (cause) {
     const missing = (cause as NodeJS.ErrnoException).code === "ENOENT";
-    const what = missing ? "no such key file; 'mixtape keys create' makes one" : `can't be read (${(cause as Error).message})`;
+    const what = missing ? "no such key file; 'mixtape keys create' creates one" : `can't be read (${(cause as Error).message})`;
     throw new KeyFileError(`${file}: ${what}`, { cause });
   }
   let raw: unknown;
   try {
     raw = JSON.parse(text);
   } catch (cause) {
-    throw new KeyFileError(`${file}: broken JSON, so no key file`, { cause }); // without the parser's excerpt, since the file is private
+    throw new KeyFileError(`${file}: broken JSON, so not a key file`, { cause }); // without the parser's excerpt, since the file is private
   }
   const result = fileSchema.safeParse(raw);
   if (!result.success) {

@@ -67,7 +67,7 @@ export class Quota {
     if (tokens !== null && tokens.remaining === 0)
       throw new ServerError(
         "budget_exceeded",
-        `this API key has used its ${tokens.limit} tokens of today; they are renewed at midnight UTC`,
+        `this API key has used its ${tokens.limit} tokens for today; the budget resets at midnight UTC`,
         {
           retryAfterSeconds: tokens.resetSeconds,
         },
@@ -78,7 +78,7 @@ export class Quota {
     if (bucket.level < 1)
       throw new ServerError(
         "rate_limit_exceeded",
-        `this API key may make ${limit} request${limit === 1 ? "" : "s"} a minute; try again later`,
+        `this API key may make ${limit} request${limit === 1 ? "" : "s"} per minute; try again later`,
         {
           retryAfterSeconds: ((1 - bucket.level) * 60) / limit,
         },
@@ -167,7 +167,7 @@ async function readUsage(file: string, today: string): Promise<Map<string, numbe
     const { day, tokens } = usageSchema.parse(JSON.parse(text));
     return new Map(day === today ? Object.entries(tokens) : []);
   } catch (cause) {
-    throw new Error(`${file}: not a record of used tokens; delete it to start today's budgets anew`, { cause });
+    throw new Error(`${file}: not a record of used tokens; delete it to reset today's budgets`, { cause });
   }
 }
 

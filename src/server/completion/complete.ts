@@ -91,13 +91,17 @@ function roomFor(model: NamedModel, promptTokens: number, { maxTokens, maxPrompt
   const param = prompt.kind === "chat" ? "messages" : "prompt";
   if (promptTokens === 0) throw new ServerError("invalid_request", "the prompt is empty: at least one token is needed", { param });
   if (maxPromptTokens !== undefined && promptTokens > maxPromptTokens)
-    throw new ServerError("context_length_exceeded", `the prompt has ${promptTokens} tokens; this server takes ${maxPromptTokens}`, {
-      param,
-    });
+    throw new ServerError(
+      "context_length_exceeded",
+      `the prompt has ${promptTokens} tokens; this server accepts at most ${maxPromptTokens}`,
+      {
+        param,
+      },
+    );
   if (promptTokens >= longest)
     throw new ServerError(
       "context_length_exceeded",
-      `the prompt has ${promptTokens} tokens; the model has room for ${longest}, its answer included`,
+      `the prompt has ${promptTokens} tokens; the model has room for ${longest}, including its answer`,
       { param },
     );
   return Math.min(maxTokens ?? Number.POSITIVE_INFINITY, longest - promptTokens);

@@ -122,7 +122,7 @@ export class Calls {
       callerId = caller.id;
       if (this.#draining)
         throw new ServerError("not_ready", "the server is shutting down; another instance may answer", { retryAfterSeconds: 1 });
-      // The library hands over calls whose deadline had passed before they arrived, and never cancels them.
+      // The library passes on calls whose deadline had passed before they arrived, and never cancels them.
       if (call.cancelled || Number(call.getDeadline()) <= Date.now()) throw GONE;
       if (call.request === MALFORMED) throw malformed();
       if (computes) place = await this.#options.enter(caller, gone.signal);

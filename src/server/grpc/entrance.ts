@@ -137,5 +137,5 @@ function hold(handle: (...args: unknown[]) => void): UntypedHandleCall {
 }
 
 export function malformed(): ServerError {
-  return new ServerError("invalid_request", "the message can't be read: it is not what the .proto describes");
+  return new ServerError("invalid_request", "the message can't be decoded: it does not match the .proto");
 }

@@ -228,7 +228,7 @@ function answerUnknownRoutes(app: FastifyInstance): void {
     const allowed = [...methods.values()].filter((route) => route.pattern.test(path)).flatMap((route) => [...route.allowed]);
     if (allowed.length === 0) throw new ServerError("not_found", `there is no ${path.length > 200 ? `${path.slice(0, 200)}…` : path}`);
     reply.header("allow", allowed.join(", "));
-    throw new ServerError("method_not_allowed", `${path} takes ${allowed.join(", ")}, not ${request.method}`);
+    throw new ServerError("method_not_allowed", `${path} supports ${allowed.join(", ")}, not ${request.method}`);
   });
 }
 

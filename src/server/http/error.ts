@@ -32,7 +32,7 @@ function httpError(error: unknown): ServerError {
   if (validation?.length) return invalid(validation[0]);
   switch (code) {
     case "FST_ERR_CTP_BODY_TOO_LARGE":
-      return new ServerError("request_too_large", "the body is larger than this server takes");
+      return new ServerError("request_too_large", "the body is larger than this server accepts");
     case "FST_ERR_CTP_INVALID_MEDIA_TYPE":
       return new ServerError("unsupported_media_type", "the body must be JSON: content-type application/json");
     case "FST_ERR_CTP_EMPTY_JSON_BODY":

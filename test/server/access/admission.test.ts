@@ -1,4 +1,4 @@
-/** Places and the queue for them: refused at once when full, owners in turn, nothing lost however a request leaves. */
+/** Places and the queue for them: immediate rejection when full, turns between owners, nothing lost however a request leaves. */
 import fc from "fast-check";
 import { expect, test } from "vitest";
 import { Admission, type Place } from "../../../src/server/access/admission.ts";
@@ -8,7 +8,7 @@ const limits = { running: 2, queued: 2, perOwner: null, queueSeconds: 10 };
 /** Lets promises that can settle do so. */
 const settled = () => new Promise((resolve) => setImmediate(resolve));
 
-test("beyond the queue, requests are refused at once and told when to come again", async () => {
+test("beyond the queue, requests are rejected immediately with the time to retry", async () => {
   const admission = new Admission(limits);
   const places = [await admission.enter("a"), await admission.enter("a")];
   const waiting = [admission.enter("a"), admission.enter("a")];
@@ -22,7 +22,7 @@ test("beyond the queue, requests are refused at once and told when to come again
   expect([admission.running, admission.queued]).toEqual([0, 0]);
 });
 
-test("owners take turns: one who queues much does not hold up another", async () => {
+test("owners take turns: one with many queued requests does not delay another", async () => {
   const admission = new Admission({ ...limits, running: 1, queued: 10 });
   const order: string[] = [];
   let current = await admission.enter("x");
@@ -41,7 +41,7 @@ test("owners take turns: one who queues much does not hold up another", async ()
   expect(order).toEqual(["many", "few", "one", "many", "many", "many"]);
 });
 
-test("an owner has no more requests than its own limit, while others come in", async () => {
+test("an owner is held to its own limit, while others are admitted", async () => {
   const admission = new Admission({ ...limits, perOwner: 1 });
   const place = await admission.enter("a");
   await expect(admission.enter("a")).rejects.toMatchObject({ code: "overloaded" });
@@ -50,7 +50,7 @@ test("an owner has no more requests than its own limit, while others come in", a
   (await admission.enter("a")).leave();
 });
 
-test("who waits too long is refused, who leaves the queue makes room, and both free their place in it", async () => {
+test("requests that wait too long are rejected, and these and those that leave free their place in the queue", async () => {
   const admission = new Admission({ ...limits, running: 1, queueSeconds: 0.02 });
   const place = await admission.enter("a");
   const left = new AbortController();
@@ -65,7 +65,7 @@ test("who waits too long is refused, who leaves the queue makes room, and both f
   expect(admission.running).toBe(0);
 });
 
-test("closing refuses everyone who waits", async () => {
+test("closing rejects everyone who waits", async () => {
   const admission = new Admission({ ...limits, running: 1 });
   const place = await admission.enter("a");
   const waiting = admission.enter("b");
@@ -75,7 +75,7 @@ test("closing refuses everyone who waits", async () => {
   expect([admission.running, admission.queued]).toEqual([0, 0]);
 });
 
-test("whatever comes and goes in whatever order, the counts hold and nobody is forgotten", async () => {
+test("in any order of arrivals and departures, the counts are right and nobody is forgotten", async () => {
   const event = fc.record({ kind: fc.constantFrom("enter", "leave", "abort"), owner: fc.constantFrom("a", "b", "c"), which: fc.nat() });
   await fc.assert(
     fc.asyncProperty(fc.array(event, { maxLength: 60 }), async (events) => {

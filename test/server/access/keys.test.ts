@@ -1,4 +1,4 @@
-/** API keys: made, kept as hashes in a file that is whole at any time, found again, revoked, and used by the command line. */
+/** API keys: created, stored as hashes in a file that is always complete, looked up, revoked, and managed from the command line. */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, readFileSync, rmSync, statSync, utimesSync, writeFileSync } from "node:fs";
@@ -9,7 +9,7 @@ import { createKey, KeyRing, readKeys, refusal, revokeKey } from "../../../src/s
 import { binary, run, temporary } from "../../cli/run.ts";
 import { FREE, keyFile } from "../harness.ts";
 
-test("a key has 256 random bits, and the file knows only its hash", async () => {
+test("a key has 256 random bits, and the file contains only its hash", async () => {
   const { file, secret, key } = await keyFile();
   expect(Buffer.from(secret.slice("mxt_".length), "base64url")).toHaveLength(32);
   expect(statSync(file).mode & 0o777).toBe(0o600);
@@ -21,14 +21,14 @@ test("a key has 256 random bits, and the file knows only its hash", async () => 
   expect(ring.find(key.hash)).toBeNull(); // who steals the file has no key
 });
 
-test("a key ends when it expires or is revoked", async () => {
+test("a key stops working when it expires or is revoked", async () => {
   const { key } = await keyFile({ expires: "2026-01-01T00:00:00.000Z" });
   const newYear = Date.parse("2026-01-01T00:00:00Z");
   expect([refusal(key, newYear - 1), refusal(key, newYear)]).toEqual([null, "expired"]);
   expect(refusal({ ...key, revoked: key.created }, newYear - 1)).toBe("revoked");
 });
 
-test("many writers at once lose no key", async () => {
+test("concurrent writers lose no key", async () => {
   const file = join(temporary(), "keys.json");
   await Promise.all(Array.from({ length: 20 }, (_, i) => createKey(file, { ...FREE, name: `${i}` })));
   const names = (await readKeys(file)).map(({ name }) => Number(name));
@@ -36,10 +36,10 @@ test("many writers at once lose no key", async () => {
   expect(existsSync(`${file}.new`)).toBe(false);
 });
 
-test("a change that fails leaves the file and no other behind; a killed writer's file is taken away", async () => {
+test("a failed change leaves the file unchanged and no other behind; a killed writer's file is removed", async () => {
   const { file } = await keyFile();
   const before = readFileSync(file, "utf8");
-  await expect(revokeKey(file, "nobody")).rejects.toThrow("there is no key 'nobody' that is valid");
+  await expect(revokeKey(file, "nobody")).rejects.toThrow("there is no valid key 'nobody'");
   expect([readFileSync(file, "utf8"), existsSync(`${file}.new`)]).toEqual([before, false]);
   writeFileSync(`${file}.new`, "half");
   utimesSync(`${file}.new`, 1, 1);
@@ -58,7 +58,7 @@ test.each([
   await expect(readKeys(file)).rejects.toThrow(message);
 });
 
-test("the command makes, lists and revokes", async () => {
+test("the command creates, lists and revokes keys", async () => {
   const file = join(temporary(), "keys.json");
   const made = await run(["keys", "create", file, "--name", "alice", "--requests-per-minute", "60", "--model", "small", "--model", "big"]);
   expect(made.code).toBe(0);
@@ -71,13 +71,13 @@ test("the command makes, lists and revokes", async () => {
   expect((await run(["keys", "list", file])).out).toContain(" revoked ");
   expect(await run(["keys", "revoke", file, "alice"])).toMatchObject({
     code: 1,
-    err: `mixtape: ${file}: there is no key 'alice' that is valid\n`,
+    err: `mixtape: ${file}: there is no valid key 'alice'\n`,
   });
   expect((await run(["keys", "create", file, "--name", "x", "--expires", "soon"])).err).toContain("It must be a date like 2027-01-31");
   expect((await run(["keys", "list", `${file}x`])).err).toContain("no such key file");
 });
 
-test("killed while it writes, a writer leaves a whole file", async () => {
+test("a writer killed while writing leaves a complete file", async () => {
   const { file } = await keyFile();
   for (let kill = 0; kill < 3; kill++) {
     const child = spawn(process.execPath, [binary, "keys", "create", file, "--name", "x"], { stdio: "ignore" });

@@ -1,4 +1,4 @@
-/** Rates and budgets: what headers say, when they run out, when they come back, and what a restart remembers. */
+/** Rates and budgets: what headers report, when they run out, when they reset, and what survives a restart. */
 import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
@@ -23,7 +23,7 @@ test("a rate is a bucket that fills evenly", async () => {
   expect(() => quota.take(key)).toThrow(expect.objectContaining({ code: "rate_limit_exceeded", retryAfterSeconds: 10 }));
   clock.now += 10_000;
   quota.take(key);
-  expect(() => quota.take(key)).toThrow("6 requests a minute");
+  expect(() => quota.take(key)).toThrow("6 requests per minute");
   clock.now += 3_600_000; // no more than full
   expect(quota.allowance(key).requests?.remaining).toBe(6);
 });
@@ -41,7 +41,7 @@ test("a budget ends at midnight UTC, with the seconds until then", async () => {
   expect(quota.used("k")).toBe(0);
 });
 
-test("what was used survives a restart on the same day, in a file for its owner's eyes", async () => {
+test("usage survives a restart on the same day, in a file that only its owner can read", async () => {
   const file = join(temporary(), "keys.json.usage");
   const first = await setUp(file);
   first.quota.charge("k", 70);
@@ -56,7 +56,7 @@ test("what was used survives a restart on the same day, in a file for its owner'
   await third.quota.close();
 });
 
-test("a broken record is refused, since it would give every budget back, and a failed save is told", async () => {
+test("a broken record is rejected, since ignoring it would reset every budget, and a failed save is reported", async () => {
   const folder = temporary();
   writeFileSync(join(folder, "usage"), "{");
   await expect(setUp(join(folder, "usage"))).rejects.toThrow("not a record of used tokens");

@@ -1,4 +1,4 @@
-/** Long texts are encoded and decoded in a thread of their own, to the same ids, and the event loop goes on meanwhile. */
+/** Long texts are encoded and decoded in a worker thread, with the same result, and the event loop keeps running. */
 import { fileURLToPath } from "node:url";
 import { expect, onTestFinished, test } from "vitest";
 import { AutoTokenizer } from "../../../src/api/tokenizer.ts";
@@ -35,23 +35,23 @@ test.each<[string, Prompt]>([
   expect(await encoder().encode(prompt)).toEqual(encodePrompt(tokenizer, prompt));
 });
 
-test("long lists of ids become the same text as in place", async () => {
+test("long lists of ids decode to the same text as on the main thread", async () => {
   const ids = tokenizer.encode(LONG);
   expect(ids.length).toBeGreaterThan(8192);
   expect(await encoder().decode(ids, false)).toBe(tokenizer.decode(ids));
   expect(await encoder().decode(ids, true)).toBe(tokenizer.decode(ids, { skip_special_tokens: true }));
 });
 
-test("what the template refuses is the user's error, long or short", async () => {
+test("what the template rejects is the user's error, long or short", async () => {
   for (const content of ["x", LONG]) {
     const refused = encoder().encode(chat(content, { messages: [{ role: "nobody" as "user", content }] }));
     await expect(refused).rejects.toMatchObject({ name: "PromptError", param: "messages" });
   }
 });
 
-test("millions of characters do not hold the event loop", async () => {
+test("millions of characters do not block the event loop", async () => {
   const e = encoder();
-  await e.encode(chat(LONG)); // the thread is there
+  await e.encode(chat(LONG)); // starts the thread
   const text = "The train leaves the station at nine. ".repeat(60_000);
   // The event loop turns freely until the answer arrives; encoded in place, the text would leave it two or three turns.
   let turns = 0;
@@ -67,7 +67,7 @@ test("millions of characters do not hold the event loop", async () => {
   expect(turns).toBeGreaterThan(50);
 });
 
-test("a client that left is not encoded for; others are", async () => {
+test("nothing is encoded for a client that has left; others are served", async () => {
   const e = encoder();
   const gone = new AbortController();
   const first = e.encode(chat(LONG));
@@ -80,7 +80,7 @@ test("a client that left is not encoded for; others are", async () => {
   expect(await last).toEqual(encodePrompt(tokenizer, other));
 });
 
-test("a thread that cannot start fails its requests, and says why; one that was ended starts again", async () => {
+test("a thread that cannot start fails its requests with the reason; one that was ended starts again", async () => {
   await expect(encoder("/no/such/folder").encode(chat(LONG))).rejects.toThrow("/no/such/folder");
   const e = encoder();
   await e.encode(chat(LONG));
@@ -89,7 +89,7 @@ test("a thread that cannot start fails its requests, and says why; one that was 
   expect((await e.encode(chat(LONG))).tokens.length).toBeGreaterThan(1000);
 });
 
-test("a crowd comes in one by one, each in a turn of the event loop of its own", async () => {
+test("a burst is handled one by one, each in its own turn of the event loop", async () => {
   const turns = new Turns();
   let turn = 0;
   const tick = () => {
@@ -100,7 +100,7 @@ test("a crowd comes in one by one, each in a turn of the event loop of its own",
   expect(seen).toEqual([0, 1, 2, 3, 4].map((i) => seen[0] + i));
 });
 
-test("short work is done in order, and in between everything else has its turn", async () => {
+test("short jobs run in order, and everything else gets its turn in between", async () => {
   const turns = new Turns();
   const order: number[] = [];
   let timers = 0;

@@ -1,4 +1,4 @@
-/** Templates that think and call: what comes of given tokens, with an engine that replays them. */
+/** Templates with reasoning and tool calls: the events that given tokens produce, with an engine that replays them. */
 
 import { cp, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -249,7 +249,7 @@ describe("prompts", () => {
   });
 });
 
-test("log-probabilities are those of the text that is handed over", async () => {
+test("log-probabilities are those of the text that is returned", async () => {
   const { events, answer: said } = await answer(plain, "one two STOP three", chat(), { stop: [" STOP"], logprobs: 0 });
   const bytes = events.flatMap((event) => (event.kind === "logprob" ? [...event.token.bytes] : []));
   expect([said, Buffer.from(bytes).toString()]).toEqual(["one two", "one two"]);
@@ -268,6 +268,6 @@ test("an abort ends the events, and the engine's request", async () => {
   }
   expect(events).toHaveLength(1);
   expect(asked[0].signal?.aborted).toBe(true);
-  expect(used).toHaveLength(1); // what was computed is paid for
+  expect(used).toHaveLength(1); // what was computed is charged
   expect(used[0].completionTokens).toBeGreaterThan(0);
 });

@@ -1,4 +1,4 @@
-/** What clients do to the gRPC service that is not in its .proto: it answers or hangs up, keeps nothing, and lives on. */
+/** Clients that violate the gRPC service's .proto: it answers or disconnects, leaks nothing, and keeps running. */
 
 import { once } from "node:events";
 import { type ClientHttp2Stream, connect, type IncomingHttpHeaders } from "node:http2";
@@ -76,7 +76,7 @@ async function nothingLeft({ server }: Pick<Awaited<ReturnType<typeof startGrpcH
   expect(engine.cache.free).toBe(engine.cache.count);
 }
 
-test("three thousand fuzzed messages: never INTERNAL, and the service lives on", async () => {
+test("three thousand fuzzed messages: never INTERNAL, and the service keeps running", async () => {
   const running = await startGrpcHere({ maxTokens: 3 });
   const right: Record<string, object> = {
     Chat: {
@@ -137,7 +137,7 @@ test("three thousand fuzzed messages: never INTERNAL, and the service lives on",
   await nothingLeft(running);
 }, 180_000);
 
-test("a message of the health and the reflection service that is none, a method that is none, a type that is none", async () => {
+test("malformed messages to the health and reflection services, an unknown method, an unknown content type", async () => {
   const { address, client } = await startGrpcHere();
   const { open } = http2(address);
   const ask = (path: string, body: Uint8Array, headers: object = {}) => {
@@ -188,7 +188,7 @@ test("messages that are too large, requests that do not arrive, connections beyo
   await nothingLeft(running);
 }, 25_000); // less than the 30 s that a request has by default
 
-test("a call whose deadline is over before its end arrives computes nothing", async () => {
+test("a call whose deadline passes before it has fully arrived computes nothing", async () => {
   const running = await startGrpcHere();
   const { open } = http2(running.address);
   const stream = open(`${SERVICE}/Generate`, { "grpc-timeout": "50m" });
@@ -201,7 +201,7 @@ test("a call whose deadline is over before its end arrives computes nothing", as
   expect([running.server.gate.admission.running, engine.stats().generatedTokens]).toEqual([0, 0]);
 });
 
-test("a reader that takes nothing is cut off, and costs no more than what was on its way", async () => {
+test("a client that reads nothing is disconnected, and little is buffered for it", async () => {
   const lines: string[] = [];
   const running = await startGrpcHere({ stallTimeoutSeconds: 0.5 }, (line) => lines.push(line));
   const { open } = http2(running.address);
@@ -218,7 +218,7 @@ test("a reader that takes nothing is cut off, and costs no more than what was on
   expect(bytes).toBeLessThan(200_000); // of about 800,000
 }, 90_000);
 
-test("questions whose answers nobody takes are not read on and on", async () => {
+test("the server stops reading requests whose responses are not read", async () => {
   const { address } = await startGrpcHere();
   const { open } = http2(address);
   const stream = open("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo");
@@ -230,7 +230,7 @@ test("questions whose answers nobody takes are not read on and on", async () => 
   stream.destroy();
 });
 
-test("a flood of pings ends its connection, a few do not, and others are not disturbed", async () => {
+test("a flood of pings closes its connection, a few do not, and other connections are not disturbed", async () => {
   const lines: string[] = [];
   const { address, client } = await startGrpcHere({}, (line) => lines.push(line));
   const { session } = http2(address);
@@ -246,7 +246,7 @@ test("a flood of pings ends its connection, a few do not, and others are not dis
   expect((await whole(client.Chat({ ...HELLO, options: { max_tokens: 2 } }))).end).toBeDefined();
 });
 
-test("two hundred clients whose connections break mid-answer leave nothing behind", async () => {
+test("two hundred connections that break mid-answer leave nothing behind", async () => {
   const running = await startGrpcHere();
   const vanish = async () => {
     const { socket, open } = http2(running.address);

@@ -1,4 +1,4 @@
-/** The gRPC service as its clients see it: what HTTP answers it answers too, and it ends what its clients end. */
+/** The gRPC service as clients see it: the same answers as over HTTP, and work that stops when clients stop it. */
 import { execFileSync } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -31,7 +31,7 @@ test("reflection names the services, in both versions, and is enough to call the
   expect(end.usage["completion_tokens"]).toBeGreaterThan(5);
 });
 
-test("a conversation is answered as over HTTP, a text as the engine alone goes on with it", async () => {
+test("a conversation is answered as over HTTP, a text is continued as by the engine alone", async () => {
   const running = await startGrpcHere();
   const { client, url } = running;
   const { text, end } = await whole(client.Chat({ ...HOTEL, options: greedy(24) }));
@@ -74,7 +74,7 @@ test("a conversation is answered as over HTTP, a text as the engine alone goes o
     }
 });
 
-test("formats, tools and what is set to zero", async () => {
+test("formats, tools, and fields set to zero", async () => {
   const { client } = await startGrpcHere();
   const yes = { type: "object", properties: { yes: { type: "boolean" } }, required: ["yes"], additionalProperties: false };
   const formatted = await whole(
@@ -112,7 +112,7 @@ test("formats, tools and what is set to zero", async () => {
   expect((await seeded()).text).toBe((await seeded()).text);
 });
 
-test("tokens, vectors, experts and facts are those of HTTP", async () => {
+test("tokens, embeddings, experts and model facts are the same as over HTTP", async () => {
   const running = await startGrpcHere();
   const { client, url, server } = running;
   const http = async (path: string, body: object) =>
@@ -154,7 +154,7 @@ test("tokens, vectors, experts and facts are those of HTTP", async () => {
   expect(await ask(client, "ListModels", {})).toMatchObject({ models: [{ name: "default", loaded: true }] });
 });
 
-test("a deadline, and a client that cancels, end the generation and free what it held", async () => {
+test("a deadline or a cancelled call ends the generation and frees what it held", async () => {
   const running = await startGrpcHere();
   const { client, server } = running;
   const engine = await engineOf(running);
@@ -178,7 +178,7 @@ test("a deadline, and a client that cancels, end the generation and free what it
   expect(steps).toBeLessThan(2000); // neither went on to its 4,000
 });
 
-test("what makes no sense is INVALID_ARGUMENT and names the field as the .proto does", async () => {
+test("invalid input is INVALID_ARGUMENT and names the field as the .proto does", async () => {
   const { client } = await startGrpcHere();
   const chat = (more: object) => failure(whole(client.Chat({ ...HOTEL, ...more })));
   const refused: [Promise<{ code: number; of(name: string): unknown }>, string][] = [
@@ -219,7 +219,7 @@ test("what makes no sense is INVALID_ARGUMENT and names the field as the .proto 
   expect([unknown.code, unknown.of("mixtape-field")]).toEqual([status.NOT_FOUND, "model"]);
 });
 
-test("200 streams at once complete, each as it is alone", async () => {
+test("200 concurrent streams complete, each as it would alone", async () => {
   const { client } = await startGrpcHere({ maxInProgress: 200 });
   const request = (i: number) => ({ model: "default", text: `Hotel number ${i % 10}`, options: greedy(8) });
   const alone: Awaited<ReturnType<typeof whole>>[] = [];
@@ -229,7 +229,7 @@ test("200 streams at once complete, each as it is alone", async () => {
   expect(together.every(({ end }) => end !== undefined)).toBe(true);
 }, 60_000);
 
-test("the same keys as over HTTP, before a message is read; rates and room", async () => {
+test("the same keys as over HTTP, checked before a message is read; rates and capacity", async () => {
   const { file, secret } = await keyFile({ requestsPerMinute: 3, models: ["default"] });
   const lines: string[] = [];
   const { client, server } = await startGrpcHere({ keys: file, maxInProgress: 1 }, (line) => lines.push(line));
@@ -262,7 +262,7 @@ test("the same keys as over HTTP, before a message is read; rates and room", asy
   expect(await server.app.inject("/metrics").then(({ body }) => body)).toMatch(/invalid_api_key|401/);
 });
 
-test("health: serving once models are loaded, told to watchers when the server goes down, whose calls end whole", async () => {
+test("health: SERVING once models are loaded; watchers are told of the shutdown, and running calls complete", async () => {
   const { client, server, address } = await startGrpcHere({ drainTimeoutSeconds: 10 });
   const Health = makeGenericClientConstructor(healthService, "Health");
   const health = new Health(address, credentials.createInsecure()) as unknown as Client & {

@@ -1,4 +1,4 @@
-/** A gRPC client that knows the service from what the server says of itself: no .proto is read. */
+/** A gRPC client built from the server's reflection service: it reads no .proto. */
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import {

@@ -1,4 +1,4 @@
-/** Clients that people use, against a real server: the Vercel AI SDK through `mixtape/ai`, LangChain.js, and the README's curl. */
+/** Popular clients against a real server: the Vercel AI SDK through `mixtape/ai`, LangChain.js, and the README's curl. */
 import { HumanMessage, SystemMessage } from "@langchain/core/messages";
 import { tool as langchainTool } from "@langchain/core/tools";
 import { ChatOpenAI, OpenAIEmbeddings } from "@langchain/openai";
@@ -58,7 +58,7 @@ describe("AI SDK", () => {
     expect(Hotel.parse(output)).toEqual(output);
   });
 
-  test("a tool that has to be called is", async () => {
+  test("a required tool is called", async () => {
     const called: unknown[] = [];
     const { toolCalls, toolResults } = await generateText({
       model: mixtape()("default"),
@@ -86,7 +86,7 @@ describe("AI SDK", () => {
     expect(embeddings.map((e) => e.length)).toEqual([320, 320]);
   });
 
-  test("an error tells what the server said", async () => {
+  test("an error carries the server's message", async () => {
     const asked = generateText({ model: mixtape()("nope"), prompt: "x", maxRetries: 0 });
     await expect(asked).rejects.toMatchObject({ statusCode: 404, message: expect.stringContaining("nope") });
   });

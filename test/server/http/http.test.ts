@@ -1,4 +1,4 @@
-/** What holds for every route: sizes, encodings, ids, errors in one shape, keys before bodies, and nothing private in the logs. */
+/** Rules for every route: sizes, encodings, ids, errors of one shape, keys before bodies, and nothing private in the logs. */
 import { connect } from "node:net";
 import type { FastifyInstance } from "fastify";
 import { expect, onTestFinished, test } from "vitest";
@@ -73,7 +73,7 @@ async function start(settings: Readonly<Record<string, unknown>> = {}) {
   return { app, gate, metrics, port, post, logs, inFlight, stalls, handled: () => handled, release };
 }
 
-/** A bare connection: what comes back, and when it ends. */
+/** A raw connection: what is received, and when it ends. */
 function open(port: number) {
   const socket = connect(port, "127.0.0.1");
   let text = "";
@@ -122,14 +122,14 @@ test.each<[string, string | Buffer | object, Record<string, string>, number, str
   expect(handled()).toBe(0);
 });
 
-test("strings are whatever JSON allows: quotes, backslashes, brackets in them are not structure", async () => {
+test("quotes, backslashes and brackets within JSON strings do not count as structure", async () => {
   const { post } = await start();
   const content = `${"[{".repeat(300)} \\" \\\\ " \u0000 __proto__ 你好 😀`;
   const reply = await post("/v1/echo", { messages: [{ role: "user", content }] });
   expect(reply.json().messages[0].content).toBe(content);
 });
 
-test("failures of the server tell nothing but their id, and the log has their reason", async () => {
+test("server errors reveal only their id, and the log has the reason", async () => {
   const { post, logs } = await start();
   const reply = await post("/v1/fail", good, { "x-request-id": "abc-1" });
   expect([reply.statusCode, reply.json().error.code, reply.headers["x-request-id"]]).toEqual([500, "internal", "abc-1"]);
@@ -150,7 +150,7 @@ test("unknown paths and wrong methods", async () => {
   expect((await app.inject({ method: "GET", url: "/%zz" })).json().error.code).toBe("invalid_request");
 });
 
-test("an id of the caller's is kept where it is harmless", async () => {
+test("a request id from the caller is kept if it is harmless", async () => {
   const { post } = await start();
   expect((await post("/v1/echo", good, { "x-request-id": 'a" b' })).headers["x-request-id"]).toMatch(/^[\da-f-]{36}$/);
 });
@@ -164,7 +164,7 @@ test("responses carry the headers that protect a page", async () => {
   expect(headers["access-control-allow-origin"]).toBeUndefined();
 });
 
-test("pages elsewhere may use it only if their origin is listed", async () => {
+test("web pages elsewhere may use the API only if their origin is listed", async () => {
   const { app } = await start({ corsOrigins: ["https://chat.example.com"] });
   const preflight = (origin: string) =>
     app.inject({ method: "OPTIONS", url: "/v1/echo", headers: { origin, "access-control-request-method": "POST" } });
@@ -172,7 +172,7 @@ test("pages elsewhere may use it only if their origin is listed", async () => {
   expect((await preflight("https://evil.example.com")).headers["access-control-allow-origin"]).toBeUndefined();
 });
 
-test("without keys, only names of this machine are answered to: a page can't point its own name here", async () => {
+test("without keys, the server answers only to this machine's names: a page can't point its own name here", async () => {
   const { app } = await start({ allowedHosts: ["chat.internal"] });
   const ask = async (host: string) => (await app.inject({ method: "GET", url: "/v1/models/a", headers: { host } })).statusCode;
   expect([await ask("localhost:8000"), await ask("127.0.0.1"), await ask("[::1]:80"), await ask("chat.internal")]).toEqual([
@@ -184,7 +184,7 @@ test("without keys, only names of this machine are answered to: a page can't poi
   expect([await ask("evil.example.com"), await ask("127.0.0.1.evil.example.com")]).toEqual([400, 400]);
 });
 
-test("keys: none, wrong, revoked, expired, and one that is made while the server runs", async () => {
+test("keys: none, wrong, revoked, expired, and one created while the server runs", async () => {
   const { file, secret, key } = await keyFile();
   const { app, post, logs } = await start({ keys: file });
   const ask = async (authorization?: string) => {
@@ -203,7 +203,7 @@ test("keys: none, wrong, revoked, expired, and one that is made while the server
   expect(logs()).not.toContain(secret);
 });
 
-test("an expired key is refused", async () => {
+test("an expired key is rejected", async () => {
   const { file, secret } = await keyFile({ expires: "2026-01-01T00:00:00.000Z" });
   const { post } = await start({ keys: file });
   const reply = await post("/v1/echo", good, { authorization: `Bearer ${secret}` });
@@ -235,7 +235,7 @@ test("rates and budgets: OpenAI's headers, then 429 with the time to wait", asyn
   expect(Number(spent.headers["retry-after"])).toBeGreaterThan(0);
 });
 
-test("a full server refuses at once, before it reads a body, and whoever waited is served in turn", async () => {
+test("a full server rejects immediately, before it reads a body, and waiting requests are served in turn", async () => {
   const { post, gate, metrics, handled, release } = await start({ maxInProgress: 1, maxQueued: 1 });
   const slow = post("/v1/echo", { ...good, held: true }).then((response) => response);
   await expect.poll(handled).toBe(1);
@@ -255,7 +255,7 @@ test("a full server refuses at once, before it reads a body, and whoever waited 
   expect(text).toContain("mixtape_requests_in_progress 0");
 });
 
-test("100 MB: refused by their announced size or where they pass the limit, with neither read nor kept", async () => {
+test("100 MB are rejected by their announced size or when they exceed the limit, and are neither read nor kept", async () => {
   const { port } = await start({ maxBodyBytes: 2 ** 20 });
   const before = process.memoryUsage().rss;
   const chunk = `${(65_536).toString(16)}\r\n${" ".repeat(65_536)}\r\n`;
@@ -264,14 +264,14 @@ test("100 MB: refused by their announced size or where they pass the limit, with
     client.socket.write(`POST /v1/echo HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n${head}\r\n\r\n`);
     for (let sent = 0; sent < 100_000_000; sent += chunk.length)
       if (!client.socket.write(chunk)) await new Promise((resolve) => client.socket.once("drain", resolve));
-    // It could send all of it, and still hears why it was in vain.
+    // The client can send everything and still receives the error.
     await expect.poll(client.text).toMatch(/^HTTP\/1\.1 413 [\s\S]*"code":"request_too_large"/);
     client.socket.destroy();
   }
   expect(process.memoryUsage().rss - before).toBeLessThan(100e6);
 });
 
-test("half a request is closed after its time, as are headers without end", async () => {
+test("incomplete requests and endless headers time out, and their connections are closed", async () => {
   const { port, post } = await start({ headersTimeoutSeconds: 0.3, requestTimeoutSeconds: 0.6 });
   const exchange = async (...parts: string[]) => {
     const { socket, text, closed } = open(port);
@@ -295,7 +295,7 @@ test("half a request is closed after its time, as are headers without end", asyn
   expect((await post("/v1/echo", good)).statusCode).toBe(200);
 });
 
-test("a client that takes nothing of its answer is cut off, and its place is free again", async () => {
+test("a client that reads nothing of its answer is disconnected, and its place is freed", async () => {
   const { port, gate, stalls } = await start({ stallTimeoutSeconds: 0.4 });
   const { socket } = open(port);
   socket.write("POST /v1/flood HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}");
@@ -306,7 +306,7 @@ test("a client that takes nothing of its answer is cut off, and its place is fre
   socket.destroy();
 });
 
-test("neither what users write nor their keys are in the logs, unless content is asked for", async () => {
+test("the logs contain neither user content nor keys, unless content logging is on", async () => {
   const { file, secret } = await keyFile();
   const quiet = await start({ keys: file });
   const authorization = `Bearer ${secret}`;

@@ -1,4 +1,4 @@
-/** OpenAI's own client against the server: what its users rely on. */
+/** OpenAI's own client against the server: the behaviour that its users rely on. */
 import type OpenAI from "openai";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { AutoModelForCausalLM, AutoTokenizer } from "../../../src/index.ts";
@@ -16,7 +16,7 @@ const HOTEL = [{ role: "user", content: "Find me a hotel in London." }] as const
 const greedy = { model: "default", temperature: 0 } as const;
 
 describe("chat completions", () => {
-  test("the answer is that of the library, greedily", async () => {
+  test("the greedy answer equals the library's", async () => {
     const answer = await client.chat.completions.create({ ...greedy, messages: [...HOTEL], max_tokens: 24 });
     const tokenizer = await AutoTokenizer.from_pretrained("default");
     const model = await AutoModelForCausalLM.from_pretrained("default");
@@ -31,7 +31,7 @@ describe("chat completions", () => {
     expect(answer.usage?.total_tokens).toBe(ids.length + (answer.usage?.completion_tokens ?? 0));
   });
 
-  test("streamed, it is the same text in pieces, the usage at the end", async () => {
+  test("streamed, it is the same text in pieces, with the usage at the end", async () => {
     const whole = await client.chat.completions.create({ ...greedy, messages: [...HOTEL], max_tokens: 24 });
     const stream = await client.chat.completions.create({
       ...greedy,
@@ -70,7 +70,7 @@ describe("chat completions", () => {
     expect(second.usage?.prompt_tokens_details?.cached_tokens).toBeGreaterThanOrEqual(96);
   });
 
-  test("n answers differ when they are sampled, and a seed gives them again", async () => {
+  test("n sampled answers differ, and a seed reproduces them", async () => {
     const ask = () =>
       client.chat.completions.create({ model: "default", messages: [...HOTEL], max_tokens: 12, n: 3, temperature: 1.2, seed: 7 });
     const [a, b] = [await ask(), await ask()];
@@ -87,7 +87,7 @@ describe("chat completions", () => {
     expect(stopped.choices[0]).toMatchObject({ finish_reason: "stop", message: { content: text.slice(0, text.indexOf(stop)) } });
   });
 
-  test("log-probabilities: of each token, with alternatives, likeliest first", async () => {
+  test("log-probabilities of each token, with alternatives, likeliest first", async () => {
     const { choices } = await client.chat.completions.create({
       ...greedy,
       messages: [...HOTEL],
@@ -126,7 +126,7 @@ describe("chat completions", () => {
     }
   });
 
-  test("a client that goes away frees what its answer held", async () => {
+  test("when a client disconnects, what its answer held is freed", async () => {
     const engine = await engineOf(running);
     const leave = new AbortController();
     const stream = await client.chat.completions.create(
@@ -150,7 +150,7 @@ describe("tools", () => {
   });
   const tools = [tool("get_weather", { enum: ["Paris", "Rome"] }), tool("get_time", { type: "string", maxLength: 8 })];
 
-  test("a named choice is a call of that tool, its arguments valid", async () => {
+  test("naming a tool gives a call of that tool with valid arguments", async () => {
     const { choices } = await client.chat.completions.create({
       model: "default",
       messages: [{ role: "user", content: "How is the weather?" }],
@@ -249,7 +249,7 @@ describe("text completions", () => {
   });
 });
 
-test("models: the list, one, and one that is not there", async () => {
+test("models: the list, one of them, and one that does not exist", async () => {
   expect((await client.models.list()).data.map((m) => m.id)).toEqual(["default"]);
   expect((await client.models.retrieve("default")).id).toBe("default");
   await expect(client.models.retrieve("nope")).rejects.toMatchObject({ status: 404, code: "model_not_found" });
@@ -288,7 +288,7 @@ test("tokens of a text and back; the experts of a text", async () => {
   }
 });
 
-describe("text completions and texts: what is too much, or none of the model's, names the field", () => {
+describe("text completions and texts: errors for too much input or ids outside the vocabulary name the field", () => {
   test.each([
     ["/v1/completions", { prompt: new Array(129).fill("a") }, "prompt"],
     ["/v1/completions", { prompt: new Array(20).fill("a"), n: 16 }, "prompt"],
@@ -301,7 +301,7 @@ describe("text completions and texts: what is too much, or none of the model's, 
     const response = await post(running.url, path, { model: "default", ...body });
     const { error } = (await response.json()) as { error: { param: string | null; message: string } };
     expect([response.status, error.param?.slice(0, param.length)]).toEqual([400, param]);
-    if ("prompt" in body && body.prompt.length > 128) expect(error.message).toContain("128"); // and not that it is no number
+    if ("prompt" in body && body.prompt.length > 128) expect(error.message).toContain("128"); // instead of saying that it is not a number
   });
 
   test("top_p of 0 is greedy", async () => {

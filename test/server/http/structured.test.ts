@@ -1,4 +1,4 @@
-/** Structured output: whatever the model would like to say, what comes out parses and satisfies its schema. */
+/** Structured output: whatever the model prefers, the answer parses and satisfies its schema. */
 import { Ajv2020 } from "ajv/dist/2020.js";
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { type Running, start } from "../start.ts";
@@ -74,7 +74,7 @@ test("twenty schemas, ten answers each at temperature 1: all parse, all are vali
   expect(count).toBe(200);
 }, 120_000);
 
-test("a schema that cannot be enforced is refused, and harms nobody who comes after or is under way", async () => {
+test("a schema that cannot be enforced is rejected, without affecting running or later requests", async () => {
   const ask = (schema: Record<string, unknown>, max_tokens: number) =>
     running.client.chat.completions.create({
       model: "default",
@@ -91,7 +91,7 @@ test("a schema that cannot be enforced is refused, and harms nobody who comes af
   ).toHaveProperty("yes");
 }, 60_000);
 
-test("json_object: any JSON, and a length that is too short says so", async () => {
+test("json_object: any JSON object; an answer cut off by its length says so", async () => {
   const { choices } = await running.client.chat.completions.create({
     model: "default",
     messages: [{ role: "user", content: "JSON please" }],

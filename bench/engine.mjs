@@ -1,6 +1,6 @@
 /**
  * The engine alone, without text or HTTP: speed of prompts and of generation for one and for many users, what a step costs
- * besides native code, how long generating requests wait while a long prompt is read, and the first token of a
+ * besides native code, how long generating requests wait while a long prompt is processed, and the first token of a
  * conversation's second turn. Medians with their range.
  *
  *   npm run build && node bench/engine.mjs [--model FOLDER] [--threads 2] [--rounds 5] [--users 1,32,256] [--against CHECKOUT]
@@ -10,7 +10,7 @@
  * round by round. For layers of true shape: `mixtape quantize random:21b-a3b FOLDER --dtype int4 --layers 8`, then --model FOLDER.
  *
  * What keeps rounds honest: each user gets a new random prompt in each round, warm-up included; both checkouts get the same
- * prompts, each in a process of its own. Generation is timed on prompts that the same round has just read: the prefix cache
+ * prompts, each in a process of its own. Generation is timed on prompts that the same round has just processed: the prefix cache
  * holds them, and only the tokens between the last user's first and the first user's last are counted.
  */
 import { resolve } from "node:path";
@@ -34,7 +34,7 @@ const { values: flags } = parseArgs({
 });
 const PARTS = ["prompt", "generation", "sampled", "beside", "turns"];
 const only = flags.only.split(",");
-for (const part of only) if (!PARTS.includes(part)) throw new Error(`--only ${part}: known are ${PARTS.join(", ")}`);
+for (const part of only) if (!PARTS.includes(part)) throw new Error(`--only ${part}: the parts are ${PARTS.join(", ")}`);
 const wants = (part) => only.includes(part);
 const rounds = Number(flags.rounds);
 const here = fileURLToPath(new URL("..", import.meta.url));
@@ -54,7 +54,7 @@ async function open(name, root, options = {}) {
 /** Tokens of one user's prompt: one more than full blocks, so that of a cached prompt only the last token is computed again. */
 const promptLength = (users) => BLOCK * Math.max(1, Math.round(PROMPT_TOKENS / users / BLOCK)) + 1;
 
-/** Tokens a second between the last user's first token and the first user's last: as long as all of them generate. */
+/** Tokens per second between the last user's first token and the first user's last, while all of them generate. */
 function generationSpeed(answers) {
   const from = Math.max(...answers.map(({ times }) => times[0]));
   const to = Math.min(...answers.map(({ times }) => times.at(-1)));
@@ -104,7 +104,7 @@ async function speed(users) {
     }
 }
 
-/** Eight users generate; once all have begun, a long prompt comes. */
+/** Eight users generate; once all have begun, a long prompt arrives. */
 async function beside() {
   const long = Math.min(3500, subjects[0].positions - 1);
   const results = await inTurns(
@@ -123,7 +123,7 @@ async function beside() {
   compare("  their longest wait between two tokens", lists((m) => m.wait), "ms", 1); // biome-ignore format: a table
 }
 
-/** The second turn of a conversation, whose first the prefix cache holds or does not. */
+/** The second turn of a conversation, with and without its first in the prefix cache. */
 async function turns() {
   const pair = [await open("with", here), await open("without", here, { prefix_cache: false })];
   const said = [[], []];

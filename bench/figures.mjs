@@ -7,12 +7,12 @@ export function quantile(list, q) {
 
 export const median = (list) => quantile(list, 0.5);
 
-/** The median, the least and the most. */
+/** The median, minimum and maximum. */
 export function spread(list) {
   return { median: median(list), least: Math.min(...list), most: Math.max(...list) };
 }
 
-/** One line: what was measured, its median and its range. */
+/** Prints one line: what was measured, its median and its range. */
 export function report(what, list, unit, digits = 0) {
   const { median: middle, least, most } = spread(list);
   const text = (x) => x.toFixed(digits);

@@ -173,7 +173,7 @@ const PARTS = {
 };
 
 for (const part of flags.only.split(",").filter((name) => name !== "none")) {
-  if (!PARTS[part]) throw new Error(`--only ${part}: known are ${Object.keys(PARTS).join(", ")}, none`);
+  if (!PARTS[part]) throw new Error(`--only ${part}: the parts are ${Object.keys(PARTS).join(", ")}, none`);
   process.stderr.write(`${part}\n`);
   const limits = await machineLimits("", options.threads);
   const machine = { cpu: cpus()[0].model.trim(), cores: cpus().length, memoryBytes: totalmem(), ...limits };

@@ -1,7 +1,7 @@
 /**
  * The server under load: many streams at once, some of them compared with the answer that the same question gets alone; more
- * requests than the server admits; the second turn of a long conversation; long texts and hard patterns; and models without a tokenizer on the engine alone.
- * Server and clients share the machine.
+ * requests than the server admits; the second turn of a long conversation; long texts and hard patterns; and models without a
+ * tokenizer on the engine alone. Server and clients share the machine.
  *
  *   npm run build && node bench/serving.mjs [--users 1,8,32,256] [--new-tokens 100] [--rounds 3] [--engine MODEL] [--seed 1] [--json]
  *
@@ -36,7 +36,7 @@ const lateness = new URL("lateness.mjs", import.meta.url).href;
 const prompts = freshPrompts({ seed: Number(flags.seed) });
 const results = {};
 
-/** Starts a server, whose figures and timers can be read. */
+/** Starts a server whose metrics and timer lateness can be read. */
 async function serve(args = []) {
   const started = [cli, "serve", "--port", "0", "--log-level", "error", "--threads", flags.threads, ...args];
   const child = spawn(process.execPath, ["--import", lateness, ...started], { stdio: ["ignore", "ignore", "pipe", "ipc"] });
@@ -69,7 +69,7 @@ function parse(text) {
 /** How many streams of a crowd are compared with their answers alone. */
 const COMPARED = 8;
 
-/** So many new questions. */
+/** This many new questions. */
 const questions = (count) => Array.from({ length: count }, () => `${prompts.text(6)}: tell me about them.`);
 
 const bodyOf = (content, more = {}) => ({
@@ -108,7 +108,7 @@ async function ask(url, content, more = {}) {
   return { status: response.status, text, times, ms: performance.now() - start, retryAfter: response.headers.get("retry-after") };
 }
 
-/** So many streams at once, then the first of the questions again, one at a time. */
+/** This many streams at once, then the first of their questions again, one at a time. */
 async function streams(server, users) {
   const asked = questions(users);
   const before = await server.figures();
@@ -133,7 +133,7 @@ async function streams(server, users) {
   };
 }
 
-/** The rounds of so many streams in one row. */
+/** One row of the table: the rounds with this many streams. */
 function summary(users, each) {
   return {
     users,
@@ -171,7 +171,7 @@ async function crowd() {
   }
 }
 
-/** Four times as many requests as the server admits, over open connections: what the server does, not what connecting takes. */
+/** Four times as many requests as the server admits, over open connections: the server's own work, without the cost of connecting. */
 async function overload() {
   const room = 32;
   const server = await serve(["--max-in-progress", String(room)]);
@@ -187,7 +187,7 @@ async function overload() {
       full.push(median(answers.filter((a) => a.status === 200).map((a) => a.ms)));
       refused.push(...answers.filter((a) => a.status === 429));
     }
-    // One after the other while the server is full: what a rejection costs, without the rush of so many requests at once.
+    // One after the other while the server is full: the cost of a rejection without the rush of many requests at once.
     const running = wave(room);
     await new Promise((resolve) => setTimeout(resolve, 200));
     const singly = [];
@@ -214,7 +214,7 @@ async function overload() {
   }
 }
 
-/** The first token of a long conversation's second turn, beside that of an equally long conversation that is new. */
+/** Time to the first token of a long conversation's second turn, compared with a new conversation of the same length. */
 async function secondTurn() {
   const server = await serve();
   try {
@@ -254,7 +254,7 @@ function drink(url, content, agent) {
   });
 }
 
-/** What HTTP and the routes cost: 32 streams through them beside the same 32 requests to the engine itself, in turns. */
+/** The cost of HTTP and the routes: 32 streams through them and the same 32 requests to the engine itself, in turns. */
 async function overhead() {
   const users = 32;
   const server = await serve();
@@ -288,7 +288,7 @@ async function overhead() {
   }
 }
 
-/** Requests that need no model, each with a new text: what HTTP itself costs. */
+/** Requests that need no model, each with a new text: the cost of HTTP itself. */
 async function plain() {
   const server = await serve();
   try {
@@ -310,7 +310,7 @@ async function plain() {
   }
 }
 
-/** How late the server's timers are while it encodes a text of half a million characters, which takes it so many milliseconds. */
+/** How late the server's timers are while it encodes a text of half a million characters, and how long that takes. */
 async function longText() {
   const server = await serve();
   try {
@@ -336,7 +336,7 @@ async function longText() {
   }
 }
 
-/** Milliseconds between tokens of answers by patterns that are made to be ambiguous, or that exclude thousands of characters. */
+/** Milliseconds between tokens of answers constrained by deliberately ambiguous patterns, or by ones that exclude thousands of characters. */
 async function patterns() {
   const server = await serve();
   const some = Array.from({ length: 1000 }, (_, i) => String.fromCodePoint(0x4e00 + 2 * i)).join("");
@@ -361,7 +361,7 @@ async function patterns() {
   }
 }
 
-/** Tokens a second of the engine alone, by number of users. */
+/** Tokens per second of the engine alone, by number of users. */
 async function engineOnly(model) {
   const loaded = await AutoModelForCausalLM.from_pretrained(model, { threads: Number(flags.threads), kv_cache_tokens: 16384 });
   const ids = freshPrompts({ vocabulary: loaded.config.vocabSize, seed: Number(flags.seed) });

@@ -1,6 +1,6 @@
 /**
  * The default model on this machine: from process start to the first token, generation speed for one and for many users,
- * how long the event loop is held, and memory. Medians with their range.
+ * how long the event loop is blocked, and memory. Medians with their range.
  *
  *   npm run build && node bench/start.mjs [--model default] [--threads 2] [--rounds 7] [--against CHECKOUT] [--only start,speed] [--seed 1]
  *

@@ -1,7 +1,7 @@
 /**
  * A process that holds one model for the benchmarks and answers questions: prompts in, the arrival times of their tokens out.
- * Each subject has a process of its own, so that compared builds share no heap, compiled code or threads. It uses public entry
- * points and GREEDY alone, so that it can run the build of another checkout. It does not know what is measured.
+ * Each subject has a process of its own, so that compared builds share no heap, compiled code or threads. It uses only public entry
+ * points and GREEDY, so that it can run the build of another checkout. Does not know what is measured.
  */
 import { fork } from "node:child_process";
 import { fileURLToPath, pathToFileURL } from "node:url";
@@ -9,8 +9,8 @@ import { fileURLToPath, pathToFileURL } from "node:url";
 const SETTING = "BENCH_SUBJECT";
 
 /**
- * Starts `script` (this one by default) with a setting, here { root, model, options }. `ready` resolves to what it says of its
- * model, `ask` to its answer.
+ * Starts `script` (this one by default) with a setting, here { root, model, options }. `ready` resolves to its description of
+ * the model, `ask` to its answer.
  */
 export function startSubject(setting, script = import.meta.url) {
   const child = fork(fileURLToPath(script), { env: { ...process.env, [SETTING]: JSON.stringify(setting) }, serialization: "advanced" });
@@ -45,7 +45,7 @@ export async function serveSubject(open) {
       (value) => process.send({ value }),
       (error) => process.send({ error: error.stack ?? String(error) }),
     );
-  process.on("disconnect", () => process.kill(process.pid, "SIGKILL")); // a step that runs would hold up an exit
+  process.on("disconnect", () => process.kill(process.pid, "SIGKILL")); // a running step would delay a normal exit
   const opened = open(JSON.parse(process.env[SETTING]));
   await reply(opened.then(([description]) => description));
   const [, answer] = await opened;

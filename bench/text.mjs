@@ -1,10 +1,10 @@
 /**
- * The tokenizer: 100,000 characters of several kinds there and back, a vocabulary of 100,000 tokens, and whether a token that
- * is decoded late in an answer costs more than one at its beginning. Medians with their range.
+ * The tokenizer: encoding and decoding 100,000 characters of several kinds, a vocabulary of 100,000 tokens, and whether a token
+ * late in an answer costs more to decode than one at its beginning. Medians with their range.
  *
  *   npm run build && node bench/text.mjs [--model default] [--rounds 5] [--seed 1]
  *
- * What keeps rounds honest: each round encodes other text of the same kind, so that nothing is remembered from the last one;
+ * What keeps rounds honest: each round encodes other text of the same kind, so that no cache of the last one helps;
  * the first round warms up and is left out.
  */
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";

@@ -38,7 +38,7 @@ const PROMPTS = [
   "How many letters are in the word banana?",
   "日本の首都はどこですか？",
 ];
-/** mixtape's cache is float32 for float32 weights; llama.cpp's is half precision unless told. */
+/** mixtape's cache is float32 for float32 weights; llama.cpp's is half precision unless set. */
 const EXACT_CACHE = { experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32", flashAttention: false };
 /** Texts that trip tokenizers up. */
 const TEXTS = [
@@ -108,7 +108,7 @@ async function compare(type) {
     if (equal(a, c)) sameAnswers++;
     else answers.push({ prompt, at: first, ours: ours.decode(a), llama: ours.decode(c) });
     if (equal(a, b)) sameSource++;
-    // Position by position along our text: what would the other engine have said after the same words?
+    // Position by position along our text: which token would the other engine choose after the same ones?
     const forced = context.getSequence();
     const input = [...ids, ...a.slice(0, -1)].map((id, i) =>
       i < ids.length - 1 ? id : [id, { generateNext: { token: true, confidence: true } }],

@@ -8,7 +8,7 @@ await serveSubject(async ({ model, options: { threads, contextSize } }) => {
   const context = await theirs.createContext({ contextSize, batchSize: 512, threads });
 
   async function* generate(tokens, newTokens) {
-    const sequence = context.getSequence(); // a new one, which holds nothing of the last prompt
+    const sequence = context.getSequence(); // a new one, which has cached nothing of the last prompt
     try {
       let made = 0;
       for await (const token of sequence.evaluate(tokens, { temperature: 0, yieldEogToken: true })) {

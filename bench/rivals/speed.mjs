@@ -1,5 +1,5 @@
 /**
- * Speed beside another engine, llama.cpp through node-llama-cpp: the same weights, the same threads, in turns in one run.
+ * Speed compared with another engine, llama.cpp through node-llama-cpp: the same weights and threads, in turns in one run.
  * Every model is a folder (mixtape) or a .gguf file (node-llama-cpp; `mixtape export` writes one of the same weights). Prints
  * medians, and the ratio of each to the .gguf, round by round.
  *
@@ -7,10 +7,10 @@
  *   node bench/rivals/speed.mjs MODEL... MODEL.gguf [--prompts 128,512] [--contexts 128] [--new-tokens 24] [--rounds 3] [--threads 2] [--apart] [--seed 1] [--json]
  *
  * With --apart only one model is loaded at a time, its file read into the page cache first: for models of which only one fits
- * in memory. Each round then loads every model anew.
+ * in memory. Each round then loads every model again.
  *
  * What keeps rounds honest: every prompt of every round is new, warm-up included, so that no prefix cache answers for an engine;
- * all engines get the same prompts of a round. Generation is the time between tokens, without that of the prompt.
+ * all engines get the same prompts of a round. Generation is the time between tokens, without the prompt's.
  */
 import { createReadStream, readdirSync } from "node:fs";
 import { join, resolve } from "node:path";
@@ -48,7 +48,7 @@ function start(model) {
   return startSubject({ model: resolve(model), options: { threads, contextSize } }, new URL("llama.mjs", import.meta.url));
 }
 
-/** Tokens a second by what was measured, each with a prompt of its own. */
+/** Tokens per second of each measurement, each with its own prompt. */
 async function measure({ ask }, prompts) {
   const figures = {};
   for (const tokens of prompts.read) {

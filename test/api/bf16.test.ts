@@ -46,7 +46,7 @@ async function inspectAll(model: string, recorded: readonly Recording[], options
   return out;
 }
 
-/** Of each position the largest difference, as a share of the largest absolute logit of all. */
+/** The largest difference at each position, as a share of the largest absolute logit overall. */
 function errors(actual: Float32Array, expected: Float32Array, positions: number): number[] {
   expect(actual.length).toBe(expected.length);
   const vocab = expected.length / positions;
@@ -58,7 +58,7 @@ function errors(actual: Float32Array, expected: Float32Array, positions: number)
   });
 }
 
-/** Positions whose experts are not those of `other`, in any layer. */
+/** Positions whose experts differ from those of `other` in any layer. */
 function reroutedAt(a: Inspection, b: Inspection, position: number): boolean {
   return a.routing.some((layer, l) => {
     const k = layer.experts.length / (layer.logits.length / 8);
@@ -97,7 +97,7 @@ describe("mixture", () => {
     exact = await inspectAll("moe", recorded, { device: "reference", dtype: "fp32" });
   });
 
-  test("in float32 the stored weights give the recorded logits: the fixture is right", () => {
+  test("in float32 the stored weights give the recorded logits, so the fixture is right", () => {
     exact.forEach((o, i) => {
       expect(Math.max(...errors(o.logits, recorded[i].weights, LENGTHS[i]))).toBeLessThan(1e-5);
     });

@@ -1,4 +1,4 @@
-/** Model folders for the tests of this folder: the fixtures, and changed copies of them in temporary folders. */
+/** Model folders for these tests: the fixtures, and modified copies of them in temporary folders. */
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { readHeader, readTensor } from "../../src/checkpoint/safetensors.ts";

@@ -1,4 +1,4 @@
-/** `forward`: batches with padding, hidden states, routing, in the shapes that are promised. */
+/** `forward`: batches with padding, hidden states and routing, in the documented shapes. */
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { AutoModelForCausalLM, type CausalLM, type NamedTensor } from "../../src/api/model.ts";
 import { type Goldens, openGoldens, relativeError } from "../goldens.ts";
@@ -73,7 +73,7 @@ describe.each(VARIANTS)("$variant", ({ variant, layers, hidden, vocab, mixtures,
       ).toBe(true);
   });
 
-  test("only what was asked for", async () => {
+  test("returns only what was requested", async () => {
     const input_ids = [await goldens.ids(7)];
     expect(Object.keys(await model.forward({ input_ids }))).toEqual(["logits"]);
     expect(Object.keys(await model.forward({ input_ids, output_hidden_states: true }))).toEqual(["logits", "hidden_states"]);
@@ -98,7 +98,7 @@ test("in pieces of 16 tokens, every number is the same", async () => {
   await Promise.all([whole.dispose(), pieces.dispose()]);
 });
 
-test("while others generate, without a trace in either", async () => {
+test("while others generate, neither affects the other", async () => {
   const goldens = await openGoldens("moe-tiny");
   const model = await AutoModelForCausalLM.from_pretrained(goldens.folder, { dtype: "fp32", threads: 1, kv_cache_tokens: 1024 });
   const [p7, p33] = [await goldens.ids(7), await goldens.ids(33)];

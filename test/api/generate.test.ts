@@ -1,4 +1,4 @@
-/** `generate` on the fixture checkpoints: what comes out, and what each option does to it. Long, for it has a test for each option. */
+/** `generate` on the fixture checkpoints: its output, and the effect of each option. Long because every option has a test. */
 import { getEventListeners } from "node:events";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { AutoModelForCausalLM, type CausalLM } from "../../src/api/model.ts";
@@ -39,11 +39,11 @@ describe.each(["moe-tiny", "dense-tiny", "moe-bias", "dense-bias", "moe-ragged"]
   });
   afterAll(() => model.dispose());
 
-  test("prompts of different length at once", async () => {
+  test("prompts of different lengths in one batch", async () => {
     expect(await model.generate({ input_ids: prompts, ...options })).toEqual(prompts.map((p, i) => [...p, ...answers[i]]));
   });
 
-  test.each(["left", "right"] as const)("padding on the %s, given back as it was", async (side) => {
+  test.each(["left", "right"] as const)("padding on the %s, returned unchanged", async (side) => {
     const inputs = pad(prompts, side, 3);
     expect(await model.generate({ ...inputs, ...options })).toEqual(inputs.input_ids.map((row, i) => [...row, ...answers[i]]));
   });
@@ -84,11 +84,11 @@ describe("options", () => {
       expect(row).toEqual([...inputs.input_ids[0], ...greedy7.slice(0, 2)]);
     });
 
-    test("max_new_tokens wins over max_length", async () => {
+    test("max_new_tokens overrides max_length", async () => {
       expect(await answer({ max_new_tokens: 3, max_length: 8 })).toEqual(greedy7.slice(0, 3));
     });
 
-    test("256 new tokens where nothing is said", async () => {
+    test("256 new tokens by default", async () => {
       const [row] = await model.generate({ input_ids: [p7], eos_token_id: null });
       expect(row.length).toBe(7 + 256);
     });
@@ -108,7 +108,7 @@ describe("options", () => {
       expect(await answer({ eos_token_id: [416, 511] })).toEqual(greedy7.slice(0, 10));
     });
 
-    test("null: none; and the reasons are told", async () => {
+    test("null: none, and finish reasons are reported", async () => {
       const out = async (eos_token_id: number | null) =>
         (await model.generate({ input_ids: [p7], eos_token_id, max_new_tokens: 24, return_dict_in_generate: true })).finish_reasons;
       expect(await answer({ eos_token_id: null })).toEqual(greedy7);
@@ -116,7 +116,7 @@ describe("options", () => {
       expect(await out(89)).toEqual(["stop"]);
     });
 
-    test("each prompt of a batch ends by itself", async () => {
+    test("each prompt of a batch ends on its own", async () => {
       const rows = await model.generate({ input_ids: [p7, p33], eos_token_id: [89, 360], max_new_tokens: 24 });
       expect(rows).toEqual([
         [...p7, ...greedy7.slice(0, 8)],
@@ -134,7 +134,7 @@ describe("options", () => {
       );
     };
 
-    test("generation_config.json gives them, and options override it", async () => {
+    test("generation_config.json sets them, and options override it", async () => {
       const other = await load("defaults", { eos_token_id: [89], max_new_tokens: 20, repetition_penalty: 1, do_sample: false });
       const short = await load("defaults-short", { max_new_tokens: 4 });
       const answerOf = async (m: CausalLM, options: object = {}) => (await m.generate({ input_ids: [p7], ...options }))[0].slice(7);
@@ -157,7 +157,7 @@ describe("options", () => {
       await other.dispose();
     });
 
-    test("config.json names the end where generation_config.json does not", async () => {
+    test("config.json names the end token if generation_config.json does not", async () => {
       const other = await load("defaults-eos", null, { eos_token_id: [5, 89] });
       expect((await other.generate({ input_ids: [p7], max_new_tokens: 24 }))[0].slice(7)).toEqual(greedy7.slice(0, 8));
       await other.dispose();
@@ -165,7 +165,7 @@ describe("options", () => {
   });
 
   describe("sampling", () => {
-    test("a seed repeats, another differs, and none differs each time", async () => {
+    test("the same seed repeats, another differs, and without one every answer differs", async () => {
       expect(await answer({ ...sampled, seed: 11 })).toEqual(await answer({ ...sampled, seed: 11 }));
       expect(await answer({ ...sampled, seed: 11 })).not.toEqual(await answer({ ...sampled, seed: 12 }));
       expect(await answer({ ...sampled, seed: 11 })).not.toEqual(await answer({ ...sampled, seed: 11 + 2 ** 40 }));
@@ -178,7 +178,7 @@ describe("options", () => {
       expect(await answer({ do_sample: false, temperature: 3, top_k: 2 }), "not sampling: ignored").toEqual(greedy7);
     });
 
-    test("num_return_sequences: answers to one prompt together, all different, with consecutive seeds", async () => {
+    test("num_return_sequences: answers to one prompt are consecutive and all different, with consecutive seeds", async () => {
       const rows = await model.generate({
         input_ids: [p7, p33],
         num_return_sequences: 3,
@@ -247,7 +247,7 @@ describe("options", () => {
   });
 
   describe("stop_strings", () => {
-    test("end the answer, also where they span tokens", async () => {
+    test("end the answer, also if they span tokens", async () => {
       const tokenizer = await words();
       expect(await answer({ stop_strings: "w89.", tokenizer })).toEqual(greedy7.slice(0, 8));
       expect(await answer({ stop_strings: ["never", "9.w41"], tokenizer })).toEqual(greedy7.slice(0, 10));
@@ -286,7 +286,7 @@ describe("options", () => {
       expect(streamer.events).toEqual([p7, ...greedy7.slice(0, 5).map((id) => [id]), "end"]);
     });
 
-    test("are told of each id when it is made, not in the end", async () => {
+    test("receive each id when it is generated, not at the end", async () => {
       let seen = 0;
       const controller = new AbortController();
       const put = () => void (++seen === 4 && controller.abort(new Error("enough")));
@@ -310,7 +310,7 @@ describe("options", () => {
       await expect.poll(() => model.engine.cache.free).toBe(model.engine.cache.count);
     });
 
-    test("TextStreamer writes the text as it comes", async () => {
+    test("TextStreamer writes the text as it is generated", async () => {
       const tokenizer = await words();
       const pieces: string[] = [];
       const ids: number[] = [];
@@ -329,7 +329,7 @@ describe("options", () => {
   });
 
   describe("signal", () => {
-    test("aborts with its reason, gives the cache back, and leaves others alone", async () => {
+    test("aborts with its reason, frees the cache, and does not affect others", async () => {
       const controller = new AbortController();
       const other = model.generate({ input_ids: [p33], max_new_tokens: 24, eos_token_id: null });
       const aborted = model.generate({ input_ids: [p7, p33], max_new_tokens: 3000, eos_token_id: null, signal: controller.signal });
@@ -340,7 +340,7 @@ describe("options", () => {
       expect(await answer({})).toEqual(greedy7);
     });
 
-    test("one signal for many calls: no warning, and nothing of them stays with it", async () => {
+    test("one signal for many calls: no warning, and nothing stays attached to it", async () => {
       const warnings: string[] = [];
       const listen = (warning: Error) => void warnings.push(warning.message);
       process.on("warning", listen);
@@ -359,7 +359,7 @@ describe("options", () => {
       expect(put).toBe(0);
     });
 
-    test("one answer's fault ends the others of the call", async () => {
+    test("an error in one answer ends the others of the call", async () => {
       await expect(model.generate({ input_ids: [p7, [512]], max_new_tokens: 3000, eos_token_id: null })).rejects.toThrow(
         "token id 512 is outside the vocabulary of 512",
       );
@@ -403,7 +403,7 @@ describe("options", () => {
       }
     });
 
-    test("top_logprobs of many begin with those of few", async () => {
+    test("a larger top_logprobs starts with the entries of a smaller one", async () => {
       const top = async (top_logprobs: number) =>
         (await model.generate({ input_ids: [p7], max_new_tokens: 3, return_dict_in_generate: true, top_logprobs })).top_logprobs?.[0];
       const all = (await top(512)) ?? [];
@@ -412,7 +412,7 @@ describe("options", () => {
       expect(await top(7)).toEqual(all.map((each) => each.slice(0, 7)));
     });
 
-    test("top_logprobs beyond the vocabulary is an error, and none gives none", async () => {
+    test("top_logprobs beyond the vocabulary is an error, and 0 returns none", async () => {
       await expect(answer({ top_logprobs: 513 })).rejects.toThrow("top_logprobs is 513; it must be a whole number from 0 to");
       expect(await model.generate({ input_ids: [p7], max_new_tokens: 2, return_dict_in_generate: true })).not.toHaveProperty(
         "top_logprobs",
@@ -420,7 +420,7 @@ describe("options", () => {
     });
   });
 
-  describe("what makes no sense is an error that says so", () => {
+  describe("invalid options are errors that say so", () => {
     test("unknown options, with a list of the known", async () => {
       await expect(answer({ max_tokens: 5 })).rejects.toThrow(
         /^generate has no option 'max_tokens'; it has input_ids, attention_mask, max_length, .*num_beams$/,
@@ -481,7 +481,7 @@ describe("options", () => {
     });
   });
 
-  test("an answer ends at the longest position", async () => {
+  test("an answer ends at the last position", async () => {
     const small = await AutoModelForCausalLM.from_pretrained(`${GOLDENS}dense-bias`, LOAD);
     const out = await small.generate({
       input_ids: [new Array(500).fill(5)],
@@ -494,7 +494,7 @@ describe("options", () => {
     await small.dispose();
   });
 
-  test("dispose: calls under way fail, later ones too, and a second one does nothing", async () => {
+  test("dispose: running and later calls fail, and disposing again does nothing", async () => {
     const other = await AutoModelForCausalLM.from_pretrained(`${GOLDENS}moe-tiny`, LOAD);
     const running = other.generate({ input_ids: [p1], max_new_tokens: 3000, eos_token_id: null });
     const failed = expect(running).rejects.toThrow("the model has been disposed of");

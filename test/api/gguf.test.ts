@@ -1,4 +1,4 @@
-/** Models to GGUF and back: the same numbers where the formats can say them, near ones where not, the same tokens always. */
+/** Models to GGUF and back: the same numbers if the formats can represent them, close ones otherwise, and always the same tokens. */
 import { existsSync, mkdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -37,7 +37,7 @@ async function exported(variant: string, type: GgufExportType): Promise<string> 
   return file;
 }
 
-test.each(VARIANTS)("%s: f32 and back gives the same logits, and the config that it had", async (variant) => {
+test.each(VARIANTS)("%s: f32 and back gives the same logits and the original config", async (variant) => {
   const file = await exported(variant, "f32");
   const ids = await (await openGoldens(variant)).ids(33);
   const [seen, expected] = [await logits(file, ids), await logits(`${GOLDENS}${variant}`, ids)];
@@ -127,7 +127,7 @@ test.each([
   expect(Buffer.from(plain.buffer).equals(expected)).toBe(true);
 });
 
-test("q8_0 of two scales in a group of int8 is rounded anew, within half a step of the coarser", async () => {
+test("q8_0 with two scales in one int8 group is rounded again, within half a step of the coarser", async () => {
   const [n, k] = [16, 128];
   const { part, values } = await noise(n, k);
   const packed = new Uint8Array(packedBytes("q8_0", n, k));
@@ -181,7 +181,7 @@ test("a folder whose only weights are a GGUF file is a model", async () => {
   expect(tokenizer.decode(tokenizer.encode("hé"))).toBe("hé"); // the placeholder: bytes
 });
 
-test("refuses to write over a file, a model without a tokenizer, and an unknown type; leaves nothing when stopped", async () => {
+test("rejects an existing file, a model without a tokenizer, and an unknown type; leaves nothing behind when aborted", async () => {
   const source = `${GOLDENS}moe-tiny`;
   await expect(exportGguf(source, await exported("moe-tiny", "f32"), { type: "f32" })).rejects.toThrow(/already exists/);
   const out = join(folder, "never.gguf");

@@ -1,4 +1,4 @@
-/** One model in every layout that checkpoints come in, and in every way that they are broken. */
+/** One model in every checkpoint layout, and broken in every way. */
 import { truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { beforeAll, describe, expect, test } from "vitest";
@@ -99,7 +99,7 @@ describe("layouts give the same logits, bit for bit", () => {
     expect(await logits(await writeModel(temporary, name.replace(/\W+/g, "-"), change(tiny), shards))).toEqual(expected);
   });
 
-  test("an unaligned file: the mapping is not what the numbers need", async () => {
+  test("an unaligned file: its mapping can't be used directly", async () => {
     const odd: StoredTensor = { name: "model.mtp_odd", dtype: "U8", shape: [3], data: Uint8Array.of(1, 2, 3) };
     const folder = await writeModel(temporary, "odd", tiny);
     // The writer would align it, so the header is made by hand: three odd bytes first, the others after them.
@@ -118,7 +118,7 @@ describe("layouts give the same logits, bit for bit", () => {
 });
 
 describe("quantize", () => {
-  test("fp32 is the same, fp16 and bf16 are close, int8 is not far", async () => {
+  test("fp32 is identical, fp16 and bf16 are close, int8 is near", async () => {
     const distance = async (dtype: "fp32" | "fp16" | "bf16" | "int8") => {
       const out = join(temporary, `quantized-${dtype}`);
       await quantize(`${GOLDENS}dense-tiny`, out, { dtype });
@@ -131,7 +131,7 @@ describe("quantize", () => {
     expect(await distance("int8")).toBeLessThan(5e-2);
   });
 
-  test("a file in int8 and a file made int8 while loading give the same logits, from every layout", async () => {
+  test("an int8 file and a file converted to int8 while loading give the same logits, from every layout", async () => {
     const out = join(temporary, "moe-int8");
     const { tensors } = await quantize(`${GOLDENS}moe-tiny`, out, { dtype: "int8" });
     expect(tensors).toBe(tiny.tensors.length);
@@ -140,7 +140,7 @@ describe("quantize", () => {
     const fromFused = join(temporary, "moe-int8-fused");
     await quantize(await writeModel(temporary, "fused-again", fused(tiny), 2), fromFused, { dtype: "int8" });
     expect(await logits(fromFused)).toEqual(stored);
-    // Random experts are about as likely as each other, so some tokens are routed elsewhere: most agree, none is wild.
+    // Random experts are about equally likely, so some tokens are routed elsewhere: most agree, and none is far off.
     const errors = Array.from({ length: 33 }, (_, p) =>
       relativeError(stored.subarray(p * 512, (p + 1) * 512), expected.subarray(p * 512, (p + 1) * 512)),
     );
@@ -148,7 +148,7 @@ describe("quantize", () => {
     expect(Math.max(...errors)).toBeLessThan(1);
   });
 
-  test("a result that is there already, or is the source, is left alone", async () => {
+  test("an existing result, or one that is the source, is not touched", async () => {
     const out = join(temporary, "twice");
     await quantize(`${GOLDENS}dense-tiny`, out, { dtype: "int8" });
     await expect(quantize(`${GOLDENS}dense-tiny`, out, { dtype: "int8" })).rejects.toThrow("already contains a model");
@@ -165,7 +165,7 @@ describe("quantize", () => {
   });
 });
 
-describe("faults are one line that names what is wrong", () => {
+describe("errors are one line that names what is wrong", () => {
   let count = 0;
   const without = (pattern: RegExp) => (m: ModelFolder) => ({ ...m, tensors: m.tensors.filter((t) => !pattern.test(t.name)) });
   const config = (change: Record<string, unknown>) => (m: ModelFolder) => ({ ...m, config: { ...m.config, ...change } });
@@ -251,7 +251,7 @@ describe("faults are one line that names what is wrong", () => {
     await expect(AutoModelForCausalLM.from_pretrained(`${GOLDENS}moe-tiny`, options)).rejects.toThrow(message);
   });
 
-  test("device_map is device by its other name", async () => {
+  test("device_map is an alias of device", async () => {
     const model = await AutoModelForCausalLM.from_pretrained(`${GOLDENS}moe-tiny`, { device_map: "reference", kv_cache_tokens: 64 });
     expect(model.device).toBe("reference, 1 thread");
     await model.dispose();

@@ -1,4 +1,4 @@
-/** Run by memory.test.ts in a process of its own, with --expose-gc: measures one thing and prints it as JSON. */
+/** Run by memory.test.ts in a separate process with --expose-gc: takes one measurement and prints it as JSON. */
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { AutoModelForCausalLM, type CausalLM } from "../../src/api/model.ts";
@@ -6,7 +6,7 @@ import { AutoModelForCausalLM, type CausalLM } from "../../src/api/model.ts";
 const [what, folder, count] = process.argv.slice(2);
 const load = (threads = 2) => AutoModelForCausalLM.from_pretrained(folder, { threads });
 
-/** Resident bytes in MiB: all, and those that no file backs. */
+/** Resident memory in MiB: all of it, and the part that no file backs. */
 function resident(): { all: number; anonymous: number } {
   globalThis.gc?.();
   globalThis.gc?.();
@@ -18,7 +18,7 @@ function resident(): { all: number; anonymous: number } {
 const turn = () => new Promise((resolve) => setImmediate(resolve));
 const prompt = (length: number, seed: number) => Array.from({ length }, (_, i) => 6 + ((i * 31 + seed * 17) % 400));
 
-/** Calls as a server makes them: prompts of many lengths, sampled and not, streamed and not, one signal for all. */
+/** Calls like a server's: prompts of many lengths, sampled or greedy, streamed or not, with one signal for all. */
 async function use(model: CausalLM, calls: number, signal: AbortSignal): Promise<void> {
   for (let i = 0; i < calls; i++)
     await model.generate({
@@ -50,7 +50,7 @@ async function measureLoad() {
 async function measureCalls() {
   const model = await load(1); // one thread: beside other processes, two that wait for each other take ten times as long
   const { signal } = new AbortController();
-  await use(model, 1500, signal); // until what V8 compiles has been compiled
+  await use(model, 1500, signal); // until V8 has compiled everything
   const before = resident();
   const heap = process.memoryUsage().heapUsed;
   const start = performance.now();
@@ -81,7 +81,7 @@ async function measureReloads() {
   return { grown: resident().all - before.all, threads: threads() - threadsBefore, mappings: maps() };
 }
 
-/** Calls of the addon's `run`, and during how many of them the event loop went on. */
+/** Calls of the addon's `run`, and during how many of them the event loop kept running. */
 async function countTurns() {
   const addon = createRequire(import.meta.url)("../../native/build/mixtape.node") as { run: (...args: unknown[]) => Promise<void> };
   const native = addon.run;

@@ -1,4 +1,4 @@
-/** What loading and generating cost in memory, and whether the event loop goes on; each measured in a process of its own. */
+/** Memory use of loading and generating, and whether the event loop keeps running; each measured in a separate process. */
 import { execFile } from "node:child_process";
 import { existsSync, statSync } from "node:fs";
 import { join } from "node:path";
@@ -10,7 +10,7 @@ import { GOLDENS } from "../goldens.ts";
 const root = fileURLToPath(new URL("../..", import.meta.url));
 const SMALL = join(root, "models/small-moe");
 const TINY = `${GOLDENS}moe-tiny`;
-/** The default model where it is, else a tiny one. */
+/** The default model if it is available, else a tiny one. */
 const MODEL = existsSync(join(SMALL, "model.safetensors")) ? SMALL : TINY;
 const MIB = 2 ** 20;
 
@@ -24,7 +24,7 @@ async function measure<T>(what: string, folder: string, count = 0): Promise<T> {
 }
 
 describe("memory", () => {
-  test("loading maps the file: it adds at most 300 MiB to that, and dispose gives it back", async () => {
+  test("loading maps the file and adds at most 300 MiB; dispose frees both", async () => {
     type Grown = { all: number; anonymous: number };
     const { loaded, used, disposed } = await measure<Record<"loaded" | "used" | "disposed", Grown>>("load", MODEL);
     const file = statSync(join(MODEL, "model.safetensors")).size / MIB;
@@ -36,13 +36,13 @@ describe("memory", () => {
     expect(disposed.all).toBeLessThan(60);
   });
 
-  test("1,000 calls of generate do not grow it", async () => {
+  test("does not grow over 1,000 calls of generate", async () => {
     const { grown, heapGrown } = await measure<{ grown: number; heapGrown: number }>("calls", TINY, 1000);
     expect(grown).toBeLessThan(20);
     expect(heapGrown).toBeLessThan(0.5);
   });
 
-  test("50 models, one after another, do not grow it, nor leave threads or mappings", async () => {
+  test("does not grow over 50 models, one after another, which leave no threads or mappings", async () => {
     const { grown, threads, mappings } = await measure<Record<"grown" | "threads" | "mappings", number>>("reloads", MODEL, 50);
     expect(grown).toBeLessThan(20);
     expect(threads).toBe(0);
@@ -51,7 +51,7 @@ describe("memory", () => {
 });
 
 describe("the event loop", () => {
-  test("goes on while a native step runs", async () => {
+  test("keeps running during a native step", async () => {
     const { calls, during } = await measure<{ calls: number; during: number }>("loop", MODEL);
     expect(calls).toBeGreaterThan(50);
     expect(during / calls).toBeGreaterThan(0.5); // a short step may end within the turn that began it

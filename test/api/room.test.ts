@@ -1,4 +1,4 @@
-/** What is refused or warned of before a model is loaded, on machines that are only described; and on this one. */
+/** Rejections and warnings before a model is loaded, on hypothetical machines and on this one. */
 import { expect, test } from "vitest";
 import { warningsFor } from "../../src/api/room.ts";
 import type { WeightSource } from "../../src/backend/backend.ts";
@@ -17,23 +17,23 @@ test("a model that fits gives no warning", () => {
   expect(warningsFor([matrix(4, "bf16", "bf16")], 4, machine)).toEqual([]);
 });
 
-test("weights larger than memory are a warning with both figures", () => {
+test("weights larger than memory give a warning with both sizes", () => {
   expect(warningsFor([matrix(12, "bf16", "bf16")], 4, machine)).toEqual([
     expect.stringMatching(/^the weights are 12\.0 GiB and there are 8\.0 GiB of memory: they are read from the disk/),
   ]);
 });
 
-test("copies that do not fit are refused, and the way out is named", () => {
+test("copies that do not fit are rejected, with a remedy", () => {
   expect(() => warningsFor([matrix(16, "bf16", "int8")], 4, machine)).toThrow(
     /^converting the weights takes 8\.3 GiB of memory, and 6\.0 GiB are free; write the model in that format first \(mixtape quantize\)/,
   );
 });
 
-test("more threads than cores are a warning", () => {
+test("more threads than cores give a warning", () => {
   expect(warningsFor([], 16, machine)).toEqual(["16 threads on 4 cores: they wait for each other; 4 would be faster"]);
 });
 
-test("a model with more threads than this machine has cores still answers the same", async () => {
+test("a model with more threads than this machine has cores gives the same answers", async () => {
   const warnings: string[] = [];
   const threads = physicalCores() + 3;
   const crowded = await AutoModelForCausalLM.from_pretrained("default", { threads, warning_callback: (w) => warnings.push(w) });

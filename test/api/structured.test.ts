@@ -1,4 +1,4 @@
-/** `response_format` of `generate`, and conversations with reasoning and tools in `pipeline`: what comes out has the form asked for. */
+/** `response_format` of `generate`, and conversations with reasoning and tools in `pipeline`: answers have the requested form. */
 import { cp, readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -21,7 +21,7 @@ const PERSON = {
   additionalProperties: false,
 };
 const ENDS = [2, 5];
-/** One thread: spinning teams of several stand in each other's way where tests run beside each other. */
+/** One thread: spinning teams of several threads slow each other down when tests run in parallel. */
 const LOAD = { kv_cache_tokens: 16_384, threads: 1 };
 const folder = scratch();
 let model: CausalLM;
@@ -38,7 +38,7 @@ describe("generate with response_format", () => {
   const textOf = (row: readonly number[], prompt = ids) => tokenizer.decode(row.slice(prompt.length), { skip_special_tokens: true });
   const schema = (of: Readonly<Record<string, unknown>>) => ({ type: "json_schema", json_schema: { name: "answer", schema: of } }) as const;
 
-  test("json_schema: valid JSON and then an end token, greedy and sampled, several at once", async () => {
+  test("json_schema: valid JSON and then an end token, greedy and sampled, several in parallel", async () => {
     const valid = new Ajv2020().compile(PERSON);
     const common = { input_ids: [ids, ids.slice(0, -1)], tokenizer, response_format: schema(PERSON), max_new_tokens: 200 };
     const greedy = await model.generate({ ...common, do_sample: false });
@@ -54,7 +54,7 @@ describe("generate with response_format", () => {
   });
 
   test("json_object: an object", async () => {
-    // Closing brackets are made likely, so that it comes to an end.
+    // Closing brackets are made likely, so that the answer ends.
     const logit_bias = { [tokenizer.encode("}", { add_special_tokens: false }).at(-1) ?? 0]: 30 };
     const options = { tokenizer, response_format: { type: "json_object" } as const, logit_bias, max_new_tokens: 400 };
     const [row] = await model.generate({ input_ids: [ids], ...options, do_sample: false });
@@ -84,7 +84,7 @@ describe("generate with response_format", () => {
     for (const response_format of [{ type: "text" }, undefined, null]) expect(await answer({ response_format })).toEqual(free);
   });
 
-  test("an answer that is cut off says so, and other options still hold", async () => {
+  test("an answer that is cut off says so, and other options still apply", async () => {
     const options = { tokenizer, response_format: schema(PERSON), max_new_tokens: 3, do_sample: false, top_logprobs: 2 };
     const out = await model.generate({ input_ids: [ids], ...options, return_dict_in_generate: true });
     expect(out.finish_reasons).toEqual(["length"]);
@@ -123,7 +123,7 @@ describe("generate with response_format", () => {
   });
 });
 
-/** In the manner of ERNIE-4.5 `-Thinking`: the prompt ends inside the reasoning. */
+/** Like ERNIE-4.5 `-Thinking`: the prompt ends inside the reasoning. */
 const THINKING = `{%- if tools %}<|im_start|>system
 <tool_list>{{ tools | tojson }}</tool_list><|im_end|>
 {% endif -%}
@@ -161,7 +161,7 @@ describe("pipeline", () => {
   });
   afterAll(() => Promise.all([plain.dispose(), thinking.dispose()]));
 
-  /** The last message when the engine answers with this text, and how many tokens were taken of it. */
+  /** The last message when the engine answers with this text, and how many of its tokens were consumed. */
   async function replied(generator: TextGenerationPipeline, text: string, options: object = {}) {
     const tokens = [...generator.tokenizer.encode(text, { add_special_tokens: false }), ENDS[0]];
     const taken: number[] = [];
@@ -248,7 +248,7 @@ describe("pipeline", () => {
     expect((await replied(plain, "one STOP two", { stop_strings: ["x", "STOP"] })).message["content"]).toBe("one ");
   });
 
-  test("without tools, or with tool_choice none, a call is no call: the tags are special tokens, the rest is text", async () => {
+  test("without tools, or with tool_choice none, a call is not parsed: the tags are special tokens, the rest is text", async () => {
     for (const options of [{}, { tools: [WEATHER], tool_choice: "none" }])
       expect((await replied(plain, CALL, options)).message).toEqual({
         role: "assistant",
@@ -256,14 +256,14 @@ describe("pipeline", () => {
       });
   });
 
-  test("a call that the length cuts off is dropped; other text stays", async () => {
+  test("a call cut off by the length limit is dropped; other text stays", async () => {
     const text = 'Wait. <tool_call>\n{"na';
     const { length } = tokenizer.encode(text, { add_special_tokens: false });
     const { message } = await replied(plain, `${text}me": "weather"}`, { tools: [CLOCK], max_new_tokens: length });
     expect(message).toEqual({ role: "assistant", content: "Wait." });
   });
 
-  test("a call that is required, of the model itself: its arguments satisfy the schema", async () => {
+  test("a required call, generated by the model: its arguments satisfy the schema", async () => {
     const options = { tools: [CLOCK, WEATHER], max_new_tokens: 100, do_sample: true, temperature: 2 };
     const named = { type: "function", function: { name: "weather" } } as const;
     const [{ generated_text }] = await plain(question, { ...options, seed: 1, tool_choice: named });
@@ -275,14 +275,14 @@ describe("pipeline", () => {
     expect(["Rome", "Oslo"]).toContain((JSON.parse(message.tool_calls[0].function.arguments) as { city: string }).city);
   });
 
-  test("response_format holds after the reasoning", async () => {
+  test("response_format applies after the reasoning", async () => {
     const response_format = { type: "json_schema", json_schema: { schema: { enum: ["yes", "no"] } } } as const;
     const { message } = await replied(thinking, 'free text here</think>\n"yes"', { response_format });
     expect(message).toEqual({ role: "assistant", content: '"yes"', reasoning_content: "free text here" });
     await expect(replied(thinking, "x</think>maybe", { response_format })).rejects.toThrow("is not allowed");
   });
 
-  test("the answer can go on as a conversation: the result of a call is understood", async () => {
+  test("the answer can be continued as a conversation with the result of a call", async () => {
     const { message } = await replied(plain, CALL, { tools: [WEATHER] });
     const result = { role: "tool", tool_call_id: message.tool_calls?.[0].id, content: "sunny" };
     const [{ generated_text }] = await plain([...question, message, result], { tools: [WEATHER], max_new_tokens: 5 });

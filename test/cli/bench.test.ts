@@ -1,4 +1,4 @@
-// `mixtape bench` on tiny models: what it prints, how it cuts, what it refuses. The figures themselves are the machine's.
+// `mixtape bench` on tiny models: what it prints, cuts and rejects. The figures depend on the machine.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
@@ -135,7 +135,7 @@ test("lengths are cut to the model's positions, with a notice", async () => {
   expect(await fault("-m", model, "--new-tokens", "8")).toBe("--new-tokens 8 does not fit: the longest sequence is 8 tokens");
 });
 
-test("what cannot be measured is one line", async () => {
+test("what cannot be measured is a one-line error", async () => {
   expect(await fault("-m", "/no/such/folder")).toContain("no such folder");
   expect(await fault("-m", tinyModel(), "--compare", "/no/such/folder")).toContain("no such folder");
   expect(await fault("-m", tinyModel({ "config.json": "{" }))).toMatch(/config\.json: broken JSON/);
@@ -151,7 +151,7 @@ test("every instruction set has limits above zero", async () => {
   expect(() => machineLimits("no-such", 1)).toThrow("no-such");
 });
 
-test("what a token reads is counted: of the experts the chosen ones, and the head whole", () => {
+test("bytes read per token count only the chosen experts, and the whole head", () => {
   const config = fixture("moe-tiny");
   const all = parameters(config);
   const float = workOf(

@@ -10,7 +10,7 @@ import { finished, run, temporary, terminal, tinyModel } from "./run.ts";
 type Messages = { role: string; content: string }[];
 const LIMIT = ["--max-new-tokens", "6", "--greedy"];
 
-test("over a pipe: a message a line, /system, /save, /reset, /load", async () => {
+test("over a pipe: one message per line, /system, /save, /reset, /load", async () => {
   const [model, folder] = [tinyModel(), temporary()];
   const [a, b, c] = ["a.json", "b.json", "c.json"].map((name) => join(folder, name));
   const input = `/system be kind\nhello\nmore\\\nlines\n/save ${a}\n/reset\n"""\nin a\nblock\n"""\n/save ${b}\n/load ${a}\n/regenerate\n/save ${c}\n/exit\nnever read\n`;
@@ -34,7 +34,7 @@ test("a question gets one answer on standard output", async () => {
   expect(piped.out).toBe(once.out);
 });
 
-test("over a pipe, what fails ends it with 1", async () => {
+test("over a pipe, an error ends it with exit code 1", async () => {
   const model = tinyModel();
   const broken = join(temporary(), "broken.json");
   writeFileSync(broken, '[{"role": "robot", "content": "x"}]');
@@ -52,7 +52,7 @@ test("over a pipe, what fails ends it with 1", async () => {
   }
 });
 
-test("a conversation beyond the longest position drops its oldest turns with a notice", async () => {
+test("a conversation longer than the model's positions drops its oldest turns with a notice", async () => {
   const config = JSON.parse(readFileSync(join(tinyModel(), "config.json"), "utf8")) as object;
   const model = tinyModel({ "config.json": { ...config, max_position_embeddings: 96 } });
   const file = join(temporary(), "a.json");
@@ -75,7 +75,7 @@ function typist(child: ChildProcess): (wanted: RegExp, keys: string) => Promise<
   };
 }
 
-test("at a terminal: Ctrl-C stops the answer and keeps the session and what was said", async () => {
+test("at a terminal: Ctrl-C stops the answer and keeps the session and the conversation", async () => {
   const file = join(temporary(), "a.json");
   const child = terminal(["chat", "-m", tinyModel(), "--greedy", "--max-new-tokens", "3500", "--logit-bias", "2=-inf"]);
   const done = finished(child);

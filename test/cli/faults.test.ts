@@ -14,7 +14,7 @@ async function fault(args: readonly string[], input = ""): Promise<string> {
 
 const config = (model: string) => JSON.parse(readFileSync(join(model, "config.json"), "utf8")) as Record<string, unknown>;
 
-test("a folder that is not there", async () => {
+test("a missing folder", async () => {
   expect(await fault(["generate", "-m", "/no/such/folder", "x"])).toBe(
     "/no/such/folder: no such folder, and not a hub id either (org/name)",
   );
@@ -51,7 +51,7 @@ test("an unknown architecture lists the known ones", async () => {
   expect(message).toMatch(/LlamaForCausalLM is not supported; supported are Ernie4_5_MoeForCausalLM, Ernie4_5ForCausalLM/);
 });
 
-test("a prompt beyond the longest position", async () => {
+test("a prompt longer than the model's positions", async () => {
   const model = tinyModel({ "config.json": { ...config(tinyModel()), max_position_embeddings: 8 } });
   expect(await fault(["generate", "abcdefghijkl", "-m", model])).toBe("the prompt has 12 tokens; the model's longest position is 8");
   expect(await fault(["chat", "abcdefghijkl", "-m", model])).toMatch(

@@ -16,7 +16,7 @@ test("--ids prints the greedy continuation as ids, and --text as text", async ()
   expect((await run([...args, "--text"])).out).not.toBe(ids.out);
 });
 
-test("--json has everything about an answer, and its seed gives it again", async () => {
+test("--json has everything about an answer, and its seed reproduces it", async () => {
   const model = tinyModel();
   const args = ["generate", "中文 abc", "-m", model, "--temperature", "1", "--max-new-tokens", "5", "--json"];
   const first = JSON.parse((await run(args)).out) as Record<string, unknown> & { ids: number[]; logprobs: number[]; seed: number };
@@ -72,7 +72,7 @@ function fileWith(text: string): string {
   return file;
 }
 
-test("--schema: the answer is JSON that satisfies it, also of ids, of several answers, and with a byte order mark", async () => {
+test("--schema: the answer is JSON that satisfies it, also with --ids, several answers, or a byte order mark", async () => {
   const schema = fileWith(`\ufeff${JSON.stringify(SCHEMA)}`);
   const options = ["-m", tinyModel(), "--schema", schema, "--max-new-tokens", "80"];
   const check = (text: string) => {
@@ -127,7 +127,7 @@ test.each<[string, string | null, string, RegExp]>([
   expect(err.slice("mixtape: ".length, -1)).toMatch(message);
 });
 
-test("a reader that leaves ends it quietly", async () => {
+test("it exits quietly when the reader closes the pipe", async () => {
   const child = spawn(process.execPath, [
     binary,
     "generate",
@@ -143,7 +143,7 @@ test("a reader that leaves ends it quietly", async () => {
   expect(await finished(child)).toMatchObject({ code: 0, err: "" });
 });
 
-test("Ctrl-C ends it with 130", async () => {
+test("Ctrl-C ends it with exit code 130", async () => {
   const child = spawn(process.execPath, [
     binary,
     "generate",
@@ -161,7 +161,7 @@ test("Ctrl-C ends it with 130", async () => {
   expect(out.endsWith("\n")).toBe(true);
 });
 
-test("info counts parameters, those of chosen experts as active", async () => {
+test("info counts parameters, and those of chosen experts as active", async () => {
   const model = tinyModel();
   const facts = JSON.parse((await run(["info", model, "--json"])).out) as {
     parameters: { total: number; active: number };
@@ -175,13 +175,13 @@ test("info counts parameters, those of chosen experts as active", async () => {
   for (const part of ["Ernie4_5_MoeForCausalLM", "8 a layer, 2 chosen", "KV cache a token", "tokenizer.json"]) expect(out).toContain(part);
 });
 
-test("info describes a folder without weights and without a tokenizer as far as it goes", async () => {
+test("info describes a folder without weights and a tokenizer as far as possible", async () => {
   const { code, out } = await run(["info", tinyModel({ "model.safetensors": null, "tokenizer.json": null })]);
   expect(code).toBe(0);
   expect(out).toContain("no model.safetensors in the folder");
 });
 
-test("quantize writes a folder that runs, and says the sizes", async () => {
+test("quantize writes a working folder, and reports the sizes", async () => {
   const out = join(temporary(), "int8");
   const done = await run(["quantize", tinyModel(), out, "--dtype", "int8"]);
   expect(done).toMatchObject({ code: 0, err: "" });

@@ -1,4 +1,4 @@
-// Help, version, and how wrong use of commands and options is told.
+// Help, version, and error messages for wrong use of commands and options.
 import { expect, test } from "vitest";
 import { run } from "./run.ts";
 

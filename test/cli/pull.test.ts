@@ -1,4 +1,4 @@
-// `pull` from a hub on loopback, and a model of the hub in another command.
+// `pull` from a hub on loopback, and another command with a model from the hub.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, test } from "vitest";
@@ -17,7 +17,7 @@ function serve(): { env: Record<string, string> } {
   return { env: { HF_ENDPOINT: hub.endpoint, HF_HUB_CACHE: temporary(), HF_HUB_OFFLINE: "0" } };
 }
 
-test("prints the folder on standard output, what came on standard error, and then the model is there offline", async () => {
+test("prints the folder on standard output and the downloads on standard error; then the model is available offline", async () => {
   const { env } = serve();
   const { code, out, err } = await run(["pull", "org/model"], { env });
   expect(code, err).toBe(0);
@@ -29,12 +29,12 @@ test("prints the folder on standard output, what came on standard error, and the
   expect((await run(["generate", "abc", "-m", "org/model", "--offline", "--max-new-tokens", "2"], { env })).code).toBe(0);
 });
 
-test("HF_HUB_DISABLE_PROGRESS_BARS=1 says nothing of downloads", async () => {
+test("HF_HUB_DISABLE_PROGRESS_BARS=1 silences downloads", async () => {
   const { env } = serve();
   expect((await run(["pull", "org/model"], { env: { ...env, HF_HUB_DISABLE_PROGRESS_BARS: "1" } })).err).toBe("");
 });
 
-test("info fetches no weights", async () => {
+test("info downloads no weights", async () => {
   const { env } = serve();
   const { code, out } = await run(["info", "org/model"], { env });
   expect(code).toBe(0);

@@ -1,4 +1,4 @@
-/** `mixtape quantize` and `verify` when something goes wrong midway: nothing half-written loads, nothing done is lost. */
+/** `mixtape quantize` and `verify` after a failure midway: nothing half-written loads, and no finished work is lost. */
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, openSync, readFileSync, statSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
@@ -18,7 +18,7 @@ async function killedAt(out: string, bytes: number): Promise<void> {
   expect(await ended).toBe("SIGKILL");
 }
 
-test("killed while writing: what is there does not load, and the same command goes on to the same bytes", async () => {
+test("killed while writing: the partial folder does not load, and the same command resumes to the same bytes", async () => {
   const folder = temporary();
   const [whole, killed] = [join(folder, "whole"), join(folder, "killed")];
   await killedAt(killed, 20e6);

@@ -62,7 +62,7 @@ test("writes SVG and PNG", async () => {
   expect(bytes.readUInt32BE(16)).toBe(2560);
 });
 
-test("the SVG of the largest mixture is well-formed and refers to nothing outside", () => {
+test("the SVG of the largest mixture is well-formed and references nothing external", () => {
   const svg = heatmapSvg(uses(27, 64), { title: "T\u0000\ud800 'x'", model: "m", prompt: "]]>", tokens: 100, chosen: 6 });
   expectWellFormed(svg);
   expect(svg.match(/<rect [^>]*><title>layer/g)).toHaveLength(27 * 64 + 27);
@@ -88,7 +88,7 @@ test("balance: even use, and all in one", () => {
   expect(one).toMatchObject({ max_load: 1, effective_experts: 1, unused_experts: 3, mean_weights: [0, 0, 0.5, 0] });
 });
 
-test("texts are escaped and cut by what they take on the screen", () => {
+test("texts are escaped, and cut by their width on the screen", () => {
   expect(escapeXml(`<a b="c">&'\u0001\ud800`)).toBe("&lt;a b=&quot;c&quot;&gt;&amp;&#39;\ufffd\ufffd");
   expect(displayWidth("中文ab")).toBe(6);
   expect(excerpt("中文中文\nab", 7)).toBe("中文中…");
@@ -105,7 +105,7 @@ function uses(layers: number, experts: number): LayerUse[] {
   return countExperts(outputs, experts);
 }
 
-/** Every tag closes in order, attributes are quoted, and nothing is left of bare markup. */
+/** Checks that tags close in order, attributes are quoted, and no unescaped markup remains. */
 function expectWellFormed(xml: string): void {
   const open: string[] = [];
   const rest = xml.replace(

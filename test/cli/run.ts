@@ -21,16 +21,16 @@ export interface RunOptions {
   readonly env?: Readonly<Record<string, string>>;
 }
 
-/** Runs `mixtape` with these arguments to its end. */
+/** Runs `mixtape` with these arguments until it exits. */
 export function run(args: readonly string[], { input = "", env = {} }: RunOptions = {}): Promise<Result> {
   if (!existsSync(join(root, "dist/cli/main.js"))) throw new Error("dist is not built; run npm run build");
   const child = spawn(process.execPath, [binary, ...args], { env: environment(env) });
-  child.stdin.on("error", () => {}); // a command that fails at once does not read it
+  child.stdin.on("error", () => {}); // a command that fails immediately does not read it
   child.stdin.end(input);
   return finished(child);
 }
 
-/** Runs `mixtape` under a pseudo-terminal: what is written to its standard input is typed. */
+/** Runs `mixtape` under a pseudo-terminal: what is written to its standard input counts as typed. */
 export function terminal(args: readonly string[]): ChildProcess {
   const relay = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)";
   return spawn("python3", ["-c", relay, process.execPath, binary, ...args], { env: environment({ TERM: "xterm", NO_COLOR: "1" }) });
@@ -49,7 +49,7 @@ function environment(more: Readonly<Record<string, string>>): NodeJS.ProcessEnv 
   return { ...rest, HF_HUB_OFFLINE: "1", ...more };
 }
 
-/** A folder that is gone after the test. */
+/** A folder that is removed after the test. */
 export function temporary(): string {
   const path = mkdtempSync(join(tmpdir(), "mixtape-cli-"));
   onTestFinished(() => rmSync(path, { recursive: true, force: true }));

@@ -178,7 +178,7 @@ describe("errors are one line that names what is wrong", () => {
     [
       "missing correction bias",
       without(/layers\.2\..*e_score_correction_bias/),
-      /the correction bias model\.layers\.2\.mlp\.moe_statics\.e_score_correction_bias is missing.*refused$/,
+      /the correction bias model\.layers\.2\.mlp\.moe_statics\.e_score_correction_bias is missing.*rejected$/,
     ],
     ["missing tensor", without(/layers\.3\.self_attn\.o_proj/), /tensor model\.layers\.3\.self_attn\.o_proj\.weight is missing/],
     [
@@ -189,7 +189,7 @@ describe("errors are one line that names what is wrong", () => {
     [
       "wrong shape",
       tensor("model.layers.0.mlp.up_proj.weight", { shape: [64, 160] }),
-      /tensor model\.layers\.0\.mlp\.up_proj\.weight has the shape \[64, 160\], config\.json makes it \[160, 64\]/,
+      /tensor model\.layers\.0\.mlp\.up_proj\.weight has the shape \[64, 160\], but config\.json implies \[160, 64\]/,
     ],
     [
       "a dtype that weights cannot have",

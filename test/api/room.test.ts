@@ -19,7 +19,7 @@ test("a model that fits gives no warning", () => {
 
 test("weights larger than memory give a warning with both sizes", () => {
   expect(warningsFor([matrix(12, "bf16", "bf16")], 4, machine)).toEqual([
-    expect.stringMatching(/^the weights are 12\.0 GiB and there are 8\.0 GiB of memory: they are read from the disk/),
+    expect.stringMatching(/^the weights are 12\.0 GiB and there are 8\.0 GiB of memory: they will be read from disk/),
   ]);
 });
 

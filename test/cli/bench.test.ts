@@ -89,7 +89,7 @@ test("a profile has the time of each op, and how fast those with matrices read t
       ["generation", 4],
     ]);
     for (const { ops } of profile) {
-      expect(ops.map((o) => o.op)).toEqual(expect.arrayContaining(["linear", "groupedLinear", "attention", "route"]));
+      expect(ops.map((o) => o.op)).toEqual(expect.arrayContaining(["linear", "groupedLinear", "pagedAttention", "route"]));
       expect(ops.reduce((sum, o) => sum + o.share, 0)).toBeCloseTo(1, 1);
       for (const o of ops) {
         const multiplies = ["linear", "gatedLinear", "groupedLinear", "groupedGatedLinear", "route"].includes(o.op);

@@ -192,8 +192,8 @@ describe("64 at once", () => {
 
   test.each<[string, string, LoadOptions]>([
     ["a tiny model in float32, little room", `${GOLDENS}moe-tiny`, { dtype: "fp32", threads: 1, kv_cache_tokens: 480, chunk_size: 48 }],
-    ["the model that comes along, much room", DEFAULT, { threads: 2, kv_cache_tokens: 16384 }],
-    ["the model that comes along, little room", DEFAULT, { threads: 2, kv_cache_tokens: 640, max_sequences: 20 }],
+    ["the bundled model, much room", DEFAULT, { threads: 2, kv_cache_tokens: 16384 }],
+    ["the bundled model, little room", DEFAULT, { threads: 2, kv_cache_tokens: 640, max_sequences: 20 }],
   ])("%s: each the same as alone, with the prefix cache and without", async (_name, folder, options) => {
     const open1 = async (more: LoadOptions) => {
       const model = await loadModel(folder, { ...options, ...more });

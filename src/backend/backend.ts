@@ -1,4 +1,4 @@
-/** What an engine or a trainer asks of whoever computes. A backend runs traced graphs; it knows ops and memory, not models. */
+/** What an engine or a trainer needs from a backend. It runs traced graphs; it knows ops and memory, not models. */
 import type { Call } from "../graph/call.ts";
 import type { Graph } from "../graph/graph.ts";
 import type { Dtype } from "../tensor/dtype.ts";

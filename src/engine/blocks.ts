@@ -34,12 +34,12 @@ export class Blocks {
     this.#keys = new Float64Array(count * BLOCK_TOKENS);
   }
 
-  /** Blocks that can be had: nobody holds them. */
+  /** Blocks that nobody holds. */
   get free(): number {
     return this.#free.length + this.#idle.size;
   }
 
-  /** Of those, the ones that are remembered. */
+  /** Of those, the ones that are remembered for their contents. */
   get idle(): number {
     return this.#idle.size;
   }

@@ -124,7 +124,7 @@ export class Engine {
   }
 
   /**
-   * Runs `tokens` through the model and hands over what is wanted of every position: logits unless told otherwise, hidden
+   * Runs `tokens` through the model and returns what is asked for, for every position: logits by default, hidden
    * states, routing. Waits for room in the cache.
    */
   async inspect(tokens: readonly number[], want: Wanted = {}): Promise<Inspection> {
@@ -188,7 +188,7 @@ export class Engine {
     this.#running = false;
   }
 
-  /** Who is next. Where that cannot be told, nobody is served any more: all requests end with the error, later ones start afresh. */
+  /** The next step. If the scheduler fails, all current requests end with its error; later ones start afresh. */
   #next(): BatchEntry[] {
     try {
       return this.#scheduler.next(this.#promptRows());

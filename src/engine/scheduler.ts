@@ -87,7 +87,7 @@ export class Scheduler {
     const owner = this.#owners.get(sequence.owner);
     if (owner) owner.sequences.push(sequence);
     else {
-      // Who was away has no claim on the past: it starts level with whoever of those here had least.
+      // A returning owner gets no credit for its absence: it starts level with the active owner that has used least.
       let rows = Number.POSITIVE_INFINITY;
       for (const other of this.#owners.values()) rows = Math.min(rows, other.rows);
       this.#owners.set(sequence.owner, { sequences: [sequence], rows: Number.isFinite(rows) ? rows : 0, shortest: false });

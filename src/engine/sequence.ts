@@ -18,7 +18,7 @@ export interface Request extends Content {
   readonly maxNewTokens: number;
   /** Ids that end the answer; the one that does is part of it. */
   readonly stopIds?: readonly number[];
-  /** How many of the likeliest tokens to hand over with each token. Default 0. */
+  /** How many of the likeliest tokens to return with each token. Default 0. */
   readonly topLogprobs?: number;
   /** Hand over which experts each token used. Default false. */
   readonly wantRouting?: boolean;

@@ -41,7 +41,7 @@ export class Steps {
 
   /** Settles, without an error, when the step that was asked for last has ended. */
   async idle(): Promise<void> {
-    await this.#last.catch(() => {}); // its caller hears of a failure
+    await this.#last.catch(() => {}); // its caller handles a failure
   }
 
   /**
@@ -77,7 +77,7 @@ export class Steps {
     };
     this.#pending++;
     const run = this.#last
-      .catch(() => {}) // whoever ran that step hears of its failure
+      .catch(() => {}) // the caller of that step handles its failure
       .then(begin)
       .finally(() => {
         this.#pending--;

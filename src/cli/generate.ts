@@ -63,6 +63,7 @@ async function generate(argument: string | undefined, flags: GenerateFlags): Pro
     const folder = await findFolder(flags.model, flags, { signal: interrupt.signal });
     // The model's files are read while the tokenizer is built, so that the first token comes sooner.
     const opening = openModel(folder, flags);
+    opening.catch(() => {}); // awaited below; it may fail before that
     const readTokens = async () => {
       const tokenizer = !flags.ids || flags.text || flags.stop || format ? await openTokenizer(folder) : null;
       return { tokenizer, ids: encodePrompt(prompt, tokenizer, flags) };

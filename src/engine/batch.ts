@@ -1,4 +1,4 @@
-/** One step of generation: what the model is given for a batch, and what each sequence gets of what comes out. */
+/** One generation step: builds the model's inputs for a batch and distributes its outputs to the sequences. */
 import type { Numbers } from "../backend/backend.ts";
 import { OUTPUTS, type Programs } from "./programs.ts";
 import { layOut } from "./sampling.ts";
@@ -8,18 +8,18 @@ import type { Part, Steps } from "./steps.ts";
 
 export interface Drawn {
   readonly entries: readonly BatchEntry[];
-  /** Of the entries that sample, in their order; the id is -1 where nothing could be chosen. */
+  /** One per entry that samples, in order; the id is -1 if no token could be chosen. */
   readonly tokens: readonly GeneratedToken[];
   readonly rows: number;
-  /** Of each mixture layer, the experts of all rows; null unless asked for. */
+  /** Each mixture layer's experts of all rows; null unless requested. */
   readonly experts: readonly Int32Array[] | null;
 }
 
 /**
  * Computes a batch.
- * @param masks of each entry, what its constraint allows; null: nobody has one
- * @param wantExperts return the experts of all rows, also where no request asks for its own
- * @param started called once native code is at work
+ * @param masks what each entry's constraint allows; null: no entry has one
+ * @param wantExperts return the experts of all rows, even if no request asks for its own
+ * @param started called once native code is running
  */
 export async function drawBatch(
   steps: Steps,

@@ -1,50 +1,50 @@
 /**
- * The KV cache's memory, handed out in blocks of tokens (https://arxiv.org/abs/2309.06180). Blocks may have several holders,
- * and full ones are remembered by what they hold after their last holder left, until their room is needed. Knows no requests.
+ * Allocates the KV cache's memory in blocks of tokens (https://arxiv.org/abs/2309.06180). Blocks may have several holders. Full
+ * ones stay in the prefix cache, found by their contents, after their last holder leaves until their memory is needed. Knows no requests.
  */
 import { BLOCK_TOKENS } from "../backend/backend.ts";
 
 export { BLOCK_TOKENS } from "../backend/backend.ts";
 
-/** Where a chain of remembered blocks begins. */
+/** The entry where every chain of remembered blocks begins. */
 export const ROOT = 0;
 
 export class Blocks {
   readonly count: number;
-  /** Blocks without holders that hold nothing worth keeping. */
+  /** Blocks with neither holders nor remembered contents. */
   readonly #free: number[];
-  /** Remembered blocks without holders, the least recently used first. */
+  /** Remembered blocks without holders, least recently used first. */
   readonly #idle = new Set<number>();
   readonly #holders: Int32Array;
-  /** Remembered blocks by the hash of what they hold. */
+  /** Remembered blocks by the hash of their contents. */
   readonly #found = new Map<number, number>();
-  /** Of each block the entry that continues its chain, ROOT where it is not remembered; the entry before it; and its keys. */
+  /** For each block: its entry in a chain, ROOT if not remembered; the entry before it; and its tokens' keys. */
   readonly #entries: Float64Array;
   readonly #parents: Float64Array;
   readonly #keys: Float64Array;
-  /** Entries are numbered for good, so that what follows a forgotten block is never found again. */
+  /** Entry numbers are never reused, so successors of a forgotten block are never found again. */
   #last = ROOT;
 
   constructor(count: number) {
     this.count = count;
-    this.#free = Array.from({ length: count }, (_, i) => count - 1 - i); // the lowest first, so that memory is touched late
+    this.#free = Array.from({ length: count }, (_, i) => count - 1 - i); // lowest first, so that memory is touched as late as possible
     this.#holders = new Int32Array(count);
     this.#entries = new Float64Array(count);
     this.#parents = new Float64Array(count);
     this.#keys = new Float64Array(count * BLOCK_TOKENS);
   }
 
-  /** Blocks that nobody holds. */
+  /** How many blocks have no holder and can be allocated. */
   get free(): number {
     return this.#free.length + this.#idle.size;
   }
 
-  /** Of those, the ones that are remembered for their contents. */
+  /** How many of those are remembered. */
   get idle(): number {
     return this.#idle.size;
   }
 
-  /** Grows `pages` until it covers `tokens`; false, and nothing changed, when there are too few free blocks. */
+  /** Grows `pages` until it covers `tokens`. Returns false and changes nothing if there are too few free blocks. */
   cover(pages: number[], tokens: number): boolean {
     const wanted = Math.ceil(tokens / BLOCK_TOKENS) - pages.length;
     if (wanted > this.free) return false;
@@ -56,12 +56,12 @@ export class Blocks {
     return true;
   }
 
-  /** Gives all of `pages` back. Those that are remembered stay so, the later ones of a chain to go before the earlier. */
+  /** Releases all of `pages`. Remembered ones stay so; the later blocks of a chain are evicted before the earlier. */
   release(pages: number[]): void {
     for (const block of pages.splice(0).reverse()) this.#leave(block);
   }
 
-  /** The longest chain of remembered blocks that `keys` (one a token) begin with, at most `limit` blocks; the caller holds them from now on. */
+  /** The longest chain of remembered blocks that is a prefix of `keys` (one per token), at most `limit` blocks. The caller now holds them. */
   match(keys: readonly number[], limit: number): { pages: number[]; entry: number } {
     const pages: number[] = [];
     let entry = ROOT;
@@ -78,8 +78,8 @@ export class Blocks {
   }
 
   /**
-   * Remembers the full block `pages[at]`, which holds the tokens with these keys, behind the chain of `entry`; gives the
-   * chain's new entry. Where another block holds the same already, that one takes its place in `pages`.
+   * Remembers the full block `pages[at]`, which holds the tokens with these keys, after `entry`, and returns the chain's new
+   * entry. If another block already holds the same, it replaces this one in `pages`.
    */
   remember(pages: number[], at: number, entry: number, keys: readonly number[]): number {
     const from = at * BLOCK_TOKENS;
@@ -96,7 +96,7 @@ export class Blocks {
       return this.#entries[known];
     }
     const other = this.#found.get(hash);
-    if (other !== undefined) this.#forget(other); // the same hash by chance: the newer one stays
+    if (other !== undefined) this.#forget(other); // a hash collision: keep the newer one
     this.#found.set(hash, block);
     this.#parents[block] = entry;
     for (let i = 0; i < BLOCK_TOKENS; i++) this.#keys[block * BLOCK_TOKENS + i] = keys[from + i];
@@ -104,7 +104,7 @@ export class Blocks {
     return this.#last;
   }
 
-  /** Finds none of `pages` again: their contents are in doubt. Their holders keep them. */
+  /** Drops `pages` from the prefix cache because their contents may be wrong. Holders keep them. */
   forget(pages: readonly number[]): void {
     for (const block of pages) if (this.#entries[block] !== ROOT) this.#forget(block);
   }
@@ -115,7 +115,7 @@ export class Blocks {
     else this.#free.push(block);
   }
 
-  /** The block that holds tokens with these very keys behind `entry`: the hash only says where to look. */
+  /** The block that holds tokens with exactly these keys after `entry`; the hash only says where to look. */
   #find(hash: number, entry: number, keys: readonly number[], from: number): number | undefined {
     const block = this.#found.get(hash);
     if (block === undefined || this.#parents[block] !== entry) return undefined;

@@ -1,6 +1,6 @@
 /**
- * Serves token sequences: ids in, ids out. Its loop is the definition of serving: who is next, one step of the model,
- * what came of it. Knows no text.
+ * Serves token sequences: ids in, ids out. The serving loop schedules a batch, runs one step of the model, and hands out
+ * the results. Knows no text.
  */
 import { setImmediate as turn } from "node:timers/promises";
 import type { Backend, Weights } from "../backend/backend.ts";
@@ -30,28 +30,28 @@ export interface EngineOptions {
   readonly dtypeOf: (parameter: string) => Dtype;
   /** Format of the KV cache. Default: f32 where the embeddings are f32, int8kv where they are int8, else f16. */
   readonly kvDtype?: KvDtype;
-  /** Tokens that the KV cache has room for, of all sequences together. Default: 16 full sequences, or as many as fit half of the memory that the weights leave. */
+  /** Capacity of the KV cache in tokens, for all sequences together. Default: 16 full sequences, or as many as fit in half of the memory that the weights leave. */
   readonly kvTokens?: number;
-  /** Rows of one step at most; longer prompts are computed in pieces. Default 512. */
+  /** The most rows in one step; longer prompts are computed in chunks. Default 512. */
   readonly maxRows?: number;
-  /** Sequences that are computed at the same time; others wait. Default 512. */
+  /** The most sequences computed at once; others wait. Default 512. */
   readonly maxSequences?: number;
-  /** Milliseconds that prompts may add to a step while others wait for their next token. Default 200. */
+  /** Milliseconds that prompts may add to a step while other sequences wait for their next token. Default 200. */
   readonly promptMs?: number;
-  /** Keep what full blocks hold, for requests that begin alike. Default true. */
+  /** Keep full blocks for requests that share a prefix. Default true. */
   readonly prefixCache?: boolean;
 }
 
 const READERS_AT_ONCE = 32;
-/** However slow the machine: fewer rows of prompts in a step would hardly save time. */
+/** The fewest prompt rows allowed in a step, however slow the machine: fewer would hardly save time. */
 const LEAST_PROMPT_ROWS = 16;
 
 export class Engine {
   readonly model: Model;
   readonly kvDtype: KvDtype;
-  /** Bytes of KV cache that one token takes. */
+  /** Bytes of KV cache per token. */
   readonly kvBytesPerToken: number;
-  /** Told of every step that has ended. For metrics; it must not throw. */
+  /** Called after every step, for metrics; it must not throw. */
   onStep: ((report: StepReport) => void) | null = null;
   readonly #backend: Backend;
   readonly #weights: Weights;
@@ -62,7 +62,7 @@ export class Engine {
   readonly #maxRows: number;
   readonly #promptMs: number;
   readonly #tally: Tally;
-  /** Sequences whose readers have not been told of their newest token. */
+  /** Sequences whose readers have not been woken for their newest token. */
   #unread: Sequence[] = [];
   #running = false;
 
@@ -75,8 +75,8 @@ export class Engine {
     this.model = model;
     this.kvDtype = kvDtype;
     this.kvBytesPerToken = kvBytesPerToken(model, kvDtype);
-    const available = backend.memory().free; // what files in the page cache take counts as free, the weights' too
-    const left = Math.max(available - weights.mappedBytes, available / 16); // a model larger than memory runs from disk
+    const available = backend.memory().free; // the page cache counts as free, including pages of mapped weights
+    const left = Math.max(available - weights.mappedBytes, available / 16); // a model larger than memory is paged in from disk
     const fits = Math.floor(left / 2 / this.kvBytesPerToken);
     const kvTokens = options.kvTokens ?? Math.min(16 * model.maxPositions, Math.max(fits, BLOCK_TOKENS));
     this.#backend = backend;
@@ -90,12 +90,12 @@ export class Engine {
     this.#tally = new Tally(model.mixtures.layers.length, model.mixtures.experts);
   }
 
-  /** Blocks of the cache that no sequence holds, and all of them. */
+  /** Blocks of the cache without a holder, and in total. */
   get cache(): { free: number; count: number } {
     return { free: this.#blocks.free, count: this.#blocks.count };
   }
 
-  /** What is going on, and what has been done since the start. */
+  /** The current load, and totals since the start. */
   stats(): EngineStats {
     const { count, free, idle } = this.#blocks;
     const { running, waiting, preemptions } = this.#scheduler;
@@ -103,8 +103,8 @@ export class Engine {
   }
 
   /**
-   * Generates from a prompt; many at once share the steps. Throws at once on an empty prompt, ids outside the vocabulary, a
-   * prompt beyond the longest position or the cache, or impossible controls. Leaving the loop, or the signal, cancels it.
+   * Generates from a prompt; concurrent requests share steps. Throws immediately on an empty prompt, ids outside the vocabulary, a
+   * prompt longer than the model's positions or the cache, or invalid controls. Leaving the loop or aborting the signal cancels it.
    */
   submit(request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
     this.#check(request);
@@ -124,8 +124,8 @@ export class Engine {
   }
 
   /**
-   * Runs `tokens` through the model and returns what is asked for, for every position: logits by default, hidden
-   * states, routing. Waits for room in the cache.
+   * Runs `tokens` through the model and returns what is wanted for every position: logits by default, hidden states, routing.
+   * Waits for room in the cache.
    */
   async inspect(tokens: readonly number[], want: Wanted = {}): Promise<Inspection> {
     this.#check({ tokens });
@@ -138,7 +138,7 @@ export class Engine {
     return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.model, tokens, pages, this.#inspectedRows));
   }
 
-  /** Seconds by op of all steps so far, and how many calls of it the traced programs have; with `rows`, of steps of about so many rows alone. */
+  /** Seconds by op over all steps so far, and its number of calls in the prepared programs; with `rows`, only for steps of about that many rows. */
   profile(rows?: number): ReadonlyMap<string, { readonly seconds: number; readonly calls: number }> {
     return this.#programs.profile(rows);
   }
@@ -165,7 +165,7 @@ export class Engine {
     while (this.#scheduler.busy) {
       const batch = this.#next();
       if (batch.length === 0) {
-        // Nobody is left, or `inspect` holds the blocks that the others wait for, and needs the event loop to give them back.
+        // No requests are left, or `inspect` holds the blocks that they wait for and needs the event loop to release them.
         this.#wakeReaders();
         await this.#steps.idle();
         await turn();
@@ -188,7 +188,7 @@ export class Engine {
     this.#running = false;
   }
 
-  /** The next step. If the scheduler fails, all current requests end with its error; later ones start afresh. */
+  /** The next batch. If the scheduler throws, all requests end with its error; later ones start afresh. */
   #next(): BatchEntry[] {
     try {
       return this.#scheduler.next(this.#promptRows());
@@ -198,19 +198,19 @@ export class Engine {
     }
   }
 
-  /** Rows of prompts that a step may add while others generate, by how long a row took lately. */
+  /** The most prompt rows in a step while other sequences generate, estimated from recent steps. */
   #promptRows(): number {
     const fits = Math.floor(this.#promptMs / 1000 / this.#tally.secondsPerPromptRow);
     return Math.min(this.#maxRows, Math.max(LEAST_PROMPT_ROWS, Number.isFinite(fits) ? fits : this.#maxRows));
   }
 
-  /** The same for `inspect` and `embed`, whose steps take turns with those of the others. */
+  /** The same for `inspect` and `embed`, whose steps alternate with generation. */
   readonly #inspectedRows = (): number => (this.#scheduler.running > 0 ? this.#promptRows() : this.#maxRows);
 
-  /** Computes one step. Null where no sequence was left whose constraint let it go on. */
+  /** Computes one step. Null if every sequence ended while constraints were evaluated. */
   async #draw(batch: readonly BatchEntry[]): Promise<Drawn | null> {
     const constrained = batch.some((e) => e.samples && e.sequence.request.constraint);
-    if (constrained || this.#steps.busy) this.#wakeReaders(); // the step will not start at once
+    if (constrained || this.#steps.busy) this.#wakeReaders(); // the step will not start immediately
     const masks = constrained ? await Promise.all(batch.map((e) => (e.samples ? this.#mask(e.sequence) : null))) : null;
     const left = batch.filter((e) => !e.sequence.done);
     const masked = masks?.filter((_, i) => !batch[i].sequence.done) ?? null;
@@ -219,7 +219,7 @@ export class Engine {
     return drawBatch(this.#steps, this.#programs, left, masked, this.#tally.wantsRouting, wake);
   }
 
-  /** What a sequence's constraint allows next. Where that goes wrong, its request alone fails. */
+  /** The tokens that a sequence's constraint allows next. If it throws, only its own request fails. */
   async #mask(sequence: Sequence): Promise<Int32Array | null> {
     try {
       const mask = (await sequence.request.constraint?.next()) ?? null;
@@ -271,8 +271,8 @@ export class Engine {
   }
 
   /**
-   * Tells readers of new tokens: once the next step is under way, so that what they do costs it no time. A few at a time, so
-   * that hundreds of them do not hold the event loop.
+   * Wakes readers of new tokens once the next step is running, so that their work does not delay it; in small groups, so that
+   * hundreds of them do not block the event loop.
    */
   #wakeReaders(): void {
     const unread = this.#unread;
@@ -284,15 +284,15 @@ export class Engine {
     wake(0);
   }
 
-  /** Positions that one sequence can have. */
+  /** The most tokens that one sequence can have. */
   get #longest(): number {
     return Math.min(this.model.maxPositions, this.#blocks.count * BLOCK_TOKENS);
   }
 
-  /** Lends pages for `tokens`, once there are enough. */
+  /** Calls `use` with pages for `tokens`, once enough are free. */
   async #withPages<T>(tokens: number, use: (pages: readonly number[]) => Promise<T>): Promise<T> {
     const reserved = this.#scheduler.reserve(tokens);
-    if (!Array.isArray(reserved)) void this.#serve(); // which lends blocks between its steps
+    if (!Array.isArray(reserved)) void this.#serve(); // the loop lends blocks between its steps
     const pages = Array.isArray(reserved) ? reserved : await reserved;
     try {
       return await use(pages);
@@ -320,7 +320,7 @@ export class Engine {
   }
 }
 
-/** Bytes of KV cache that one token takes. */
+/** Bytes of KV cache per token. */
 export function kvBytesPerToken({ layers, cache: { heads, width } }: Pick<Model, "layers" | "cache">, dtype: KvDtype): number {
   return 2 * layers * bytesOf({ dtype, shape: [1, 1, heads, width] }, {});
 }

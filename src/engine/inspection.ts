@@ -1,4 +1,4 @@
-/** Everything a model computes on the way from tokens to logits, of every position of one sequence. */
+/** Everything a model computes between tokens and logits, for every position of one sequence. */
 import type { Numbers } from "../backend/backend.ts";
 import type { Model } from "../model/model.ts";
 import { OUTPUTS } from "./programs.ts";
@@ -12,11 +12,11 @@ export interface Wanted {
 }
 
 export interface Inspection {
-  /** [tokens, vocab]. Empty where they are not wanted. */
+  /** [tokens, vocab]. Empty if not requested. */
   readonly logits: Float32Array;
-  /** [tokens, hidden] before each layer, then after the final norm. Empty unless asked for. */
+  /** [tokens, hidden] before each layer, then after the final norm. Empty unless requested. */
   readonly hiddenStates: readonly Float32Array[];
-  /** Of each mixture layer. Empty unless asked for. */
+  /** One per mixture layer. Empty unless requested. */
   readonly routing: readonly RoutedLayer[];
 }
 
@@ -30,7 +30,7 @@ export interface RoutedLayer {
   readonly weights: Float32Array;
 }
 
-/** @param pages blocks for all tokens @param rows tokens of the next step at most, asked for before each */
+/** @param pages blocks for all tokens @param rows returns the next step's row limit; called before each step */
 export async function inspect(
   steps: Steps,
   model: Model,

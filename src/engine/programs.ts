@@ -1,4 +1,4 @@
-/** The programs of one model: traced once, prepared for a few sizes when first needed, then reused. */
+/** The programs of one model: traced once, prepared for a few sizes on first use, then reused. */
 import { type Backend, BLOCK_TOKENS, type Program, type State, type Weights } from "../backend/backend.ts";
 import { Graph, type KvCache, type Tensor } from "../graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
@@ -7,9 +7,9 @@ import type { Model } from "../model/model.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { type SymbolValues, symbol } from "../tensor/shape.ts";
 
-/** What a step can return, by name; shapes in terms of its rows and picked rows (`outs`). */
+/** A step's possible outputs, by name; shapes are in terms of its rows and picked rows (`outs`). */
 export const OUTPUTS = {
-  /** [outs] i32: -1 where nothing could be chosen; and its log-probability, [outs]. */
+  /** [outs] i32, -1 where no token could be chosen; and its log-probability, [outs]. */
   token: "token",
   logprob: "logprob",
   /** The likeliest tokens, best first: [outs, top] i32, [outs, top]. */
@@ -17,9 +17,9 @@ export const OUTPUTS = {
   topLogprobs: "topLogprobs",
   /** [outs, vocab] */
   logits: "logits",
-  /** [rows, hidden] before layer i, or at the end after the final norm. */
+  /** [rows, hidden] before layer i; for i = layers, after the final norm. */
   hidden: (i: number) => `hidden.${i}`,
-  /** [rows, experts], [rows, chosen] i32, [rows, chosen] of a mixture layer. */
+  /** Of a mixture layer: [rows, experts], [rows, chosen] i32, [rows, chosen]. */
   routing: (layer: number) => ({
     logits: `routing.${layer}.logits`,
     experts: `routing.${layer}.experts`,
@@ -52,7 +52,7 @@ export class Programs {
       if (t.kind === "state") this.#states.set(t.name as string, backend.state(t.dtype, t.shape.map(Number)));
   }
 
-  /** A program with room for so many rows and picked rows; made once for each power of two of rows and power of 16 of picked rows. */
+  /** A program with room for these rows and picked rows. Prepared once per power of two of rows and power of 16 of picked rows. */
   for(rows: number, outs: number): Program {
     const most = powerOfTwo(rows);
     const capacity = { rows: most, outs: Math.min(most, 16 ** Math.max(1, Math.ceil(Math.log2(outs) / 4))) };
@@ -66,7 +66,7 @@ export class Programs {
     return this.#backend.prepare(this.#graph, capacity, this.#weights, this.#states);
   }
 
-  /** The weights that each op reads, by name, in a program that was prepared. Empty before the first. */
+  /** The names of the weights that each op reads in the prepared programs. Empty before the first. */
   weightsByOp(): Map<string, ReadonlySet<string>> {
     const byOp = new Map<string, Set<string>>();
     for (const { program } of this.#prepared.values())
@@ -76,7 +76,7 @@ export class Programs {
     return byOp;
   }
 
-  /** Seconds by op, of everything that ran; with `rows`, of the programs alone that steps of so many rows run. */
+  /** Seconds by op over all runs; with `rows`, only of the programs that steps of this many rows use. */
   profile(rows?: number): Map<string, { readonly seconds: number; readonly calls: number }> {
     const byOp = new Map<string, { seconds: number; calls: number }>();
     for (const { program, rows: capacity } of this.#prepared.values()) {
@@ -98,7 +98,7 @@ export class Programs {
   }
 }
 
-/** Everything that a step can compute: what a run does not ask for is left out. */
+/** Traces everything that a step can compute; runs skip the outputs they do not ask for. */
 function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout): Graph {
   const g = new Graph();
   const { heads, width } = model.cache;

@@ -1,9 +1,9 @@
-/** How a token is chosen from logits: the controls, their checks, and their layout for the kernels. Chooses nothing itself. */
+/** How a token is sampled from logits: the controls, their validation, and their layout for the kernels. Does not sample. */
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
 
-/** Controls of one sequence. The order of processing is that of transformers: bias, penalties, n-grams, temperature, top-k, top-p, min-p. */
+/** Controls of one sequence. Applied in transformers' order: bias, penalties, n-grams, temperature, top-k, top-p, min-p. */
 export interface Sampling {
-  /** 0 is greedy: the most likely token, after bias and penalties. So is what is below 1e-5: float32 cannot hold the quotients. */
+  /** 0 is greedy: the most likely token, after bias and penalties. Values below 1e-5 are greedy too: float32 cannot hold the quotients. */
   readonly temperature: number;
   /** 0: no limit. */
   readonly topK: number;
@@ -11,17 +11,17 @@ export interface Sampling {
   readonly topP: number;
   /** 0: no limit. */
   readonly minP: number;
-  /** Over prompt and answer; 1: none (https://arxiv.org/abs/1909.05858). */
+  /** Applies to prompt and answer; 1: none (https://arxiv.org/abs/1909.05858). */
   readonly repetitionPenalty: number;
-  /** Subtracted once from the logit of each token of the answer; 0: none. */
+  /** Subtracted once from the logit of each token that is in the answer; 0: none. */
   readonly presencePenalty: number;
   /** Subtracted for each occurrence in the answer; 0: none. */
   readonly frequencyPenalty: number;
-  /** Size of the n-grams that may not occur twice; 0: none. */
+  /** Size of the n-grams that must not repeat; 0: no limit. */
   readonly noRepeatNgram: number;
-  /** Added to the logits of the tokens. */
+  /** Added to the logits of these tokens. */
   readonly logitBias: ReadonlyMap<number, number>;
-  /** Whole number below 2^53; the same seed gives the same answer. */
+  /** An integer below 2^53; the same seed gives the same answer. */
   readonly seed: number;
 }
 
@@ -38,7 +38,7 @@ export const GREEDY: Sampling = {
   seed: 0,
 };
 
-/** Throws RangeError naming the control, what was given and what is allowed. */
+/** Throws a RangeError that names the control, the value given and the values allowed. */
 export function checkSampling(s: Sampling, vocabSize: number): void {
   const check = (name: string, value: number, ok: boolean, allowed: string) => {
     if (!ok) throw new RangeError(`${name} is ${value}; it must be ${allowed}`);
@@ -50,7 +50,7 @@ export function checkSampling(s: Sampling, vocabSize: number): void {
   check(
     "repetition_penalty",
     s.repetitionPenalty,
-    s.repetitionPenalty >= 0.01 && s.repetitionPenalty <= 1e6, // beyond, quotients leave float32
+    s.repetitionPenalty >= 0.01 && s.repetitionPenalty <= 1e6, // beyond these, quotients overflow float32
     "from 0.01 to 1000000",
   );
   check("presence_penalty", s.presencePenalty, Number.isFinite(s.presencePenalty), "a number");
@@ -68,17 +68,17 @@ export function checkSampling(s: Sampling, vocabSize: number): void {
   }
 }
 
-/** What the controls of one output row need of its sequence. */
+/** What the controls of one output row need to know about its sequence. */
 export interface SampledRow {
   readonly sampling: Sampling;
   /** Prompt and answer so far. */
   readonly tokens: readonly number[];
   readonly promptCount: number;
-  /** Bits of the ids that are allowed; null or absent: all. */
+  /** Bit mask of the allowed ids; null or absent: all. */
   readonly mask?: Int32Array | null;
 }
 
-/** The controls of a step, in the layout of the ops `processLogits` and `sample`. */
+/** A step's controls, in the layout that the ops `processLogits` and `sample` expect. */
 export interface Controls {
   readonly floats: Float32Array;
   readonly ints: Int32Array;
@@ -135,7 +135,7 @@ export function layOut(rows: readonly SampledRow[]): Controls {
   return { floats, ints, history, biasIds, biasValues, masks };
 }
 
-/** Whether a row's tokens so far have a say in the next one. */
+/** Whether a row's history affects its next token. */
 function looksBack(s: Sampling): boolean {
   return s.repetitionPenalty !== 1 || s.presencePenalty !== 0 || s.frequencyPenalty !== 0 || s.noRepeatNgram > 0;
 }

@@ -1,8 +1,8 @@
 /**
- * Decides which tokens of which sequences the next step computes: one token of everyone who is generating, then as much of
- * the waiting prompts as the step has room for. Owners take turns, by the rows that each has had; so do, within an owner,
- * the oldest prompt and the one with least left. When blocks or places run out, each owner's oldest sequence comes before
- * anyone's second, and so on: the last in that order gives its blocks back and is computed again later; no token is lost.
+ * Decides which tokens the next step computes: one for each sequence that is generating, then as many prompt tokens as fit.
+ * Owners take turns: the one that has used the fewest rows goes first. Within an owner, turns alternate between the oldest
+ * prompt and the one with the least left to compute. When blocks or slots run out, priority goes to each owner's oldest sequence,
+ * then to each owner's second, and so on; the last in that order is preempted and recomputed later, without losing a token.
  * Computes nothing itself.
  */
 import { BLOCK_TOKENS, type Blocks, ROOT } from "./blocks.ts";
@@ -12,35 +12,35 @@ export interface BatchEntry {
   readonly sequence: Sequence;
   /** How many of its tokens this step computes, from `sequence.cached` on. */
   readonly count: number;
-  /** True if they are its last, so that a new token follows. */
+  /** Whether they are its last tokens, so that the step samples a new one. */
   readonly samples: boolean;
 }
 
 export interface SchedulerOptions {
-  /** Rows of a step at most: longer prompts are computed in pieces. */
+  /** The most rows in a step: longer prompts are computed in chunks. */
   readonly maxRows: number;
-  /** Sequences that have blocks at the same time; never more than there are rows. */
+  /** The most sequences that hold blocks at once; capped at `maxRows`. */
   readonly maxSequences: number;
-  /** Reuse blocks that hold the same beginning. */
+  /** Reuse blocks of sequences that share a prefix. */
   readonly prefixCache: boolean;
 }
 
 interface Owner {
-  /** In order of arrival, those that run and those that wait. */
+  /** Running and waiting, in order of arrival. */
   sequences: Sequence[];
-  /** Rows that it has had, from where the owner who had least stood when it came (https://dl.acm.org/doi/10.1145/75246.75248). */
+  /** Rows used, starting from the lowest count among the owners present at its arrival (https://dl.acm.org/doi/10.1145/75246.75248). */
   rows: number;
-  /** Whether its next rows are for the prompt with least left; else for the oldest. */
+  /** Whether its next rows go to the prompt with the least left, rather than to the oldest. */
   shortest: boolean;
 }
 
-/** An owner's turn at a step's rows, and which of its prompts are still to be read. */
+/** An owner's turn at a step's rows, and its prompts that are not fully computed. */
 interface Turn {
   readonly owner: Owner;
   readers: Sequence[];
 }
 
-/** Someone who wants blocks for something that is no sequence. */
+/** A request for blocks outside of any sequence. */
 interface Reservation {
   readonly arrival: number;
   readonly tokens: number;
@@ -52,14 +52,14 @@ export class Scheduler {
   readonly #blocks: Blocks;
   readonly #options: SchedulerOptions;
   readonly #owners = new Map<string, Owner>();
-  /** Sequences with blocks, in the order in which they got them. */
+  /** Sequences that hold blocks, in the order in which they got them. */
   readonly #running = new Set<Sequence>();
   /** In order of arrival. */
   readonly #reservations: Reservation[] = [];
   #arrivals = 0;
-  /** Sequences that gave their blocks up. */
+  /** How often a sequence had to give up its blocks. */
   preemptions = 0;
-  /** Of the step that is being made up: whether the order is known, and who has just given up. */
+  /** For the step being scheduled: whether places are numbered, and which sequences were preempted. */
   #ordered = false;
   readonly #gaveUp = new Set<Sequence>();
 
@@ -87,7 +87,7 @@ export class Scheduler {
     const owner = this.#owners.get(sequence.owner);
     if (owner) owner.sequences.push(sequence);
     else {
-      // A returning owner gets no credit for its absence: it starts level with the active owner that has used least.
+      // An idle owner earns no credit: it starts level with the owner that has used the fewest rows.
       let rows = Number.POSITIVE_INFINITY;
       for (const other of this.#owners.values()) rows = Math.min(rows, other.rows);
       this.#owners.set(sequence.owner, { sequences: [sequence], rows: Number.isFinite(rows) ? rows : 0, shortest: false });
@@ -95,8 +95,8 @@ export class Scheduler {
   }
 
   /**
-   * Lends blocks for `tokens` outside of any sequence, once there are enough: sequences that came later wait, or give theirs
-   * back. At once where nobody must wait. To be returned with `giveBack`.
+   * Lends blocks for `tokens` outside of any sequence: synchronously if they are free, else as soon as they are. Later
+   * sequences wait or are preempted. Return the blocks with `giveBack`.
    */
   reserve(tokens: number): number[] | Promise<number[]> {
     const pages: number[] = [];
@@ -112,9 +112,9 @@ export class Scheduler {
   }
 
   /**
-   * The next step; empty when everyone has gone, or waits for blocks that others hold. To be called between steps only:
-   * blocks change hands.
-   * @param promptRows rows of prompts at most where others generate: bounds how long those wait for their next token
+   * The next step; empty when nothing is left to run, or everything waits for blocks that are held elsewhere. Call it only
+   * between steps, because it reassigns blocks.
+   * @param promptRows the most prompt rows while other sequences generate: bounds how long those wait for their next token
    */
   next(promptRows: number): BatchEntry[] {
     this.#ordered = false;
@@ -142,7 +142,7 @@ export class Scheduler {
     return [...batch.values()];
   }
 
-  /** Remembers the blocks that a step filled, so that others may share them. Only of steps that went well. */
+  /** Adds the blocks that a step filled to the prefix cache. Call it only for steps that succeeded. */
   settle(sequence: Sequence, count: number): void {
     sequence.cached += count;
     if (!this.#options.prefixCache) return;
@@ -150,7 +150,7 @@ export class Scheduler {
       sequence.entry = this.#blocks.remember(sequence.pages, sequence.chained, sequence.entry, sequence.keys);
   }
 
-  /** Forgets a sequence and takes its blocks back. */
+  /** Removes a sequence and releases its blocks. */
   remove(sequence: Sequence): void {
     this.#running.delete(sequence);
     this.#blocks.release(sequence.pages);
@@ -160,13 +160,13 @@ export class Scheduler {
     if (owner?.sequences.length === 0) this.#owners.delete(sequence.owner);
   }
 
-  /** Removes a sequence after a step that failed: what its blocks hold is in doubt, and serves nobody again. */
+  /** Removes a sequence after a failed step. Its blocks may hold garbage, so the prefix cache drops them. */
   discard(sequence: Sequence): void {
     this.#blocks.forget(sequence.pages);
     this.remove(sequence);
   }
 
-  /** Ends everything that runs or waits. */
+  /** Ends all running and waiting requests. */
   close(reason: unknown): void {
     for (const { sequences } of [...this.#owners.values()])
       for (const sequence of [...sequences]) {
@@ -191,7 +191,7 @@ export class Scheduler {
     }
   }
 
-  /** Serves reservations in order of arrival, if need be with blocks of sequences that came later. */
+  /** Serves reservations in order of arrival, preempting later sequences if necessary. */
   #lend(): void {
     for (let first = this.#reservations[0]; first; first = this.#reservations[0]) {
       const pages: number[] = [];
@@ -206,7 +206,7 @@ export class Scheduler {
     }
   }
 
-  /** Who has prompts to read, the owner who had least first. */
+  /** Owners with prompts to compute, the one that has used the fewest rows first. */
   #turns(): Turn[] {
     const turns: Turn[] = [];
     for (const owner of this.#owners.values()) {
@@ -216,11 +216,11 @@ export class Scheduler {
     return turns.sort((a, b) => a.owner.rows - b.owner.rows);
   }
 
-  /** The prompt that an owner's next rows are for; null where it has none that has blocks or can get them. */
+  /** The prompt that gets an owner's next rows; null if none has blocks or can get them. */
   #nextReader(turn: Turn, batch: Map<Sequence, BatchEntry>): Sequence | null {
     const { owner } = turn;
     while (turn.readers.length > 0) {
-      // Who waits longest is let in first, so that small prompts never take the room that a large one waits for.
+      // The oldest is admitted first, so that small prompts never take the room that a large one waits for.
       let at = 0;
       if (owner.shortest && this.#running.has(turn.readers[0]))
         for (let i = 1; i < turn.readers.length; i++) if (pending(turn.readers[i]) < pending(turn.readers[at])) at = i;
@@ -234,7 +234,7 @@ export class Scheduler {
     return null;
   }
 
-  /** Gives a sequence that waits a place and blocks for all its tokens, if need be from other owners who have more. */
+  /** Admits a waiting sequence with blocks for all its tokens, preempting other owners' lower-priority sequences if necessary. */
   #admit(sequence: Sequence, batch: Map<Sequence, BatchEntry>): boolean {
     if (this.#gaveUp.has(sequence) || sequence.arrival > (this.#reservations[0]?.arrival ?? Number.POSITIVE_INFINITY)) return false;
     const { maxSequences, prefixCache } = this.#options;
@@ -242,7 +242,7 @@ export class Scheduler {
     const { pages, entry } = this.#blocks.match(sequence.keys, limit);
     const wanted = Math.ceil(sequence.tokens.length / BLOCK_TOKENS) - pages.length;
     const fits = (spare: number) => this.#running.size < maxSequences && wanted + spare <= this.#blocks.free;
-    // Some blocks are left for those who generate: a newcomer should not have to give its own up at once.
+    // Leave some blocks for sequences that generate, or the newcomer might be preempted at once.
     if (!fits(this.#running.size >> 2) && !this.#makeWay(sequence, wanted, fits, batch)) {
       this.#blocks.release(pages);
       return false;
@@ -253,7 +253,7 @@ export class Scheduler {
     return true;
   }
 
-  /** Has sequences of other owners that come after a newcomer give way; nobody does where all of them would not be enough. */
+  /** Preempts other owners' sequences that rank after a newcomer; none if all of them together would not free enough. */
   #makeWay(newcomer: Sequence, wanted: number, fits: (spare: number) => boolean, batch: Map<Sequence, BatchEntry>): boolean {
     this.#order();
     const others = [...this.#running].filter((s) => s.owner !== newcomer.owner && comesAfter(s, newcomer));
@@ -267,7 +267,7 @@ export class Scheduler {
     return true;
   }
 
-  /** Gets the block that a sequence's next token needs, if need be from one that comes after it. */
+  /** Gets the block that a sequence's next token needs, preempting a sequence that ranks after it if necessary. */
   #grow(sequence: Sequence, batch: Map<Sequence, BatchEntry>): boolean {
     while (!this.#blocks.cover(sequence.pages, sequence.cached + 1)) {
       this.#order();
@@ -288,7 +288,7 @@ export class Scheduler {
     this.preemptions++;
   }
 
-  /** Numbers each owner's sequences from its oldest on; once a step, and only where somebody must give way. */
+  /** Numbers each owner's sequences by age. At most once per step, and only when a sequence must be preempted. */
   #order(): void {
     if (this.#ordered) return;
     this.#ordered = true;
@@ -299,7 +299,7 @@ export class Scheduler {
   }
 }
 
-/** Tokens that are not in the cache yet. */
+/** How many tokens are not in the cache yet. */
 function pending(s: Sequence): number {
   return s.tokens.length - s.cached;
 }
@@ -308,12 +308,12 @@ function generates(s: Sequence): boolean {
   return s.cached > 0 && pending(s) === 1;
 }
 
-/** Whether `a` gives way to `b`. */
+/** Whether `a` ranks after `b` and is preempted first. */
 function comesAfter(a: Sequence, b: Sequence): boolean {
   return a.place === b.place ? a.arrival > b.arrival : a.place > b.place;
 }
 
-/** Puts a turn in its place by the rows that its owner has had, behind its equals. */
+/** Inserts a turn, ordered by the rows that its owner has used, after its equals. */
 function insert(turns: Turn[], turn: Turn): void {
   let [low, high] = [0, turns.length];
   while (low < high) {

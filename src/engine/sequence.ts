@@ -1,35 +1,35 @@
-/** One request while it is served: its tokens, its cache pages, and its reader. Knows no text and no schedule. */
+/** One request being served: its tokens, its cache pages, and its reader. Knows no text and no schedule. */
 import type { Content, EmbeddedSpan } from "../model/content.ts";
 import { BLOCK_TOKENS, ROOT } from "./blocks.ts";
 import type { Sampling } from "./sampling.ts";
 
-/** Narrows the choice of each next token, as structured output does. */
+/** Restricts the choice of each next token, for structured output for example. */
 export interface Constraint {
-  /** Allowed ids as bits: id & 31 of word id >> 5, ceil(vocab / 32) words; null: all. Called once before each new token. */
+  /** Allowed ids as a bit mask: bit id & 31 of word id >> 5, ceil(vocab / 32) words; null: all. Called once before each new token. */
   next(): Int32Array | null | Promise<Int32Array | null>;
-  /** Told each token that was chosen, in order; never twice, also where a sequence is computed again. */
+  /** Receives each chosen token once, in order, even if the sequence is recomputed. */
   accept(id: number): void;
 }
 
-/** A prompt of at least one token, and what is wanted of its answer. */
+/** A prompt of at least one token, and how to generate its answer. */
 export interface Request extends Content {
   readonly sampling: Sampling;
-  /** New tokens at most. */
+  /** The most new tokens. */
   readonly maxNewTokens: number;
-  /** Ids that end the answer; the one that does is part of it. */
+  /** Ids that end the answer; the one that ends it is included. */
   readonly stopIds?: readonly number[];
   /** How many of the likeliest tokens to return with each token. Default 0. */
   readonly topLogprobs?: number;
-  /** Hand over which experts each token used. Default false. */
+  /** Return the experts that each token used. Default false. */
   readonly wantRouting?: boolean;
   readonly constraint?: Constraint;
-  /** Whose request it is: owners take turns. Default: one owner for all. */
+  /** Owners take turns. Default: one owner for all requests. */
   readonly owner?: string;
-  /** Aborting it ends the request between two steps. */
+  /** Aborting it ends the request before the next step. */
   readonly signal?: Pick<AbortSignal, "aborted" | "reason">;
 }
 
-/** Which experts computed one position: [mixture layers, chosen], best first. */
+/** The experts that computed one position: [mixture layers, chosen], best first. */
 export interface TokenRouting {
   readonly experts: Int32Array;
   readonly weights: Float32Array;
@@ -42,15 +42,15 @@ export interface TokenLogprob {
 
 export interface GeneratedToken {
   readonly id: number;
-  /** Natural logarithm of its probability by the model alone, before bias, penalties and temperature. */
+  /** Natural logarithm of its probability according to the model alone, before bias, penalties and temperature. */
   readonly logprob: number;
-  /** The likeliest tokens by the model alone, best first, where they were asked for. */
+  /** The likeliest tokens according to the model alone, best first, if requested. */
   readonly top?: readonly TokenLogprob[];
-  /** Of the position that this token was predicted from. */
+  /** For the position that this token was predicted from. */
   readonly routing?: TokenRouting;
-  /** On the first token: how many of the prompt's tokens the cache held already. */
+  /** On the first token: how many of the prompt's tokens were already cached. */
   readonly cachedTokens?: number;
-  /** Set on the last one: an end token was chosen, or there is no room for more. */
+  /** Set on the last token: an end token was chosen, or there is no room for more. */
   readonly finish?: "stop" | "length";
 }
 
@@ -59,28 +59,28 @@ export class Sequence {
   readonly owner: string;
   /** Prompt and answer. */
   readonly tokens: number[];
-  /** What the prefix cache finds each token by: a model's `cacheKey`. The same array as `tokens` where a token is its id alone. */
+  /** The prefix cache's key of each token, from the model's `cacheKey`. The same array as `tokens` where ids alone identify tokens. */
   readonly keys: number[];
   readonly promptCount: number;
   /** Blocks of the cache, in order. */
   readonly pages: number[] = [];
-  /** When it came, counted by the scheduler, and how many of its owner's came before it and are still here. */
+  /** Its place in the order of arrival, and how many earlier sequences of its owner are still here. */
   arrival = 0;
   place = 0;
-  /** How many of `tokens` have their keys and values in the cache. */
+  /** How many of `tokens` have keys and values in the cache. */
   cached = 0;
-  /** How many pages are remembered in the prefix cache, and the entry that their chain ends with. */
+  /** How many of the pages are in the prefix cache, and the last entry of their chain. */
   chained = 0;
   entry = ROOT;
-  /** Prompt tokens that the cache held when the sequence first got blocks; null before. */
+  /** Prompt tokens that were cached when the sequence first got blocks; null before that. */
   reused: number | null = null;
-  /** Tokens that the reader has not taken yet. */
+  /** Tokens that the reader has not consumed. */
   readonly #events: GeneratedToken[] = [];
   #done = false;
   #failure: unknown = null;
   #wake: (() => void) | null = null;
 
-  /** How far positions of the answer are ahead of its indices. */
+  /** Offset from the indices of the answer's tokens to their positions. */
   readonly #ahead: number;
 
   /** @param keys the prompt's `cacheKey` */
@@ -94,13 +94,13 @@ export class Sequence {
     this.#ahead = positions ? positions.reduce((top, p) => Math.max(top, p), 0) + 1 - this.promptCount : 0;
   }
 
-  /** Position of a token on an axis. Those of an answer follow the prompt's largest. */
+  /** Position of a token on an axis. An answer's positions follow the prompt's largest. */
   position(index: number, axis: number): number {
     const { positions } = this.request;
     return positions && index < this.promptCount ? positions[axis * this.promptCount + index] : index + this.#ahead;
   }
 
-  /** Embeddings that fall among `count` tokens from `from` on, cut to those. */
+  /** The embeddings for `count` tokens starting at `from`, trimmed to that range. */
   embeddings(from: number, count: number): EmbeddedSpan[] {
     return (this.request.embeddings ?? []).flatMap((span) => {
       const [first, end] = [Math.max(from, span.at), Math.min(from + count, span.at + span.count)];
@@ -119,7 +119,7 @@ export class Sequence {
     return this.#done;
   }
 
-  /** Begins, or begins again, with blocks that hold the first of its tokens. */
+  /** Starts or restarts with blocks that hold its first tokens. */
   start(pages: readonly number[], entry: number): void {
     this.pages.push(...pages);
     this.chained = pages.length;
@@ -128,7 +128,7 @@ export class Sequence {
     this.reused ??= Math.min(this.cached, this.promptCount);
   }
 
-  /** Appends a token; the sequence is done when it ends the answer. Its reader sees it after the next `wake`. */
+  /** Appends a token; a token that ends the answer ends the sequence. The reader sees it after the next `wake`. */
   append(token: GeneratedToken): void {
     this.tokens.push(token.id);
     if (this.keys !== this.tokens) this.keys.push(token.id);
@@ -140,20 +140,20 @@ export class Sequence {
     this.#wake?.();
   }
 
-  /** Ends the sequence; its reader throws `reason`, or just ends when the reader itself left. */
+  /** Ends the sequence; its reader throws `reason`, or simply returns if it left by itself. */
   fail(reason: unknown): void {
-    if (this.#done) return; // it has ended already, for the reason that its reader hears
+    if (this.#done) return; // already ended; its reader gets that reason
     this.#done = true;
     this.#failure = reason;
     this.#wake?.();
   }
 
-  /** The answer as it is made. Leaving the loop early cancels the request. */
+  /** Yields the answer as it is generated. Leaving the loop early cancels the request. */
   read(): AsyncGenerator<GeneratedToken, void, undefined> {
     const reader = this.#read();
     const leave = reader.return.bind(reader);
     reader.return = (value) => {
-      this.#done = true; // a generator that was never started would not run its `finally`
+      this.#done = true; // a generator that never started does not run its `finally`
       return leave(value);
     };
     return reader;

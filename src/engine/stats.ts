@@ -1,11 +1,11 @@
-/** What an engine has done so far, counted step by step. Knows no requests. */
+/** An engine's counters, updated after each step. Knows no requests. */
 
-/** One step that has ended. */
+/** One finished step. */
 export interface StepReport {
   readonly seconds: number;
   readonly rows: number;
   readonly sequences: number;
-  /** Prompt tokens that were computed, and those of prompts read to their end that the prefix cache held. */
+  /** Prompt tokens computed, and those of completed prompts that came from the prefix cache. */
   readonly promptTokens: number;
   readonly cachedTokens: number;
   readonly generatedTokens: number;
@@ -14,7 +14,7 @@ export interface StepReport {
 export interface EngineStats {
   readonly running: number;
   readonly waiting: number;
-  /** `free` counts blocks that nobody holds; of those, `remembered` ones serve requests that begin alike. */
+  /** `free` counts blocks without a holder; `remembered` ones among them are in the prefix cache. */
   readonly blocks: { readonly count: number; readonly free: number; readonly remembered: number };
   readonly preemptions: number;
   readonly steps: number;
@@ -23,11 +23,11 @@ export interface EngineStats {
   readonly promptTokens: number;
   readonly cachedTokens: number;
   readonly generatedTokens: number;
-  /** How often each expert was chosen in the steps that were looked at: [mixture layers][experts]. */
+  /** How often each expert was chosen in the sampled steps: [mixture layers][experts]. */
   readonly expertLoad: readonly Float64Array[];
 }
 
-/** Every so many steps one is looked at for its routing. */
+/** Routing is recorded for one in this many steps. */
 const ROUTING_EVERY = 16;
 const SMOOTHING = 0.2;
 
@@ -41,19 +41,19 @@ export class Tally {
     cachedTokens: 0,
     generatedTokens: 0,
   };
-  /** Seconds that a row of a prompt took in the latest steps that had many; 0 before the first. */
+  /** Seconds per prompt row in recent steps with many prompt rows; 0 before the first such step. */
   secondsPerPromptRow = 0;
 
   constructor(mixtures: number, experts: number) {
     this.#load = Array.from({ length: mixtures }, () => new Float64Array(experts));
   }
 
-  /** True when the next step should hand its routing over. */
+  /** Whether the next step should return its routing. */
   get wantsRouting(): boolean {
     return this.#load.length > 0 && this.#steps % ROUTING_EVERY === 0;
   }
 
-  /** @param experts of each mixture layer, those that were chosen */
+  /** @param experts the chosen experts of each mixture layer */
   route(experts: readonly Int32Array[]): void {
     experts.forEach((chosen, layer) => {
       const load = this.#load[layer];

@@ -1,4 +1,4 @@
-/** Runs steps of the model, one at a time: lays out which tokens stand where. Knows no requests and no schedule. */
+/** Runs the model's steps, one at a time, and lays out each step's tokens. Knows no requests and no schedule. */
 import type { Numbers } from "../backend/backend.ts";
 import type { EmbeddedSpan } from "../model/content.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
@@ -8,12 +8,12 @@ import type { Controls } from "./sampling.ts";
 /** The tokens of one sequence in a step. */
 export interface Part {
   readonly ids: readonly number[];
-  /** Index in its sequence of the first: how many come before it in the cache. */
+  /** Index of the first one in its sequence: how many tokens precede it in the cache. */
   readonly start: number;
   readonly pages: readonly number[];
-  /** Position of a token of the sequence on an axis. Default: its index. */
+  /** Position of a token on an axis. Default: its index. */
   readonly position?: (index: number, axis: number) => number;
-  /** Embeddings in place of those of ids; `at` counts from the sequence's first token. */
+  /** Embeddings that replace those of the ids; `at` counts from the sequence's first token. */
   readonly embeddings?: readonly EmbeddedSpan[];
 }
 
@@ -22,9 +22,9 @@ const NOTHING = { floats: new Float32Array(), ints: new Int32Array() };
 export class Steps {
   readonly #programs: Programs;
   #disposed = false;
-  /** Steps that were asked for and have not ended. */
+  /** Steps requested and not finished. */
   #pending = 0;
-  /** Settles when the last step that was asked for has ended. */
+  /** Settles when the last requested step has finished. */
   #last: Promise<unknown> = Promise.resolve();
 
   constructor(programs: Programs) {
@@ -39,18 +39,18 @@ export class Steps {
     return this.#pending > 0;
   }
 
-  /** Settles, without an error, when the step that was asked for last has ended. */
+  /** Resolves when the last requested step has finished, even if it failed. */
   async idle(): Promise<void> {
-    await this.#last.catch(() => {}); // its caller handles a failure
+    await this.#last.catch(() => {}); // its caller gets the error
   }
 
   /**
-   * Runs one step once those before it have ended.
-   * @param picked rows of all parts together whose logits are wanted
-   * @param controls of sampling, one row each picked row; null where nothing is sampled
-   * @param outputs arrays to fill, by the names of `OUTPUTS`; only those are computed
-   * @param top columns of the likeliest tokens
-   * @param started called once native code is at work, and the event loop has time for others
+   * Runs one step after all earlier ones have finished.
+   * @param picked rows whose logits are wanted, counted over all parts
+   * @param controls for sampling, one row per picked row; null where nothing is sampled
+   * @param outputs arrays to fill, by the names in `OUTPUTS`; only those are computed
+   * @param top how many of the likeliest tokens to return
+   * @param started called once native code is running and the event loop is free
    */
   run(
     parts: readonly Part[],

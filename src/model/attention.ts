@@ -1,4 +1,4 @@
-/** Self-attention of a decoder layer: grouped query heads, over whole sequences or a paged cache of keys and values. */
+/** A decoder layer's self-attention: grouped-query heads over whole sequences or a paged KV cache. */
 import type { Graph, KvCache, Tensor } from "../graph/graph.ts";
 import { type Linear, linear } from "./linear.ts";
 import type { Step } from "./model.ts";
@@ -11,7 +11,7 @@ export interface AttentionWeights<T = Tensor> {
 }
 
 /**
- * x [rows, hidden] to [rows, hidden]; this step's keys and values go into the cache first.
+ * Maps x [rows, hidden] to [rows, hidden], after writing this step's keys and values to the cache.
  * @param angles [rows, head width]: cosine and sine of each row's rotation
  */
 export function attention(g: Graph, x: Tensor, w: AttentionWeights, angles: Tensor, step: Step, cache?: KvCache): Tensor {

@@ -1,10 +1,10 @@
-/** What `config.json` says of an ERNIE-4.5 model, checked and with transformers' defaults filled in. Knows no weights. */
+/** An ERNIE-4.5 model's `config.json`, validated and with transformers' defaults filled in. Knows no weights. */
 
 export interface ErnieConfig {
   readonly architecture: "Ernie4_5_MoeForCausalLM" | "Ernie4_5ForCausalLM";
   readonly vocabSize: number;
   readonly hiddenSize: number;
-  /** Width of the dense layers' MLP. */
+  /** Width of the MLP in dense layers. */
   readonly intermediateSize: number;
   readonly layers: number;
   readonly heads: number;
@@ -17,7 +17,7 @@ export interface ErnieConfig {
   readonly useBias: boolean;
   /** Null for a dense model. */
   readonly moe: MoeConfig | null;
-  /** Ids that end a text; generation_config.json may name others. */
+  /** Ids that end a text; generation_config.json may override them. */
   readonly eosTokenIds: readonly number[];
   readonly bosTokenId: number | null;
   readonly padTokenId: number | null;
@@ -37,7 +37,7 @@ export interface MoeConfig {
   readonly interval: number;
 }
 
-/** `config.json` describes a model that cannot be run; says which field and why. */
+/** Thrown when `config.json` describes a model that cannot be run; the message names the field and the reason. */
 export class ConfigError extends Error {
   override name = "ConfigError";
 }
@@ -48,7 +48,7 @@ const BY_MODEL_TYPE: Record<string, ErnieConfig["architecture"]> = {
   ernie4_5: "Ernie4_5ForCausalLM",
 };
 
-/** Throws ConfigError on an unknown architecture (listing the known ones), a missing or impossible value, or an unsupported feature. */
+/** Throws a ConfigError on an unknown architecture (and lists the supported ones), a missing or invalid value, or an unsupported feature. */
 export function readConfig(raw: Record<string, unknown>): ErnieConfig {
   const architecture = readArchitecture(raw);
   const whole = (name: string, fallback?: number, least = 1): number => {
@@ -73,18 +73,19 @@ export function readConfig(raw: Record<string, unknown>): ErnieConfig {
     throw new ConfigError(`config.json: hidden_act is ${show(act)}; ERNIE-4.5 uses "silu", and nothing else is supported`);
   const hiddenSize = whole("hidden_size");
   const heads = whole("num_attention_heads");
-  // A missing key is transformers' default for the architecture; null means "as many as query heads", "hidden / heads".
+  // A missing key means transformers' default for the architecture; null means "as many as query heads" or "hidden / heads".
   const dense = architecture === "Ernie4_5ForCausalLM";
   const kvHeads = raw["num_key_value_heads"] === undefined ? (dense ? 2 : 4) : whole("num_key_value_heads", heads);
   if (heads % kvHeads)
-    throw new ConfigError(`config.json: num_attention_heads (${heads}) is no multiple of num_key_value_heads (${kvHeads})`);
+    throw new ConfigError(`config.json: num_attention_heads (${heads}) is not a multiple of num_key_value_heads (${kvHeads})`);
   const derived = raw["head_dim"] === null || (raw["head_dim"] === undefined && !dense);
   if (derived && hiddenSize % heads)
     throw new ConfigError(
-      `config.json: hidden_size (${hiddenSize}) is no multiple of num_attention_heads (${heads}) and head_dim is not given`,
+      `config.json: hidden_size (${hiddenSize}) is not a multiple of num_attention_heads (${heads}) and head_dim is not given`,
     );
   const headDim = whole("head_dim", derived ? hiddenSize / heads : 128);
-  if (headDim % 2 || headDim > 512) throw new ConfigError(`config.json: a head width of ${headDim} is not supported: even, at most 512`);
+  if (headDim % 2 || headDim > 512)
+    throw new ConfigError(`config.json: a head width of ${headDim} is not supported; it must be even and at most 512`);
   const layers = whole("num_hidden_layers");
 
   return {
@@ -108,18 +109,18 @@ export function readConfig(raw: Record<string, unknown>): ErnieConfig {
   };
 }
 
-/** True if layer `i` (from 0) is a mixture of experts. */
+/** Whether layer `i` (counted from 0) is a mixture of experts. */
 export function isMoeLayer(config: ErnieConfig, i: number): boolean {
   const { moe } = config;
   return moe !== null && (i + 1) % moe.interval === 0 && i >= moe.startLayer && i <= moe.endLayer;
 }
 
-/** Indices of the layers that are mixtures of experts. */
+/** Indices of the mixture-of-experts layers. */
 export function moeLayers(config: ErnieConfig): number[] {
   return Array.from({ length: config.layers }, (_, i) => i).filter((i) => isMoeLayer(config, i));
 }
 
-/** A token id or a list of them, as `eos_token_id` may be. */
+/** Reads a token id or a list of them, such as `eos_token_id`. */
 export function readIds(value: unknown, name: string): number[] {
   const ids = Array.isArray(value) ? value : [value];
   if (!ids.every((id) => Number.isInteger(id) && id >= 0))

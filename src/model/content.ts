@@ -1,15 +1,15 @@
-/** What a sequence is made of: ids, and where there are any, positions and embeddings. */
+/** The content of a sequence: ids, and optionally positions and embeddings. */
 import { createHash } from "node:crypto";
 
 export interface Content {
   readonly tokens: readonly number[];
-  /** Of each token, axis by axis, [axes, tokens]. Default: 0, 1, 2, ... on every axis. */
+  /** The positions of all tokens, axis by axis, [axes, tokens]. Default: 0, 1, 2, ... on every axis. */
   readonly positions?: Int32Array;
-  /** Embeddings in place of those of the ids, for example of a picture's patches. */
+  /** Embeddings that replace those of the ids, for example an image's patches. */
   readonly embeddings?: readonly EmbeddedSpan[];
 }
 
-/** Consecutive tokens whose ids are placeholders. */
+/** Embeddings for consecutive tokens whose ids are placeholders. */
 export interface EmbeddedSpan {
   /** Index of the first token. */
   readonly at: number;
@@ -19,8 +19,8 @@ export interface EmbeddedSpan {
 }
 
 /**
- * A number for each token that covers all of its content: its id, or where it is a placeholder or has a position of its own,
- * 53 bits of a digest, so that two pictures behind the same placeholders are told apart.
+ * A number for each token that identifies its content: its id, or 53 bits of a digest if it is a placeholder or has a custom
+ * position, so that two images with the same placeholders differ.
  */
 export function contentKeys({ tokens, positions, embeddings = [] }: Content): readonly number[] {
   if (!positions && embeddings.length === 0) return tokens;
@@ -41,23 +41,25 @@ export function contentKeys({ tokens, positions, embeddings = [] }: Content): re
   return keys;
 }
 
-/** Never a token id: those are whole and not negative. */
+/** Never a valid token id: those are integers of at least 0. */
 function keyOf(text: string): number {
   const digest = createHash("sha256").update(text).digest();
   return -1 - Number(digest.readBigUInt64LE() >> 11n);
 }
 
-/** Throws RangeError where positions or embeddings do not fit the tokens. */
+/** Throws a RangeError if positions or embeddings do not fit the tokens. */
 export function checkContent({ tokens, positions, embeddings = [] }: Content, axes: number, hidden: number): void {
   if (positions && positions.length !== axes * tokens.length)
     throw new RangeError(
-      `positions has ${positions.length} numbers; ${tokens.length} tokens with ${axes} each take ${axes * tokens.length}`,
+      `positions has ${positions.length} numbers; ${tokens.length} tokens with ${axes} each need ${axes * tokens.length}`,
     );
   if (positions?.some((p) => p < 0)) throw new RangeError(`positions has ${positions.find((p) => p < 0)}; positions begin at 0`);
   let end = 0;
   for (const { at, count, values } of embeddings) {
     if (!Number.isInteger(at) || !Number.isInteger(count) || count < 1 || at < end || at + count > tokens.length)
-      throw new RangeError(`embeddings of ${count} tokens from token ${at} on: they must lie in order within the ${tokens.length} tokens`);
+      throw new RangeError(
+        `embeddings of ${count} tokens from token ${at} on: they must be in order and within the ${tokens.length} tokens`,
+      );
     if (values.length !== count * hidden)
       throw new RangeError(`embeddings of ${count} tokens have ${values.length} numbers; at ${hidden} each they take ${count * hidden}`);
     end = at + count;

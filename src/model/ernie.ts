@@ -1,6 +1,6 @@
 /**
- * ERNIE-4.5, dense and mixture of experts: which parameters it has and how a step's forward is written. It only describes:
- * tracing `forward` gives a graph that any backend can run.
+ * ERNIE-4.5, dense and mixture of experts: its parameters and its forward pass. Computes nothing: tracing `forward` gives a
+ * graph that any backend can run.
  */
 import type { Graph, Tensor } from "../graph/graph.ts";
 import type { Dtype } from "../tensor/dtype.ts";
@@ -13,18 +13,18 @@ import { type MlpWeights, type MoeWeights, mlp, moe, type Routing } from "./moe.
 
 const EMBEDDING = "model.embed_tokens.weight";
 
-/** Low-rank adapters beside the matrices of a model. */
+/** Low-rank adapters for a model's matrices. */
 export interface Adapters {
   readonly rank: number;
-  /** What the branch is multiplied with: alpha / rank in PEFT's configs. */
+  /** Factor of the branch: alpha / rank in PEFT's configs. */
   readonly scale: number;
-  /** Probability of dropping an input of the branch. Default 0. */
+  /** Probability of dropping an input to the branch. Default 0. */
   readonly dropout?: number;
-  /** Whether a module gets one, by its name: `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj` (all experts'). */
+  /** Whether a module gets an adapter, by its name: `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj` (all experts). */
   accepts(module: string): boolean;
 }
 
-/** The model that a config describes. @param adapters default: none */
+/** Builds the model that a config describes. @param adapters default: none */
 export function ernie(config: ErnieConfig, adapters: Adapters | null = null): Model {
   return {
     vocabSize: config.vocabSize,
@@ -42,15 +42,15 @@ export function ernie(config: ErnieConfig, adapters: Adapters | null = null): Mo
 }
 
 /**
- * The format of a parameter in a model whose matrices are `wanted`. The embedding and the head stay int8 in an int4 model:
- * they are 1 % of the 21B, and rounding them to 4 bits costs almost as much perplexity as all experts (docs/LOG.md).
+ * The format of a parameter in a model whose matrices are in `wanted`. In an int4 model the embedding and the head stay int8:
+ * they are 1 % of the 21B model, and rounding them to 4 bits costs almost as much perplexity as all experts (docs/LOG.md).
  */
 export function parameterDtype<D extends Dtype>({ name, kind }: ModelParameter, wanted: D): D | "f32" | "int8" {
   if (kind !== "matrix") return "f32";
   return wanted === "int4" && /^(model\.embed_tokens|lm_head)\./.test(name) ? "int8" : wanted;
 }
 
-/** Every parameter of the model, by the names of the hub's checkpoints, and those of its adapters. */
+/** Every parameter of the model and its adapters, named as in the checkpoints on the hub. */
 export function parameters(config: ErnieConfig, adapters: Adapters | null = null): ModelParameter[] {
   const all: ModelParameter[] = [];
   visitParameters(config, adapters, (p) => {
@@ -100,12 +100,12 @@ function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, step: Step): Fo
   return { hiddenStates, routing, head: w.head };
 }
 
-/** Calls `visit` for each parameter and puts what it returns in the parameter's place. The one list of names and shapes. */
+/** Calls `visit` for each parameter and puts its result in that parameter's place. The only list of names and shapes. */
 function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visit: (p: ModelParameter) => T): ErnieWeights<T> {
   const { hiddenSize: hidden, headDim, heads, kvHeads, moe: m } = config;
   const float32 = (name: string, ...shape: number[]) => visit({ name, shape, kind: "float32" });
   let stream = 0;
-  /** The adapter of a matrix, or of each expert's; its parameters are named as PEFT does. */
+  /** The adapter of one matrix, or of each expert's; its parameters are named as in PEFT. */
   const adapter = (module: string, out: number, into: number, experts?: number) => {
     if (!adapters?.accepts(module)) return {};
     const { rank, scale, dropout = 0 } = adapters;
@@ -160,7 +160,7 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
   const norm = float32("model.norm.weight", hidden);
   const head = {
     weight: config.tied ? embed : visit({ name: "lm_head.weight", shape: [config.vocabSize, hidden], kind: "matrix" }),
-    // As in transformers: only the mixture's head has a bias, even where it shares the embedding's weights.
+    // As in transformers: only a mixture's head has a bias, even if it shares the embedding's weights.
     ...(config.useBias && m ? { bias: float32("lm_head.bias", config.vocabSize) } : {}),
   };
   return { embed, layers, norm, head };

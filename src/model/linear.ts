@@ -1,4 +1,4 @@
-/** Weight matrices applied to activations, one matrix or one an expert, with bias and low-rank adapter where they have them. */
+/** Applies weight matrices to activations, one matrix or one per expert, with an optional bias and low-rank adapter. */
 import type { Graph, Tensor } from "../graph/graph.ts";
 
 /** A low-rank branch beside a matrix: scale * B(A(x)) (https://arxiv.org/abs/2106.09685). */
@@ -9,7 +9,7 @@ export interface Adapter<T = Tensor> {
   readonly b: T;
   readonly scale: number;
   readonly dropout: number;
-  /** Tells this adapter's dropout from every other's. */
+  /** The stream of random numbers for this adapter's dropout, distinct from every other's. */
   readonly stream: number;
 }
 
@@ -21,27 +21,27 @@ export interface Linear<T = Tensor> {
   readonly adapter?: Adapter<T>;
 }
 
-/** Matrices of experts, stacked. */
+/** Stacked matrices, one per expert. */
 export interface ExpertLinear<T = Tensor> {
   /** [experts, out, in] */
   readonly weight: T;
   readonly adapter?: Adapter<T>;
 }
 
-/** Which expert slots stand where; from `route` and `group`. */
+/** The expert slots sorted by expert, from `route` and `group`. */
 export interface Slots {
   readonly order: Tensor;
   readonly offsets: Tensor;
 }
 
-/** x [rows, in] to [rows, out]. @param seed what the adapter's dropout draws from */
+/** Maps x [rows, in] to [rows, out]. @param seed seeds the adapter's dropout */
 export function linear(g: Graph, x: Tensor, { weight, bias, adapter }: Linear, seed?: Tensor): Tensor {
   const y = g.linear(x, weight, bias);
   if (!adapter) return y;
   return g.add(y, g.scale(g.linear(g.linear(dropped(g, x, adapter, seed), adapter.a), adapter.b), adapter.scale));
 }
 
-/** x [rows, in] with `slots` slots a row to [slots * rows, out], each slot by the matrix of its expert. */
+/** Maps x [rows, in], with `slots` slots per row, to [slots * rows, out]: each slot by its expert's matrix. */
 export function expertLinear(
   g: Graph,
   x: Tensor,

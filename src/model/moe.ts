@@ -9,19 +9,19 @@ export interface MlpWeights<T = Tensor> {
 }
 
 export interface MoeWeights<T = Tensor> {
-  /** [experts, hidden], float32 always: rounding it changes which experts are chosen. */
+  /** [experts, hidden], always float32: rounding it changes which experts are chosen. */
   readonly router: T;
-  /** [1, experts], float32 always; decides who is chosen, not with what weight (https://arxiv.org/abs/2408.15664). */
+  /** [1, experts], always float32; affects which experts are chosen, not their weights (https://arxiv.org/abs/2408.15664). */
   readonly bias: T;
-  /** They have no biases. */
+  /** Without biases. */
   readonly experts: { readonly gate: ExpertLinear<T>; readonly up: ExpertLinear<T>; readonly down: ExpertLinear<T> };
-  /** The shared experts, fused into one MLP; null where there are none. */
+  /** The shared experts, fused into one MLP; null if there are none. */
   readonly shared: MlpWeights<T> | null;
   readonly chosen: number;
   readonly normMin: number;
 }
 
-/** What the router decided for each row. */
+/** The router's decision for each row. */
 export interface Routing {
   /** [rows, experts] */
   readonly logits: Tensor;
@@ -36,7 +36,7 @@ export function mlp(g: Graph, x: Tensor, { gate, up, down }: MlpWeights, seed?: 
   return linear(g, g.siluMul(linear(g, x, gate, seed), linear(g, x, up, seed)), down, seed);
 }
 
-/** x [rows, hidden] to [rows, hidden], and how it was routed. */
+/** Maps x [rows, hidden] to [rows, hidden], and returns the routing. */
 export function moe(g: Graph, x: Tensor, w: MoeWeights, seed?: Tensor): { y: Tensor; routing: Routing } {
   const experts = w.router.shape[0];
   const routing = g.route(x, w.router, g.reshape(w.bias, [experts]), w.chosen, w.normMin);

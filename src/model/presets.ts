@@ -1,4 +1,4 @@
-/** Shapes of published ERNIE-4.5 models, for random weights that measure speed without a download. */
+/** Shapes of published ERNIE-4.5 models, for measuring speed with random weights instead of a download. */
 
 const SHARED = {
   hidden_act: "silu",
@@ -14,7 +14,7 @@ const SHARED = {
   head_dim: 128,
 };
 
-/** `config.json` of each, as published. */
+/** The published `config.json` of each. */
 export const PRESETS: Readonly<Record<string, Readonly<Record<string, unknown>>>> = {
   "21b-a3b": {
     ...SHARED,

@@ -5,9 +5,9 @@ import type { ErnieConfig } from "./config.ts";
 import { parameterDtype, parameters } from "./ernie.ts";
 
 export interface Size {
-  /** `active`: those that one token meets; of the experts, only as many as are chosen. */
+  /** `active`: those used for one token, counting only as many experts as are chosen. */
   readonly parameters: { readonly total: number; readonly active: number };
-  /** Bytes of the weights by format, and of the KV cache in fp16. */
+  /** Bytes of the weights in each format, and of the KV cache in fp16. */
   readonly memory: {
     readonly fp32: number;
     readonly bf16: number;

@@ -1,17 +1,17 @@
-/** A step of AdamW (https://arxiv.org/abs/1711.05101), appended to a graph of gradients. */
+/** Appends an AdamW step (https://arxiv.org/abs/1711.05101) to a graph of gradients. */
 import { gradientName } from "../graph/backward.ts";
 import { checked, type Graph, type Tensor } from "../graph/graph.ts";
 import { ADAMW_RATES } from "../graph/ops/loss.ts";
 
-/** The state that holds the first (`m`) or second (`v`) moment of a parameter's gradient. */
+/** The name of the state that holds the first (`m`) or second (`v`) moment of a parameter's gradient. */
 export function momentName(parameter: string, which: "m" | "v"): string {
   return `${which}.${parameter}`;
 }
 
 /**
- * The graph, and behind it a step of every state that has a gradient; the rates are an input `rates` [7], as `ADAMW_RATES`.
- * @param clip largest norm of all gradients together, beyond which they are scaled down to it; null: as they are. The norm before is
- * then the output `gradientNorm`.
+ * The graph followed by an update of every state that has a gradient; the rates are an input `rates` [7], as in `ADAMW_RATES`.
+ * @param clip the largest global gradient norm: larger gradients are scaled down to it, and the norm before clipping becomes the
+ * output `gradientNorm`; null: no clipping
  */
 export function adamw(graph: Graph, trained: readonly string[], clip: number | null): Graph {
   const next = graph.branch();
@@ -47,7 +47,7 @@ export interface AdamwOptions {
   readonly weightDecay: number;
 }
 
-/** The input `rates` of step `step`, counted from 1. */
+/** The input `rates` for step `step`, counted from 1. */
 export function adamwRates(options: AdamwOptions, step: number): Float32Array {
   const all = { ...options, bias1: 1 - options.beta1 ** step, bias2: 1 - options.beta2 ** step };
   return Float32Array.from(ADAMW_RATES, (name) => all[name]);

@@ -1,4 +1,4 @@
-/** One step of training as a graph: forward, loss, gradients, and the optimiser's step on the parameters that are trained. */
+/** One training step as a graph: forward, loss, gradients, and the optimiser's update of the trained parameters. */
 import { backward } from "../graph/backward.ts";
 import { Graph } from "../graph/graph.ts";
 import { remat } from "../graph/remat.ts";
@@ -9,15 +9,15 @@ import { causalLoss } from "./loss.ts";
 import { adamw } from "./optimiser.ts";
 
 export interface StepOptions {
-  /** The parameters that are trained: float32 states of their names. The others are weights. */
+  /** Whether a parameter is trained: a float32 state of its name. All others are weights. */
   readonly trains: (parameter: ModelParameter) => boolean;
-  /** The format that each other parameter was loaded in. */
+  /** The format in which each other parameter was loaded. */
   readonly dtypeOf: (parameter: string) => Dtype;
-  /** Compute each layer again for its gradients, instead of holding what it computed. Default true. */
+  /** Recompute each layer's activations for its gradients instead of storing them. Default true. */
   readonly checkpointing?: boolean;
-  /** Largest norm of the gradient. Default: none. */
+  /** Largest gradient norm. Default: no limit. */
   readonly clip?: number | null;
-  /** Rows whose logits are held at a time. Default 128. */
+  /** Rows whose logits are in memory at a time. Default 128. */
   readonly chunk?: number;
 }
 
@@ -30,7 +30,7 @@ export interface TrainingStep {
   readonly trained: readonly ModelParameter[];
 }
 
-/** Throws where nothing is trained. */
+/** Throws if no parameter is trained. */
 export function trainingStep(model: Model, options: StepOptions): TrainingStep {
   const { trains, dtypeOf, checkpointing = true, clip = null, chunk = 128 } = options;
   const trained = model.parameters.filter(trains);

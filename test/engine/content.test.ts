@@ -73,13 +73,13 @@ describe("embeddings in place of ids", () => {
     const { tokens, embedded, model } = await load();
     const submit = (more: Partial<Request>) => () => model.engine.submit({ tokens, sampling: GREEDY, maxNewTokens: 1, ...more });
     const values = embedded(tokens.slice(0, 2));
-    expect(submit({ embeddings: [{ at: 129, count: 2, values }] })).toThrow("must lie in order within the 130 tokens");
+    expect(submit({ embeddings: [{ at: 129, count: 2, values }] })).toThrow("must be in order and within the 130 tokens");
     expect(submit({ embeddings: [{ at: 0, count: 3, values }] })).toThrow(
       "embeddings of 3 tokens have 128 numbers; at 64 each they take 192",
     );
     const twice = [0, 1].map((at) => ({ at, count: 2, values }));
-    expect(submit({ embeddings: twice })).toThrow("must lie in order");
-    expect(submit({ positions: new Int32Array(7) })).toThrow("positions has 7 numbers; 130 tokens with 1 each take 130");
+    expect(submit({ embeddings: twice })).toThrow("must be in order");
+    expect(submit({ positions: new Int32Array(7) })).toThrow("positions has 7 numbers; 130 tokens with 1 each need 130");
     expect(submit({ positions: new Int32Array(130).fill(-4) })).toThrow("positions has -4; positions begin at 0");
   });
 });

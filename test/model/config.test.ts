@@ -207,9 +207,9 @@ describe("what is refused", () => {
     [{ intermediate_size: null }, /intermediate_size is null/],
     [
       { num_attention_heads: 5, num_key_value_heads: 5 },
-      /hidden_size \(48\) is no multiple of num_attention_heads \(5\) and head_dim is not given/,
+      /hidden_size \(48\) is not a multiple of num_attention_heads \(5\) and head_dim is not given/,
     ],
-    [{ num_key_value_heads: 3 }, /num_attention_heads \(4\) is no multiple of num_key_value_heads \(3\)/],
+    [{ num_key_value_heads: 3 }, /num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)/],
     [{ head_dim: 7 }, /a head width of 7 is not supported/],
     [{ head_dim: 1024 }, /a head width of 1024 is not supported/],
     [{ hidden_act: "gelu" }, /hidden_act is "gelu"/],

@@ -1,19 +1,19 @@
 /**
- * Reverse mode: appends what computes the gradients of a loss, by the rule in each op's row. Only calls between a trained
- * parameter and the loss get one; frozen parts of the model cost nothing.
+ * Reverse-mode differentiation: appends calls that compute the gradients of a loss, using the rule in each op's row. Only calls
+ * between a trained parameter and the loss are differentiated; frozen parts of the model cost nothing.
  */
 import { BACKWARD, type Emit, type Tensor } from "./call.ts";
 import { checked, type Graph, show } from "./graph.ts";
 
-/** The output that holds the gradient of a trained state. */
+/** The name of the output that holds a trained state's gradient. */
 export function gradientName(state: string): string {
   return `gradient.${state}`;
 }
 
 /**
- * The graph, and behind it the gradients of `loss` (an output of shape [1]) with respect to the states named `trained`, as outputs
- * `gradient.NAME`. Throws where one is no state of the graph, where the loss does not depend on it, or where the way to it
- * leads through an op without a gradient, with the reason.
+ * The graph followed by the gradients of `loss` (an output of shape [1]) with respect to the states named `trained`, as outputs
+ * `gradient.NAME`. Throws if one is not a state of the graph, if the loss does not depend on it, or if the path to it leads
+ * through an op without a gradient, with the reason.
  */
 export function backward(graph: Graph, loss: string, trained: readonly string[]): Graph {
   const start = graph.outputs.get(loss);
@@ -22,7 +22,7 @@ export function backward(graph: Graph, loss: string, trained: readonly string[])
   const named = new Map(graph.values.filter((t) => t.kind === "state").map((t) => [t.name as string, t]));
   const parameters = trained.map((name) => named.get(name) ?? fail(`there is no state '${name}' to train`));
 
-  // What depends on a trained parameter.
+  // Values that depend on a trained parameter.
   const active = new Set<Tensor>(parameters);
   for (const { inputs, outputs } of graph.calls) if (inputs.some((t) => active.has(t))) for (const t of outputs) active.add(t);
 

@@ -1,4 +1,4 @@
-/** What graphs are made of: values, calls, and the rows of the op table. Knows no op by name. */
+/** The parts of a graph: values, calls, and the rows of the op table. Knows no op by name. */
 import type { Dtype } from "../tensor/dtype.ts";
 import type { Dim, Shape } from "../tensor/shape.ts";
 
@@ -18,9 +18,9 @@ export interface Tensor {
   readonly shape: Shape;
 }
 
-/** Scalars of a call, by name. Kernels get them in the order of the op's row. */
+/** Scalars of a call, by name. Kernels get them in the order that the op's row lists. */
 export type Params = Readonly<Record<string, number>>;
-/** Sizes of a call's results that its inputs don't tell, by name. Kernels see them as dimensions of the outputs. */
+/** Sizes of a call's results that do not follow from its inputs, by name. Kernels see them as dimensions of the outputs. */
 export type Sizes = Readonly<Record<string, Dim>>;
 
 export interface Call {
@@ -29,9 +29,9 @@ export interface Call {
   readonly outputs: readonly Tensor[];
   readonly params: Params;
   readonly sizes: Sizes;
-  /** What traced the call: a layer, as `layers.3`; behind `BACKWARD` for what differentiates it; "" outside of layers. */
+  /** Where the call was traced: a layer such as `layers.3`, prefixed with `BACKWARD` for its gradients, or "" outside of layers. */
   readonly scope: string;
-  /** States that the call reads and writes. A call that writes one must run, and keeps its place. */
+  /** States that the call reads and writes. A call that writes one is never removed or moved. */
   readonly effects: { readonly reads: readonly Tensor[]; readonly writes: readonly Tensor[] };
 }
 
@@ -47,8 +47,8 @@ export interface Result {
 export type Emit = (op: string, inputs: readonly (Tensor | undefined)[], params?: Params, sizes?: Sizes) => Tensor[];
 
 /**
- * Gradients of a call's inputs, given those of its outputs (null: the loss does not depend on that output). `wanted` says of
- * which inputs; the others may be null. A null for a wanted input means that the gradient is zero.
+ * Gradients of a call's inputs, given those of its outputs (null: the loss does not depend on that output). `wanted` says
+ * which inputs need one; the others may be null. A null for a wanted input means that its gradient is zero.
  */
 export type Gradient = (emit: Emit, call: Call, dy: readonly (Tensor | null)[], wanted: readonly boolean[]) => readonly (Tensor | null)[];
 
@@ -56,17 +56,17 @@ export type Gradient = (emit: Emit, call: Call, dy: readonly (Tensor | null)[], 
 export interface Op {
   /** Names of the scalar parameters, in the order in which kernels get them. Default: none. */
   readonly params?: readonly string[];
-  /** Shapes and dtypes of the outputs, or null when the inputs do not agree. */
+  /** Shapes and dtypes of the outputs, or null if the inputs do not agree. */
   outputs(inputs: readonly Tensor[], params: Params, sizes: Sizes): readonly Result[] | null;
-  /** The rule, or the reason why there is none. */
+  /** The gradient rule, or the reason why there is none. */
   readonly gradient: Gradient | string;
-  /** Positions of the inputs that are states and are written. */
+  /** Positions of the inputs that are states written by the op. */
   readonly writes?: readonly number[];
-  /** Positions of the inputs whose memory the first output may take over where they end with the call. */
+  /** Positions of the inputs whose memory the first output may reuse if this call is their last use. */
   readonly inPlace?: readonly number[];
-  /** Where in the first input's memory the output is, in elements, if no copy is needed; null where it is. */
+  /** The output's offset in the first input's memory, in elements, if it can be a view; null if it needs a copy. */
   view?(call: Pick<Call, "inputs" | "outputs" | "params">): number | null;
-  /** Set where the result is kept for the backward pass rather than computed again: why. */
+  /** Why the result is kept for the backward pass instead of recomputed; unset if it may be recomputed. */
   readonly kept?: string;
 }
 

@@ -1,28 +1,28 @@
-/** Replaces neighbouring calls by one that computes the same in one pass over memory, where the backend has a kernel for it. */
+/** Replaces related calls with one that computes the same in a single pass over memory, if the backend has a kernel for it. */
 import type { Call, Tensor } from "./call.ts";
 import { checked, type Graph } from "./graph.ts";
 
-/** A call in the place of others. */
+/** A call that replaces others. */
 interface Fusion {
   readonly op: string;
   readonly inputs: readonly Tensor[];
   readonly params: Call["params"];
-  /** Values that it computes, in the order of its row. */
+  /** The values that it computes, in the order of its row's outputs. */
   readonly outputs: readonly Tensor[];
-  /** Calls that it replaces besides the one that was looked at. */
+  /** The calls that it replaces besides the one matched. */
   readonly replaced: readonly Call[];
 }
 
-/** What a pattern may ask about values. */
+/** Queries about values, for patterns. */
 interface Uses {
   maker(t: Tensor): Call | undefined;
-  /** Whether nothing but one call reads it, and no run can ask for it. */
+  /** Whether exactly one call reads it and no run can return it. */
   single(t: Tensor): boolean;
 }
 
 type Pattern = (call: Call, uses: Uses) => Fusion | null;
 
-/** gate and up products of the same activations, and `siluMul` of both -> `gatedLinear`, or grouped by expert. */
+/** Gate and up products of the same activations and their `siluMul` -> `gatedLinear` or `groupedGatedLinear`. */
 const gated: Pattern = (call, { maker, single }) => {
   if (call.op !== "siluMul" || !call.inputs.every(single)) return null;
   const [gate, up] = call.inputs.map(maker);
@@ -35,7 +35,7 @@ const gated: Pattern = (call, { maker, single }) => {
   return { op, inputs: [x, first, second, ...rest], params: gate.params, outputs: call.outputs, replaced: [gate, up] };
 };
 
-/** A sum and its norm -> `addRmsNorm`. The sum itself is a result too: the next residual connection reads it. */
+/** A sum and its norm -> `addRmsNorm`. The sum is also a result, because the next residual connection reads it. */
 const addNorm: Pattern = (call, { maker }) => {
   if (call.op !== "rmsNorm") return null;
   const sum = maker(call.inputs[0]);
@@ -48,7 +48,7 @@ const PATTERNS: readonly Pattern[] = [gated, addNorm];
 
 /** @param has whether the backend has a kernel for an op */
 export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
-  // By value id: the call that makes it, the first that reads it, and how many do.
+  // By value id: the call that computes it, the first call that reads it, and how many read it.
   const makers: (Call | undefined)[] = [];
   const firstRead = new Int32Array(graph.values.length).fill(graph.calls.length);
   const readers = new Int32Array(graph.values.length);
@@ -63,14 +63,14 @@ export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
   const returned = new Set(graph.outputs.values());
   const uses: Uses = { maker: (t) => makers[t.id], single: (t) => readers[t.id] === 1 && !returned.has(t) };
 
-  /** By position: a call that is replaced, and the fusion that stands where the last one of its calls stood. */
+  // Replaced calls; and fusions, by the position of the last call that they replace.
   const gone = new Set<Call>();
   const fusions = new Map<number, Fusion>();
   graph.calls.forEach((call, at) => {
     for (const pattern of PATTERNS) {
       const found = pattern(call, uses);
       if (!found || !has(found.op) || found.replaced.some((c) => gone.has(c))) continue;
-      // Whatever a replaced call computed must not be read before the fusion computes it.
+      // No result of a replaced call may be read before the fusion computes it.
       const early = found.replaced.some((c) => c.outputs.some((t) => firstRead[t.id] < at));
       if (early) continue;
       for (const c of found.replaced) gone.add(c);

@@ -1,6 +1,6 @@
 /**
- * A graph is a list of op calls in execution order, and the values that a run can be asked for by name. Tracing a model's
- * forward appends to it; passes make a new graph of it. Nothing runs, and it holds no data and knows no backend.
+ * A graph is a list of op calls in execution order, with named outputs that a run can compute. Tracing a model's forward pass
+ * appends to it; passes build a new graph from it. Nothing runs here; it holds no data and knows no backend.
  */
 import type { Dtype } from "../tensor/dtype.ts";
 import { type Dim, type Shape, sameShape, showShape } from "../tensor/shape.ts";
@@ -8,7 +8,7 @@ import type { Call, Op, OpTable, Params, Result, Sizes, Tensor } from "./call.ts
 import { sizesOf } from "./ops/views.ts";
 import { OPS } from "./ops.ts";
 
-/** The inputs of an op do not agree; says which op saw what. */
+/** Thrown when the inputs of an op do not agree; names the op and what it got. */
 export class ShapeError extends TypeError {
   constructor(op: string, inputs: readonly Tensor[]) {
     super(`${op}: shapes do not agree: ${inputs.map(show).join(", ")}`);
@@ -19,7 +19,7 @@ export class ShapeError extends TypeError {
 export class Graph {
   readonly calls: Call[] = [];
   readonly values: Tensor[] = [];
-  /** What a run can return, by name. */
+  /** The values that a run can return, by name. */
   readonly outputs = new Map<string, Tensor>();
   readonly table: OpTable;
   #scope = "";
@@ -29,7 +29,7 @@ export class Graph {
     this.table = table;
   }
 
-  /** A graph with the same values and outputs and no calls yet: what passes write to. */
+  /** A graph with the same values and outputs but no calls, for a pass to fill. */
   branch(table: OpTable = this.table): Graph {
     const next = new Graph(table);
     for (const t of this.values) next.values.push(t);
@@ -41,7 +41,7 @@ export class Graph {
     return this.#value({ kind: "weight", name, shape, dtype });
   }
 
-  /** Memory that outlives a run, such as a KV cache or a parameter that is trained. */
+  /** Memory that outlives a run, such as a KV cache or a trained parameter. */
   state(name: string, shape: Shape, dtype: Dtype): Tensor {
     return this.#value({ kind: "state", name, shape, dtype });
   }
@@ -50,15 +50,15 @@ export class Graph {
     return this.#value({ kind: "input", name, shape, dtype });
   }
 
-  /** Lets a run return `value`, a computed one, under this name. */
+  /** Makes a computed value available to runs under this name. */
   output(name: string, value: Tensor): void {
-    if (value.kind !== "computed") throw new Error(`internal: the output ${name} is no computed value`);
+    if (value.kind !== "computed") throw new Error(`internal: the output ${name} is not a computed value`);
     for (const [other, t] of this.outputs)
       if (t === value || other === name) throw new Error(`internal: the output ${name} would be a second name or value of '${other}'`);
     this.outputs.set(name, value);
   }
 
-  /** Marks the calls that `trace` appends as belonging to `scope`. */
+  /** Assigns the calls that `trace` appends to `scope`. */
   within<T>(scope: string, trace: () => T): T {
     const outer = this.#scope;
     this.#scope = scope;
@@ -70,8 +70,8 @@ export class Graph {
   }
 
   /**
-   * Appends a call; throws ShapeError where the inputs do not agree.
-   * @param outputs values that the call shall compute, where a pass puts it in the place of others; new ones by default
+   * Appends a call; throws a ShapeError if the inputs do not agree.
+   * @param outputs existing values for the call to compute, when a pass replaces other calls with it; default: new values
    */
   call(op: string, inputs: readonly (Tensor | undefined)[], params: Params = {}, sizes: Sizes = {}, outputs?: readonly Tensor[]): Tensor[] {
     const row = this.row(op);
@@ -84,7 +84,7 @@ export class Graph {
     return made as Tensor[];
   }
 
-  /** Appends a call that another graph holds. */
+  /** Appends a call of another graph. */
   push(call: Call): void {
     this.calls.push(call);
   }
@@ -109,7 +109,7 @@ export class Graph {
     return this.call(op, inputs, params, sizes)[0];
   }
 
-  // Ops that models are traced in; what each computes stands in its row (graph/ops/).
+  // The ops that models are traced with; each is described in its row of the op table (graph/ops/).
 
   embed = (ids: Tensor, table: Tensor) => this.#one("embed", [ids, table]);
   rmsNorm = (x: Tensor, weight: Tensor, eps: number) => this.#one("rmsNorm", [x, weight], { eps });
@@ -149,7 +149,7 @@ export class Graph {
   };
   combine = (slots: Tensor, weights: Tensor) => this.#one("combine", [slots, weights]);
 
-  /** Losses of each row. */
+  /** The loss of each row. */
   crossEntropy = (x: Tensor, head: Tensor, labels: Tensor, chunk: number, bias?: Tensor) =>
     this.#one("crossEntropy", [x, head, labels, bias], { chunk });
 
@@ -175,20 +175,20 @@ export class Graph {
 
 export type { Tensor } from "./call.ts";
 
-/** A layer's cache, halves alike: states [blocks, tokens of a block, kv heads, head width]. Backends lay them out as their kernels want. */
+/** A layer's cache: two states [blocks, tokens per block, kv heads, head width]. Backends choose their memory layout. */
 export interface KvCache {
   readonly keys: Tensor;
   readonly values: Tensor;
 }
 
-/** The controls of sampling, one row an output row; columns as in `ops/sampling.ts`. */
+/** The sampling controls, one row per output row; columns as in `ops/sampling.ts`. */
 export interface SamplingInputs {
   readonly floats: Tensor;
   readonly ints: Tensor;
   readonly history: Tensor;
   readonly biasIds: Tensor;
   readonly biasValues: Tensor;
-  /** [masks, words]: bits of the ids that are allowed. */
+  /** [masks, words]: bit masks of the allowed ids. */
   readonly masks: Tensor;
 }
 
@@ -212,20 +212,20 @@ function effectsOf({ writes = [] }: Op, inputs: readonly Tensor[]): Call["effect
 
 const NONE: Call["effects"] = { reads: [], writes: [] };
 
-/** `outputs`, where they are what the op gives. */
+/** Returns `outputs`; throws unless they match the op's results. */
 function fitted(op: string, results: readonly Result[], outputs: readonly Tensor[]): readonly Tensor[] {
   const agree =
     results.length === outputs.length && results.every((r, i) => r.dtype === outputs[i].dtype && sameShape(r.shape, outputs[i].shape));
-  if (!agree) throw new Error(`internal: ${op} gives ${results.map(show).join(", ")}, and is to compute ${outputs.map(show).join(", ")}`);
+  if (!agree) throw new Error(`internal: ${op} computes ${results.map(show).join(", ")}, not ${outputs.map(show).join(", ")}`);
   return outputs;
 }
 
-/** Calls whose shapes were checked when they were made. */
+/** Calls whose shapes were checked on creation. */
 const SOUND = new WeakSet<Call>();
 
 /**
- * Throws `internal:` errors that name `pass` and the call where a graph is not whole: values used before they are computed, or results
- * of another shape in a call that was not made by `call`.
+ * Checks the graph that a pass built, and returns it. Throws an `internal:` error that names `pass` and the call if a value is used
+ * before it is computed, is computed twice or never, or has a shape that its call does not give.
  */
 export function checked(graph: Graph, pass: string): Graph {
   const known = new Uint8Array(graph.values.length); // by value id

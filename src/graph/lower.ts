@@ -1,6 +1,6 @@
 /**
- * Brings a graph into a backend's own formats: activations as its products take them, keys and values as its kernels lay them out.
- * What that is, the backend says; this pass only knows where.
+ * Converts a graph to a backend's own formats: those of activations in products, and the layout of keys and values. The backend
+ * defines the formats; this pass only knows where they apply.
  */
 import type { Dtype } from "../tensor/dtype.ts";
 import type { Shape } from "../tensor/shape.ts";
@@ -10,21 +10,21 @@ import { checked, type Graph } from "./graph.ts";
 export interface Lowering {
   /** The op table, with the backend's own rows. */
   readonly table: OpTable;
-  /** The op that converts activations for products with weights of a format; null where they are taken as they come. */
+  /** The op that converts activations for products with weights of a format; null if they need no conversion. */
   activations(weight: Dtype): string | null;
   /**
-   * Attention straight from the cache: the shapes in which the halves of a cache [blocks, tokens, heads, width] are laid out, for the
-   * ops `pagedWrite(k, v, keys, values, segments, pages)` and `pagedAttention(q, keys, values, segments, pages)`.
+   * The layout of a cache for attention that reads it directly: the shapes of the halves of a cache [blocks, tokens, heads, width] for
+   * the ops `pagedWrite(k, v, keys, values, segments, pages)` and `pagedAttention(q, keys, values, segments, pages)`.
    */
   cache(half: Tensor): { readonly keys: Shape; readonly values: Shape };
 }
 
-/** Ops whose first input is activations and whose second is a weight. */
+/** Ops whose first input is an activation and whose second is a weight. */
 const PRODUCTS = new Set(["linear", "groupedLinear", "gatedLinear", "groupedGatedLinear"]);
 
 export function lower(graph: Graph, lowering: Lowering): Graph {
   const next = graph.branch(lowering.table);
-  // By value id: the call that makes it, and how often it is read.
+  // By value id: the call that computes it, and how often it is read.
   const makers: (Call | undefined)[] = [];
   const reads = new Int32Array(graph.values.length);
   for (const call of graph.calls) {
@@ -33,7 +33,7 @@ export function lower(graph: Graph, lowering: Lowering): Graph {
   }
   const returned = new Set(graph.outputs.values());
 
-  /** By value id, in the one format that each op converts to. */
+  /** Converted activations, by conversion op and value id. */
   const converted = new Map<string, (Tensor | undefined)[]>();
   const activations = (x: Tensor, weight: Tensor): Tensor => {
     const op = lowering.activations(weight.dtype);
@@ -53,7 +53,7 @@ export function lower(graph: Graph, lowering: Lowering): Graph {
     halves.set(state, made);
     return made;
   };
-  /** The reads of a cache that attention alone is made of; null where something else wants what they give. */
+  /** The two cache reads that feed only this attention call; null if anything else uses their results. */
   const cached = ({ inputs, outputs, params }: Call): readonly [Call, Call] | null => {
     if (params.causal !== 1 || reads[outputs[1].id] > 0 || returned.has(outputs[1])) return null;
     const [k, v] = [makers[inputs[1].id], makers[inputs[2].id]];

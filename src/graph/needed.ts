@@ -1,8 +1,8 @@
-/** Which calls a run needs for the outputs that it is asked for. */
+/** Finds the calls that a run needs for its requested outputs. */
 import type { Call, Tensor } from "./call.ts";
 import type { Graph } from "./graph.ts";
 
-/** In their order: the calls that the named outputs depend on, and whatever writes a state. Throws on a name that is no output. */
+/** The calls that the named outputs depend on and those that write a state, in order. Throws on an unknown output name. */
 export function needed({ calls, outputs }: Pick<Graph, "calls" | "outputs">, names: Iterable<string>): Call[] {
   const wanted = new Set<Tensor>();
   for (const name of names) {

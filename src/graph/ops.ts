@@ -1,6 +1,6 @@
 /**
- * The op table: one row an op, with its parameters, shape rule and gradient rule. These are the ops that models are traced in
- * and that passes make of them, in formats of no backend. Backends bring kernels matched by name, and rows of their own.
+ * The op table: one row per op, with its parameters, shape rule and gradient rule. These are the ops that models are traced with
+ * and that backend-independent passes produce. Backends match kernels to them by name, and may add rows of their own.
  */
 import type { Op } from "./call.ts";
 import { ATTENTION_OPS } from "./ops/attention.ts";

@@ -1,33 +1,33 @@
 /**
- * Where computed values lie in the workspace: first fit over the holes that dead values leave. Views share the memory of what
- * they view; a result takes over the memory of an input that ends with its call, where the op's row allows that.
+ * Places computed values in the workspace: first fit over the holes that dead values leave. Views share the memory of their
+ * base; a result reuses the memory of an input whose last use is its call, if the op's row allows that.
  */
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import type { Tensor } from "./call.ts";
 import { type Graph, show } from "./graph.ts";
 
-/** A value that shares another's memory: `of` is no view itself. */
+/** A value that shares another's memory; `of` is never a view itself. */
 export interface View {
   readonly of: Tensor;
-  /** From the start of `of`. */
+  /** Offset from the start of `of`. */
   readonly bytes: number;
 }
 
 export interface Placement {
-  /** By value id: bytes from the start of the workspace; -1 for values that are elsewhere. */
+  /** By value id: byte offset in the workspace; -1 for values stored elsewhere. */
   readonly offsets: Float64Array;
   readonly views: ReadonlyMap<Tensor, View>;
   /** Size of the workspace. */
   readonly bytes: number;
 }
 
-/** @param bytesOf the room that a value takes, in whole units; null where that has no bound */
+/** @param bytesOf a value's size in bytes, rounded up to whole units; null if it has no bound */
 export function place(graph: Graph, bytesOf: (t: Tensor) => number | null): Placement {
   const views = findViews(graph);
   const root = (t: Tensor): Tensor => views.get(t)?.of ?? t;
   const returned = new Set(graph.outputs.values());
   const count = graph.values.length;
-  // By value id; of views, what they view stands for them.
+  // By value id; views count as their base.
   const lastUse = new Int32Array(count).fill(-1);
   const offsets = new Float64Array(count).fill(-1);
   const sizes = new Float64Array(count).fill(-1);
@@ -45,7 +45,7 @@ export function place(graph: Graph, bytesOf: (t: Tensor) => number | null): Plac
   };
   graph.calls.forEach((call, i) => {
     const { inputs, outputs } = call;
-    // An input whose memory the first result may have: it ends here, nobody can ask for it, and no other input is a view of it.
+    // An input's memory can be reused if this is its last use, no run can return it, and no other input is a view of it.
     const free = (t: Tensor) =>
       t.kind === "computed" && sizes[t.id] >= 0 && lastUse[t.id] === i && !returned.has(t) && inputs.every((u) => u === t || root(u) !== t);
     const taken = graph
@@ -56,14 +56,14 @@ export function place(graph: Graph, bytesOf: (t: Tensor) => number | null): Plac
       if (views.has(t)) return;
       const bytes = bytesOf(t);
       if (bytes === null) {
-        // Nobody but the caller knows how much it is, so nobody but the caller has room for it.
+        // Only the caller knows its size, so it must be in the caller's memory.
         if (returned.has(t) && lastUse[t.id] === i) return;
         throw new Error(`internal: the result ${show(t)} of ${call.op} has no bound: its sizes have no capacity`);
       }
       if (o === 0 && taken && sizes[taken.id] >= bytes) {
         offsets[t.id] = offsets[taken.id];
         sizes[t.id] = sizes[taken.id];
-        sizes[taken.id] = -1; // no longer its own to give back
+        sizes[taken.id] = -1; // its memory now belongs to the result
       } else {
         offsets[t.id] = arena.take(bytes);
         sizes[t.id] = bytes;
@@ -75,7 +75,7 @@ export function place(graph: Graph, bytesOf: (t: Tensor) => number | null): Plac
   return { offsets, views, bytes: arena.bytes };
 }
 
-/** Calls whose results need no memory of their own. What a run can return is no view: it goes to the caller's memory. */
+/** Results that need no memory of their own. Outputs are never views, because runs write them to the caller's memory. */
 function findViews(graph: Graph): Map<Tensor, View> {
   const views = new Map<Tensor, View>();
   const returned = new Set(graph.outputs.values());
@@ -83,7 +83,7 @@ function findViews(graph: Graph): Map<Tensor, View> {
     const [x] = call.inputs;
     const [y] = call.outputs;
     const at = graph.row(call.op).view?.(call) ?? null;
-    const stacked = x?.kind === "weight" && x.shape.length > 2; // its parts lie apart
+    const stacked = x?.kind === "weight" && x.shape.length > 2; // its parts are not contiguous
     if (at === null || returned.has(y) || returned.has(x) || stacked) continue;
     const inside = views.get(x);
     const bytes = at * ELEMENT_BYTES[x.dtype as keyof typeof ELEMENT_BYTES];
@@ -93,10 +93,10 @@ function findViews(graph: Graph): Map<Tensor, View> {
   return views;
 }
 
-/** Memory in pieces, and the holes between them. */
+/** Allocates from a growing range of memory and tracks its holes. */
 class Arena {
   bytes = 0;
-  /** By position; neighbours are merged. */
+  /** Sorted by position; adjacent holes are merged. */
   readonly #holes: { at: number; bytes: number }[] = [];
 
   take(size: number): number {

@@ -1,6 +1,6 @@
 /**
- * Turns a graph into what a backend runs: a flat program whose computed values share one workspace, memory being reused as
- * soon as a value is dead. Made once for a graph and a capacity; each run then fills in the symbolic sizes.
+ * Turns a graph into a flat program for a backend. Its computed values share one workspace, whose memory is reused as soon as a
+ * value is dead. Planned once per graph and capacity; each run then fills in the symbolic sizes.
  */
 import type { Dtype } from "../tensor/dtype.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
@@ -10,23 +10,23 @@ import type { Call, Tensor } from "./call.ts";
 import { type Graph, show } from "./graph.ts";
 import { type Placement, place } from "./place.ts";
 
-/** Dimensions of a value at most: what a record has room for. */
+/** The most dimensions of a value that a record has room for. */
 export const MAX_RANK = 4;
 /**
- * Words of a value's record: place, index, byte offset in what it is a view of, output or -1, dtype, rank, then `MAX_RANK` pairs (size
- * or factor, symbol or -1). The addon tells how many it reads, and they are compared when it loads.
+ * Words of a value's record: place, index, byte offset of a view in its base, output or -1, dtype, rank, then `MAX_RANK` pairs (size
+ * or factor, symbol or -1). Checked against the addon's when it loads.
  */
 export const VALUE_WORDS = 6 + 2 * MAX_RANK;
 /** Offsets in the workspace are in units of this many bytes, which is also their alignment. */
 export const ARENA_UNIT = 64;
 
 /**
- * Where a value is. `output`: in the caller's memory only; a value of the workspace that has an output's number is written to the
- * caller's memory where a run asks for it. `view`: in the memory of the value `index`. `unused`: no call refers to it.
+ * Where a value is stored. `output`: only in the caller's memory; a workspace value with an output number is also written there
+ * if a run asks for it. `view`: in the memory of the value `index`. `unused`: no call refers to it.
  */
 export const PLACES = { arena: 0, weight: 1, state: 2, input: 3, output: 4, view: 5, unused: 6 } as const;
 
-/** Numbers that stand for dtypes in programs. */
+/** Codes of dtypes in programs. */
 export const DTYPE_CODES: Readonly<Record<Dtype, number>> = {
   f32: 0,
   f16: 1,
@@ -40,31 +40,31 @@ export const DTYPE_CODES: Readonly<Record<Dtype, number>> = {
 };
 
 export interface Plan {
-  /** What was planned. The order of its outputs gives them their numbers. */
+  /** The planned graph. Outputs are numbered in its order. */
   readonly graph: Graph;
-  /** The calls of the program: the graph's, without those that views make superfluous. */
+  /** The program's calls: the graph's, without those that became views. */
   readonly calls: readonly Call[];
   readonly weights: readonly Tensor[];
   readonly states: readonly Tensor[];
   readonly inputs: readonly Tensor[];
-  /** Symbol names, in the order in which a run passes their values. */
+  /** Symbol names, in the order in which runs pass their values. */
   readonly symbols: readonly string[];
-  /** The largest value of each symbol that the workspace has room for; of those that are not named, any. */
+  /** The largest value of each symbol that the workspace has room for; symbols without an entry are unlimited. */
   readonly capacity: SymbolValues;
   /** Bytes of workspace. */
   readonly arenaBytes: number;
-  /** The ops that occur; calls refer to them by position. */
+  /** The ops used; calls refer to them by position. */
   readonly ops: readonly string[];
-  /** `VALUE_WORDS` a value. */
+  /** `VALUE_WORDS` per value. */
   readonly values: Int32Array;
-  /** A call: op, inputs n, outputs m, first parameter, n + m value ids. */
+  /** Per call: op, number of inputs n, number of outputs m, first parameter, n + m value ids. */
   readonly program: Int32Array;
   readonly params: Float64Array;
 }
 
 /**
- * Plans `graph`. Throws `internal:` errors on a value in the workspace that has a symbol without a capacity, on more dimensions than a
- * record holds, and on sizes beyond 32 bits.
+ * Plans `graph`. Throws an `internal:` error if a workspace value has a symbol without a capacity, if a value has more dimensions than
+ * a record holds, or if a size exceeds 32 bits.
  */
 export function plan(graph: Graph, capacity: SymbolValues): Plan {
   const used = new Uint8Array(graph.values.length);
@@ -99,16 +99,17 @@ export function plan(graph: Graph, capacity: SymbolValues): Plan {
   };
 }
 
-/** Bytes that `t` takes when its symbols have `sizes`. */
+/** Size of `t` in bytes when its symbols have the values `sizes`. */
 export function bytesOf(t: Pick<Tensor, "dtype" | "shape">, sizes: SymbolValues): number {
   if (t.dtype === "int8row") return sizeOf(t.shape[0], sizes) * int8RowBytes(sizeOf(t.shape[1], sizes));
   if (t.dtype === "int8kv") return elements(t.shape.slice(0, 3), sizes) * int8KvBytes(sizeOf(t.shape[3], sizes));
   if (t.dtype === "bf16pair") return elements(t.shape, sizes) * 2 * ELEMENT_BYTES.bf16;
-  if (t.dtype === "int8" || t.dtype === "int4") throw new Error("internal: only weights are in blocks, and they bring their own memory");
+  if (t.dtype === "int8" || t.dtype === "int4")
+    throw new Error("internal: only weights can be in block formats, and they have their own memory");
   return elements(t.shape, sizes) * ELEMENT_BYTES[t.dtype];
 }
 
-/** Bytes at capacity, whole units; null where a symbol has none. */
+/** Size in bytes at capacity, rounded up to whole units; null if a symbol has no capacity. */
 function bytesWithin(t: Tensor, capacity: SymbolValues): number | null {
   if (t.shape.some((d) => typeof d !== "number" && capacity[d.symbol] === undefined)) return null;
   return Math.ceil(bytesOf(t, capacity) / ARENA_UNIT) * ARENA_UNIT;
@@ -133,7 +134,14 @@ function records(
   for (const t of graph.values) {
     if (t.shape.length > MAX_RANK)
       throw new Error(`internal: the value ${t.name ?? t.id} (${show(t)}) has more than ${MAX_RANK} dimensions`);
-    const at = t.id * VALUE_WORDS;
+    let at = t.id * VALUE_WORDS;
+    const write = (word: number): void => {
+      if (word > 0x7fffffff)
+        throw new Error(
+          `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${word} (of ${bytes} bytes of workspace), which does not fit in 32 bits`,
+        );
+      values[at++] = word;
+    };
     const view = views.get(t);
     let [where, index]: readonly [number, number] = [PLACES.unused, 0];
     if (view) [where, index] = [PLACES.view, view.of.id];

@@ -1,17 +1,17 @@
 /**
- * Activation checkpointing (https://arxiv.org/abs/1604.06174): what a layer computes on its way forward is computed again
- * when its gradients are taken, so that only what layers pass to each other is held in between. The numbers are the same to the bit.
+ * Activation checkpointing (https://arxiv.org/abs/1604.06174): recomputes a layer's activations when its gradients are computed, so
+ * that only the values passed between layers are stored in between. The results are bit-identical.
  */
 import { BACKWARD, type Call, type Tensor } from "./call.ts";
 import { checked, type Graph } from "./graph.ts";
 
 /**
- * Clones calls of each layer whose scope `again` accepts to where the layer's gradients begin. Calls with effects, and those whose
- * row says that they are kept (what routing chose), are not cloned. To be used behind `backward`.
+ * Clones the calls of each layer whose scope `again` accepts to where the layer's gradients begin. Calls with effects, and those
+ * whose row marks them as kept (such as routing), are not cloned. Run it after `backward`.
  */
 export function remat(graph: Graph, again: (scope: string) => boolean = (scope) => scope !== ""): Graph {
   const makers = new Map<Tensor, Call>();
-  /** Values that calls of other layers read on the way forward: they are held anyway. */
+  /** Values that other layers read in the forward pass: they are stored anyway. */
   const passed = new Set<Tensor>();
   for (const call of graph.calls) {
     if (call.scope.startsWith(BACKWARD)) continue;
@@ -20,7 +20,7 @@ export function remat(graph: Graph, again: (scope: string) => boolean = (scope) 
   }
 
   const next = graph.branch();
-  /** Of each layer, the clones of its values. */
+  /** The clones of each layer's values, by scope. */
   const clones = new Map<string, Map<Tensor, Tensor>>();
   const cloned = (t: Tensor, scope: string): Tensor => {
     const maker = makers.get(t);

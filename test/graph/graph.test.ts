@@ -143,7 +143,7 @@ test("an output must be computed, and have one name", () => {
   g.output("a", y);
   expect(() => g.output("b", y)).toThrow("internal: the output b would be a second name or value of 'a'");
   expect(() => g.output("a", g.scale(y, 2))).toThrow("internal: the output a would be a second name or value of 'a'");
-  expect(() => g.output("y", x(rows, 2))).toThrow("internal: the output y is no computed value");
+  expect(() => g.output("y", x(rows, 2))).toThrow("internal: the output y is not a computed value");
 });
 
 describe("a graph that a pass left broken is caught, and the pass named", () => {
@@ -160,7 +160,7 @@ describe("a graph that a pass left broken is caught, and the pass named", () => 
     const next = g.branch();
     next.push(g.calls[0]);
     next.push({ ...g.calls[1], op: "sumRows", outputs: [b], params: {} });
-    expect(() => checked(next, "fuse")).toThrow("internal: fuse: sumRows: sumRows gives f32[4], and is to compute f32[rows,4]");
+    expect(() => checked(next, "fuse")).toThrow("internal: fuse: sumRows: sumRows computes f32[4], not f32[rows,4]");
   });
 
   test("inputs that do not agree", () => {

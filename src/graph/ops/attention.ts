@@ -1,19 +1,19 @@
-/** Attention over whole sequences, the cache of keys and values that serving keeps, and the gradient. */
+/** Attention over whole sequences and its gradient, and the KV cache used for serving. */
 import { sameDim, sameShape } from "../../tensor/shape.ts";
 import { FIRST_ORDER, type Op, SERVING, type Tensor } from "../call.ts";
 import { f32, matches } from "./shapes.ts";
 
-/** [sequences, 3]: first row, rows, position of the first row. */
+/** [sequences, 3]: first row, number of rows, position of the first row. */
 function segmentsFit(segments: Tensor | undefined): segments is Tensor {
   return matches(segments, "i32", 2) && sameDim(segments.shape[1], 3);
 }
 
-/** Segments, and pages [sequences, pages]: the blocks of each sequence's cache in order. */
+/** Segments, and pages [sequences, pages]: each sequence's cache blocks in order. */
 function pagesFit(segments: Tensor | undefined, pages: Tensor | undefined): boolean {
   return segmentsFit(segments) && matches(pages, "i32", 2) && sameDim(segments.shape[0], pages.shape[0]);
 }
 
-/** Half of a cache as it is traced: [blocks, tokens of a block, heads, head width]. */
+/** Half of a cache as traced: [blocks, tokens per block, heads, head width]. */
 function isCache(t: Tensor | undefined): t is Tensor {
   return t?.kind === "state" && t.shape.length === 4;
 }
@@ -33,9 +33,9 @@ function fits(q: Tensor | undefined, k: Tensor | undefined, v: Tensor | undefine
 export const ATTENTION_OPS = {
   /**
    * Grouped-query attention, softmax(q k^T / sqrt(dim)) v within each sequence (https://arxiv.org/abs/2305.13245): q [rows,
-   * heads * dim], k and v [context, kv heads * dim], segments [sequences, 3]. Keys of a sequence are `position of the first row +
-   * rows` rows of k, those of the sequence after it follow. With `causal` 1 a row sees keys up to its own position, else all.
-   * Returns y as q, and the logarithm of each softmax's denominator, [rows, heads].
+   * heads * dim], k and v [context, kv heads * dim], segments [sequences, 3]. A sequence has `position of the first row + rows`
+   * keys, which are consecutive rows of k, one sequence after another. With `causal` 1 a row sees keys up to its own position, else
+   * all. Returns y, shaped like q, and the logarithm of each softmax's denominator, [rows, heads].
    */
   attention: {
     params: ["dim", "causal"],
@@ -44,7 +44,7 @@ export const ATTENTION_OPS = {
     gradient: (emit, { inputs: [q, k, v, segments], outputs: [y, logsumexp], params }, [dy]) =>
       dy ? [...emit("attentionGrad", [dy, q, k, v, y, logsumexp, segments], params), null] : [null, null, null, null],
   },
-  /** Gradients of q, k and v from y and logsumexp: the matrix of scores is never held (https://arxiv.org/abs/2205.14135). */
+  /** Gradients of q, k and v, computed from y and logsumexp without storing the score matrix (https://arxiv.org/abs/2205.14135). */
   attentionGrad: {
     params: ["dim", "causal"],
     outputs: ([dy, q, k, v, y, logsumexp, segments], { dim }) =>
@@ -58,7 +58,7 @@ export const ATTENTION_OPS = {
         : null,
     gradient: FIRST_ORDER,
   },
-  /** Stores the keys and values of this step's rows in the pages of their sequences. */
+  /** Stores the keys and values of this step's rows in their sequences' pages. */
   cacheWrite: {
     outputs: ([k, v, keys, values, segments, pages]) =>
       matches(k, "f32", 2) &&

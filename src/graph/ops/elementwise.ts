@@ -1,9 +1,9 @@
-/** Ops that read a row and write a row: norms, activations, rotary positions, sums, casts, choices of rows; their gradients. */
+/** Ops that read a row and write a row: norms, activations, rotary embeddings, sums, casts, row selection; and their gradients. */
 import { sameDim, sameShape } from "../../tensor/shape.ts";
 import { AFTER_BACKWARD, FIRST_ORDER, type Op } from "../call.ts";
 import { alike, f32, matches } from "./shapes.ts";
 
-/** A copy in another format. The rounding has no slope: gradients pass straight through (https://arxiv.org/abs/1308.3432). */
+/** A copy in another format. Rounding has no slope, so the gradient is a straight-through estimator (https://arxiv.org/abs/1308.3432). */
 function cast(dtype: "f32" | "bf16" | "f16"): Op {
   return {
     outputs: ([x]) => (x && ["f32", "bf16", "f16"].includes(x.dtype) ? [{ shape: x.shape, dtype }] : null),
@@ -32,7 +32,7 @@ export const ELEMENTWISE_OPS = {
     outputs: ([dy, x]) => (matches(x, "f32", 2) && alike(dy, x) ? [f32(x.shape[1])] : null),
     gradient: FIRST_ORDER,
   },
-  /** a + b and its rmsNorm: what `fuse` makes of both. */
+  /** a + b and its rmsNorm; `fuse` builds it from the two. */
   addRmsNorm: {
     params: ["eps"],
     outputs: ([a, b, w]) =>
@@ -54,7 +54,7 @@ export const ELEMENTWISE_OPS = {
     gradient: (emit, { params }, [dy]) => [dy && emit("scale", [dy], params)[0]],
     inPlace: [0],
   },
-  /** x * by[0], where by [1] is computed. */
+  /** x * by[0], with by [1] a computed value. */
   scaleBy: {
     outputs: ([x, by]) => (alike(x) && matches(by, "f32", 1) && by.shape[0] === 1 ? [f32(...x.shape)] : null),
     gradient: FIRST_ORDER,
@@ -73,7 +73,7 @@ export const ELEMENTWISE_OPS = {
   },
   /**
    * Zeroes each element with probability `p` and divides the others by 1 - p (https://jmlr.org/papers/v15/srivastava14a.html).
-   * Which ones is a hash of seed [2] i32, `stream` and the element's index: the gradient drops the same.
+   * A hash of seed [2] i32, `stream` and the element's index decides which, so the gradient drops the same ones.
    */
   dropout: {
     params: ["p", "stream"],
@@ -95,7 +95,7 @@ export const ELEMENTWISE_OPS = {
   rope: rotation("ropeT"),
   /** Rotates back: the transpose of `rope`. */
   ropeT: rotation("rope"),
-  /** Rows of x chosen by `index`. */
+  /** Rows of x selected by `index`. */
   gather: {
     outputs: ([x, index]) => (matches(x, "f32", 2) && matches(index, "i32", 1) ? [f32(index.shape[0], x.shape[1])] : null),
     gradient: (emit, { inputs: [x, index] }, [dy]) => [dy && emit("scatterRows", [dy, index], {}, { rows: x.shape[0] })[0], null],
@@ -108,7 +108,7 @@ export const ELEMENTWISE_OPS = {
         : null,
     gradient: FIRST_ORDER,
   },
-  /** x [rows, n] with row index[i] replaced by row i of `by` [m, n]: embeddings of images in place of their placeholders. */
+  /** x [rows, n] with row index[i] replaced by row i of `by` [m, n], for example to put image embeddings in place of placeholders. */
   replaceRows: {
     outputs: ([x, by, index]) =>
       matches(x, "f32", 2) &&
@@ -125,7 +125,7 @@ export const ELEMENTWISE_OPS = {
     ],
     inPlace: [0],
   },
-  /** x [rows, n] with the rows of `index` set to zero. */
+  /** x [rows, n] with the rows in `index` set to zero. */
   zeroRows: {
     outputs: ([x, index]) => (matches(x, "f32", 2) && matches(index, "i32", 1) ? [f32(...x.shape)] : null),
     gradient: FIRST_ORDER,

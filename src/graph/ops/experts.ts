@@ -1,12 +1,13 @@
-/** The mixture of experts: the router, the weighted sum of what experts gave, and the gradients. */
+/** The mixture of experts: the router, the weighted sum of the experts' outputs, and their gradients. */
 import { sameDim, sameShape, times } from "../../tensor/shape.ts";
 import { FIRST_ORDER, type Op } from "../call.ts";
 import { f32, i32, matches } from "./shapes.ts";
 
 export const EXPERT_OPS = {
   /**
-   * The router: probabilities softmax(x . gate^T), then the `k` best by probability plus bias [experts], best first; weights sum to
-   * one, never divided by less than `normMin`. Returns logits [rows, experts], experts [rows, k] i32, weights [rows, k].
+   * The router: probabilities softmax(x . gate^T), then the `k` best by probability plus bias [experts], best first. Their
+   * probabilities are divided by their sum, or by `normMin` if that is larger. Returns logits [rows, experts], experts [rows, k] i32,
+   * weights [rows, k].
    */
   route: {
     params: ["k", "normMin"],
@@ -19,7 +20,7 @@ export const EXPERT_OPS = {
       k <= Number(gate.shape[0])
         ? [f32(x.shape[0], gate.shape[0]), i32(x.shape[0], k), f32(x.shape[0], k)]
         : null,
-    // The choice itself has no slope; the bias only decides who is chosen, and moves by another rule than the gradient's.
+    // The choice itself has no slope; the bias only affects the choice, and is updated by another rule than the gradient.
     gradient: (emit, { inputs: [x, gate], outputs: [logits, experts, weights], params }, [dLogits, , dWeights], [wantsX, wantsGate]) => {
       const chosen = dWeights && emit("routeGrad", [dWeights, logits, experts, weights], { normMin: params.normMin })[0];
       const d = chosen && dLogits ? emit("add", [chosen, dLogits])[0] : (chosen ?? dLogits);
@@ -42,7 +43,7 @@ export const EXPERT_OPS = {
         : null,
     gradient: FIRST_ORDER,
   },
-  /** Sums each row's expert slots times their weights: [k * rows, n], [rows, k] to [rows, n]. */
+  /** The weighted sum of each row's expert slots: [k * rows, n], [rows, k] to [rows, n]. */
   combine: {
     outputs: ([slots, weights]) =>
       matches(slots, "f32", 2) && matches(weights, "f32", 2) && sameDim(slots.shape[0], times(weights.shape[0], Number(weights.shape[1])))
@@ -53,7 +54,7 @@ export const EXPERT_OPS = {
       wantsWeights && dy ? emit("slotDots", [dy, slots], { k: Number(weights.shape[1]) })[0] : null,
     ],
   },
-  /** Each row times the weights of its slots: [rows, n], [rows, k] to [k * rows, n]. The gradient of `combine`'s slots. */
+  /** Each row times the weight of each of its slots: [rows, n], [rows, k] to [k * rows, n]. The gradient of `combine`'s slots. */
   spread: {
     outputs: ([dy, weights]) =>
       matches(dy, "f32", 2) && matches(weights, "f32", 2) && sameDim(dy.shape[0], weights.shape[0])
@@ -61,7 +62,7 @@ export const EXPERT_OPS = {
         : null,
     gradient: FIRST_ORDER,
   },
-  /** The dot product of each row with its slots: [rows, n], [k * rows, n] to [rows, k]. The gradient of `combine`'s weights. */
+  /** The dot product of each row with each of its slots: [rows, n], [k * rows, n] to [rows, k]. The gradient of `combine`'s weights. */
   slotDots: {
     params: ["k"],
     outputs: ([dy, slots], { k }) =>

@@ -1,9 +1,9 @@
-/** The loss, and steps of the optimiser. */
+/** The loss and the optimiser's updates. */
 import { sameDim, sameShape } from "../../tensor/shape.ts";
 import { FIRST_ORDER, type Op, type Tensor } from "../call.ts";
 import { alike, biasFits, f32, isMatrix, matches } from "./shapes.ts";
 
-/** Columns of an AdamW step's rates [7]: `bias1` and `bias2` are 1 - beta^t of step t, counted from 1. */
+/** Columns of an AdamW step's rates [7]: `bias1` and `bias2` are 1 - beta^t for step t, counted from 1. */
 export const ADAMW_RATES = ["learningRate", "beta1", "beta2", "eps", "weightDecay", "bias1", "bias2"] as const;
 
 function headFits(x: Tensor | undefined, head: Tensor | undefined, labels: Tensor | undefined, bias: Tensor | undefined): boolean {
@@ -20,8 +20,8 @@ function headFits(x: Tensor | undefined, head: Tensor | undefined, labels: Tenso
 export const LOSS_OPS = {
   /**
    * -log softmax(x . head^T + bias)[label] of each row: x [rows, k], head [vocab, k], labels [rows], bias [vocab] to losses [rows] and
-   * the logarithm of each softmax's denominator [rows]. Rows with a negative label have the loss 0. Logits are computed for
-   * `chunk` rows at a time, and never held for all.
+   * the logarithm of each softmax's denominator [rows]. Rows with a negative label have a loss of 0. Logits are computed for
+   * `chunk` rows at a time, and never stored for all rows.
    */
   crossEntropy: {
     params: ["chunk"],
@@ -37,7 +37,7 @@ export const LOSS_OPS = {
       return [dx, dHead ?? null, null, dBias ?? null];
     },
   },
-  /** Gradients of x, and with `head` 1 of the head and its bias, where there is one; logits are computed again in chunks. */
+  /** Gradients of x and, with `head` 1, of the head and its bias, if any. Recomputes logits in chunks. */
   crossEntropyGrad: {
     params: ["chunk", "head"],
     outputs: ([dy, x, weight, labels, logsumexp, bias], { head }) =>
@@ -46,20 +46,20 @@ export const LOSS_OPS = {
         : null,
     gradient: FIRST_ORDER,
   },
-  /** The square root of the sum of all squares of all inputs, [1]. */
+  /** The global L2 norm of all inputs, [1]. */
   norm: {
     outputs: (tensors) => (tensors.length > 0 && tensors.every((t) => t.dtype === "f32") ? [f32(1)] : null),
     gradient: FIRST_ORDER,
   },
-  /** What gradients of that norm [1] are multiplied with, [1]: min(1, max / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`. */
+  /** The factor [1] that clips gradients of that norm [1]: min(1, max / (norm + 1e-6)), as in `torch.nn.utils.clip_grad_norm_`. */
   clip: {
     params: ["max"],
     outputs: ([norm]) => (matches(norm, "f32", 1) && norm.shape[0] === 1 ? [f32(1)] : null),
     gradient: FIRST_ORDER,
   },
   /**
-   * One step of AdamW (https://arxiv.org/abs/1711.05101) on a parameter and its two moments, in place; rates as `ADAMW_RATES`; the gradient
-   * is first multiplied with `factor` [1], where there is one.
+   * One AdamW step (https://arxiv.org/abs/1711.05101) on a parameter and its two moments, in place; rates as in `ADAMW_RATES`. The
+   * gradient is first multiplied by `factor` [1], if given.
    */
   adamw: {
     outputs: ([parameter, gradient, m, v, rates, factor]) =>

@@ -1,13 +1,13 @@
-/** Products with weight matrices, one matrix or one an expert, and their gradients. */
+/** Products with weight matrices, a single one or one per expert, and their gradients. */
 import type { Dtype } from "../../tensor/dtype.ts";
 import { sameDim, times } from "../../tensor/shape.ts";
 import { AFTER_BACKWARD, FIRST_ORDER, type Gradient, type Op, type Tensor, WHOLE_NUMBERS } from "../call.ts";
 import { biasFits, f32, isMatrix, matches } from "./shapes.ts";
 
-/** The format in which products with weights of a format take their activations. */
+/** The activation format of products with weights of each format. */
 export type ActivationFormat = (weight: Dtype) => Dtype;
 
-/** dx = dy . W, dW = dy^T x, db = sum of dy. Of a frozen weight, in whatever format, dx is all there is. */
+/** dx = dy . W, dW = dy^T x, db = sum of dy. For a frozen weight, in any format, only dx is computed. */
 const linearGradient: Gradient = (emit, { inputs: [x, w, bias] }, [dy], [wantsX, wantsW, wantsBias]) => [
   wantsX && dy ? emit("linearT", [dy, w])[0] : null,
   wantsW && dy ? emit("outer", [dy, x])[0] : null,
@@ -22,12 +22,12 @@ const groupedGradient: Gradient = (emit, { inputs: [x, w, order, offsets, bias],
   ...(bias ? [wantsBias && dy ? emit("groupedSumRows", [dy, order, offsets])[0] : null] : []),
 ];
 
-/** Whether order and offsets are those of `slots` expert slots for each row of x. */
+/** Whether order and offsets fit `slots` expert slots per row of x. */
 function grouped(x: Tensor, order: Tensor | undefined, offsets: Tensor | undefined, slots: number): boolean {
   return matches(order, "i32", 1) && sameDim(order.shape[0], times(x.shape[0], slots)) && matches(offsets, "i32", 1);
 }
 
-/** The rows of products that take activations as they come, or in a format that the backend converts them to. */
+/** The table rows of products, which take float32 activations or the format that the backend converts them to. */
 export function products(activations: ActivationFormat) {
   const meets = (x: Tensor | undefined, w: Tensor, rank: number): x is Tensor =>
     x?.shape.length === 2 && x.dtype === activations(w.dtype) && sameDim(x.shape[1], w.shape[rank - 1]);
@@ -39,7 +39,7 @@ export function products(activations: ActivationFormat) {
       outputs: ([x, w, bias]) => (isMatrix(w, 2) && meets(x, w, 2) && biasFits(bias, [w.shape[0]]) ? [f32(x.shape[0], w.shape[0])] : null),
       gradient: linearGradient,
     },
-    /** Each expert slot times its expert's matrix: x [rows, k], w [experts, n, k], bias [experts, n] to [slots * rows, n], in slot order. */
+    /** Each expert slot times the matrix of its expert: x [rows, k], w [experts, n, k], bias [experts, n] to [slots * rows, n], in slot order. */
     groupedLinear: {
       params: ["slots"],
       outputs: ([x, w, order, offsets, bias], { slots }) =>
@@ -48,7 +48,7 @@ export function products(activations: ActivationFormat) {
           : null,
       gradient: groupedGradient,
     },
-    /** `silu(x . gate^T) * (x . up^T)` (https://arxiv.org/abs/2002.05202): what `fuse` makes of two products and `siluMul`. */
+    /** `silu(x . gate^T) * (x . up^T)` (https://arxiv.org/abs/2002.05202); `fuse` builds it from two products and `siluMul`. */
     gatedLinear: {
       outputs: ([x, gate, up]) => (twins(gate, up, 2) && meets(x, gate, 2) ? [f32(x.shape[0], gate.shape[0])] : null),
       gradient: AFTER_BACKWARD,
@@ -66,7 +66,7 @@ export function products(activations: ActivationFormat) {
 
 export const MATRIX_OPS = {
   ...products(() => "f32"),
-  /** Rows of `table` [n, width] chosen by `ids` [rows]. */
+  /** Rows of `table` [n, width] selected by `ids` [rows]. */
   embed: {
     outputs: ([ids, table]) => (matches(ids, "i32", 1) && isMatrix(table, 2) ? [f32(ids.shape[0], table.shape[1])] : null),
     gradient: (emit, { inputs: [ids, table] }, [dy], [, wantsTable]) => [
@@ -88,7 +88,7 @@ export const MATRIX_OPS = {
   },
   /** [rows, n] to [n]. */
   sumRows: { outputs: ([x]) => (matches(x, "f32", 2) ? [f32(x.shape[1])] : null), gradient: FIRST_ORDER },
-  /** Of each row the sum over its slots of dy . w of the slot's expert: [slots * rows, n], [experts, n, k] to [rows, k]. */
+  /** For each row, the sum of dy . w over its slots, w being the slot's expert: [slots * rows, n], [experts, n, k] to [rows, k]. */
   groupedLinearT: {
     params: ["slots"],
     outputs: ([dy, w, order, offsets], { slots }, { rows }) =>
@@ -102,7 +102,7 @@ export const MATRIX_OPS = {
         : null,
     gradient: FIRST_ORDER,
   },
-  /** Of each expert dy^T x over its slots, zero where it has none: [slots * rows, n], [rows, k] to [experts, n, k]. */
+  /** For each expert, dy^T x over its slots, zero if it has none: [slots * rows, n], [rows, k] to [experts, n, k]. */
   groupedOuter: {
     params: ["slots"],
     outputs: ([dy, x, order, offsets], { slots }) =>
@@ -111,13 +111,13 @@ export const MATRIX_OPS = {
         : null,
     gradient: FIRST_ORDER,
   },
-  /** Of each expert the sum of dy over its slots: [slots * rows, n] to [experts, n]. */
+  /** For each expert, the sum of dy over its slots: [slots * rows, n] to [experts, n]. */
   groupedSumRows: {
     outputs: ([dy, order, offsets]) =>
       matches(dy, "f32", 2) && grouped(dy, order, offsets, 1) ? [f32(Number(offsets.shape[0]) - 1, dy.shape[1])] : null,
     gradient: FIRST_ORDER,
   },
-  /** Sorts expert slots by expert, [rows, k]: `order` lists slots, those of expert e from offsets[e] to offsets[e + 1]. */
+  /** Sorts expert slots [rows, k] by expert: `order` lists the slots; those of expert e are at offsets[e] up to offsets[e + 1]. */
   group: {
     params: ["count"],
     outputs: ([experts], { count }) =>

@@ -1,13 +1,13 @@
-/** From logits to tokens: the processors, the choice, the likeliest alternatives. */
+/** From logits to tokens: logits processors, sampling, and the likeliest alternatives. */
 import { sameShape } from "../../tensor/shape.ts";
 import { type Op, SERVING, type Tensor } from "../call.ts";
 import { f32, i32, matches } from "./shapes.ts";
 
-/** Columns of the sampling controls [outs, n], in order. The addon tells its own, and they are compared when it loads. */
+/** Columns of the sampling controls [outs, n], in order. Checked against the addon's when it loads. */
 export const SAMPLING_FLOATS = ["temperature", "topP", "minP", "repetitionPenalty", "presencePenalty", "frequencyPenalty"] as const;
 /**
- * `mask` is a row of the masks, -1 for none. `history*` and `bias*` are ranges in the concatenated lists; `promptCount` counts the
- * prompt's tokens in the history. `seed*` and `step` drive the random draw.
+ * `mask` is a row of the masks, -1 for none. `history*` and `bias*` are ranges in the concatenated lists; `promptCount` is the number
+ * of prompt tokens in the history. `seed*` and `step` determine the random draw.
  */
 export const SAMPLING_INTS = [
   "topK",
@@ -48,8 +48,8 @@ export const SAMPLING_OPS = {
     gradient: SERVING,
   },
   /**
-   * A token a row, greedily or at random, and its log-probability by the unprocessed logits: [outs] i32, [outs]. Where all of a row's
-   * tokens are ruled out, the token is -1.
+   * One token per row, greedy or random, and its log-probability according to the unprocessed logits: [outs] i32, [outs]. The token is
+   * -1 if all of the row's tokens are ruled out.
    */
   sample: {
     outputs: ([logits, processed, floats, ints]) =>
@@ -58,7 +58,7 @@ export const SAMPLING_OPS = {
         : null,
     gradient: SERVING,
   },
-  /** The `top` likeliest tokens of each row, best first, the lower id first among equals: ids and log-probabilities, [outs, top] each. */
+  /** The `top` likeliest tokens of each row, best first, ties by lower id: ids and log-probabilities, [outs, top] each. */
   topLogprobs: {
     outputs: ([logits], _params, { top }) =>
       matches(logits, "f32", 2) && top !== undefined && (typeof top !== "number" || (top >= 1 && top <= Number(logits.shape[1])))

@@ -1,4 +1,4 @@
-/** What the rows of the op table say about shapes, in short. */
+/** Shape predicates shared by the rows of the op table. */
 import type { Dtype } from "../../tensor/dtype.ts";
 import { type Dim, type Shape, sameShape } from "../../tensor/shape.ts";
 import type { Result, Tensor } from "../call.ts";
@@ -10,13 +10,13 @@ export function matches(t: Tensor | undefined, dtype: Dtype, rank: number): t is
   return t?.dtype === dtype && t.shape.length === rank;
 }
 
-/** Whether all are float32 of one shape. */
+/** Whether all are float32 and of the same shape. */
 export function alike(...tensors: readonly (Tensor | undefined)[]): boolean {
   const [first] = tensors;
   return first !== undefined && tensors.every((t) => t?.dtype === "f32" && sameShape(t.shape, first.shape));
 }
 
-/** A vector or stack of biases, where there is one. */
+/** An optional bias vector, or a stack of them. */
 export function biasFits(bias: Tensor | undefined, shape: Shape): boolean {
   return !bias || (bias.dtype === "f32" && sameShape(bias.shape, shape));
 }

@@ -1,15 +1,15 @@
-/** Other shapes of the same numbers. The planner makes views of them where memory allows; where not, kernels copy. */
+/** Ops that only change a shape. The planner turns them into views where the memory layout allows; elsewhere kernels copy. */
 import { elements, type Shape, type SymbolicDim, sameDim } from "../../tensor/shape.ts";
 import { FIRST_ORDER, type Op } from "../call.ts";
 
-/** The product of a shape's numbers, and of its symbols, so that shapes of the same size compare equal. */
+/** The product of a shape's numbers and of its symbols, so that shapes of the same size compare equal. */
 function volume(shape: Shape): string {
   const symbols = shape.filter((d): d is SymbolicDim => typeof d !== "number");
   const count = elements(shape.map((d) => (typeof d === "number" ? d : d.times)));
   return [count, ...symbols.map((d) => d.symbol).sort()].join();
 }
 
-/** Numbers between neighbours along an axis; null where that depends on a run's sizes. */
+/** The stride of an axis in elements; null if it depends on a run's sizes. */
 function stride(shape: Shape, axis: number): number | null {
   const behind = shape.slice(axis + 1);
   return behind.every((d) => typeof d === "number") ? elements(behind) : null;
@@ -27,7 +27,7 @@ export const VIEW_OPS = {
     gradient: (emit, { inputs: [x] }, [dy]) => [dy && emit("reshape", [dy], {}, sizesOf(x.shape))[0]],
     view: () => 0,
   },
-  /** From `start` on along `axis`, as many as the size `count` says. */
+  /** `count` entries along `axis`, starting at `start`; `count` is a size. */
   slice: {
     params: ["axis", "start"],
     outputs: ([x], { axis, start }, { count }) => {
@@ -39,7 +39,7 @@ export const VIEW_OPS = {
     gradient: (emit, { inputs: [x], params }, [dy]) => [dy && emit("pad", [dy], params, { count: x.shape[params.axis] })[0]],
     view: ({ inputs: [x], params: { axis, start } }) => {
       const step = stride(x.shape, axis);
-      const single = x.shape.slice(0, axis).every((d) => d === 1); // else each outer index begins a piece of its own
+      const single = x.shape.slice(0, axis).every((d) => d === 1); // else the slice is not contiguous
       return single && step !== null ? start * step : null;
     },
   },
@@ -60,13 +60,13 @@ export const VIEW_OPS = {
       return [{ shape: x.shape.map((d, i) => (i === a ? x.shape[b] : i === b ? x.shape[a] : d)), dtype: x.dtype }];
     },
     gradient: (emit, { params }, [dy]) => [dy && emit("transpose", [dy], params)[0]],
-    // Where all but one of the axes from a to b have the size 1, their order in memory is the same.
+    // If all but one of the axes from a to b have size 1, the order in memory does not change.
     view: ({ inputs: [x], params: { a, b } }) =>
       x.shape.slice(Math.min(a, b), Math.max(a, b) + 1).filter((d) => !sameDim(d, 1)).length <= 1 ? 0 : null,
   },
 } satisfies Record<string, Op>;
 
-/** `sizes` of a reshape to `shape`. */
+/** The `sizes` of a reshape to `shape`. */
 export function sizesOf(shape: Shape): Record<string, Shape[number]> {
   return Object.fromEntries(shape.map((d, i) => [SIZES[i], d]));
 }

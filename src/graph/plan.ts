@@ -134,14 +134,7 @@ function records(
   for (const t of graph.values) {
     if (t.shape.length > MAX_RANK)
       throw new Error(`internal: the value ${t.name ?? t.id} (${show(t)}) has more than ${MAX_RANK} dimensions`);
-    let at = t.id * VALUE_WORDS;
-    const write = (word: number): void => {
-      if (word > 0x7fffffff)
-        throw new Error(
-          `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${word} (of ${bytes} bytes of workspace), which does not fit in 32 bits`,
-        );
-      values[at++] = word;
-    };
+    const at = t.id * VALUE_WORDS;
     const view = views.get(t);
     let [where, index]: readonly [number, number] = [PLACES.unused, 0];
     if (view) [where, index] = [PLACES.view, view.of.id];
@@ -165,7 +158,7 @@ function records(
 function fits32(word: number, t: Tensor, bytes: number): number {
   if (word <= 0x7fffffff) return word;
   throw new Error(
-    `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${word} (of ${bytes} bytes of workspace); 32 bits hold less`,
+    `internal: the value ${t.name ?? t.id} (${show(t)}) needs the number ${word} (of ${bytes} bytes of workspace), which does not fit in 32 bits`,
   );
 }
 

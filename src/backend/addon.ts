@@ -1,4 +1,4 @@
-/** The native addon: how it is called, where it is, and whether it matches this version. Knows nothing of graphs or backends. */
+/** The native addon: its interface, its location, and whether it matches this version. Knows nothing of graphs or backends. */
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
@@ -6,12 +6,12 @@ import { ARENA_UNIT, DTYPE_CODES, PLACES, VALUE_WORDS } from "../graph/plan.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import { BLOCK_TOKENS, type Numbers, type Slice } from "./backend.ts";
 
-/** What the addon holds for us; freed by its dispose call or with the last reference. */
+/** An object owned by the addon; freed by its dispose call or with its last reference. */
 export type Handle = { readonly __handle: unique symbol };
 
-/** What both sides must agree on. */
+/** The constants that both sides must agree on. */
 export interface Description {
-  /** Words of a value's record, bytes of a unit of the workspace, tokens of a block of the KV cache. */
+  /** Words per value record, bytes per workspace unit, tokens per KV cache block. */
   readonly valueWords: number;
   readonly arenaUnit: number;
   readonly blockTokens: number;
@@ -22,7 +22,7 @@ export interface Description {
   readonly samplingInts: readonly string[];
 }
 
-/** What the machine does at best, of all threads together; an operation is a multiplication or an addition. */
+/** The machine's peak rates, over all threads together; an operation is a multiplication or an addition. */
 export interface MachineLimits {
   readonly readBytesPerSecond: number;
   readonly int8OpsPerSecond: number;
@@ -54,7 +54,7 @@ export interface Addon {
   readMemory(memory: Handle, byteOffset: number, to: Uint8Array): void;
   writeMemory(memory: Handle, byteOffset: number, from: Uint8Array): void;
   prepare(device: Handle, plan: NativePlan, weights: Handle, states: readonly Handle[]): Handle;
-  /** Runs the calls of these positions. A null input or output is one that none of them touches. */
+  /** Runs the calls at these positions. An input or output that none of them touches may be null. */
   run(
     program: Handle,
     sizes: readonly number[],
@@ -69,10 +69,10 @@ export interface Addon {
   disposeProgram(program: Handle): void;
 }
 
-/** Codes of dtypes, and of formats that only files have. */
+/** Codes of dtypes, and of formats that occur only in files. */
 export const STORED_CODES: Readonly<Record<StoredFormat, number>> = { ...DTYPE_CODES, q8_0: 100, q4_0: 101 };
 
-/** This side's description. */
+/** The description that this version expects. */
 export const DESCRIPTION: Description = {
   valueWords: VALUE_WORDS,
   arenaUnit: ARENA_UNIT,
@@ -83,7 +83,7 @@ export const DESCRIPTION: Description = {
   samplingInts: SAMPLING_INTS,
 };
 
-/** What an addon has and this side does not expect, or the other way round: a phrase for each difference. */
+/** Differences between an addon and this version, one phrase each. */
 export function differences(theirs: Description, ours: Description = DESCRIPTION): string[] {
   const found: string[] = [];
   const number = (label: string, a: number, b: number) => {
@@ -111,7 +111,7 @@ export function differences(theirs: Description, ours: Description = DESCRIPTION
 
 /**
  * The addon at `path`, if it matches this version.
- * @throws Error that names the file, what is wrong with it, and how to rebuild it
+ * @throws Error that says what is wrong with the file and how to rebuild it
  */
 export function loadAddon(path: string): Addon {
   const rebuild = /[\\/]node_modules[\\/]/.test(path) ? "'npm rebuild mixtape'" : "'npm run build'";
@@ -131,7 +131,7 @@ export function loadAddon(path: string): Addon {
 
 let loaded: Addon | undefined;
 
-/** The addon that was built with this package. */
+/** The addon built with this package. */
 export function openAddon(): Addon {
   loaded ??= loadAddon(fileURLToPath(new URL("../../native/build/mixtape.node", import.meta.url)));
   return loaded;

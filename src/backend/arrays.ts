@@ -1,11 +1,11 @@
-/** The arrays that callers give a run, checked against what the graph says of them. */
+/** Checks the arrays that callers pass to a run against the graph. */
 import type { Tensor } from "../graph/call.ts";
 import { show } from "../graph/graph.ts";
 import { bytesOf } from "../graph/plan.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { Numbers } from "./backend.ts";
 
-/** The array of an input or output, which must be of its type and large enough. */
+/** Returns the array of an input or output; throws unless it has the right type and is large enough. */
 export function fitting(t: Tensor, label: string, data: Numbers | undefined, sizes: SymbolValues): Numbers {
   if (!data) throw new Error(`internal: the ${label} was not given`);
   const right = t.dtype === "i32" ? data instanceof Int32Array : data instanceof Float32Array;

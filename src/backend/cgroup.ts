@@ -1,18 +1,18 @@
-/** The control groups that this process is in, as Linux shows them. Knows where their files are, not what they mean. */
+/** The Linux control groups that this process belongs to. Knows where their files are, not what they mean. */
 import { readFileSync } from "node:fs";
 
-/** The text of a file, null where there is none. */
+/** Returns the text of a file, or null if there is none. */
 export type Read = (path: string) => string | null;
 
 export interface Groups {
   readonly version: 1 | 2;
-  /** Folders of the group and of those around it, innermost first. A container may see the outermost alone. */
+  /** Folders of the group and its ancestors, innermost first. A container may see only the outermost. */
   readonly folders: readonly string[];
 }
 
 /**
- * The groups that bind this process for a controller, such as `memory`; null where none is mounted at the usual place.
- * Where version 1 has the controller, version 2 does not.
+ * The groups that limit this process for a controller such as `memory`; null if none is mounted at the usual place. A controller
+ * that version 1 has is not available in version 2.
  */
 export function groupsOf(controller: string, read: Read): Groups | null {
   const lines = (read("/proc/self/cgroup") ?? "").split("\n").map((line) => /^(\d+):([^:]*):(.*)$/.exec(line));
@@ -23,7 +23,7 @@ export function groupsOf(controller: string, read: Read): Groups | null {
 }
 
 function upward(root: string, path: string): string[] {
-  const names = path.split("/").filter((name) => name !== "" && name !== ".."); // a namespace may begin below the group
+  const names = path.split("/").filter((name) => name !== "" && name !== ".."); // a namespace may be rooted below the group
   return [...names.keys(), names.length].reverse().map((n) => [root, ...names.slice(0, n)].join("/"));
 }
 
@@ -31,6 +31,6 @@ export function readText(path: string): string | null {
   try {
     return readFileSync(path, "utf8");
   } catch {
-    return null; // another system, or a sandbox that hides it
+    return null; // not Linux, or a sandbox hides it
   }
 }

@@ -1,11 +1,11 @@
-/** How many threads pay off on this machine: the physical cores that this process may use. Reads what Linux reports. */
+/** The default number of threads: the physical cores that this process may use, as Linux reports them. */
 import { availableParallelism } from "node:os";
 import { groupsOf, type Read, readText } from "./cgroup.ts";
 
 /**
- * Physical cores that this process may use, and no more than its control groups grant; where the system does not tell, as many
- * as Node.js counts. Two threads on a core share its vector units and its path to memory: the second is not worth it here.
- * @param read the text of a file, null where there is none
+ * Physical cores that this process may use, capped by the quota of its control groups; if the system does not report them, Node.js's
+ * count. Two threads on a core share its vector units and memory bandwidth, so a second thread does not pay off here.
+ * @param read returns the text of a file, or null if there is none
  */
 export function physicalCores(read: Read = readText): number {
   const allowed = /^Cpus_allowed_list:\s*(.+)$/m.exec(read("/proc/self/status") ?? "")?.[1];
@@ -18,7 +18,7 @@ export function physicalCores(read: Read = readText): number {
   return granted(read, cores.size || availableParallelism());
 }
 
-/** At most the smallest quota of the control groups, at least one. */
+/** Caps a number of cores at the smallest quota of the control groups, but at no less than one. */
 function granted(read: Read, cores: number): number {
   const groups = groupsOf("cpu", read);
   const quotas = (groups?.folders ?? ["/sys/fs/cgroup"]).map((folder) => {
@@ -31,7 +31,7 @@ function granted(read: Read, cores: number): number {
   return Math.max(1, Math.min(cores, ...quotas.map(Math.floor)));
 }
 
-/** The numbers in a list like `0-3,8,10-11`. */
+/** Parses a list of numbers like `0-3,8,10-11`. */
 function cpuList(text: string): number[] {
   return text.split(",").flatMap((part) => {
     const [first, last = first] = part.split("-").map(Number);

@@ -1,4 +1,4 @@
-/** What the CPU's kernels want graphs lowered to: activations in its own formats, keys and values in blocks as its registers read them. */
+/** How graphs are lowered for the CPU's kernels: activation formats, and the layout of keys and values within blocks. */
 import { FIRST_ORDER, type Op, type OpTable, SERVING, type Tensor } from "../graph/call.ts";
 import type { Lowering } from "../graph/lower.ts";
 import { products } from "../graph/ops/matrix.ts";
@@ -9,12 +9,12 @@ import { sameDim, sameShape } from "../tensor/shape.ts";
 
 const ACTIVATIONS: Partial<Record<Dtype, Dtype>> = { bf16: "bf16pair", int8: "int8row", int4: "int8row" };
 
-/** A matrix of activations in another format. */
+/** An op that converts activations to another format. */
 function converted(dtype: Dtype): Op {
   return { outputs: ([x]) => (matches(x, "f32", 2) ? [{ shape: x.shape, dtype }] : null), gradient: FIRST_ORDER };
 }
 
-/** Keys lie transposed within a block, so that scores of neighbouring tokens lie side by side; in bytes they lie as values do. */
+/** Keys are transposed within a block so that scores of adjacent tokens are adjacent in memory; int8 keys are laid out like values. */
 function cacheFits(keys: Tensor | undefined, values: Tensor | undefined, segments: Tensor | undefined, pages: Tensor | undefined): boolean {
   if (keys?.shape.length !== 4 || values?.shape.length !== 4) return false;
   const [blocks, heads, tokens, dim] = values.shape;
@@ -30,11 +30,11 @@ function cacheFits(keys: Tensor | undefined, values: Tensor | undefined, segment
 
 const CPU_OPS = {
   ...products((weight) => ACTIVATIONS[weight] ?? "f32"),
-  /** The sum of two bfloat16 numbers, exact to 2^-17. */
+  /** Numbers as sums of two bfloat16 numbers, exact to 2^-17. */
   toBf16Pair: converted("bf16pair"),
-  /** 255 steps, in groups of 64 (see `tensor/quantized.ts`). */
+  /** Int8 with 255 steps, in groups of 64 (see `tensor/quantized.ts`). */
   toInt8: converted("int8row"),
-  /** `cacheWrite` to the CPU's layout. */
+  /** `cacheWrite` in the CPU's layout. */
   pagedWrite: {
     outputs: ([k, v, keys, values, segments, pages]) =>
       matches(k, "f32", 2) &&
@@ -47,7 +47,7 @@ const CPU_OPS = {
     gradient: SERVING,
     writes: [2, 3],
   },
-  /** `cacheRead` of keys and values and causal `attention` of q in one, reading the cache where it lies. */
+  /** `cacheRead` of keys and values and causal `attention` in one op that reads the cache in place. */
   pagedAttention: {
     outputs: ([q, keys, values, segments, pages]) =>
       matches(q, "f32", 2) &&

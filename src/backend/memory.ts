@@ -1,9 +1,9 @@
-/** How much memory this process may use: the machine's, or less where a control group limits it. Reads files, measures nothing. */
+/** How much memory this process may use: the machine's, or less if a control group limits it. Reads files, measures nothing. */
 import { freemem, totalmem } from "node:os";
 import type { Memory } from "./backend.ts";
 import { type Groups, groupsOf, type Read, readText } from "./cgroup.ts";
 
-/** @param read the text of a file, null where there is none */
+/** @param read returns the text of a file, or null if there is none */
 export function hostMemory(read: Read = readText): Memory {
   const machine = read("/proc/meminfo") ?? "";
   const groups = groupsOf("memory", read);
@@ -19,7 +19,7 @@ const FILES = {
   2: { limit: "memory.max", used: "memory.current", reclaimable: "inactive_file" },
 } as const;
 
-/** A group's limit and what is left of it; null where it has none. Pages of files that nobody used lately are dropped when needed. */
+/** A group's limit and what is left of it; null if it has none. Inactive file pages count as free because the kernel can reclaim them. */
 function limitOf(folder: string, version: Groups["version"], read: Read): Memory | null {
   const files = FILES[version];
   const total = Number.parseInt(read(`${folder}/${files.limit}`) ?? "", 10); // "max", or more than any machine has: no limit

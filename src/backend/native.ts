@@ -17,27 +17,27 @@ import { hostMemory } from "./memory.ts";
 
 export type { MachineLimits } from "./addon.ts";
 
-/** Names of the instruction sets that this processor can run, best first. */
+/** Names of the instruction sets that this processor supports, best first. */
 export function instructionSets(): string[] {
   return openAddon().isas();
 }
 
-/** Measures, in about a second and off the event loop, what kernels of an instruction set could reach. */
+/** Measures the best speed that an instruction set's kernels could reach. Takes about a second, off the event loop. */
 export function machineLimits(isa: string, threads: number): Promise<MachineLimits> {
   return openAddon().limits(isa, threads);
 }
 
 export interface NativeOptions {
-  /** Threads that compute; default: one a physical core. */
+  /** Number of compute threads; default: one per physical core. */
   readonly threads?: number;
-  /** An instruction set by name; default: `MIXTAPE_ISA`, else the best there is. */
+  /** Name of an instruction set; default: `MIXTAPE_ISA`, else the best available. */
   readonly isa?: string;
 }
 
-/** What the addon made of this backend's weights and states. */
+/** A weight set or state of this backend, with the addon's handle. */
 type Held<T> = T & { readonly handle: Handle };
 
-/** Throws when the addon is missing or of another version, the instruction set unknown or the thread count out of range. */
+/** Throws if the addon is missing or of another version, the instruction set is not available, or the thread count is out of range. */
 export function nativeBackend(options: NativeOptions = {}): Backend {
   const addon = openAddon();
   const isa = options.isa ?? process.env.MIXTAPE_ISA ?? "";
@@ -106,7 +106,7 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
   };
 }
 
-/** Of symbols that no value in the workspace depends on. */
+/** Capacity of symbols that no value in the workspace depends on. */
 const UNBOUNDED = 2 ** 31 - 1;
 
 function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held<State> {
@@ -114,7 +114,7 @@ function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held
   const handle = addon.memory(bytes);
   const check = () => {
     if (dtype !== "f32")
-      throw new Error(`internal: a state of ${dtype} is laid out as the backend wants; only float32 can be read and written`);
+      throw new Error(`internal: a state of ${dtype} has a layout private to the backend; only float32 can be read and written`);
   };
   return {
     bytes,
@@ -134,7 +134,7 @@ function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held
   };
 }
 
-/** What a run that is asked for some of the outputs takes. */
+/** The calls, inputs and symbols that a run needs for its requested outputs. */
 interface Errand {
   /** Positions in the plan's calls. */
   readonly calls: Int32Array;
@@ -173,7 +173,7 @@ function nativeProgram(addon: Addon, handle: Handle, planned: Plan): Program {
 
 function errandOf({ graph, calls }: Plan, names: readonly string[]): Errand {
   const positions = new Map(calls.map((call, i) => [call, i]));
-  const wanted = needed(graph, names); // with those that became views: they are no calls of the plan
+  const wanted = needed(graph, names); // includes calls that became views, which the plan does not have
   const touched = wanted.flatMap((call) => [...call.inputs, ...call.outputs]);
   return {
     calls: Int32Array.from(wanted.flatMap((call) => positions.get(call) ?? [])),

@@ -3,12 +3,12 @@ import { roundActivations } from "../../tensor/quantized.ts";
 import type { Numbers } from "../backend.ts";
 import { accumulate, dot, type Kernel, type Operand, softmax } from "./operand.ts";
 
-/** A query of a head: its row, and which rows of the keys it sees. */
+/** A query of a head: its row, and the key rows that it sees. */
 interface Query {
   readonly at: number;
   readonly row: number;
   readonly head: number;
-  /** Numbers from the start of k or v to the head's part of the first row that is seen, and between rows. */
+  /** Offset in k or v of the head's part of the first row that the query sees, and the stride between rows. */
   readonly first: number;
   readonly stride: number;
   readonly count: number;
@@ -17,7 +17,7 @@ interface Query {
 /** Calls `visit` for each head of each row. */
 function forEachQuery(q: Operand, k: Operand, segments: Operand, dim: number, causal: boolean, visit: (query: Query) => void): void {
   const [heads, kvHeads] = [q.dims[1] / dim, k.dims[1] / dim];
-  let before = 0; // keys of the sequences before
+  let before = 0; // keys of earlier sequences
   for (let s = 0; s < segments.dims[0]; s++) {
     const [first, rows, position] = segments.data.subarray(s * 3, s * 3 + 3);
     for (let i = 0; i < rows; i++)
@@ -94,12 +94,12 @@ export const ATTENTION_KERNELS = {
   },
 } satisfies Record<string, Kernel>;
 
-/** What a cache of a format holds of a row: int8 rounds, in groups that a layout decides; here each row is one. */
+/** A row as a cache of this format stores it. Int8 rounds in groups that depend on the layout; here each row is one group. */
 function stored(row: Numbers, dtype: Operand["dtype"]): Numbers {
   return dtype === "int8kv" ? rounded(row, row.length) : row;
 }
 
-/** Calls `visit(sequence, row, position)` for each row of a step; a segment is (first row, rows, position of the first). */
+/** Calls `visit(sequence, row, position)` for each row of a step; a segment is (first row, number of rows, position of the first row). */
 export function forEachRow(segments: Operand, visit: (sequence: number, row: number, position: number) => void): void {
   for (let s = 0; s < segments.dims[0]; s++) {
     const [first, rows, position] = segments.data.subarray(s * 3, s * 3 + 3);
@@ -113,7 +113,7 @@ export function pageOf(pages: Operand, sequence: number, position: number, token
   return pages.data[sequence * pages.dims[1] + page];
 }
 
-/** A copy in 255 steps, each `span` numbers sharing a scale. */
+/** A copy rounded to 255 steps, with one scale per `span` numbers. */
 export function rounded(x: Numbers, span: number): Float32Array {
   const copy = Float32Array.from(x);
   roundActivations(copy, span);

@@ -1,4 +1,4 @@
-/** What the CPU's lowering makes, as plain loops: activations in its formats, and attention in its layout of the cache. */
+/** The ops of the CPU's lowering, as plain loops: activations in its formats, and attention with its cache layout. */
 import { roundBf16 } from "../../tensor/dtype.ts";
 import { GROUP } from "../../tensor/quantized.ts";
 import type { CpuOpName } from "../cpu.ts";
@@ -9,7 +9,7 @@ import { type Kernel, type Operand, softmax } from "./operand.ts";
 const { linear, groupedLinear, gatedLinear, groupedGatedLinear } = MATRIX_KERNELS;
 
 export const CPU_KERNELS: Readonly<Record<CpuOpName, Kernel>> = {
-  // Activations are held as the numbers that they stand for: the products are the same.
+  // Activations are stored as the float32 numbers that they represent, so the products are the same.
   linear,
   groupedLinear,
   gatedLinear,
@@ -76,7 +76,7 @@ export const CPU_KERNELS: Readonly<Record<CpuOpName, Kernel>> = {
   },
 };
 
-/** A key's number within its block: keys lie by dims, in bytes by tokens. */
+/** Index of a key's number in its block: ordered by dim, or by token for int8. */
 function keyAt({ dims, dtype }: Operand, head: number, d: number, t: number): number {
   return (head * dims[2] + (dtype === "int8kv" ? t : d)) * dims[3] + (dtype === "int8kv" ? d : t);
 }

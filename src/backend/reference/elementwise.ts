@@ -1,4 +1,4 @@
-/** Norms, activations, rotary positions, sums, casts and choices of rows, as plain loops; their gradients. */
+/** Norms, activations, rotary embeddings, sums, casts and row selection, with their gradients, as plain loops. */
 import { fromF16, roundBf16, toF16 } from "../../tensor/dtype.ts";
 import { gated } from "./matrix.ts";
 import { dot, type Kernel, type Operand } from "./operand.ts";
@@ -140,7 +140,7 @@ function rotation(direction: 1 | -1): Kernel {
   };
 }
 
-/** A number in [0, 1) that depends on all four alone: MurmurHash3's last steps over each in turn. */
+/** A number in [0, 1) that depends only on the four arguments: MurmurHash3's finalizer, applied to each in turn. */
 function uniform(a: number, b: number, c: number, d: number): number {
   let h = 0;
   for (const word of [a, b, c, d]) {

@@ -22,7 +22,7 @@ export const EXPERT_KERNELS = {
     }
   },
 
-  // w_j = p_j / max(S, normMin), S the sum of the chosen p: dp_j = (dw_j - sum_i dw_i w_i) / S, or dw_j / normMin where S is below it;
+  // w_j = p_j / max(S, normMin), S the sum of the chosen p: dp_j = (dw_j - sum_i dw_i w_i) / S, or dw_j / normMin if S is smaller;
   // then the softmax: dl_e = p_e (dp_e - sum_j p_j dp_j)
   routeGrad([dWeights, logits, experts, weights], [dLogits], { normMin }) {
     const [rows, k] = weights.dims;

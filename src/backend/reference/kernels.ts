@@ -1,4 +1,4 @@
-/** The reference backend's kernels: one function an op, the definition of what it computes. */
+/** The reference backend's kernels: one function per op, which defines what the op computes. */
 import type { OpName } from "../../graph/ops.ts";
 import type { CpuOpName } from "../cpu.ts";
 import { ATTENTION_KERNELS } from "./attention.ts";
@@ -11,7 +11,7 @@ import type { Kernel } from "./operand.ts";
 import { SAMPLING_KERNELS } from "./sampling.ts";
 import { VIEW_KERNELS } from "./views.ts";
 
-/** Every op's kernel, those of the CPU's lowering included. */
+/** The kernels of all ops, including those of the CPU's lowering. */
 export const KERNELS: Readonly<Record<OpName | CpuOpName, Kernel>> = {
   ...MATRIX_KERNELS,
   ...ELEMENTWISE_KERNELS,

@@ -1,8 +1,8 @@
-/** The loss over a vocabulary, chunk by chunk, and steps of the optimiser, as plain loops. */
+/** The loss over a vocabulary, chunk by chunk, and the optimiser's updates, as plain loops. */
 import { ADAMW_RATES } from "../../graph/ops/loss.ts";
 import { accumulate, dot, type Kernel, type Operand } from "./operand.ts";
 
-/** Calls `visit(row, logits)` for each row that has a label; the logits are those of one chunk of rows, and soon overwritten. */
+/** Calls `visit(row, logits)` for each row that has a label. The next chunk overwrites the logits. */
 function forEachLogits(
   x: Operand,
   head: Operand,

@@ -83,7 +83,7 @@ export const MATRIX_KERNELS = {
     forEachSlot(order, offsets, (e, slot) => accumulate(db.data, e * n, 1, dy.data, slot * n, n));
   },
 
-  // Both products are rounded to float32, as they would be between the calls that are fused here.
+  // Both products are rounded to float32, as between the separate calls that this op fuses.
   gatedLinear([x, gate, up], [y]) {
     const [n, k] = gate.dims;
     for (let r = 0; r < x.dims[0]; r++)

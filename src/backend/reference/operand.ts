@@ -1,4 +1,4 @@
-/** What the reference backend's kernels see, and the loops that they share. */
+/** The operands of the reference backend's kernels, and loops that the kernels share. */
 import type { Params } from "../../graph/call.ts";
 import type { Dtype } from "../../tensor/dtype.ts";
 import type { Numbers } from "../backend.ts";
@@ -9,7 +9,7 @@ export interface Operand {
   readonly dtype: Dtype;
 }
 
-/** Writes all of every output. Values in half formats and int8 are held as the float32 numbers that they stand for. */
+/** Must write every element of every output. Half-precision and int8 values are stored as the float32 numbers that they represent. */
 export type Kernel = (inputs: readonly Operand[], outputs: readonly Operand[], params: Params) => void;
 
 export function dot(a: Numbers, i: number, b: Numbers, j: number, n: number): number {
@@ -30,12 +30,12 @@ export function softmax(x: readonly number[]): number[] {
   return e.map((v) => v / total);
 }
 
-/** Row `r` of a matrix, not copied. */
+/** Row `r` of a matrix, without copying. */
 export function row({ dims, data }: Operand, r: number): Numbers {
   return data.subarray(r * dims[1], (r + 1) * dims[1]);
 }
 
-/** Calls `visit(expert, slot)` for each slot, expert by expert. */
+/** Calls `visit(expert, slot)` for each slot, in expert order. */
 export function forEachSlot(order: Operand, offsets: Operand, visit: (expert: number, slot: number) => void): void {
   for (let e = 0; e + 1 < offsets.dims[0]; e++) for (let i = offsets.data[e]; i < offsets.data[e + 1]; i++) visit(e, order.data[i]);
 }

@@ -1,6 +1,6 @@
 /**
- * The backend every other one is tested against: plain loops in TypeScript, one array a value, no tricks. Slow. It runs
- * graphs as they are, traced or behind any pass, and so it checks the passes too.
+ * The backend that all others are tested against: plain loops in TypeScript, one array per value, no tricks. Slow. It runs
+ * graphs as they are, before or after any pass, so it tests the passes too.
  */
 import type { Call, Tensor } from "../../graph/call.ts";
 import type { Graph } from "../../graph/graph.ts";
@@ -97,7 +97,7 @@ function runCall(call: Call, kernel: Kernel, values: Map<Tensor, Numbers>, sizes
     if (!data) {
       if (t.kind === "input") throw new Error(`internal: ${call.op} reads the input '${t.name}', which was not given`);
       const n = elements(dims);
-      data = t.dtype === "i32" ? new Int32Array(n) : new Float32Array(n).fill(Number.NaN); // a kernel must write all of it
+      data = t.dtype === "i32" ? new Int32Array(n) : new Float32Array(n).fill(Number.NaN); // exposes elements that a kernel fails to write
       values.set(t, data);
     }
     return { dims, data, dtype: t.dtype };

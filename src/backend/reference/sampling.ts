@@ -1,4 +1,4 @@
-/** From logits to tokens, as plain loops: the definition that every backend is held to, draw by draw. */
+/** From logits to tokens, as plain loops: every backend must match it draw by draw. */
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../graph/ops/sampling.ts";
 import { type Kernel, type Operand, softmax } from "./operand.ts";
 
@@ -81,14 +81,14 @@ function controls(floats: Operand, ints: Operand, row: number): Controls {
   return Object.fromEntries([...named(SAMPLING_FLOATS, floats), ...named(SAMPLING_INTS, ints)]) as Controls;
 }
 
-/** Tokens that would complete an n-gram which `seen` holds already. */
+/** Tokens that would complete an n-gram that `seen` already contains. */
 function repeatedNgrams(seen: readonly number[], size: number): number[] {
   if (size < 1) return [];
   const last = seen.slice(seen.length - size + 1);
   return seen.filter((_, i) => i >= size - 1 && last.every((id, j) => seen[i - size + 1 + j] === id));
 }
 
-/** The scores, all but what top-k, then top-p, then min-p keep set to minus infinity. */
+/** The scores with everything that top-k, top-p and min-p, in this order, remove set to minus infinity. */
 function keepBest(scores: readonly number[], topK: number, topP: number, minP: number): number[] {
   const byScore = [...scores.keys()].filter((i) => scores[i] !== Number.NEGATIVE_INFINITY).sort((a, b) => scores[b] - scores[a] || a - b);
   if (byScore.length === 0) return [...scores];

@@ -1,4 +1,4 @@
-/** Other shapes of the same numbers, copied. */
+/** Ops that only change a shape, as copies. */
 import { elements } from "../../tensor/shape.ts";
 import type { Kernel, Operand } from "./operand.ts";
 

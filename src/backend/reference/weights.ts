@@ -1,4 +1,4 @@
-/** Stored weights as the float32 numbers that they stand for, whatever their format. */
+/** Decodes stored weights of any format to float32. */
 import { open } from "node:fs/promises";
 import { fromF16, roundBf16, toF16 } from "../../tensor/dtype.ts";
 import { isBlockDtype, locateElement, roundToBlocks } from "../../tensor/quantized.ts";
@@ -6,7 +6,7 @@ import { elements } from "../../tensor/shape.ts";
 import { isPacked, PACK, PACK_BYTES } from "../../tensor/stored.ts";
 import type { WeightSource } from "../backend.ts";
 
-/** All numbers of a weight, rounded to what the format that was asked for holds. */
+/** All numbers of a weight, rounded to the precision of the requested format. */
 export async function readWeight(source: WeightSource): Promise<Float32Array> {
   const out = new Float32Array(elements(source.shape));
   const each = out.length / source.parts.length;
@@ -25,7 +25,7 @@ export async function readWeight(source: WeightSource): Promise<Float32Array> {
   return out;
 }
 
-/** Rounds in place to what the format that was asked for holds. */
+/** Rounds in place to the precision of the requested format. */
 function round(values: Float32Array, { dtype, shape }: WeightSource): void {
   const width = shape[shape.length - 1];
   if (dtype === "bf16") for (let i = 0; i < values.length; i++) values[i] = roundBf16(values[i]);
@@ -33,7 +33,7 @@ function round(values: Float32Array, { dtype, shape }: WeightSource): void {
   if (isBlockDtype(dtype)) for (let i = 0; i < values.length; i += width) roundToBlocks(dtype, values.subarray(i, i + width));
 }
 
-/** Stored numbers as float32. */
+/** Decodes stored numbers to float32. */
 export function decode(bytes: Buffer, { stored, shape }: Pick<WeightSource, "stored" | "shape">, out: Float32Array): void {
   const k = shape[shape.length - 1];
   const word = new DataView(new ArrayBuffer(4));

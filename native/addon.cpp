@@ -1,4 +1,4 @@
-// The addon's calls, as src/backend/native.ts declares them. Steps run on their device's thread, work on files on Node's
+// The addon's functions, as declared in src/backend/addon.ts. Steps run on their device's thread, file operations on Node's
 // thread pool; errors become exceptions.
 #include <cmath>
 #include <cstring>
@@ -26,14 +26,14 @@ napi_value entry(napi_env env, napi_callback_info info) {
   return nullptr;
 }
 
-// Runs `work` on Node's thread pool; `result` then makes the value that the promise resolves with.
+// Runs `work` on Node's thread pool; `result` then creates the value that the promise resolves to.
 struct Job {
   std::function<void()> work;
   std::function<napi_value(napi_env)> result;
   std::string error;
   napi_deferred deferred = nullptr;
   napi_async_work handle = nullptr;
-  napi_ref keep = nullptr;  // what must stay alive until the end
+  napi_ref keep = nullptr;  // what must stay alive until completion
 };
 
 napi_value in_background(napi_env env, napi_value keep, std::function<void()> work, std::function<napi_value(napi_env)> result) {
@@ -81,7 +81,7 @@ napi_value in_background(napi_env env, napi_value keep, std::function<void()> wo
   return promise;
 }
 
-// isas(): names of the instruction sets that this processor has, best first.
+// isas(): names of the instruction sets that this processor supports, best first.
 napi_value isas(napi_env env, const Arguments&) {
   napi_value out;
   check(env, napi_create_array(env, &out));
@@ -90,7 +90,7 @@ napi_value isas(napi_env env, const Arguments&) {
   return out;
 }
 
-// ops(isa): names of the kernels of an instruction set ("" is the best).
+// ops(isa): names of an instruction set's kernels ("" means the best one).
 napi_value ops(napi_env env, const Arguments& a) {
   napi_value out;
   check(env, napi_create_array(env, &out));
@@ -116,7 +116,7 @@ napi_value names(napi_env env, const Names& entries) {
   return out;
 }
 
-// describe(): what both sides must agree on; src/backend/native.ts compares it with its own.
+// describe(): the constants that both sides must agree on; src/backend/addon.ts compares them with its own.
 napi_value describe(napi_env env, const Arguments&) {
   struct Code {
     const char* name;
@@ -195,7 +195,7 @@ napi_value random(napi_env env, const Arguments& a) {
 // memory(bytes)
 napi_value memory(napi_env env, const Arguments& a) { return wrap(env, std::make_shared<Memory>(static_cast<size_t>(number(env, a.at(0))))); }
 
-// The bytes of `memory` from `offset` on that `bytes` stands for.
+// The range of `bytes` bytes of `memory` that starts at `offset`.
 uint8_t* part_of(const Memory& memory, double offset, size_t bytes) {
   if (!(std::fabs(offset) <= 0x1p53)) throw std::runtime_error("internal: the offset in a state is not a whole number");
   if (offset < 0 || offset > static_cast<double>(memory.bytes()) || bytes > memory.bytes() - static_cast<size_t>(offset))
@@ -220,7 +220,7 @@ napi_value write_memory(napi_env env, const Arguments& a) {
   return nullptr;
 }
 
-// prepare(device, plan, weights, [memory]): a program. `plan` is a Plan of src/graph/plan.ts with names in place of tensors.
+// prepare(device, plan, weights, [memory]): a program. `plan` is a NativePlan of src/backend/addon.ts.
 napi_value prepare(napi_env env, const Arguments& a) {
   napi_value p = a.at(1);
   auto string = [&](napi_value v) { return text(env, v); };
@@ -252,7 +252,7 @@ napi_value run(napi_env env, const Arguments& a) {
   return runner.run(env, std::move(bound), std::move(step), keep);
 }
 
-// seconds(program): what each call took in all runs so far.
+// seconds(program): total seconds of each call over all runs.
 napi_value seconds(napi_env env, const Arguments& a) {
   auto bound = alive<Bound>(env, a.at(0), "program");
   napi_value out;
@@ -278,7 +278,7 @@ napi_value limits(napi_env env, const Arguments& a) {
                        });
 }
 
-// disposeDevice(device): ends its threads once no run is pending.
+// disposeDevice(device): stops its threads once no run is pending.
 napi_value dispose_device(napi_env env, const Arguments& a) {
   const std::shared_ptr<Runner> runner = std::move(unwrap<Runner>(env, a.at(0)));
   if (runner) runner->close();

@@ -14,7 +14,7 @@ Device::~Device() {
 
 void Device::announce(const Program& program) {
   std::lock_guard guard(lock_);
-  // Mapped and unmapped, no page touched: it costs nothing, and fails here rather than in a step.
+  // Mapped and unmapped without touching a page: costs nothing, and fails here rather than in a step.
   if (arenas_.empty() || program.arena_bytes() > *arenas_.rbegin()) Memory fits(program.arena_bytes());
   arenas_.insert(program.arena_bytes());
 }
@@ -45,7 +45,7 @@ void Device::run(Step& step) {
     bytes = arenas_.empty() ? 0 : *arenas_.rbegin();
   }
   if (bytes != workspace_->bytes()) {
-    workspace_ = std::make_unique<Memory>(0);  // the old one goes first: nothing in it outlives a step
+    workspace_ = std::make_unique<Memory>(0);  // free the old one first: nothing in it outlives a step
     workspace_ = std::make_unique<Memory>(bytes);
   }
   step.program->run(team_, *workspace_, step.sizes, step.inputs, step.outputs, step.calls);

@@ -26,7 +26,7 @@ static inline uint16_t f32_to_bf16(float x) {
 static inline float f16_to_f32(uint16_t h) {
   uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
   if (rest >= 0x7c00) return bits_to_f32(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // Shift the exponent up by a multiplication, which also gives subnormals their value.
+  // Adjust the exponent by multiplying, which also handles subnormals.
   return bits_to_f32(f32_to_bits(bits_to_f32(rest << 13) * 0x1p112f) | sign);
 }
 
@@ -34,8 +34,8 @@ static inline uint16_t f32_to_f16(float x) {
   uint32_t bits = f32_to_bits(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
   if (rest > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
   if (rest >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and above
-  if (rest < 0x38800000) {                                              // subnormal: let the float unit round
-    float scaled = bits_to_f32(rest) + 0.5f;                            // 0.5 has 2^-24 as its last bit
+  if (rest < 0x38800000) {                                              // subnormal: let float addition round
+    float scaled = bits_to_f32(rest) + 0.5f;                            // the last bit of 0.5 is 2^-24
     return static_cast<uint16_t>(sign | (f32_to_bits(scaled) - 0x3f000000));
   }
   return static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13));

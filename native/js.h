@@ -1,4 +1,4 @@
-// Values in and out of JavaScript, and objects that it holds. Knows N-API, and nothing that the addon does.
+// Converts values from and to JavaScript, and wraps objects for it. Knows N-API, but not what the addon does.
 #pragma once
 #include <node_api.h>
 
@@ -9,7 +9,7 @@
 
 #include "plan.h"
 
-struct Pending {};  // thrown where a JavaScript exception is pending
+struct Pending {};  // thrown when a JavaScript exception is pending
 
 inline void check(napi_env env, napi_status status) {
   if (status == napi_ok) return;
@@ -73,12 +73,12 @@ inline Span span(napi_env env, napi_value v) {
   void* data = nullptr;
   napi_value buffer;
   check(env, napi_get_typedarray_info(env, v, &type, &n, &data, &buffer, &offset));
-  static uint64_t nothing;  // what an empty array may point to: null means that there is none
+  static uint64_t nothing;  // target for empty arrays, because null means "no array"
   const size_t bytes = type == napi_uint8_array || type == napi_int8_array ? 1 : type == napi_float64_array ? 8 : 4;
   return {data ? data : &nothing, n * bytes};
 }
 
-// The same; null where there is none.
+// The same, or null if there is none.
 inline Span span_or_null(napi_env env, napi_value v) {
   napi_valuetype type;
   check(env, napi_typeof(env, v, &type));
@@ -91,7 +91,7 @@ std::vector<T> numbers(napi_env env, napi_value v) {
   return std::vector<T>(static_cast<T*>(s.data), static_cast<T*>(s.data) + s.bytes / sizeof(T));
 }
 
-// An object that JavaScript holds, freed by its dispose call or with the last reference.
+// An object held by JavaScript, freed by its dispose call or with its last reference.
 
 template <class T>
 struct Handle {

@@ -1,10 +1,10 @@
-// What a kernel sees: tensors, a call's operands, and its place in the thread team. Knows no kernel and no Node.
+// The interface of kernels: tensors, a call's operands, and the worker's place in the thread team. Knows no kernel and no Node.
 #pragma once
 #include <atomic>
 #include <cstdint>
 
-// Names and codes are compared with those of src/backend/native.ts when the addon loads. The last two are GGUF's formats
-// (32 numbers a block, row by row): only files hold them, no kernel reads them.
+// Names and codes are compared with those of src/backend/addon.ts when the addon loads. The last two are GGUF's formats
+// (blocks of 32 numbers, row by row), which occur only in files; no kernel reads them.
 #define DTYPES(_) \
   _(F32, 0, "f32") _(F16, 1, "f16") _(BF16, 2, "bf16") _(I32, 3, "i32") _(INT8, 4, "int8") _(INT8ROW, 5, "int8row") _(INT4, 6, "int4") \
   _(BF16PAIR, 7, "bf16pair") _(INT8KV, 8, "int8kv") _(Q8_0, 100, "q8_0") _(Q4_0, 101, "q4_0")
@@ -21,7 +21,7 @@ struct Tensor {
 
   template <class T> T* as() const { return static_cast<T*>(data); }
   int64_t rows() const { return dims[0]; }
-  // Elements of everything behind the first axis.
+  // Number of elements in all axes after the first.
   int64_t width() const {
     int64_t n = 1;
     for (int i = 1; i < rank; i++) n *= dims[i];
@@ -29,13 +29,13 @@ struct Tensor {
   }
 };
 
-// All threads of a team run every kernel of a program at the same time; each computes the share that its `index` says.
+// All threads of a team run each kernel at the same time; `index` determines a thread's share.
 struct Barrier;
 struct Worker {
   int index, count;
   Barrier* barrier;
-  void wait() const;  // until every worker of the team has arrived here
-  // Records that this run failed (the first message wins). The run continues; its caller gets the message.
+  void wait() const;  // until every worker of the team has called it
+  // Marks this run as failed (the first message wins). The run continues; its caller gets the message.
   void fail(const char* format, long long a, long long b) const;
 
   // This worker's share of n items: [begin, end), contiguous, in units of `unit` items.
@@ -65,25 +65,25 @@ struct KernelEntry {
   Kernel run;
 };
 
-// Loops that measure an upper bound on any kernel's speed (native/machine.cpp).
+// Loops that measure an upper bound of any kernel's speed (native/machine.cpp).
 struct LimitKernels {
   using Loop = float (*)(int64_t turns);
-  float (*read)(const uint8_t* data, int64_t bytes);  // in pieces of 4 KiB
+  float (*read)(const uint8_t* data, int64_t bytes);  // in chunks of 4 KiB
   Loop int8, float32;
-  int64_t int8_ops, float_ops;  // of one turn
+  int64_t int8_ops, float_ops;  // operations per turn
 };
 
-// One table for each instruction set; a null name ends its entries.
+// One table per instruction set; a null name ends its entries.
 struct KernelTable {
   const char* isa;
   const KernelEntry* entries;
   LimitKernels limits;
 };
 
-// Tokens in a block of the paged KV cache; a multiple of every vector's lanes. src/engine must use the same.
+// Tokens per block of the paged KV cache; a multiple of every lane count. Compared with src/backend/backend.ts when the addon loads.
 constexpr int BLOCK_TOKENS = 32;
 
-// Columns of the sampling controls, by name, compared like the dtypes.
+// Columns of the sampling controls; their names are compared like the dtypes.
 #define SAMPLING_FLOATS(_) \
   _(TEMPERATURE, "temperature") _(TOP_P, "topP") _(MIN_P, "minP") _(REPETITION, "repetitionPenalty") _(PRESENCE, "presencePenalty") \
   _(FREQUENCY, "frequencyPenalty")

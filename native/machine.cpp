@@ -15,7 +15,7 @@ static constexpr int PASSES = 7;
 static constexpr double PASS_SECONDS = 0.01;
 static constexpr int64_t UNIT = 4096;
 
-// Large enough that the caches hold next to nothing of it when the next pass begins.
+// So large that the caches hold almost nothing of it when the next pass begins.
 static size_t buffer_bytes() {
   long cache = 0;
 #ifdef _SC_LEVEL3_CACHE_SIZE
@@ -30,7 +30,7 @@ static double seconds_of(Team& team, const std::function<void(const Worker&)>& j
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// The best of some passes: what disturbs a pass is not the machine's limit.
+// The best of several passes, because disturbances do not count against the machine's limit.
 static double fastest(Team& team, const std::function<void(const Worker&)>& job) {
   double best = seconds_of(team, job);
   for (int i = 1; i < PASSES; i++) best = std::min(best, seconds_of(team, job));
@@ -56,7 +56,7 @@ Limits measure_limits(const KernelTable& kernels, int threads) {
 #endif
     std::vector<float> sinks(static_cast<size_t>(threads));
     auto part = [&](const Worker& worker, int64_t& begin, int64_t& end) { worker.share(static_cast<int64_t>(buffer.bytes()), UNIT, begin, end); };
-    team.run([&](const Worker& worker) {  // unwritten pages would all be one page of zeros
+    team.run([&](const Worker& worker) {  // write all pages; unwritten ones would share one page of zeros
       int64_t begin, end;
       part(worker, begin, end);
       std::memset(buffer.data() + begin, 1, static_cast<size_t>(end - begin));

@@ -1,11 +1,11 @@
-// What this machine does at best with an instruction set and so many threads, measured: what benchmarks are held against.
+// Measures this machine's peak rates with an instruction set and a number of threads, for comparison in benchmarks.
 #pragma once
 #include "kernels.h"
 
-// Per second, of all threads together. An operation is a multiplication or an addition.
+// Per second, over all threads together. An operation is a multiplication or an addition.
 struct Limits {
   double read_bytes, int8_ops, float_ops;
 };
 
-// Takes about a second and, while it runs, a buffer of eight times the last cache, at least 256 MiB.
+// Takes about a second, and temporarily a buffer of eight times the last-level cache, at least 256 MiB.
 Limits measure_limits(const KernelTable& kernels, int threads);

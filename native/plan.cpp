@@ -3,7 +3,7 @@
 #include <chrono>
 #include <stdexcept>
 
-// What empty memory points to: kernels may form its address, and never read it.
+// Target for empty memory: kernels may form its address but never read it.
 alignas(64) static char nothing[64];
 
 [[noreturn]] static void broken(const std::string& what) { throw std::runtime_error("internal: " + what); }
@@ -28,7 +28,7 @@ size_t resize(Tensor& t, const int32_t* record, const std::vector<int64_t>& size
   return static_cast<size_t>(product(n, t.dtype == F16 || t.dtype == BF16 ? 2 : 4));
 }
 
-// Whether elements lie one by one, so that a part of the memory is a part of the numbers.
+// Whether elements are stored individually, so that a view can start at any of them.
 static bool in_elements(Dtype dtype) { return dtype == F32 || dtype == F16 || dtype == BF16 || dtype == I32; }
 
 static bool constant(const int32_t* record) {
@@ -66,7 +66,7 @@ void Program::check_record(size_t i) {
   if (v[INDEX] < 0 || v[OFFSET] < 0) broken(label(i) + " has a negative index or offset");
   switch (v[PLACE]) {
     case ARENA: {
-      // Sizes up to the capacity stay within the slot, so that no run needs to look again.
+      // Any sizes up to the capacity stay within the slot, so runs need not check again.
       const size_t bytes = resize(tensors_[i], v, plan_.capacity), begin = static_cast<size_t>(v[INDEX] * ARENA_UNIT);
       if (begin > plan_.arena_bytes || bytes > plan_.arena_bytes - begin) broken(label(i) + " ends beyond the workspace of " + std::to_string(plan_.arena_bytes) + " bytes");
       break;
@@ -140,7 +140,7 @@ void Program::read_calls(const KernelTable& kernels) {
   }
 }
 
-// Where memory that the caller lends is; null where it lent none.
+// Memory lent by the caller; null if none was lent.
 static void* lent(const std::vector<Span>& spans, int32_t index, size_t bytes, const char* what) {
   if (static_cast<size_t>(index) >= spans.size()) broken(std::string(what) + " " + std::to_string(index) + " is missing: " + std::to_string(spans.size()) + " were given");
   const Span& span = spans[static_cast<size_t>(index)];

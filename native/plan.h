@@ -1,5 +1,5 @@
-// A planned program, bound to weights and memory, ready to run. Reads the layout that src/graph/plan.ts writes; owns no
-// memory but its tables.
+// A planned program, bound to weights and memory and ready to run. Reads the layout that src/graph/plan.ts writes; owns
+// only its tables.
 #pragma once
 #include <string>
 #include <vector>
@@ -10,15 +10,15 @@
 // Offsets in the workspace are in units of this many bytes.
 constexpr int64_t ARENA_UNIT = 64;
 
-// Words of a value's record; DIMS begins four pairs (size or factor, symbol or -1). OUT is the value's index among the
+// Words of a value's record; four pairs (size or factor, symbol or -1) start at DIMS. OUT is the value's index among the
 // program's outputs, or -1.
 enum { PLACE, INDEX, OFFSET, OUT, DTYPE, RANK, DIMS, VALUE_WORDS = DIMS + 8 };
 
-// Where a value's memory is. Names and codes are compared with those of src/backend/native.ts when the addon loads.
-//   ARENA   the workspace, at INDEX units; where it is an output that the caller wants, the caller's memory
-//   WEIGHT, STATE, INPUT, OUTPUT   the INDEX-th of its list
-//   VIEW    that of value INDEX, from byte OFFSET on
-//   UNUSED  none: no call refers to it
+// Where a value is stored. Names and codes are compared with those of src/graph/plan.ts when the addon loads.
+//   ARENA   in the workspace, at INDEX units; in the caller's memory if it is a requested output
+//   WEIGHT, STATE, INPUT, OUTPUT   in the INDEX-th entry of its list
+//   VIEW    in the memory of value INDEX, from byte OFFSET on
+//   UNUSED  nowhere: no call refers to it
 #define PLACES(_) _(ARENA, 0, "arena") _(WEIGHT, 1, "weight") _(STATE, 2, "state") _(INPUT, 3, "input") _(OUTPUT, 4, "output") _(VIEW, 5, "view") _(UNUSED, 6, "unused")
 #define ENUMERATOR(id, code, name) id = code,
 enum Place : int32_t { PLACES(ENUMERATOR) };
@@ -27,17 +27,17 @@ enum Place : int32_t { PLACES(ENUMERATOR) };
 struct Plan {
   std::vector<std::string> ops;
   std::vector<std::string> weights;  // names
-  std::vector<int32_t> values;       // VALUE_WORDS each
+  std::vector<int32_t> values;       // VALUE_WORDS per value
   std::vector<int32_t> calls;        // op, inputs n, outputs m, first parameter, n + m value ids
   std::vector<double> params;
   std::vector<int64_t> capacity;  // of each symbol
   size_t arena_bytes = 0;
 };
 
-// Gives a tensor the shape that its record has with these sizes; returns its bytes (not those of weights in blocks).
+// Sets a tensor's shape from its record and these sizes; returns its size in bytes (except for weights in block formats).
 size_t resize(Tensor& t, const int32_t* record, const std::vector<int64_t>& sizes);
 
-// Memory that the caller lends for a run. `data` is null where it lent none, and points somewhere even where it is empty.
+// Memory lent by the caller for a run. `data` is null if none was lent, and not null even if it is empty.
 struct Span {
   void* data;
   size_t bytes;
@@ -45,19 +45,19 @@ struct Span {
 
 class Program {
  public:
-  // Throws std::runtime_error: an op without a kernel; a weight that is missing or has another shape or format; a plan
-  // that would reach beyond its own tables. `weights` and `states` must outlive the program.
+  // Throws std::runtime_error if an op has no kernel, a weight is missing or has another shape or format, or the plan
+  // refers beyond its own tables. `weights` and `states` must outlive the program.
   Program(const Plan& plan, const KernelTable& kernels, const Weights& weights, const std::vector<Memory*>& states);
 
   // Runs the calls with these indices, in this order. Values in the arena live in `workspace`, of at least arena_bytes(),
   // and do not outlive the run. Throws std::runtime_error before anything runs (sizes over capacity, memory missing or too
-  // small), or after, with the first failure that a kernel reported.
+  // small), or afterwards with the first failure that a kernel reported.
   void run(Team& team, const Memory& workspace, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs,
            const std::vector<int32_t>& calls);
 
   size_t arena_bytes() const { return plan_.arena_bytes; }
   size_t call_count() const { return calls_.size(); }
-  // Seconds that each call took in all runs so far, waiting for the slowest thread included; in the order of the calls.
+  // Total seconds of each call over all runs, including waiting for the slowest thread; in the order of the calls.
   const std::vector<double>& seconds() const { return seconds_; }
 
  private:
@@ -76,8 +76,8 @@ class Program {
 
   Plan plan_;
   std::vector<Tensor> tensors_;
-  std::vector<size_t> bytes_;              // of each value, in the run under way
-  std::vector<int32_t> changing_, views_;  // values that each run places anew; views come after what they show
+  std::vector<size_t> bytes_;              // of each value, in the current run
+  std::vector<int32_t> changing_, views_;  // values placed again in each run; views come after their bases
   std::vector<std::vector<void*>> parts_;  // of stacked states
   std::vector<Call> calls_;
   std::vector<double> seconds_;

@@ -6,7 +6,7 @@
 
 #include "halves.h"
 
-// The loops below are plain; the compiler makes a version for each of these processors and the loader picks one.
+// The loops below are plain; the compiler builds one version for each of these targets, and the loader picks one.
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
 #define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -22,7 +22,7 @@ uint8_t* block_of(uint8_t* m, Dtype dtype, int64_t r, int64_t k, int64_t column)
   return m + (r / TILE_ROWS * groups_of(k) + column / GROUP) * block_bytes(dtype);
 }
 
-// Where the scale of a row and column lies in its block.
+// Address in the block of a row's and column's scale.
 uint8_t* scale_at(uint8_t* block, Dtype dtype, int64_t r, int64_t column) {
   const int64_t half = dtype == INT4 ? column % GROUP / HALF : 0;
   return block + (dtype == INT4 ? TILE_ROWS * GROUP / 2 : TILE_ROWS * GROUP) + (half * TILE_ROWS + r % TILE_ROWS) * 2;
@@ -30,12 +30,12 @@ uint8_t* scale_at(uint8_t* block, Dtype dtype, int64_t r, int64_t column) {
 
 float round_to_half(float x) { return f16_to_f32(f32_to_f16(x)); }
 
-// Sum of squared errors of x rounded to whole multiples of `scale` between low and high.
+// Sum of squared errors of x when rounded to integer multiples of `scale` between low and high.
 FAST float error_of(const float* x, int n, float scale, float low, float high) {
   const float inverse = scale != 0 ? 1 / scale : 0;
   float sum = 0;
   for (int i = 0; i < n; i++) {
-    float q = x[i] * inverse + 12582912.f - 12582912.f;  // to the nearest whole number
+    float q = x[i] * inverse + 12582912.f - 12582912.f;  // to the nearest integer
     q = q < low ? low : q > high ? high : q;
     const float e = x[i] - q * scale;
     sum += e * e;
@@ -58,16 +58,16 @@ FAST float largest_of(const float* x, int n) {
   return top;
 }
 
-// INT8: the largest value is 127 steps. With so many steps, searching for a better scale gains nothing measurable.
+// INT8: the largest value becomes 127 steps. With so many steps, searching for a better scale gains nothing measurable.
 float int8_scale(const float* x, int n) {
   const float top = largest_of(x, n);
   uint16_t half = f32_to_f16(top / 127);
-  if (f16_to_f32(half) * 127.5f < top) half++;  // rounded down too far: the largest would not fit
+  if (f16_to_f32(half) * 127.5f < top) half++;  // rounded down too far: the largest value would not fit
   return f16_to_f32(half);
 }
 
-// INT4: the scale with the smallest squared error among some that let the value of largest magnitude be -8 steps, or cut
-// it off a little, or use a little less than the range.
+// INT4: the scale with the smallest squared error among candidates that map the value of largest magnitude to -8 steps,
+// clip it slightly, or use slightly less than the range.
 float int4_scale(const float* x, int n) {
   int at = 0;
   for (int i = 1; i < n; i++)
@@ -159,7 +159,7 @@ void store32(uint8_t* p, uint32_t v) { std::memcpy(p, &v, 4); }
 
 constexpr uint32_t LOW = 0x0f0f0f0f, SIGNS = 0x80808080;
 
-// Between the group's vectors, four columns of this row every `step` bytes, and its two blocks of 32 as GGUF has them.
+// Converts between a group's vectors, which have four columns of this row every `step` bytes, and two GGUF blocks of 32.
 void take_int4(uint8_t* own, int step, uint8_t* first, uint8_t* second, bool in) {
   for (int w = 0; w < 4; w++) {
     uint8_t *head = own + w * step, *tail = own + (w + 4) * step;
@@ -188,16 +188,16 @@ void take_int8(uint8_t* own, int step, uint8_t* block, bool in) {
 bool take_row(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t r, int64_t k) {
   const bool in = (stored == Q8_0 && dtype == INT8) || (stored == Q4_0 && dtype == INT4);
   if (!in && !(stored == INT8 && dtype == Q8_0) && !(stored == INT4 && dtype == Q4_0)) return false;
-  const Dtype blocked = in ? dtype : stored;  // the one of ours
+  const Dtype blocked = in ? dtype : stored;  // the block format of ours
   const int64_t size = gguf_block_bytes(in ? stored : dtype), count = k / HALF;
-  uint8_t* packed = const_cast<uint8_t*>(in ? from : to) + r * count * size;  // only what belongs to `to` is written
+  uint8_t* packed = const_cast<uint8_t*>(in ? from : to) + r * count * size;  // written only if it belongs to `to`
   uint8_t* matrix = const_cast<uint8_t*>(in ? to : from);
   if (in && blocked == INT8)
     for (int64_t b = 0; b < count; b++) {
       const uint8_t* block = packed + b * size;
       if ((b % 2 && std::memcmp(block, block - size, 2) != 0) || std::memchr(block + 2, 0x80, HALF)) return false;
     }
-  uint8_t zero[34] = {};  // stands for the block that the last group lacks
+  uint8_t zero[34] = {};  // replaces the block missing from the last group
   if (blocked == INT4) std::memset(zero + 2, 0x88, HALF / 2);
   for (int64_t b = 0; b < count; b += 2) {
     uint8_t *first = packed + b * size, *second = b + 1 < count ? first + size : zero;
@@ -205,7 +205,7 @@ bool take_row(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64
     uint8_t* own = block + r % TILE_ROWS * 4;
     const int step = TILE_ROWS * 4;
     for (uint8_t* other : {first, second}) {
-      if (blocked == INT8 && other == second && in) break;  // one scale for both
+      if (blocked == INT8 && other == second && in) break;  // both halves share one scale
       uint8_t* scale = scale_at(block, blocked, r, other == first ? 0 : HALF);
       if (in) std::memcpy(scale, other, 2);
       else std::memcpy(other, scale, 2);
@@ -221,7 +221,7 @@ bool take_row(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64
 }
 
 FAST void random_row(uint64_t seed, uint64_t r, float deviation, float* row, int64_t k) {
-  // Each number is the sum of two uniform ones (splitmix64), so near enough to a bell for measuring.
+  // Each number is the sum of two uniform ones (splitmix64): close enough to a normal distribution for measuring.
   const float unit = deviation * 2.4494897f / 65536.f;
   for (int64_t i = 0; i < k; i++) {
     uint64_t z = seed + (r * static_cast<uint64_t>(k) + static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15ull;

@@ -1,7 +1,7 @@
-// Runs recorded programs and compares their results, without Node: for emulated processors and for sanitizers. Knows no ops;
+// Runs recorded programs and compares their results, without Node, for emulated processors and sanitizers. Knows no ops;
 // test/backend/replay.ts writes the files.
 //
-//   replay ISA THREADS FILE...    ISA is a name, or "all" for all that this processor has
+//   replay ISA THREADS FILE...    ISA is a name, or "all" for all that this processor supports
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -24,14 +24,14 @@ namespace {
 
 struct Case {
   std::string name;
-  double tolerance;  // largest difference allowed, as a share of the largest value
+  double tolerance;  // largest difference allowed, relative to the largest value
   Plan plan;
   std::vector<WeightSpec> weights;
   std::vector<int64_t> state_bytes, sizes;
   std::vector<std::vector<int32_t>> inputs, expected;  // bits
 };
 
-// Little-endian, like every processor that is supported. A list is its length (uint32), then its items.
+// Little-endian, like all supported processors. A list is its length (uint32) followed by its items.
 class Reader {
   const char* take(size_t n) {
     if (n > bytes_.size() - at_) throw std::runtime_error(path_ + ": ends in the middle of a case");
@@ -113,8 +113,8 @@ class Reader {
   }
 };
 
-// Makes it an error to touch memory from `end` up to the next multiple of `unit`: the address sanitizer knows the heap, not
-// mapped memory.
+// Makes it an error to touch memory from `end` up to the next multiple of `unit`, because the address sanitizer tracks the
+// heap but not mapped memory.
 void fence([[maybe_unused]] const void* end, [[maybe_unused]] size_t unit) {
 #ifdef __SANITIZE_ADDRESS__
   ASAN_POISON_MEMORY_REGION(end, (unit - reinterpret_cast<uintptr_t>(end) % unit) % unit);
@@ -128,7 +128,7 @@ void unfence([[maybe_unused]] const void* begin, [[maybe_unused]] size_t bytes) 
 }
 
 Span span_of(std::vector<int32_t>& bits) {
-  bits.reserve(1);  // an empty one has an address too: null means that there is none
+  bits.reserve(1);  // gives an empty one an address, because null means "none"
   return {bits.data(), bits.size() * 4};
 }
 
@@ -154,8 +154,8 @@ std::string compare(const std::vector<int32_t>& actual, const std::vector<int32_
   return text;
 }
 
-// The first problem, or "". With `apart`, no two computed values share memory: each is an output of its own, whose bounds
-// the address sanitizer knows. Views stay views.
+// The first problem, or "". With `apart`, no two computed values share memory: each is a separate output, whose bounds the
+// address sanitizer knows. Views stay views.
 std::string replay(const Case& c, const KernelTable& kernels, Team& team, bool apart) {
   Weights weights(c.weights);
   std::vector<std::unique_ptr<Memory>> owned;
@@ -192,7 +192,7 @@ std::string replay(const Case& c, const KernelTable& kernels, Team& team, bool a
   };
   if (apart) {
     each_mapped([](uint8_t* p, size_t bytes, size_t unit) { fence(p + bytes, unit); });
-    each_mapped([](uint8_t* p, size_t bytes, size_t) { unfence(p, bytes); });  // in a checkpoint the next tensor follows at once
+    each_mapped([](uint8_t* p, size_t bytes, size_t) { unfence(p, bytes); });  // in a checkpoint the next tensor follows immediately
   }
   std::string problem;
   try {

@@ -27,7 +27,7 @@ Bound::~Bound() {
 }
 
 Runner::Runner(napi_env env, const KernelTable& kernels, int threads) : env_(env) {
-  // The device's thread only wakes ours: steps that are done wait in the device's list, so that none is lost however it ends.
+  // The device's thread only wakes ours: finished steps wait in the device's list, so that none is lost on shutdown.
   auto wake = [](napi_env e, napi_value, void* self, void*) {
     if (e) static_cast<Runner*>(self)->shared_from_this()->settle(e);
   };
@@ -89,8 +89,8 @@ void Runner::shut() {
   napi_release_threadsafe_function(wake_, napi_tsfn_abort);
 }
 
-// The environment ends: the step that is running reads and writes arrays that are about to go, so it is waited for. Promises
-// of the others never settle. N-API ends the threadsafe function itself.
+// The environment is shutting down. Wait for the running step, because it uses arrays that are about to be freed. The
+// promises of the others never settle. N-API releases the threadsafe function itself.
 void Runner::tear_down(void* data) {
   const std::shared_ptr<Runner> self = static_cast<Runner*>(data)->shared_from_this();
   self->device_.reset();

@@ -1,12 +1,12 @@
-// A device as JavaScript holds it: each run is a promise, settled on the thread of its environment when the device's thread
-// is done with the step. While a run is pending the process stays alive; else the device does not keep it.
+// A device as exposed to JavaScript: each run is a promise, settled on its environment's thread when the device's thread
+// finishes the step. The device keeps the process alive only while a run is pending.
 #pragma once
 #include "device.h"
 #include "js.h"
 
 class Runner;
 
-// A program, and what it must not outlive.
+// A program together with everything that must outlive it.
 struct Bound {
   Bound(std::shared_ptr<Runner> runner, std::shared_ptr<Weights> weights, std::vector<std::shared_ptr<Memory>> states, const Plan& plan);
   ~Bound();
@@ -17,7 +17,7 @@ struct Bound {
   std::unique_ptr<Program> program;
 };
 
-// Used on the environment's thread alone.
+// Used only on the environment's thread.
 class Runner : public std::enable_shared_from_this<Runner> {
  public:
   Runner(napi_env env, const KernelTable& kernels, int threads);
@@ -25,11 +25,11 @@ class Runner : public std::enable_shared_from_this<Runner> {
   Runner(const Runner&) = delete;
   Runner& operator=(const Runner&) = delete;
 
-  // Null once it is closed.
+  // Null once closed.
   Device* device() const { return device_.get(); }
-  // Throws std::runtime_error where it is closed. `keep`: what must not be collected before the promise settles.
+  // Throws std::runtime_error if closed. `keep`: what must not be collected before the promise settles.
   napi_value run(napi_env env, std::shared_ptr<Bound> bound, Step step, napi_value keep);
-  // Ends the threads as soon as no run is pending; none can begin any more.
+  // Refuses new runs, and stops the threads once none is pending.
   void close();
 
  private:

@@ -11,8 +11,8 @@ static inline void pause_cpu() { _mm_pause(); }
 static inline void pause_cpu() { asm volatile("yield"); }
 #endif
 
-// A short spin, for a thread that is about to arrive; then yields, so that one that lost its core gets it back, for about as
-// long as the gap between two steps of a generation; then sleep: an idle engine uses no processor.
+// Spin briefly for a thread that is about to arrive; then yield, so that one that lost its core gets it back, for about as
+// long as the gap between two generation steps; then sleep, so that an idle engine uses no CPU time.
 static constexpr int SPINS = 300, YIELDS = 200;
 
 void await_change(const std::atomic<uint32_t>& value, uint32_t old) {
@@ -49,7 +49,7 @@ void Worker::fail(const char* format, long long a, long long b) const { barrier-
 Team::Team(int count) : barrier_(count) {
   try {
     for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { loop(i); });
-  } catch (const std::system_error& e) {  // end those that started
+  } catch (const std::system_error& e) {  // stop those that started
     stop_ = true;
     epoch_.fetch_add(1);
     epoch_.notify_all();

@@ -1,5 +1,5 @@
-// A team of threads that runs one job at a time, all at once, the caller being one of them. Idle threads spin briefly, then
-// sleep.
+// A team of threads, including the caller's, that all run the same job at once, one job at a time. Idle threads spin briefly,
+// then sleep.
 #pragma once
 #include <atomic>
 #include <functional>
@@ -9,7 +9,7 @@
 
 #include "kernels.h"
 
-// Waits until `value` is no longer `old`: spins, yields, sleeps.
+// Waits until `value` differs from `old`: spins, then yields, then sleeps.
 void await_change(const std::atomic<uint32_t>& value, uint32_t old);
 
 struct Barrier {
@@ -31,7 +31,7 @@ class Team {
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
-  // Calls job(worker) on every thread of the team; returns when all are done: the first failure reported, or "". The
+  // Calls job(worker) on every thread of the team and waits for all; returns the first reported failure, or "". The
   // caller is worker 0. Only one thread at a time may call this.
   std::string run(const std::function<void(const Worker&)>& job);
   int count() const { return barrier_.count; }

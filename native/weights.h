@@ -1,4 +1,4 @@
-// Weights: files mapped read-only, copies where the format asked for differs from the file's. Knows no ops and no Node.
+// Weights: mapped read-only from files, or copied if the requested format differs from the file's. Knows no ops and no Node.
 #pragma once
 #include <memory>
 #include <string>
@@ -14,14 +14,14 @@ struct FilePart {
 struct WeightSpec {
   std::string name;
   Dtype stored, dtype;
-  std::vector<int64_t> shape;  // as programs see it; stacked weights have one part for each of shape[0]
+  std::vector<int64_t> shape;  // as seen by programs; stacked weights have shape[0] parts
   std::vector<FilePart> parts;
 };
 
-// Memory from the system, zero until written, given back when it goes.
+// Memory mapped from the system, initially zero, unmapped by the destructor.
 class Memory {
  public:
-  explicit Memory(size_t bytes);  // throws std::runtime_error with the size when there is none
+  explicit Memory(size_t bytes);  // throws std::runtime_error with the size if out of memory
   ~Memory();
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -37,7 +37,7 @@ class Mapping;
 
 class Weights {
  public:
-  // Throws std::runtime_error: a file that can't be opened or is shorter than its parts claim, no memory.
+  // Throws std::runtime_error if a file can't be opened or is shorter than its parts claim, or if out of memory.
   explicit Weights(const std::vector<WeightSpec>& specs);
   ~Weights();
 
@@ -57,11 +57,11 @@ class Weights {
   std::vector<std::unique_ptr<Memory>> owned_;
 };
 
-// Bytes of [n, k] in `dtype`.
+// Size of [n, k] in `dtype`, in bytes.
 size_t matrix_bytes(Dtype dtype, int64_t n, int64_t k);
 // Converts [n, k] between formats, through float32.
 void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
 // Fills [n, k] with repeatable noise of the given standard deviation, for measuring without a download.
 void random_matrix(uint64_t seed, float deviation, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
-// The same as convert_matrix, from a file, for tools.
+// Like convert_matrix, but from a file, for tools.
 void convert_file_part(const FilePart& part, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);

@@ -1,5 +1,5 @@
-// Attention over the paged KV cache, block by block with a running softmax (https://arxiv.org/abs/2205.14135), so that
-// memory use does not grow with the context. Keys are transposed within a block: lanes are neighbouring tokens. This file
+// Attention over the paged KV cache, block by block with an online softmax (https://arxiv.org/abs/2205.14135), so that
+// memory use does not grow with the context. Keys are transposed within a block: lanes are adjacent tokens. This file
 // handles float caches and splits the work between threads; attention_int8.inl handles int8 caches.
 
 namespace ISA {
@@ -11,21 +11,21 @@ constexpr int MAX_DIM = 512;
 static inline void put(float* p, float x) { *p = x; }
 static inline void put(f16* p, float x) { *p = to_f16(x); }
 
-// Where the token at `position` of a sequence lies: its block, or -1 beyond the sequence's pages.
+// The block of the token at `position` of a sequence, or -1 beyond the sequence's pages.
 static inline int64_t page_of(const Tensor& pages, int64_t sequence, int64_t position, int64_t blocks) {
   const int64_t page = position / BLOCK_TOKENS;
   const int32_t block = page < pages.dims[1] ? pages.as<int32_t>()[sequence * pages.dims[1] + page] : -1;
   return block < blocks ? block : -1;
 }
 
-// One head of a token: `key` and `value` [dim] to their places in a block, keys transposed.
+// Writes one head of a token, `key` and `value` [dim], to its place in a block; keys are transposed.
 template <class T>
 static void put_numbers(const float* key, const float* value, int64_t dim, int64_t t, T* keys, T* values) {
   for (int64_t d = 0; d < dim; d++) put(keys + d * BLOCK_TOKENS + t, key[d]);
   for (int64_t d = 0; d < dim; d++) put(values + t * dim + d, value[d]);
 }
 
-// Keys in bytes lie by tokens, others by dims.
+// Int8 keys are ordered by token, others by dim.
 static inline int64_t head_width(const Tensor& keys) { return keys.dims[keys.dtype == INT8KV ? 3 : 2]; }
 
 template <class T>
@@ -34,7 +34,7 @@ static void write_cache(const Operands& o, const Worker& worker, int64_t head_el
   const int64_t heads = keys.dims[1], dim = head_width(keys);
   if (dim > MAX_DIM) return worker.fail("pagedWrite: head width %lld exceeds %lld", dim, MAX_DIM);
   for (int64_t s = 0; s < segments.rows(); s++) {
-    const int32_t* segment = segments.as<int32_t>() + s * 3;  // first row, rows, position of the first row
+    const int32_t* segment = segments.as<int32_t>() + s * 3;  // first row, number of rows, position of the first row
     int64_t begin, end;
     worker.share(segment[1], 1, begin, end);
     for (int64_t i = begin; i < end; i++) {
@@ -48,7 +48,7 @@ static void write_cache(const Operands& o, const Worker& worker, int64_t head_el
   }
 }
 
-// One pass of up to `most` query vectors of a KV head over the context of their sequence.
+// One pass of up to `most` query vectors of a KV head over their sequence's context.
 template <class T>
 struct Pass {
   using Element = T;
@@ -59,7 +59,7 @@ struct Pass {
   int count;
   const float* query[most];
   float* out[most];
-  int64_t last[most];  // the last position that each may see; ascending
+  int64_t last[most];  // the last position that each query may see; ascending
 
   static int64_t head_elements(int64_t dim) { return dim * BLOCK_TOKENS; }
 
@@ -77,7 +77,7 @@ struct Pass {
       const int64_t at = pages[t0 / BLOCK_TOKENS] * block_stride;
       float p[Q][BLOCK_TOKENS];
       const T* k = keys + at;
-      // The cache is read once a step, from memory: the next block is fetched while this one is computed.
+      // Each step reads the cache once, from memory: prefetch the next block while computing this one.
       const bool more = t0 + BLOCK_TOKENS < end;
       const int64_t next = more ? pages[t0 / BLOCK_TOKENS + 1] * block_stride : at;
       const T *next_k = keys + next, *next_v = values + next;
@@ -170,7 +170,7 @@ static void attend(const Operands& o, const Worker& worker) {
     const int32_t* segment = segments.as<int32_t>() + s * 3;
     for (int64_t position = segment[2]; position < segment[2] + segment[1]; position++)
       if (page_of(pages, s, position, keys.dims[0]) < 0) return worker.fail("internal: pagedAttention: position %lld of sequence %lld has no page", position, s);
-    // Queries of a KV head: rows x the heads that share it, in passes. A lone token's heads are spread over the team.
+    // A KV head's queries are rows x the heads that share it, split into passes. A single token's heads are spread over the team.
     const int64_t queries = segment[1] * share;
     int64_t size = P::most;
     if (segments.rows() * kv_heads * ((queries + size - 1) / size) < worker.count) size = min(size, (queries * kv_heads + worker.count - 1) / worker.count);

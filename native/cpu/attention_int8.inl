@@ -1,23 +1,23 @@
-// Attention over a KV cache in bytes: scores are products of int8 queries and keys, sums of values are products of int8
-// values and probabilities in 14 bits. Many queries pass over a stretch of the context while the caches hold it.
+// Attention over an int8 KV cache: scores are products of int8 queries and keys, sums of values are products of int8
+// values and 14-bit probabilities. Many queries pass over a stretch of the context while it is in the CPU's caches.
 //
-// A block's head is 32 tokens of ceil(dim / 64) * 68 bytes. Keys: two tiles of 16 tokens, each like int8 weights with
-// tokens for rows, but with float scales. Values: tiles of 16 dims, each 8 vectors of 16 dims x 4 tokens, bytes 128 +
-// value; then a float scale a token.
+// A head of a block takes 32 tokens of ceil(dim / 64) * 68 bytes. Keys: two tiles of 16 tokens, each like int8 weights with
+// tokens as rows, but with float scales. Values: tiles of 16 dims, each 8 vectors of 16 dims x 4 tokens, with bytes 128 +
+// value; then one float scale per token.
 
 namespace ISA {
 
 using KeyTiles = Int8Tiles<float>;
 
-constexpr int STRETCH = 4 * BLOCK_TOKENS;                     // tokens between two rescalings of a query's sums
-constexpr int TOGETHER = KeyTiles::max_rows;                  // queries whose products are under way at once
+constexpr int STRETCH = 4 * BLOCK_TOKENS;                     // tokens between rescalings of a query's sums
+constexpr int TOGETHER = KeyTiles::max_rows;                  // queries whose products are computed together
 constexpr int INT8_QUERIES = 8 * TOGETHER;                    // queries that share a pass over a stretch
-constexpr int STEPS = 127 * 128 + 127;                        // of a probability
+constexpr int STEPS = 127 * 128 + 127;                        // steps of a probability
 constexpr int VALUE_TILE_BYTES = TILE_ROWS * BLOCK_TOKENS;
 
 static inline int64_t value_tiles(int64_t dim) { return groups_of(dim) * GROUP / TILE_ROWS; }
 
-// One head of a token: `key` and `value` [dim] to their places in a block.
+// Writes one head of a token, `key` and `value` [dim], to its place in a block.
 static void put_int8(const float* key, const float* value, int64_t dim, int64_t t, uint8_t* keys, uint8_t* values) {
   int8_t row[MAX_DIM / GROUP * (GROUP + 12)];
   const int64_t groups = groups_of(dim);
@@ -38,7 +38,7 @@ static void put_int8(const float* key, const float* value, int64_t dim, int64_t 
   reinterpret_cast<float*>(values + value_tiles(dim) * VALUE_TILE_BYTES)[t] = top / 127.f;
 }
 
-// Queries of one KV head of one sequence, and what they have summed up so far.
+// Queries of one KV head of one sequence, and their running sums.
 struct Int8Pass {
   using Element = uint8_t;
   static constexpr int most = INT8_QUERIES;
@@ -48,19 +48,19 @@ struct Int8Pass {
   int count;
   const float* query[INT8_QUERIES];
   float* out[INT8_QUERIES];
-  int64_t last[INT8_QUERIES];  // the last position that each may see; ascending
-  float top[INT8_QUERIES], total[INT8_QUERIES];  // the largest score in powers of two, the sum of all relative to it
+  int64_t last[INT8_QUERIES];  // the last position that each query may see; ascending
+  float top[INT8_QUERIES], total[INT8_QUERIES];  // the largest score in powers of two; the sum of all, relative to it
   alignas(64) float sums[INT8_QUERIES][MAX_DIM];  // `dim` of each, padded to whole groups
   alignas(64) int8_t rows[INT8_QUERIES][MAX_DIM / GROUP * (GROUP + 12)];
 
-  // Probabilities of a stretch, times the values' scales, as 128 x high + low steps of `step`.
+  // A stretch's probabilities times the values' scales, as 128 x high + low in steps of `step`.
   struct Weights {
     alignas(64) int8_t high[STRETCH], low[STRETCH];
     float step;
-    int32_t offset;  // cancels the 128 in the values' bytes
+    int32_t offset;  // cancels the values' bias of 128
   };
 
-  // `score` [STRETCH] to weights; rescales the query's sums. False where it sees nothing of the stretch.
+  // Turns `score` [STRETCH] into weights and rescales the query's sums. False if the query sees nothing of the stretch.
   bool weigh(int q, float* score, int64_t t0, int blocks, float scale, Weights& w) {
     const int64_t seen = last[q] + 1 - t0;
     if (seen <= 0) return false;
@@ -97,10 +97,10 @@ struct Int8Pass {
     return true;
   }
 
-  // Adds the stretch's values, weighted, to the sums of R queries from `first` on.
+  // Adds the stretch's weighted values to the sums of R queries, starting at `first`.
   template <int R>
   void gather(int first, const Weights* w, int64_t t0, int blocks) {
-    constexpr int N = W == 16 ? 2 : 1;  // vectors of values that pass together; what is behind `dim` are zeros
+    constexpr int N = W == 16 ? 2 : 1;  // vectors of values processed together; padding beyond `dim` is zero
     for (int64_t d = 0; d < dim; d += N * W) {
       const int64_t at = d / TILE_ROWS * VALUE_TILE_BYTES + d % TILE_ROWS * 4;
       vi high[R][N] = {}, low[R][N] = {};
@@ -139,7 +139,7 @@ struct Int8Pass {
         KeyTiles::run<R, N>(x, block, t, N * TILE_ROWS, dim, y, nullptr);
       }
     }
-    // Queries that see something of the stretch come last: positions ascend.
+    // Queries that see something of the stretch come last, because positions ascend.
     Weights w[R];
     int blind = 0;
     for (int r = 0; r < R; r++)
@@ -168,7 +168,7 @@ struct Int8Pass {
     const int64_t end = last[count - 1] + 1, head_bytes = head_elements(dim);
     for (int64_t t0 = 0; t0 < end; t0 += STRETCH) {
       const int blocks = static_cast<int>((min(STRETCH, end - t0) + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
-      // The cache is read once a step, from memory: the next stretch is fetched while this one is computed.
+      // Each step reads the cache once, from memory: prefetch the next stretch while computing this one.
       for (int64_t page = t0 / BLOCK_TOKENS + blocks; page < min(t0 / BLOCK_TOKENS + 2 * blocks, (end + BLOCK_TOKENS - 1) / BLOCK_TOKENS); page++)
         for (int64_t i = 0; i < head_bytes; i += 64) {
           __builtin_prefetch(keys + pages[page] * block_stride + i, 0, 2);

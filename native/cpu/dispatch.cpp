@@ -30,7 +30,7 @@ std::vector<const KernelTable*> available_kernels() {
   if (wide) found.push_back(&avx512::TABLE);
   unsigned a = 0, b, c, d;
   __cpuid_count(7, 1, a, b, c, d);
-  if (fma && (a >> 4 & 1)) found.push_back(&avxvnni::TABLE);  // GCC 12 has no name for it
+  if (fma && (a >> 4 & 1)) found.push_back(&avxvnni::TABLE);  // GCC 12's __builtin_cpu_supports does not know it
   if (fma) found.push_back(&avx2::TABLE);
 #elif defined(__aarch64__)
   const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP) & HWCAP_FPHP);

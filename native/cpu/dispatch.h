@@ -1,11 +1,11 @@
-// Which instruction set runs here.
+// Chooses the instruction set for this processor.
 #pragma once
 #include <string>
 #include <vector>
 
 #include "../kernels.h"
 
-// Those compiled in that this processor has, best first. "scalar" is always there.
+// The compiled-in instruction sets that this processor supports, best first. "scalar" is always included.
 std::vector<const KernelTable*> available_kernels();
-// The best, or the one named; throws std::runtime_error listing the available ones when it is not among them.
+// The best one, or the one named; throws std::runtime_error with a list of the available ones if it is not among them.
 const KernelTable& choose_kernels(const std::string& isa);

@@ -1,4 +1,4 @@
-// Norms, activations, rotary positions, sums: ops that read a row and write a row. All but `angles` may write over the
+// Norms, activations, rotary embeddings, sums: ops that read a row and write a row. All but `angles` may overwrite the
 // input that their row in the op table names.
 
 namespace ISA {
@@ -15,7 +15,7 @@ static inline void norm_row(const float* in, const float* w, float* out, int64_t
   for (; i < n; i++) out[i] = w[i] * (in[i] * scale);
 }
 
-// y = a + b. `y` may be either.
+// y = a + b. `y` may be either input.
 static inline void add_numbers(const float* a, const float* b, float* y, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(y + i, load(a + i) + load(b + i));
@@ -35,7 +35,7 @@ static void add(const Operands& o, const Worker& worker) {
   add_numbers(o.in(0).as<float>() + begin, o.in(1).as<float>() + begin, o.out(0).as<float>() + begin, end - begin);
 }
 
-// The residual stream and its norm in one pass: the same bits as `add`, then `rmsNorm`.
+// The residual sum and its norm in one pass; bit-identical to `add` followed by `rmsNorm`.
 static void add_rms_norm(const Operands& o, const Worker& worker) {
   const Tensor &a = o.in(0), &b = o.in(1), &weight = o.in(2), &sum = o.out(0), &normed = o.out(1);
   const int64_t n = a.dims[1];
@@ -64,7 +64,7 @@ static void silu_mul(const Operands& o, const Worker& worker) {
   silu_times(gate + begin, up + begin, y + begin, end - begin);
 }
 
-// Cosine and sine of each pair's angle, side by side, computed in float32 as in the reference.
+// Cosine and sine of each pair's angle, interleaved, computed in float32 as in the reference.
 static void angles(const Operands& o, const Worker& worker) {
   const Tensor &positions = o.in(0), &y = o.out(0);
   const int64_t dim = y.dims[1];
@@ -77,7 +77,7 @@ static void angles(const Operands& o, const Worker& worker) {
     }
 }
 
-// In place, a head is turned from a copy, so that the compiler's vectors serve it as well (and give the same bits).
+// In place, a head is rotated from a copy, so that the compiler can vectorize this case too (and results are bit-identical).
 static void rope(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &table = o.in(1), &y = o.out(0);
   const int64_t n = x.dims[1], dim = table.dims[1];

@@ -1,4 +1,4 @@
-// The mixture of experts: the router, tokens grouped by expert, each expert's products, their weighted sum.
+// The mixture of experts: the router, grouping of tokens by expert, each expert's products, and their weighted sum.
 
 namespace ISA {
 
@@ -32,7 +32,7 @@ static void route(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &gate = o.in(1), &bias = o.in(2), &logits = o.out(0), &experts = o.out(1), &weights = o.out(2);
   const int64_t count = gate.dims[0], hidden = gate.dims[1], k = experts.dims[1];
   if (count > MAX_EXPERTS) return worker.fail("route: %lld experts exceed %lld", count, MAX_EXPERTS);
-  // Many rows are spread over the team; of a few, the experts are.
+  // Split many rows between the threads; for a few rows, split the experts.
   const bool by_rows = x.rows() >= 4 * worker.count;
   using F = RowMajor<float, float>;
   int64_t begin, end, first = 0, last = count;
@@ -58,15 +58,15 @@ static void group(const Operands& o, const Worker& worker) {
     at[e] = static_cast<int32_t>(start);
     start += n;
   }
-  // Filling moves each start to the next one's place; slots of an expert keep their order.
+  // Filling advances each start to the next one's place; an expert's slots keep their order.
   for (int64_t s = 0; s < slots; s++) order.as<int32_t>()[at[experts.as<int32_t>()[s]]++] = static_cast<int32_t>(s);
   for (int64_t e = count; e > 0; e--) at[e] = at[e - 1];
   at[0] = 0;
 }
 
-// Calls visit(expert, begin, end, slots, rows) for this thread's share of a product with an expert for each slot: weight
-// rows [begin, end) of the expert, for `rows` slots. Work is laid end to end, each expert's tiles as long as it has rows,
-// and each thread takes an equal stretch.
+// Calls visit(expert, begin, end, slots, rows) for this thread's share of a product with one expert per slot: weight rows
+// [begin, end) of the expert, for `rows` slots. All tiles are laid end to end, each as long as its expert has rows, and
+// each thread takes an equal stretch.
 template <class Visit>
 static inline void share_experts(const Tensor& order, const Tensor& offsets, int64_t n, int tile, const Worker& worker, Visit visit) {
   const int64_t experts = offsets.rows() - 1, tiles = (n + tile - 1) / tile, work = tiles * order.rows();
@@ -75,7 +75,7 @@ static inline void share_experts(const Tensor& order, const Tensor& offsets, int
   for (int64_t e = 0; e < experts; e++) {
     const int64_t rows = at[e + 1] - at[e], start = at[e] * tiles;
     if (!rows || start >= to) continue;
-    // A tile belongs to the thread in whose stretch it begins.
+    // A tile belongs to the thread whose stretch contains its start.
     auto first_tile = [&](int64_t edge) { return edge <= start ? 0 : min(tiles, (edge - start + rows - 1) / rows); };
     const int64_t begin = first_tile(from) * tile, end = min(first_tile(to) * tile, n);
     if (begin < end) visit(e, begin, end, slot + at[e], rows);

@@ -1,4 +1,4 @@
-// All kernels of one instruction set: included once by each isa/*.cpp.
+// All kernels of one instruction set; included once by each isa/*.cpp.
 #include "vector.h"
 
 #include "matrix.inl"

@@ -1,5 +1,5 @@
-// Ops that move numbers and compute none: gathers, replaced rows, and the copies that the planner could not turn into
-// views. Elements are 4 bytes, floats or integers alike.
+// Ops that only move data: gathers, row replacement, and the copies that the planner could not turn into views. Elements
+// are 4 bytes, floats or integers.
 
 namespace ISA {
 
@@ -13,7 +13,7 @@ static void gather(const Operands& o, const Worker& worker) {
   }
 }
 
-// y = x, with row index[i] replaced by rows[i]. `y` may be `x`; then nothing is copied but the rows, usually none.
+// y = x with row index[i] replaced by rows[i]. `y` may be `x`; then only the replacement rows are copied, usually none.
 static void replace_rows(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &rows = o.in(1), &index = o.in(2), &y = o.out(0);
   const int64_t n = x.dims[1];
@@ -28,8 +28,8 @@ static void replace_rows(const Operands& o, const Worker& worker) {
   }
 }
 
-// Numbers [begin, end) of y in runs that are contiguous in x: `place(i, run)` gives where y[i] comes from and shortens
-// `run` to what follows it there.
+// Copies elements [begin, end) of y in runs that are contiguous in x: `place(i, run)` returns the source of y[i] and
+// shortens `run` to the elements that follow it there.
 template <class Place>
 static inline void copy_runs(const Tensor& y, const int32_t* x, const Worker& worker, Place place) {
   int64_t begin, end;
@@ -48,7 +48,7 @@ static void reshape(const Operands& o, const Worker& worker) {
   copy_runs(y, x.as<int32_t>(), worker, [](int64_t i, int64_t&) { return i; });
 }
 
-// y has as many of x's entries along `axis` as its shape says, from `start` on.
+// y takes x's entries along `axis`, from `start` on, as many as its shape says.
 static void slice(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &y = o.out(0);
   const int axis = static_cast<int>(o.params[0]);

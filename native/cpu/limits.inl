@@ -1,12 +1,11 @@
-// Loops that do nothing but what an instruction set is best at: reading, products of bytes, products of floats. They
-// return a number that depends on everything they did, so that nothing is left out.
+// Loops that measure an instruction set's peak rates: reading memory, int8 products, float products. They return a number
+// that depends on all their work, so that the compiler cannot remove any of it.
 namespace ISA {
 
-// Products of every one of X values with every one of Y others, as in a matrix product: as many sums under way as
-// registers hold.
+// All products of X values with Y others, as in a matrix product, with as many sums at once as fit in registers.
 static constexpr int LIMIT_X = W == 8 ? 2 : 4, LIMIT_Y = W == 8 ? 5 : 4, LIMIT_SUMS = LIMIT_X * LIMIT_Y;
 
-// What lies at `p` may have changed: it is read anew, and its products are made anew.
+// Tells the compiler that memory at `p` may have changed, so that it reloads it and recomputes the products.
 static inline void forget(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
 
 static float limit_read(const uint8_t* p, int64_t bytes) {

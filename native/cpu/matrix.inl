@@ -1,16 +1,16 @@
-// Products with weight matrices. Each output is one dot product summed in an order that depends on its length alone, so
-// a row's result is the same whatever rows share the step, however the threads split the work.
+// Products with weight matrices. Each output is one dot product, summed in an order that depends only on its length, so a
+// row's result does not depend on which rows share the step or how the threads split the work.
 
 namespace ISA {
 
-// Row-major formats: tiles of up to 4 weight rows by R activation rows, lanes running along k.
+// Row-major formats: tiles of up to 4 weight rows by R activation rows, with lanes along k.
 template <class X, class WT>
 struct Dot {
-  static constexpr int step = W, numbers = 1;  // X's that an activation takes
+  static constexpr int step = W, numbers = 1;  // X's per activation
   static vf add(vf acc, const X* x, const WT* w, int64_t) { return acc + load(x) * load(w); }
   static float value(const X* x, int64_t) { return scalar(*x); }
 };
-// Activations are the sums of two bfloat16 numbers, k apart.
+// Activations are sums of two bfloat16 numbers that are k apart.
 template <>
 struct Dot<bf16, bf16> {
   static constexpr int step = DotBf16::step, numbers = 2;
@@ -22,7 +22,7 @@ template <class X_, class WT>
 struct RowMajor {
   using X = X_;
   static constexpr int tile = 4, wide = 1;
-  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 3;  // so that the accumulators fit the registers
+  static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 3;  // so that the accumulators fit in registers
 
   static int64_t x_bytes(int64_t k) { return k * sizeof(X) * Dot<X, WT>::numbers; }
 
@@ -55,10 +55,10 @@ struct RowMajor {
   }
 };
 
-// Block formats (src/tensor/quantized.ts): tiles of 16 weight rows, lanes being rows, activations broadcast. N tiles pass
-// together where that keeps the products busy: what is read of an activation then serves N of them.
+// Block formats (src/tensor/quantized.ts): tiles of 16 weight rows, with rows as lanes and activations broadcast. N tiles are
+// computed together if that keeps the multipliers busy: each activation load then serves N tiles.
 struct Blocks {
-  using X = int8_t;  // a row: groups of 64 bytes, their scales, the sums of each 32
+  using X = int8_t;  // a row: groups of 64 bytes, their scales, the sums of every 32
   static constexpr int tile = TILE_ROWS;
   static constexpr int parts = TILE_ROWS / W;
   static int64_t x_bytes(int64_t k) { return int8_row_bytes(k); }
@@ -84,7 +84,7 @@ struct Blocks {
 };
 
 // Adds to `acc` the products of R activation rows, from column `c` on, with STEPS vectors of weights of 4 columns each;
-// weights(q) is the q-th. Two rows at a time, by 8 columns, where an instruction multiplies pairs of rows.
+// weights(q) is the q-th vector. Takes two rows by 8 columns at a time if an instruction multiplies pairs of rows.
 template <int R, int STEPS, class D = Dot8, class At>
 static inline void products(vi* acc, const int8_t* const* x, int64_t c, At weights) {
   if constexpr (D::pairs && R > 1) {
@@ -112,7 +112,7 @@ struct Int8Tiles : Blocks {
 
   template <int R, int N>
   static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
-    constexpr int V = N * parts, U = W == 16 ? N : 1;  // vectors of weight rows, and those whose sums are under way at once
+    constexpr int V = N * parts, U = W == 16 ? N : 1;  // vectors of weight rows, and how many are summed at once
     const int64_t groups = groups_of(k);
     const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * bytes;
     vf total[R][V] = {};
@@ -197,7 +197,7 @@ struct Int4Blocks : Blocks {
   }
 };
 
-// Calls F::run on N tiles with the number of rows as a constant.
+// Calls F::run on N tiles with the number of rows as a compile-time constant.
 template <class F, int N, int R = F::max_rows>
 static inline void run_rows(int rows, const typename F::X* const* x, const void* w, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
   if constexpr (R > 1) {
@@ -206,8 +206,8 @@ static inline void run_rows(int rows, const typename F::X* const* x, const void*
   F::template run<R, N>(x, w, n0, n, k, y, bias);
 }
 
-// Weight rows [begin, end) times `rows` activation rows. Blocks of weight rows stay in the cache while all activation
-// rows pass by. XAt, YAt: row number to pointer.
+// Weight rows [begin, end) times `rows` activation rows. A block of weight rows stays in the cache for all activation rows.
+// XAt and YAt map a row number to a pointer.
 template <class F, class XAt, class YAt>
 static inline void panel(const void* w, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at, const float* bias) {
   constexpr int64_t weight_rows = 32;
@@ -217,7 +217,7 @@ static inline void panel(const void* w, int64_t begin, int64_t end, int64_t k, i
       const typename F::X* x[F::max_rows];
       float* y[F::max_rows];
       for (int r = 0; r < count; r++) x[r] = x_at(r0 + r);
-      // A lone row is bound by memory, which is fastest when a thread reads one run of weights: tile by tile then.
+      // A single row is memory-bound, and fastest when a thread reads its weights sequentially: go tile by tile.
       const int64_t stop = min(n0 + weight_rows, end), wide = F::wide * F::tile;
       for (int64_t n = n0, step; n < stop; n += step) {
         step = count > 1 && stop - n >= wide ? wide : F::tile;
@@ -238,7 +238,7 @@ static inline void silu_times(const float* gate, const float* up, float* y, int6
   for (; i < n; i++) y[i] = gate[i] / (1.f + exp(-gate[i])) * up[i];
 }
 
-// visit(format) with the format that multiplies `weight` by activations.
+// Calls visit(format) with the format that multiplies `weight` by activations.
 template <class Visit>
 static inline void with_format(const Tensor& weight, Visit visit) {
   switch (weight.dtype) {
@@ -247,11 +247,11 @@ static inline void with_format(const Tensor& weight, Visit visit) {
     case BF16: return visit(RowMajor<bf16, bf16>{});
     case INT8: return visit(Int8Blocks{});
     case INT4: return visit(Int4Blocks{});
-    default: return;  // the op table lets no other format through
+    default: return;  // the op table allows no other format
   }
 }
 
-// silu(gate) * up of weight rows [begin, end): both products of a few rows, while the activations are at hand.
+// silu(gate) * up of weight rows [begin, end): both products for a few rows at a time, while the activations are cached.
 template <class F, class XAt, class YAt>
 static inline void gated_panel(const void* gate, const void* up, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at) {
   constexpr int64_t weight_rows = 32;
@@ -308,7 +308,7 @@ static void to_bf16_pairs(const Operands& o, const Worker& worker) {
   }
 }
 
-// To the nearest of 255 steps, each group of 64 with the scale of its largest value.
+// Rounds to 255 steps; each group of 64 is scaled by its largest value.
 static void quantize_row(const float* x, int64_t k, int8_t* row) {
   const int64_t groups = groups_of(k);
   float* scales = reinterpret_cast<float*>(row + groups * GROUP);
@@ -331,7 +331,7 @@ static void quantize_row(const float* x, int64_t k, int8_t* row) {
         store_bytes(row + g * GROUP + i, steps);
         total += steps;
       }
-      sums[2 * g + half] = static_cast<int32_t>(sum(to_float(total)));  // small whole numbers: exact
+      sums[2 * g + half] = static_cast<int32_t>(sum(to_float(total)));  // small integers: exact
     }
     scales[g] = top / 127.f;
   }
@@ -343,7 +343,7 @@ static void to_int8_rows(const Operands& o, const Worker& worker) {
   for (int64_t r = worker.index; r < x.rows(); r += worker.count) quantize_row(x.as<float>() + r * k, k, y.as<int8_t>() + r * int8_row_bytes(k));
 }
 
-// A table's row, whatever its format.
+// Reads a table's row in any format.
 static void read_row(const Tensor& table, int64_t r, float* y) {
   const int64_t k = table.dims[1];
   switch (table.dtype) {

@@ -1,10 +1,10 @@
-// From logits to a token: processors in the order of Hugging Face transformers, then the choice. One row a thread.
+// From logits to a token: processors in the order of Hugging Face transformers, then sampling. One row per thread.
 
 namespace ISA {
 
 using namespace sampling;  // the columns of the controls
 
-// Whether token a comes before token b: the larger logit, the lower id among equals.
+// Whether token a ranks before token b: by larger logit, ties by lower id.
 struct Before {
   const float* x;
   bool operator()(int32_t a, int32_t b) const { return x[a] > x[b] || (x[a] == x[b] && a < b); }
@@ -14,7 +14,7 @@ struct After {
   bool operator()(int32_t a, int32_t b) const { return Before{x}(b, a); }
 };
 
-// Sifts heap[i] down; `above` says who comes nearer to the top.
+// Sifts heap[i] down; `above` says which of two tokens is nearer to the top.
 template <class Above>
 static void sift(Above above, int32_t* heap, int64_t n, int64_t i) {
   const int32_t moving = heap[i];
@@ -26,7 +26,7 @@ static void sift(Above above, int32_t* heap, int64_t n, int64_t i) {
   heap[i] = moving;
 }
 
-// `seen` is scratch of one number for each token.
+// `seen` is scratch with one number per token.
 static void penalize(float* x, int64_t vocab, const int32_t* history, const float* f, const int32_t* n, int32_t* seen) {
   const int64_t count = n[HISTORY_COUNT];
   const bool repetition = f[REPETITION] != 1, presence = f[PRESENCE] != 0 || f[FREQUENCY] != 0;
@@ -38,7 +38,7 @@ static void penalize(float* x, int64_t vocab, const int32_t* history, const floa
     if (repetition && !(seen[id] & 1)) x[id] = x[id] < 0 ? x[id] * f[REPETITION] : x[id] / f[REPETITION];
     seen[id] |= 1;
   }
-  for (int64_t i = n[PROMPT_COUNT]; i < count && presence; i++) {  // of the generated tokens only
+  for (int64_t i = n[PROMPT_COUNT]; i < count && presence; i++) {  // only generated tokens
     const int32_t id = history[i];
     if (id < 0 || id >= vocab) continue;
     x[id] -= f[FREQUENCY] + (seen[id] & 2 ? 0 : f[PRESENCE]);
@@ -54,7 +54,7 @@ static void penalize(float* x, int64_t vocab, const int32_t* history, const floa
   }
 }
 
-// The largest number of a row.
+// A row's maximum.
 static float top_of(const float* x, int64_t n) {
   vf tops = splat(-INFINITY);
   int64_t i = 0;
@@ -64,8 +64,8 @@ static float top_of(const float* x, int64_t n) {
   return top;
 }
 
-// Calls `visit` with the index of each number that `test` holds for, in order; it returns true to go on. Whole blocks
-// without such a number, which are most, are passed over at once.
+// Calls `visit` with the index of each number that passes `test`, in order, while it returns true. Skips whole blocks
+// without such a number, which are the majority.
 template <class Test, class Visit>
 static void each_where(const float* x, int64_t n, Test test, Visit visit) {
   constexpr int64_t block = 4 * W;
@@ -79,7 +79,7 @@ static void each_where(const float* x, int64_t n, Test test, Visit visit) {
   }
 }
 
-// The first of the largest numbers; 0 where all are NaN.
+// Index of the first maximum; 0 if all are NaN.
 static int64_t argmax(const float* x, int64_t n) {
   const float top = top_of(x, n);
   int64_t best = 0;
@@ -100,10 +100,10 @@ static float exp_sum(const float* x, int64_t n, float top) {
   return total;
 }
 
-// How far below the largest number the next tries to find all that is kept begin.
+// Successive guesses of how far below the maximum the kept numbers reach.
 static constexpr float DEPTHS[] = {4, 8, 12, 18};
 
-// A number below which nothing is kept: at least `count` numbers, or `mass` of the sum of e^(x - top), lie at it or above.
+// A lower bound for the kept numbers: at least `count` numbers, or `mass` of the sum of e^(x - top), are not below it.
 static float lowest_kept(const float* x, int64_t vocab, float top, int64_t count, float mass) {
   for (const float depth : DEPTHS) {
     const vf floor = splat(top - depth);
@@ -123,7 +123,7 @@ static float lowest_kept(const float* x, int64_t vocab, float top, int64_t count
   return -INFINITY;
 }
 
-// Leaves only what top-k, top-p and min-p keep. `heap` is scratch of one id for each token.
+// Removes everything that top-k, top-p and min-p do not keep. `heap` is scratch with one id per token.
 static void truncate(float* x, int64_t vocab, const float* f, const int32_t* n, int32_t* heap) {
   const bool top_k = n[TOP_K] > 0 && n[TOP_K] < vocab, top_p = f[TOP_P] < 1, min_p = f[MIN_P] > 0;
   if (!top_k && !top_p && !min_p) return;
@@ -131,7 +131,7 @@ static void truncate(float* x, int64_t vocab, const float* f, const int32_t* n, 
   if (top == -INFINITY) return;
   float total = 0;
   if (top_p && !top_k) total = exp_sum(x, vocab, top);
-  // What can't be kept goes at once, with a margin for rounding: the heap then has hundreds of tokens, not all.
+  // First drop what cannot be kept, with a margin for rounding, so that the heap has hundreds of tokens instead of all.
   const float floor = top_k ? lowest_kept(x, vocab, top, n[TOP_K], 0) : top_p ? lowest_kept(x, vocab, top, 0, f[TOP_P] * total * 1.0001f) : top + logf(f[MIN_P]) - 0.001f;
   for (int64_t i = 0; i < vocab; i++) x[i] = x[i] >= floor ? x[i] : -INFINITY;
   int64_t size = 0;
@@ -141,7 +141,7 @@ static void truncate(float* x, int64_t vocab, const float* f, const int32_t* n, 
   });
   const Before before{x};
   for (int64_t i = size / 2; i-- > 0;) sift(before, heap, size, i);
-  // Take tokens off the heap from the best down; what has been taken stands behind the heap's end, best last.
+  // Pop tokens off the heap, best first; popped tokens are stored after the heap's end, best last.
   int64_t taken = 0;
   auto take = [&] {
     const int32_t best = heap[0];
@@ -152,7 +152,7 @@ static void truncate(float* x, int64_t vocab, const float* f, const int32_t* n, 
   };
   const int64_t whole = size;
   if (top_k) {
-    while (size && (taken < n[TOP_K] || x[heap[0]] == x[heap[whole - n[TOP_K]]])) take();  // equals of the k-th stay, as in the reference
+    while (size && (taken < n[TOP_K] || x[heap[0]] == x[heap[whole - n[TOP_K]]])) take();  // ties with the k-th are kept, as in the reference
     for (int64_t i = whole - taken; i < whole; i++) total += exp(x[heap[i]] - top);
   } else if (top_p) {
     float sum = 0;
@@ -170,7 +170,7 @@ static void truncate(float* x, int64_t vocab, const float* f, const int32_t* n, 
   }
   if (min_p)
     while (keep > 1 && exp(x[heap[whole - keep]] - top) < f[MIN_P]) keep--;
-  // The kept ones are the last `keep` of the list. Everything else goes.
+  // The last `keep` tokens of the list are kept; remove the others.
   for (int64_t i = 0; i < whole - keep; i++) x[heap[i]] = -INFINITY;
 }
 
@@ -213,9 +213,9 @@ static double random_number(uint64_t seed, uint64_t step) {
   return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-// Draws in proportion to e^x: the token at which the running sum passes `share` (from 0 to 1) of the whole. `top` is the largest.
+// Draws with probability proportional to e^x: the token at which the running sum passes `share` (0 to 1) of the total. `top` is the maximum.
 static int64_t draw(const float* x, int64_t vocab, float top, double share) {
-  // Sums of pieces first, then token by token within the piece where it happens.
+  // Find the piece by the sums of pieces, then the token within it.
   constexpr int64_t pieces = 256;
   const int64_t length = (vocab + pieces * 4 * W - 1) / (pieces * 4 * W) * 4 * W;
   float sums[pieces];
@@ -229,7 +229,7 @@ static int64_t draw(const float* x, int64_t vocab, float top, double share) {
     if (left < sums[p]) break;
     left -= sums[p];
   }
-  if (left >= sums[piece]) left = sums[piece];  // rounding alone carried it past the end
+  if (left >= sums[piece]) left = sums[piece];  // past the end because of rounding
   int64_t id = 0;
   each_where(x + piece * length, min(length, vocab - piece * length), [](vf v) { return v > splat(-INFINITY); }, [&](int64_t i) {
     id = piece * length + i;
@@ -266,7 +266,7 @@ static void top_logprobs(const Operands& o, const Worker& worker) {
   if (k < 1 || k > vocab) return worker.fail("internal: topLogprobs: %lld of %lld tokens", k, vocab);
   for (int64_t r = worker.index; r < logits.rows(); r += worker.count) {
     const float* x = logits.as<float>() + r * vocab;
-    int32_t* best = ids.as<int32_t>() + r * k;  // a heap with the worst of the best on top
+    int32_t* best = ids.as<int32_t>() + r * k;  // a heap with the worst of the k best on top
     const After after{x};
     for (int64_t i = 0; i < k; i++) best[i] = static_cast<int32_t>(i);
     for (int64_t i = k / 2; i-- > 0;) sift(after, best, k, i);

@@ -1,6 +1,6 @@
-// The vocabulary that every kernel is written in, for one instruction set at a time. Included by isa/*.cpp only, which
-// define ISA (a namespace), W (float lanes) and the primitives that differ. No standard containers or inline functions
-// of the library here: the linker could keep a copy compiled for this instruction set for everyone.
+// The vector primitives that all kernels are written with, for one instruction set at a time. Included only by isa/*.cpp,
+// which define ISA (a namespace), W (float lanes) and the primitives that differ. Use no standard containers or inline
+// library functions here: the linker could keep a copy compiled for this instruction set and use it everywhere.
 #include <cmath>
 #include <cstdint>
 
@@ -56,16 +56,16 @@ static inline float scalar(f16 h) {
 
 }  // namespace ISA
 
-// load(const f16*), to_f16, store_bytes (the low byte of each lane), sum, largest, DotBf16, Dot8: what the instruction set does in its own way.
+// load(const f16*), to_f16, store_bytes (the low byte of each lane), sum, largest, DotBf16, Dot8: defined by each instruction set.
 #include ISA_PRIMITIVES
 
 namespace ISA {
 
-// e^x to about 2 units in the last place from -87 to 88; beyond, what it gives there (about 1e-38 and 1e38).
+// e^x to about 2 units in the last place from -87 to 88; beyond, clamped to its values there (about 1e-38 and 1e38).
 static inline vf exp(vf x) {
   x = max(x, splat(-87.3f));
   x = select(x < splat(88.f), x, splat(88.f));
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding and subtracting it rounds to whole numbers
+  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding and subtracting it rounds to integers
   vf n = x * 1.44269504f + magic;
   n -= magic;
   vf r = x - n * 0.693359375f;
@@ -80,12 +80,12 @@ static inline vf exp(vf x) {
   return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
-// The nearest whole numbers, ties to even, of numbers below 2^22: 1.5 * 2^23 + x has them as its last bits.
+// Rounds numbers below 2^22 to the nearest integers, ties to even: they are the last bits of 1.5 * 2^23 + x.
 static inline vi round_steps(vf x) { return (vi)(x + 12582912.f) - 0x4b400000; }
 
 static inline float exp(float x) { return exp(splat(x))[0]; }
 
-// 2^x to about 2 units in the last place, for x from -126 to 0; below, 2^-126.
+// 2^x to about 2 units in the last place for x from -126 to 0; below that, 2^-126.
 static inline vf exp2(vf x) {
   x = max(x, splat(-126.f));
   const vf magic = splat(12582912.f), n = x + magic, r = x - (n - magic);

@@ -1,5 +1,5 @@
-// Primitives of NEON with the dot-product and half-precision extensions (Armv8.2 and later), and of the matrix extension
-// (i8mm) where the compiler may use it.
+// Primitives for NEON with the dot-product and half-precision extensions (Armv8.2 and later), and with the matrix extension
+// (i8mm) if it is enabled.
 #include <arm_neon.h>
 
 namespace ISA {
@@ -16,7 +16,7 @@ struct DotBf16 {
 };
 
 struct Dot8 {
-  static constexpr bool offset = false;  // sdot takes signed bytes on both sides
+  static constexpr bool offset = false;  // sdot takes two signed operands
   using Weights = int8x16_t;
   static Weights load(const uint8_t* p) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128))); }
   static void load_nibbles(const uint8_t* p, Weights& low, Weights& high) {
@@ -33,7 +33,7 @@ struct Dot8 {
   static constexpr bool pairs = true;
   // Two vectors of weights (4 rows x 4 columns, and the next 4 columns) times 8 numbers of two activation rows.
   struct Pair {
-    int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);  // rows 0 and 1, rows 2 and 3: each by both activations
+    int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);  // rows 0 and 1, rows 2 and 3: each times both activation rows
     void add(Weights first, Weights second, const int8_t* a, const int8_t* b) {
       const int32x4_t w = vreinterpretq_s32_s8(first), next = vreinterpretq_s32_s8(second);
       const int8x16_t x = vcombine_s8(vld1_s8(a), vld1_s8(b));

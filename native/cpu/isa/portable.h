@@ -1,4 +1,4 @@
-// Primitives in plain vectors of four lanes, for processors that nothing better is known of.
+// Primitives in plain vectors of four lanes, for processors without a better instruction set.
 namespace ISA {
 
 static inline vf load(const f16* p) {
@@ -17,23 +17,23 @@ static inline void store_bytes(int8_t* p, vi v) { *reinterpret_cast<vb_unaligned
 static inline float sum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 static inline float largest(vf v) { return max(max(v[0], v[2]), max(v[1], v[3])); }
 
-// Products of bfloat16 pairs, summed in float.
+// Dot products of bfloat16 pairs, accumulated in float.
 struct DotBf16 {
   static constexpr int step = W;
   static vf add(vf acc, const bf16* a, const bf16* b) { return acc + load(a) * load(b); }
 };
 
-// Four unsigned bytes of each lane's weights times four signed bytes of activations, summed in int32.
+// In each lane, the dot product of four unsigned weight bytes and four signed activation bytes, accumulated in int32.
 struct Dot8 {
-  static constexpr bool offset = true;  // weights enter as 128 + w, so the caller starts from -128 x the activations' sum
-  static constexpr bool pairs = false;  // whether an instruction multiplies two rows by two
+  static constexpr bool offset = true;  // weights are stored as 128 + w, so the caller starts from -128 x the activations' sum
+  static constexpr bool pairs = false;  // whether one instruction multiplies two rows by two
   struct Weights { uint8_t bytes[W * 4]; };
   static Weights load(const uint8_t* p) {
     Weights w;
     __builtin_memcpy(w.bytes, p, sizeof w.bytes);
     return w;
   }
-  // The low and the high nibbles of each byte.
+  // The low and high nibbles of each byte.
   static void load_nibbles(const uint8_t* p, Weights& low, Weights& high) {
     for (int i = 0; i < W * 4; i++) low.bytes[i] = p[i] & 15, high.bytes[i] = p[i] >> 4;
   }

@@ -1,4 +1,4 @@
-// Primitives of AVX2 (with FMA and F16C) and AVX-512, by what the compiler may use.
+// Primitives for AVX2 (with FMA and F16C) and AVX-512, depending on the enabled extensions.
 #include <immintrin.h>
 
 namespace ISA {
@@ -38,7 +38,7 @@ struct DotBf16 {
 
 struct Dot8 {
   static constexpr bool offset = true;
-  static constexpr bool pairs = false;  // whether an instruction multiplies two rows by two
+  static constexpr bool pairs = false;  // whether one instruction multiplies two rows by two
 #if W == 16
   using Weights = __m512i;
   static Weights load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -51,7 +51,7 @@ struct Dot8 {
   static vi add(vi acc, Weights w, int32_t a) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, w, _mm512_set1_epi32(a)); }
   static vi add_small(vi acc, Weights w, int32_t a) { return add(acc, w, a); }
 #else
-  // Without VNNI: even and odd bytes apart, in 16 bits, so that nothing saturates.
+  // Without VNNI: multiply even and odd bytes separately, in 16 bits, so that nothing saturates.
   static vi add(vi acc, Weights w, int32_t a) {
     const __m512i b = _mm512_set1_epi32(a);
     const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));

@@ -1,4 +1,4 @@
-/** What comes with a token and what may narrow its choice: alternatives, routing, masks; and whom a bad constraint hurts. */
+/** Alternatives and routing returned with tokens, masks that restrict their choice, and the effect of a bad constraint. */
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { type LoadedModel, loadModel } from "../../src/api/load.ts";
 import type { Engine } from "../../src/engine/engine.ts";
@@ -32,7 +32,7 @@ describe.each([
   }
   const idsOf = (tokens: readonly GeneratedToken[]) => tokens.map((t) => t.id);
 
-  test.each([1, 5, 20, VOCAB])("the %i likeliest are those of the logits, in order", async (topLogprobs) => {
+  test.each([1, 5, 20, VOCAB])("the %i likeliest tokens match the logits, in order", async (topLogprobs) => {
     const tokens = await generate({ topLogprobs });
     const { logits } = await engine.inspect([...prompt, ...idsOf(tokens)]);
     tokens.forEach(({ id, logprob, top = [] }, t) => {
@@ -45,7 +45,7 @@ describe.each([
     });
   });
 
-  test("everyone gets as many as they asked for, side by side", async () => {
+  test("concurrent requests each get the number of alternatives they asked for", async () => {
     const [none, three, nine] = await Promise.all([generate(), generate({ topLogprobs: 3 }), generate({ topLogprobs: 9 })]);
     expect(none.every((t) => t.top === undefined)).toBe(true);
     expect(three.map((t) => t.top?.length)).toEqual(three.map(() => 3));
@@ -55,13 +55,13 @@ describe.each([
     });
   });
 
-  test("alternatives beyond the vocabulary are an error", () => {
+  test("more alternatives than the vocabulary has are an error", () => {
     expect(() => engine.submit({ tokens: prompt, sampling: GREEDY, maxNewTokens: 1, topLogprobs: VOCAB + 1 })).toThrow(
       "topLogprobs is 513; it must be a whole number from 0 to the vocabulary's 512",
     );
   });
 
-  test("routing is that of the position each token was predicted from, and costs others nothing", async () => {
+  test("routing belongs to the position that each token was predicted from, and does not affect other requests", async () => {
     const [tokens, plain] = await Promise.all([generate({ wantRouting: true }), generate()]);
     expect(plain.every((t) => t.routing === undefined)).toBe(true);
     const { routing, logits } = await engine.inspect([...prompt, ...idsOf(tokens)], { logits: false, routing: true });
@@ -77,7 +77,7 @@ describe.each([
     });
   });
 
-  /** Allows the ids for which `allows` holds, and notes what it is told. */
+  /** Allows the ids for which `allows` holds, and records the tokens it receives. */
   function only(allows: (id: number, step: number) => boolean): Constraint & { readonly told: number[]; asked: number } {
     const told: number[] = [];
     return {
@@ -97,14 +97,14 @@ describe.each([
     ["greedy", GREEDY],
     ["sampled", SAMPLED],
     ["sampled from the best", { ...SAMPLED, topK: 4, topP: 0.9 }],
-  ])("%s: masks are obeyed, neighbours are not touched", async (_kind, sampling) => {
+  ])("%s: masks are obeyed, and other requests are unaffected", async (_kind, sampling) => {
     const constraint = only((id, step) => id % 7 === step % 7);
     const [free, bound] = await Promise.all([generate({ maxNewTokens: 14 }), generate({ maxNewTokens: 14, sampling, constraint })]);
     expect(idsOf(free)).toEqual(goldens.greedy[7].slice(0, 14));
     expect(idsOf(bound).map((id) => id % 7)).toEqual(Array.from({ length: 14 }, (_, i) => i % 7));
     expect(constraint.told).toEqual(idsOf(bound));
     expect(constraint.asked).toBe(14);
-    // Log-probabilities are the model's own, of all tokens.
+    // Log-probabilities are the model's own, over all tokens.
     const { logits } = await engine.inspect([...prompt, ...idsOf(bound)]);
     bound.forEach(({ id, logprob }, t) => {
       const row = logits.subarray((prompt.length - 1 + t) * VOCAB, (prompt.length + t) * VOCAB);
@@ -112,7 +112,7 @@ describe.each([
     });
   });
 
-  test("greedy under a mask is the best of what is allowed", async () => {
+  test("greedy under a mask picks the best allowed token", async () => {
     const [{ id }] = await generate({ maxNewTokens: 1, constraint: only((each) => each % 2 === 1 && each !== 5) });
     const { logits } = await engine.inspect(prompt);
     const row = [...logits.subarray((prompt.length - 1) * VOCAB)];
@@ -120,7 +120,7 @@ describe.each([
     expect(id).toBe(allowed.reduce((a, b) => (row[b] > row[a] ? b : a)));
   });
 
-  test("no mask, and one that comes later", async () => {
+  test("no mask, and a mask that resolves later", async () => {
     const open: Constraint = { next: async () => null, accept() {} };
     expect(idsOf(await generate({ constraint: open }))).toEqual(goldens.greedy[7].slice(0, 6));
   });
@@ -139,7 +139,7 @@ describe.each([
     await expect.poll(() => engine.cache.free).toBe(engine.cache.count);
   });
 
-  test("biases that rule everything out fail the request, not the step", async () => {
+  test("biases that rule out every token fail the request, not the step", async () => {
     const logitBias = new Map(Array.from({ length: VOCAB }, (_, id) => [id, Number.NEGATIVE_INFINITY]));
     const results = await Promise.allSettled([generate({ sampling: { ...GREEDY, logitBias } }), generate()]);
     expect(results.map((r) => r.status)).toEqual(["rejected", "fulfilled"]);
@@ -150,7 +150,7 @@ function fail(message: string): never {
   throw new Error(message);
 }
 
-test("a constraint hears of each token once, also where its sequence is computed again", async () => {
+test("a constraint receives each token once, even if its sequence is recomputed", async () => {
   const goldens = await openGoldens("moe-tiny");
   const { engine } = await loadModel(goldens.folder, { dtype: "fp32", threads: 1, kv_cache_tokens: 192 });
   const told: number[][] = [];

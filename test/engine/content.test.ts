@@ -1,4 +1,4 @@
-/** Sequences with embeddings and positions of their own: computed as such, and told apart by the prefix cache. */
+/** Sequences with custom embeddings and positions: they are used, and the prefix cache distinguishes them. */
 import { afterEach, describe, expect, test, vi } from "vitest";
 import { type LoadedModel, type LoadOptions, loadModel } from "../../src/api/load.ts";
 import { readWeight } from "../../src/backend/reference/weights.ts";
@@ -22,7 +22,7 @@ async function load(options: LoadOptions = {}) {
   const table = model.weights.find((w) => w.name === model.engine.model.embedding);
   const rows = await readWeight(table as NonNullable<typeof table>);
   const hidden = model.engine.model.hiddenSize;
-  /** The embeddings of ids, as something else than a table would bring them. */
+  /** The embeddings of ids, as a source other than the table would provide them. */
   const embedded = (ids: readonly number[]) => Float32Array.from(ids.flatMap((id) => [...rows.subarray(id * hidden, (id + 1) * hidden)]));
   const answer = async (request: Pick<Request, "tokens" | "positions" | "embeddings">) => {
     const ids: number[] = [];
@@ -39,7 +39,7 @@ async function load(options: LoadOptions = {}) {
 describe("embeddings in place of ids", () => {
   const PLACEHOLDER = 3;
 
-  test.each([512, 7])("computed as those of the ids themselves, prompts read %i tokens at a time", async (chunk_size) => {
+  test.each([512, 7])("give the same results as the ids themselves, in prompt chunks of %i tokens", async (chunk_size) => {
     const { tokens, embedded, answer } = await load({ chunk_size, prefix_cache: false });
     const spans = [
       { at: 0, count: 40 },
@@ -53,7 +53,7 @@ describe("embeddings in place of ids", () => {
     expect((await answer({ tokens: placeholders })).ids).not.toEqual(ids);
   });
 
-  test("the prefix cache finds the same content again, and not another's behind the same placeholders", async () => {
+  test("the prefix cache finds the same content again, but not different content with the same placeholders", async () => {
     const { tokens, embedded, answer } = await load();
     const other = tokens.map((id) => 511 - id + 3);
     const prompt = (content: readonly number[]) => ({
@@ -69,7 +69,7 @@ describe("embeddings in place of ids", () => {
     expect((await answer({ tokens: prompt(tokens).tokens })).cached, "the placeholders as ids").toBe(0);
   });
 
-  test("what does not fit the tokens is refused", async () => {
+  test("content that does not fit the tokens is rejected", async () => {
     const { tokens, embedded, model } = await load();
     const submit = (more: Partial<Request>) => () => model.engine.submit({ tokens, sampling: GREEDY, maxNewTokens: 1, ...more });
     const values = embedded(tokens.slice(0, 2));
@@ -84,15 +84,15 @@ describe("embeddings in place of ids", () => {
   });
 });
 
-describe("positions of their own", () => {
-  test("those that everyone has are no others: the same answer, from the same blocks", async () => {
+describe("custom positions", () => {
+  test("the default positions given explicitly: the same answer, from the same blocks", async () => {
     const { tokens, answer } = await load();
     const plain = await answer({ tokens });
     const same = await answer({ tokens, positions: Int32Array.from(tokens.keys()) });
     expect(same).toEqual({ ids: plain.ids, cached: 128 });
   });
 
-  test("rotations are relative: all moved alike give the same answer, a gap another; neither shares blocks", async () => {
+  test("rotations are relative: shifting all positions keeps the answer, a gap changes it; neither shares blocks", async () => {
     const { tokens, answer } = await load();
     const plain = await answer({ tokens });
     const moved = await answer({ tokens, positions: Int32Array.from(tokens, (_, i) => i + 500) });
@@ -103,7 +103,7 @@ describe("positions of their own", () => {
   });
 });
 
-test("keys: an id where a token is its id alone, else a number that is no id", () => {
+test("keys: the id for a plain token, else a number that is not an id", () => {
   const tokens = [5, 6, 7, 8];
   expect(contentKeys({ tokens })).toBe(tokens);
   const values = Float32Array.of(1, 2, 3, 4);
@@ -115,7 +115,7 @@ test("keys: an id where a token is its id alone, else a number that is no id", (
   expect(contentKeys({ tokens, embeddings: [{ at: 1, count: 2, values: Float32Array.of(1, 2, 3, 5) }] })[1]).not.toBe(keys[1]);
 });
 
-test("a scheduler that fails ends the requests that there are, and serves later ones", async () => {
+test("a scheduler failure ends the current requests; later ones are served", async () => {
   const { tokens, answer } = await load();
   const next = vi.spyOn(Scheduler.prototype, "next").mockImplementationOnce(() => {
     throw new Error("internal: planted");

@@ -1,4 +1,4 @@
-/** Many requests at once: the same answers as alone, whatever the size of the cache, and room given back by all who leave. */
+/** Many concurrent requests: the same answers as alone, whatever the cache size, and cancelled requests release their blocks. */
 import { fileURLToPath } from "node:url";
 import { afterEach, beforeAll, describe, expect, test } from "vitest";
 import { type LoadedModel, type LoadOptions, loadModel } from "../../src/api/load.ts";
@@ -25,7 +25,7 @@ async function answer(engine: Engine, request: Partial<Request> & Pick<Request, 
   return ids;
 }
 
-/** All blocks are back once the step that runs now has ended. */
+/** All blocks are free again once the current step has finished. */
 async function expectEmpty(engine: Engine): Promise<void> {
   await expect.poll(() => engine.cache.free).toBe(engine.cache.count);
 }
@@ -48,7 +48,7 @@ function crowd(): (Partial<Request> & Pick<Request, "tokens">)[] {
   }));
 }
 
-test("16 requests at once, greedy and sampled, get what each gets alone", async () => {
+test("16 concurrent requests, greedy and sampled, get the same answers as alone", async () => {
   const engine = await load();
   const alone: number[][] = [];
   for (const request of crowd()) alone.push(await answer(engine, request));
@@ -57,7 +57,7 @@ test("16 requests at once, greedy and sampled, get what each gets alone", async 
   await expectEmpty(engine);
 });
 
-test("a request that comes while others are served changes nothing for anyone", async () => {
+test("a request that arrives while others are served changes no answer", async () => {
   const engine = await load();
   const first = answer(engine, { tokens: prompts[3] });
   const later: Promise<number[]>[] = [];
@@ -95,7 +95,7 @@ describe("a cache too small for all", () => {
     await expectEmpty(engine);
   });
 
-  test("one sequence may fill it, and ends there", async () => {
+  test("one sequence may fill it, and then ends", async () => {
     const engine = await load({ kv_cache_tokens: 64 });
     const tokens: unknown[] = [];
     for await (const token of engine.submit({ tokens: prompts[2], sampling: GREEDY, maxNewTokens: 1000 })) tokens.push(token.finish);
@@ -104,7 +104,7 @@ describe("a cache too small for all", () => {
     await expectEmpty(engine);
   });
 
-  test("a prompt beyond it is an error that says how much there is", async () => {
+  test("a longer prompt is an error that states the cache's size", async () => {
     const engine = await load({ kv_cache_tokens: 64 });
     expect(() => engine.submit({ tokens: prompts[3], sampling: GREEDY, maxNewTokens: 1 })).toThrow(
       /^the prompt has 130 tokens and needs .* GiB of KV cache; the cache holds 64 tokens/,
@@ -122,7 +122,7 @@ describe("a cache too small for all", () => {
     await expectEmpty(engine);
   });
 
-  test("a forward pass that finds no blocks waits for them, and hurts nobody", async () => {
+  test("a forward pass without free blocks waits for them and affects no other request", async () => {
     const engine = await load({ kv_cache_tokens: 64 });
     const answered = answer(engine, { tokens: prompts[2] });
     const looking = engine.inspect(prompts[2]);
@@ -137,8 +137,8 @@ describe("a cache too small for all", () => {
   });
 });
 
-describe("leaving", () => {
-  test("a reader that leaves its loop gives its blocks back, and others go on", async () => {
+describe("cancelling", () => {
+  test("a reader that leaves its loop releases its blocks, and others continue", async () => {
     const engine = await load();
     const other = answer(engine, { tokens: prompts[3] });
     let count = 0;
@@ -157,7 +157,7 @@ describe("leaving", () => {
     await expectEmpty(engine);
   });
 
-  test("an abort while waiting in line", async () => {
+  test("an abort while queued", async () => {
     const engine = await load({ kv_cache_tokens: 192 });
     const first = answer(engine, { tokens: prompts[3] });
     const controller = new AbortController();
@@ -169,7 +169,7 @@ describe("leaving", () => {
     await expectEmpty(engine);
   });
 
-  test("no new tokens at all", async () => {
+  test("zero new tokens", async () => {
     const engine = await load();
     expect(await answer(engine, { tokens: prompts[1], maxNewTokens: 0 })).toEqual([]);
     expect(() => engine.submit({ tokens: prompts[1], sampling: GREEDY, maxNewTokens: -1 })).toThrow("maxNewTokens is -1");
@@ -178,7 +178,7 @@ describe("leaving", () => {
 });
 
 describe("64 at once", () => {
-  /** Prompts that share beginnings of many lengths, or none; some sampled, some with penalties, of four owners. */
+  /** Prompts with shared prefixes of many lengths or none, some sampled, some with penalties, from four owners. */
   function mixed(vocab: number): (Partial<Request> & Pick<Request, "tokens">)[] {
     const text = (n: number, seed: number) => Array.from({ length: n }, (_, i) => 6 + ((i * 31 + seed * 17 + ((i * i) % 7)) % (vocab - 6)));
     const system = text(100, 1);
@@ -216,8 +216,8 @@ describe("64 at once", () => {
   });
 });
 
-describe("a thousand who leave", () => {
-  test("never read, read once, aborted, returned before they began: all blocks are free again", async () => {
+describe("a thousand cancelled requests", () => {
+  test("never read, read once, aborted, or returned before they started: all blocks are free again", async () => {
     const engine = await load({ kv_cache_tokens: 4096 });
     const lasting = answer(engine, { tokens: prompts[3] });
     for (let i = 0; i < 1000; i++) {
@@ -244,7 +244,7 @@ describe("a thousand who leave", () => {
     expect(await answer(engine, { tokens: prompts[1] })).toEqual(greedy[1]);
   });
 
-  test("a reader that does not read costs what its own answer takes, and holds no blocks when that is done", async () => {
+  test("a reader that does not read costs only its own answer, and holds no blocks once that is complete", async () => {
     const engine = await load();
     const slow = engine.submit({ tokens: prompts[1], sampling: GREEDY, maxNewTokens: 24 });
     expect(await answer(engine, { tokens: prompts[2], maxNewTokens: 60 })).toHaveLength(60);
@@ -255,7 +255,7 @@ describe("a thousand who leave", () => {
   });
 });
 
-test("inspect and embed beside a crowd: right, and nobody is held up by more than prompts may take", async () => {
+test("inspect and embed under load: correct results, and others are delayed by no more than prompts may take", async () => {
   const engine = await load({ kv_cache_tokens: 2048 });
   const long = Array.from({ length: 900 }, (_, i) => 6 + ((i * 7) % 500));
   const [alone, mean] = [await engine.inspect(long, { logits: false, hiddenStates: true }), await engine.embed(long)];

@@ -1,4 +1,4 @@
-/** A backend whose steps fail now and then: the requests of that step hear of it, and the engine lives on. */
+/** A backend whose steps sometimes fail: the step's requests get the error, and the engine keeps working. */
 import { beforeEach, expect, test, vi } from "vitest";
 import { loadModel } from "../../src/api/load.ts";
 import type { Backend } from "../../src/backend/backend.ts";
@@ -6,7 +6,7 @@ import type { NativeOptions } from "../../src/backend/native.ts";
 import { GREEDY } from "../../src/engine/sampling.ts";
 import { openGoldens } from "../goldens.ts";
 
-/** Calls of `run` until one rejects; 0: none does. */
+/** Number of calls of `run` until one rejects; 0: none does. */
 const fault = vi.hoisted(() => ({ after: 0 }));
 
 vi.mock("../../src/backend/native.ts", async (original) => {
@@ -35,7 +35,7 @@ async function setUp() {
   const goldens = await openGoldens("moe-tiny");
   const { engine } = await loadModel(goldens.folder, { dtype: "fp32", threads: 1, kv_cache_tokens: 2048 });
   const prompts = new Map(await Promise.all(goldens.lengths.map(async (n) => [n, await goldens.ids(n)] as const)));
-  /** Submits at once, so that several calls have an order. */
+  /** Submits synchronously, so that several calls have an order. */
   const answer = async (n: number) => {
     const ids: number[] = [];
     for await (const { id } of engine.submit({ tokens: prompts.get(n) as number[], sampling: GREEDY, maxNewTokens: 24 })) ids.push(id);
@@ -44,7 +44,7 @@ async function setUp() {
   return { engine, answer, goldens };
 }
 
-// The first step starts with the first request, so that request is alone in it.
+// The first step starts with the first request, which is therefore alone in it.
 test.each([
   [1, 1],
   [2, 3],
@@ -61,7 +61,7 @@ test.each([
   await engine.dispose();
 });
 
-test("tokens from before the failure are handed over first", async () => {
+test("tokens from before the failure are delivered first", async () => {
   const { engine, goldens } = await setUp();
   fault.after = 6;
   const ids: number[] = [];
@@ -73,7 +73,7 @@ test("tokens from before the failure are handed over first", async () => {
   await engine.dispose();
 });
 
-test("a forward pass that fails rejects alone, and gives its blocks back", async () => {
+test("a failing forward pass rejects alone and releases its blocks", async () => {
   const { engine, answer, goldens } = await setUp();
   fault.after = 1;
   const looking = expect(engine.inspect(await goldens.ids(33))).rejects.toThrow("the disk burns");
@@ -84,7 +84,7 @@ test("a forward pass that fails rejects alone, and gives its blocks back", async
   await engine.dispose();
 });
 
-test("what a failed step read or wrote is not reused; what others remember is", async () => {
+test("blocks that a failed step read or wrote are not reused; other cached blocks are", async () => {
   const { engine, answer, goldens } = await setUp();
   const reused = async (tokens: number[]): Promise<number | undefined> => {
     for await (const { cachedTokens } of engine.submit({ tokens, sampling: GREEDY, maxNewTokens: 1 })) return cachedTokens;
@@ -101,7 +101,7 @@ test("what a failed step read or wrote is not reused; what others remember is", 
   await engine.dispose();
 });
 
-test("dispose ends those who run, those who wait in line, and those who wait for blocks", async () => {
+test("dispose ends running requests, queued requests, and those waiting for blocks", async () => {
   const { engine, goldens } = await setUp();
   const read = async (tokens: number[]) => {
     for await (const _ of engine.submit({ tokens, sampling: GREEDY, maxNewTokens: 500 }));
@@ -122,7 +122,7 @@ test("dispose after a failure", async () => {
   await expect(answer(7)).rejects.toThrow("the model has been disposed of");
 });
 
-test("a constraint that fails ends its own request alone", async () => {
+test("a failing constraint ends only its own request", async () => {
   const { engine, answer, goldens } = await setUp();
   const tokens = await goldens.ids(7);
   const broken = (constraint: object) =>

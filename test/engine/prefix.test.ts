@@ -1,4 +1,4 @@
-/** The prefix cache: what is shared, what is forgotten, and that nobody can tell by the answers. */
+/** The prefix cache: what is shared, what is evicted, and that answers do not depend on it. */
 import fc from "fast-check";
 import { afterEach, expect, test } from "vitest";
 import { type LoadedModel, type LoadOptions, loadModel } from "../../src/api/load.ts";
@@ -31,7 +31,7 @@ async function answer(engine: Engine, tokens: number[], more: Partial<Request> =
 
 const text = (n: number, seed: number) => Array.from({ length: n }, (_, i) => 3 + ((i * 31 + seed * 17 + ((i * i) % 7)) % 500));
 
-test("the second turn of a conversation computes only what is new, with the same answer", async () => {
+test("the second turn of a conversation computes only the new tokens and gives the same answer", async () => {
   const [cached, plain] = [await load(), await load({ prefix_cache: false })];
   const first = await answer(cached, text(100, 1));
   expect(first.reused).toBe(0);
@@ -42,7 +42,7 @@ test("the second turn of a conversation computes only what is new, with the same
   expect(cached.stats().cachedTokens).toBe(again.reused);
 });
 
-test("at least the last token of a prompt is computed, also where all of it is known", async () => {
+test("at least the last token of a prompt is computed, even if all of it is cached", async () => {
   const engine = await load();
   const tokens = text(2 * BLOCK_TOKENS, 3);
   const first = await answer(engine, tokens);
@@ -57,7 +57,7 @@ test("a prompt that differs in its first block shares nothing, whatever follows"
   expect((await answer(engine, [7, ...tokens.slice(1)])).reused).toBe(0);
 });
 
-test("requests that run at the same time share blocks, and each ends without harm to the others", async () => {
+test("concurrent requests share blocks, and each ends without affecting the others", async () => {
   const [engine, plain] = [await load(), await load({ prefix_cache: false })];
   const system = text(96, 5);
   await answer(engine, system);
@@ -70,7 +70,7 @@ test("requests that run at the same time share blocks, and each ends without har
   expect(engine.cache.free).toBe(engine.cache.count);
 });
 
-test("when room is needed, what was used longest ago goes first", async () => {
+test("when room is needed, the least recently used blocks are evicted first", async () => {
   const engine = await load({ kv_cache_tokens: 8 * BLOCK_TOKENS });
   const [old, recent] = [text(65, 20), text(65, 21)];
   await answer(engine, old, { maxNewTokens: 1 });
@@ -81,7 +81,7 @@ test("when room is needed, what was used longest ago goes first", async () => {
   expect((await answer(engine, old, { maxNewTokens: 1 })).reused).toBeLessThan(2 * BLOCK_TOKENS);
 });
 
-test("blocks: however they are taken, shared, remembered and given back, none is lost or lent twice", () => {
+test("blocks: in random sequences of operations, none is lost or allocated twice", () => {
   fc.assert(
     fc.property(
       fc.array(fc.record({ act: fc.constantFrom("take", "leave", "fill"), prompt: fc.nat(3), size: fc.integer({ min: 1, max: 5 }) }), {
@@ -106,7 +106,7 @@ test("blocks: however they are taken, shared, remembered and given back, none is
           const taken = new Set(held.flatMap((h) => h.pages));
           expect(taken.size + blocks.free).toBe(9);
           for (const { pages } of held) expect(new Set(pages).size).toBe(pages.length);
-          // A block in two hands holds the same for both.
+          // A block with two holders has the same contents for both.
           for (const a of held)
             for (const b of held)
               a.pages.forEach((block, i) => {

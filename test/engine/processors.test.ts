@@ -1,4 +1,4 @@
-/** Logits processors against those of transformers, and sampled tokens against the probabilities they should have. */
+/** Logits processors against transformers', and sampled tokens against their expected probabilities. */
 import { beforeAll, describe, expect, test } from "vitest";
 import type { Backend } from "../../src/backend/backend.ts";
 import { instructionSets, nativeBackend } from "../../src/backend/native.ts";
@@ -83,7 +83,7 @@ describe.each(["moe-tiny", "dense-tiny", "moe-bias", "dense-bias", "moe-ragged"]
       if (temperature === 0) expect(ids[r], name).toBe(row.indexOf(Math.max(...row)));
       expect(row[ids[r]], `${name}: what is forbidden is not chosen`).toBeGreaterThan(Number.NEGATIVE_INFINITY);
     });
-    // The recordings do forbid something, and penalise something: equality with them means something.
+    // The recordings do forbid and penalise tokens, so that matching them is meaningful.
     expect(forbiddenCount(recorded)).toBeGreaterThan(logits.length);
     backend.dispose();
   });
@@ -102,7 +102,7 @@ describe("draws", () => {
     return e.map((v) => v / total);
   };
   const DRAWS = 20_000;
-  // Seeds in a row, as num_return_sequences has them; far apart; and one seed at many steps (the history's length is the step).
+  // Consecutive seeds, as with num_return_sequences; distant seeds; and one seed at many steps (the history's length is the step).
   const KINDS: [string, (i: number) => Partial<Sampling>][] = [
     ["seeds in a row", (i) => ({ seed: i })],
     ["seeds far apart", (i) => ({ seed: (i * 7919 * 2 ** 31 + i) % 2 ** 53 })],
@@ -119,11 +119,11 @@ describe("draws", () => {
     const total = kept.reduce((a, b) => a + b);
     return kept.map((x) => x / total);
   };
-  /** Sum of (seen - expected)^2 / expected; about as large as there are degrees of freedom when all is well. */
+  /** Sum of (seen - expected)^2 / expected; close to the number of degrees of freedom if the draws are right. */
   const chiSquare = (counts: number[], p: number[], n: number) =>
     p.reduce((sum, x, i) => (x > 0 ? sum + (counts[i] - n * x) ** 2 / (n * x) : sum), 0);
 
-  test.each(KINDS)("%s: frequencies are the probabilities", async (_name, seedOf) => {
+  test.each(KINDS)("%s: frequencies match the probabilities", async (_name, seedOf) => {
     const backend = nativeBackend({ threads: 2 });
     for (const [name, controls, expected] of SHAPES) {
       const rows = Array.from({ length: DRAWS }, (_, i) => ({ ...controls, ...seedOf(i) }));
@@ -135,13 +135,13 @@ describe("draws", () => {
         if (x === 0) expect(counts[i], `${name}: token ${i} is ruled out`).toBe(0);
       });
       const freedom = p.filter((x) => x > 0).length - 1;
-      // Mean `freedom`, deviation sqrt(2 freedom): beyond 4 deviations is one chance in thousands, and the seeds are fixed.
+      // Mean `freedom`, standard deviation sqrt(2 freedom): exceeding 4 deviations is very unlikely, and the seeds are fixed.
       expect(chiSquare(counts, p, DRAWS), name).toBeLessThan(freedom + 4 * Math.sqrt(2 * freedom));
     }
     backend.dispose();
   });
 
-  test("one seed, step after step: neither the tokens nor neighbouring pairs have a pattern", async () => {
+  test("one seed, successive steps: neither tokens nor adjacent pairs show a pattern", async () => {
     const backend = nativeBackend({ threads: 2 });
     const even = new Float32Array(4); // four tokens, equally likely
     const ids: number[] = [];
@@ -164,7 +164,7 @@ describe("draws", () => {
     backend.dispose();
   });
 
-  test.each(BACKENDS)("where every token is ruled out, the token is -1: %s", async (_name, open) => {
+  test.each(BACKENDS)("the token is -1 if every token is ruled out: %s", async (_name, open) => {
     const backend = open();
     const logitBias = new Map(Array.from({ length: vocab }, (_, id) => [id, Number.NEGATIVE_INFINITY]));
     const { ids, logprobs } = await sample(backend, logits, [], [{ logitBias }, { logitBias, temperature: 1, topP: 0.5 }, {}]);
@@ -173,7 +173,7 @@ describe("draws", () => {
     backend.dispose();
   });
 
-  test("many tokens: draws fall where the running sum of probabilities says, in all instruction sets alike", async () => {
+  test("many tokens: draws match the running sum of probabilities, in all instruction sets", async () => {
     const wide = Float32Array.from({ length: 5003 }, (_, i) => 3 * Math.sin(i * 1.7) + (i % 97 === 0 ? 4 : 0));
     const rows = Array.from({ length: 200 }, (_, i) => ({ temperature: 1, seed: i * 1_000_003, ...(i % 2 ? { topP: 0.7 } : {}) }));
     const drawn: number[][] = [];

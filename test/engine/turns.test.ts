@@ -1,4 +1,4 @@
-/** Who is served when: owners take turns, prompts do not hold up those who generate; counted in steps, not in time. */
+/** Scheduling order: owners take turns, and prompts do not delay sequences that generate. Measured in steps, not time. */
 import fc from "fast-check";
 import { expect, test } from "vitest";
 import { Blocks } from "../../src/engine/blocks.ts";
@@ -18,7 +18,7 @@ function setUp(options: Partial<ConstructorParameters<typeof Scheduler>[1]> = {}
     scheduler.add(sequence);
     return sequence;
   };
-  /** One step, as the engine runs it: everyone who samples gets a token. */
+  /** One step, as the engine runs it: every sequence that samples gets a token. */
   const step = (promptRows = 64): BatchEntry[] => {
     const batch = scheduler.next(promptRows);
     for (const { sequence, count, samples } of batch) {
@@ -36,7 +36,7 @@ function setUp(options: Partial<ConstructorParameters<typeof Scheduler>[1]> = {}
 const rowsOf = (batch: readonly BatchEntry[], owner: string) =>
   batch.filter((e) => e.sequence.owner === owner).reduce((sum, e) => sum + e.count, 0);
 
-test("one request of one owner is not behind two hundred of another", () => {
+test("one owner's single request does not wait behind another's two hundred", () => {
   const { add, step } = setUp();
   for (let i = 0; i < 200; i++) add("many", 64, 1);
   step();
@@ -46,7 +46,7 @@ test("one request of one owner is not behind two hundred of another", () => {
   expect(one.done).toBe(true);
 });
 
-test("two owners with long queues get the same share of rows, however long their prompts", () => {
+test("two owners with long queues get equal shares of rows, however long their prompts", () => {
   const { add, step } = setUp();
   for (let i = 0; i < 100; i++) add("long", 200, 1);
   for (let i = 0; i < 400; i++) add("short", 20, 1);
@@ -60,7 +60,7 @@ test("two owners with long queues get the same share of rows, however long their
   expect(Math.abs(long - short)).toBeLessThanOrEqual(200);
 });
 
-test("who comes later has no claim on the time before", () => {
+test("an owner that arrives later gets no credit for the time before", () => {
   const { add, step } = setUp();
   for (let i = 0; i < 100; i++) add("early", 64, 1);
   for (let i = 0; i < 50; i++) step();
@@ -74,7 +74,7 @@ test("who comes later has no claim on the time before", () => {
   expect(Math.abs(early - late)).toBeLessThanOrEqual(64);
 });
 
-test("who was here before, left, and comes back has no claim on the time between", () => {
+test("an owner that left and returns gets no credit for the time in between", () => {
   const { add, step } = setUp();
   add("back", 10, 1);
   for (let i = 0; i < 200; i++) add("stayed", 64, 1);
@@ -89,7 +89,7 @@ test("who was here before, left, and comes back has no claim on the time between
   expect(Math.abs(stayed - back)).toBeLessThanOrEqual(64);
 });
 
-test("everyone who generates gets a token in every step, and a long prompt only what is left for prompts", () => {
+test("every generating sequence gets a token in every step, and a long prompt only the rows left for prompts", () => {
   const { add, step } = setUp();
   const talkers = Array.from({ length: 5 }, () => add("a", 3));
   step();
@@ -103,7 +103,7 @@ test("everyone who generates gets a token in every step, and a long prompt only 
   expect(reader.cached).toBe(160);
 });
 
-test("when blocks run out the youngest gives way, and nobody loses a token", () => {
+test("when blocks run out the youngest sequence is preempted, and no token is lost", () => {
   const { scheduler, add, step } = setUp({}, 8);
   const all = Array.from({ length: 6 }, (_, i) => add(`owner ${i % 3}`, 40, 100));
   let steps = 0;
@@ -112,7 +112,7 @@ test("when blocks run out the youngest gives way, and nobody loses a token", () 
   expect(scheduler.preemptions).toBeGreaterThan(0);
 });
 
-test("no more sequences than allowed have blocks at once", () => {
+test("no more sequences than allowed hold blocks at once", () => {
   const { scheduler, add, step } = setUp({ maxSequences: 3 });
   for (let i = 0; i < 10; i++) add("a", 5, 4);
   let most = 0;
@@ -123,7 +123,7 @@ test("no more sequences than allowed have blocks at once", () => {
   expect(most).toBe(3);
 });
 
-test("who holds all blocks gives some up to an owner who has none, and to nobody of its own", () => {
+test("an owner that holds all blocks gives some up to an owner without any, but not to its own requests", () => {
   const { scheduler, add, step } = setUp({ maxRows: 256 }, 20);
   const many = Array.from({ length: 30 }, () => add("many", 60, 400));
   for (let i = 0; i < 8; i++) step();
@@ -136,7 +136,7 @@ test("who holds all blocks gives some up to an owner who has none, and to nobody
   expect(many[0].pages.length, "the oldest keeps what it has").toBeGreaterThan(0);
 });
 
-test("places are shared too: one owner cannot fill them all", () => {
+test("slots are shared too: one owner cannot fill them all", () => {
   const { add, step } = setUp({ maxSequences: 4 });
   for (let i = 0; i < 10; i++) add("many", 5, 1000);
   step();
@@ -145,7 +145,7 @@ test("places are shared too: one owner cannot fill them all", () => {
   expect(one.done).toBe(true);
 });
 
-test("owners that came and went leave no debts behind", () => {
+test("past owners have no effect on later ones", () => {
   const { add, step } = setUp();
   const steady = add("steady", 6000, 1);
   for (let i = 0; i < 20; i++) {
@@ -165,7 +165,7 @@ test("owners that came and went leave no debts behind", () => {
   expect(Math.abs(old - fresh)).toBeLessThanOrEqual(64);
 });
 
-test("within an owner a short prompt is not held up by a long one, and the long one goes on", () => {
+test("within an owner a short prompt is not delayed by a long one, and the long one makes progress", () => {
   const { add, step } = setUp();
   const long = add("a", 6000, 1);
   for (let i = 0; i < 5; i++) step();
@@ -179,7 +179,7 @@ test("within an owner a short prompt is not held up by a long one, and the long 
   expect(long.cached).toBeGreaterThan(15 * 24);
 });
 
-test("prompts of one owner that are alike are read one after the other, so that the first ends early", () => {
+test("equally long prompts of one owner are computed one after the other, so that the first finishes early", () => {
   const { add, step } = setUp();
   const all = Array.from({ length: 8 }, () => add("a", 128, 1));
   step();
@@ -187,7 +187,7 @@ test("prompts of one owner that are alike are read one after the other, so that 
   expect(all.map((s) => s.done)).toEqual([true, ...all.slice(1).map(() => false)]);
 });
 
-test("small prompts do not take the room that a large one of the same owner waits for", () => {
+test("small prompts do not take the room that the same owner's large prompt waits for", () => {
   const { add, step } = setUp({ maxRows: 64 }, 20);
   for (let i = 0; i < 8; i++) add("a", 33, 30);
   for (let i = 0; i < 8; i++) step();
@@ -200,7 +200,7 @@ test("small prompts do not take the room that a large one of the same owner wait
   expect(large.done).toBe(true);
 });
 
-test("blocks that are reserved come before sequences that came later, and after those that came before", async () => {
+test("reservations are served before later sequences and after earlier ones", async () => {
   const { scheduler, add, step } = setUp({}, 6);
   const [first, second] = [add("a", 60, 40), add("a", 60, 40)];
   step();
@@ -229,7 +229,7 @@ test("blocks that are reserved come before sequences that came later, and after 
   expect([first, second, later].map((s) => s.done)).toEqual([true, true, true]);
 });
 
-test("no order of owners, prompts and room leaves anyone waiting for ever, and blocks are all there at the end", () => {
+test("whatever the owners, prompts and cache size, nothing waits forever, and all blocks are free at the end", () => {
   const request = fc.record({
     owner: fc.nat(4),
     prompt: fc.integer({ min: 1, max: 250 }),
@@ -254,7 +254,7 @@ test("no order of owners, prompts and room leaves anyone waiting for ever, and b
           expect(batch.reduce((sum, e) => sum + e.count, 0)).toBeLessThanOrEqual(maxRows);
           expect(new Set(batch.map((e) => e.sequence)).size).toBe(batch.length);
           expect(scheduler.running).toBeLessThanOrEqual(maxSequences);
-          // Nobody writes to a block that others hold as well: what a step fills is a sequence's own.
+          // No step writes to a shared block: it only fills blocks with a single holder.
           const holders = new Map<number, number>();
           for (const s of all) for (const page of s.pages) holders.set(page, (holders.get(page) ?? 0) + 1);
           for (const s of all) for (const page of s.pages.slice(Math.floor(s.cached / 32))) expect(holders.get(page)).toBe(1);

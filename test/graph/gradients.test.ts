@@ -1,4 +1,4 @@
-/** Every gradient rule against finite differences, at random small shapes, on the reference backend. */
+/** Every gradient rule against finite differences, with random small shapes, on the reference backend. */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -17,7 +17,7 @@ import { writeWeights } from "../backend/run.ts";
 const folder = mkdtempSync(join(tmpdir(), "mixtape-gradients-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
-/** A graph under test: trained states, whose gradients are compared, and whatever else it reads. */
+/** A graph under test: trained states, whose gradients are compared, and its other inputs. */
 class Subject {
   readonly g = new Graph();
   readonly states = new Map<string, Float32Array>();
@@ -31,7 +31,7 @@ class Subject {
     this.sizes = sizes;
   }
 
-  /** Trained numbers between -1 and 1; symbolic shapes are not for states, so rows are numbers here. */
+  /** Trained numbers between -1 and 1. States cannot have symbolic shapes, so rows are numbers here. */
   trained(shape: number[], values = noise(elements(shape), this.#seed++)): Tensor {
     const name = `p${this.states.size}`;
     this.states.set(name, values);
@@ -57,7 +57,7 @@ class Subject {
     );
   }
 
-  /** The loss: each result times random numbers, all summed. */
+  /** The loss: the sum of all results times random numbers. */
   loss(results: readonly Tensor[]): void {
     const terms = results.map((t) => {
       const count = elements(t.shape);
@@ -73,7 +73,7 @@ class Subject {
   }
 }
 
-/** Largest difference between rule and finite differences, as a share of the largest slope of its parameter. */
+/** Largest difference between rule and finite differences, relative to the largest slope of the parameter. */
 async function compare(subject: Subject, step: number): Promise<number> {
   const backend = referenceBackend();
   const sources = await writeWeights(subject, join(folder, "weights.bin"));
@@ -142,7 +142,7 @@ const RULES: Record<string, (s: Subject, shape: Shapes) => Tensor[]> = {
   rope: (s, { rows, k, more }) => [s.g.rope(s.trained([rows, 2 * k * more]), s.g.angles(s.whole([rows], 50), 2 * k, 100))],
   ropeT: (s, { rows, k, more }) => s.g.call("ropeT", [s.trained([rows, 2 * k * more]), s.g.angles(s.whole([rows], 50), 2 * k, 100)]),
   attention: (s, { seed, rows, n, k, more }) => {
-    // Two sequences of their own, or one that continues what came before it.
+    // Two separate sequences, or one that continues an earlier part.
     const [first, context] = seed % 2 ? [[0, rows, 0, rows, n, 0], rows + n] : [[0, rows + n, more], rows + n + more];
     const segments = s.given([first.length / 3, 3], Int32Array.from(first));
     const kv = 1 + (seed % 2);
@@ -158,7 +158,7 @@ const RULES: Record<string, (s: Subject, shape: Shapes) => Tensor[]> = {
     return [y];
   },
   route: (s, { rows, k, more, seed }) => {
-    // Biases far apart, so that a small step never changes who is chosen.
+    // Biases far apart, so that a small step never changes which experts are chosen.
     const bias = s.g.reshape(
       s.given(
         [1, more + 2],
@@ -187,11 +187,11 @@ const RULES: Record<string, (s: Subject, shape: Shapes) => Tensor[]> = {
   transpose: (s, { rows, n, k }) => [s.g.transpose(s.trained([rows, n, k]), 0, 2)],
 };
 
-/** Gradients that pass straight through a rounding have no finite differences. */
+/** Straight-through gradients of a rounding cannot be compared with finite differences. */
 const STRAIGHT = ["castF32", "castBf16", "castF16"];
 
 describe("finite differences", () => {
-  test("every op with a gradient is compared", () => {
+  test("every op with a gradient is covered", () => {
     const rules = Object.entries(OPS as OpTable).flatMap(([op, { gradient }]) => (typeof gradient === "string" ? [] : [op]));
     expect([...Object.keys(RULES), ...STRAIGHT].sort()).toEqual(rules.sort());
   });
@@ -207,7 +207,7 @@ describe("finite differences", () => {
     );
   });
 
-  test.each(MATRIX_DTYPES)("inputs of products with frozen %s weights; nothing else is computed", async (dtype) => {
+  test.each(MATRIX_DTYPES)("inputs of products with frozen %s weights, and nothing else is computed", async (dtype) => {
     const subject = new Subject(5, {});
     const [rows, n, k, experts] = [4, 17, 70, 3];
     const { order, offsets } = subject.g.group(subject.whole([rows, 2], experts), experts);
@@ -221,7 +221,7 @@ describe("finite differences", () => {
     expect(ops.filter((op) => /outer|Outer|sumRows|SumRows/.test(op))).toEqual([]);
   });
 
-  test("a frozen head costs the gradient of its input alone", async () => {
+  test("a frozen head costs only the gradient of its input", async () => {
     const subject = new Subject(6, {});
     const x = subject.trained([5, 33]);
     subject.loss([subject.g.crossEntropy(x, subject.frozen([40, 33], "int8"), subject.whole([5], 40), 2)]);
@@ -245,10 +245,10 @@ describe("finite differences", () => {
   });
 });
 
-describe("what backward refuses, and what it leaves out", () => {
+describe("what backward rejects, and what it omits", () => {
   const rows = symbol("rows");
 
-  test("a loss that is none, is no number, or does not depend on what is trained; a state that is not there", () => {
+  test("a loss that is missing, not a scalar, or independent of the trained states; a missing state", () => {
     const g = new Graph();
     const [p, q] = [g.state("p", [4], "f32"), g.state("q", [4], "f32")];
     g.output("loss", g.dot(p, p));
@@ -260,7 +260,7 @@ describe("what backward refuses, and what it leaves out", () => {
     expect(() => backward(g, "loss", ["r"])).toThrow("internal: backward: there is no state 'r' to train");
   });
 
-  test("a way that leads through an op without a gradient: the op, its layer and the reason", () => {
+  test("a path through an op without a gradient: the error names the op, its layer and the reason", () => {
     const g = new Graph();
     const cache = { keys: g.state("k", [2, 32, 1, 4], "f32"), values: g.state("v", [2, 32, 1, 4], "f32") };
     const [segments, pages] = [g.input("segments", [1, 3], "i32"), g.input("pages", [1, 2], "i32")];

@@ -1,4 +1,4 @@
-/** Tracing: what each op makes of its inputs, and what it says of inputs that do not fit. */
+/** Tracing: the result shapes of each op, and its errors for inputs that do not fit. */
 import { describe, expect, test } from "vitest";
 import type { OpTable } from "../../src/graph/call.ts";
 import { checked, Graph, ShapeError, type Tensor } from "../../src/graph/graph.ts";
@@ -105,12 +105,12 @@ describe("shapes that do not agree", () => {
     expect(() => write(cache("f16", 3))).toThrow(/^cacheWrite: shapes do not agree/);
   });
 
-  test("a parameter that is not given is a bug of ours", () => {
+  test("a missing parameter is an internal error", () => {
     const { g, x, w } = setUp();
     expect(() => g.call("rmsNorm", [x(rows, 4), w("f32", 4)])).toThrow("internal: rmsNorm needs the parameter 'eps'");
   });
 
-  test("any op refuses no inputs at all, but the one that has none", () => {
+  test("every op that takes inputs rejects an empty list", () => {
     for (const [op, { params = [] }] of Object.entries(OPS as OpTable))
       if (op !== "fill") expect(() => new Graph().call(op, [], Object.fromEntries(params.map((name) => [name, 2]))), op).toThrow();
   });
@@ -121,7 +121,7 @@ test("an op without a gradient says why", () => {
     if (typeof gradient === "string") expect(gradient.length, op).toBeGreaterThan(10);
 });
 
-test("calls carry the scope that traced them, and the states that they touch", () => {
+test("calls carry the scope in which they were traced and the states that they use", () => {
   const { g, x, i } = setUp();
   const cache = { keys: g.state("k", [9, 32, 2, 16], "f16"), values: g.state("v", [9, 32, 2, 16], "f16") };
   const [segments, pages] = [i(symbol("sequences"), 3), i(symbol("sequences"), 4)];
@@ -146,7 +146,7 @@ test("an output must be computed, and have one name", () => {
   expect(() => g.output("y", x(rows, 2))).toThrow("internal: the output y is not a computed value");
 });
 
-describe("a graph that a pass left broken is caught, and the pass named", () => {
+describe("a broken graph is caught and the pass named", () => {
   const pair = () => {
     const { g, x } = setUp();
     const a = g.add(x(rows, 4), x(rows, 4));
@@ -171,7 +171,7 @@ describe("a graph that a pass left broken is caught, and the pass named", () => 
     expect(() => checked(next, "lower")).toThrow("internal: lower: scale of layers.1: scale: shapes do not agree: ");
   });
 
-  test("a value that is used before it is computed, never, or twice", () => {
+  test("a value that is used before it is computed, never computed, or computed twice", () => {
     const { g } = pair();
     const [add, scale] = g.calls;
     const of = (...calls: (typeof add)[]) => {

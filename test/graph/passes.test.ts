@@ -1,4 +1,4 @@
-/** Each pass alone: what it makes of small graphs, what it leaves as it is, and that whole models compute the same behind it. */
+/** Each pass on its own: what it changes in small graphs, what it leaves alone, and that whole models compute the same after it. */
 import { readFileSync } from "node:fs";
 import { beforeAll, describe, expect, test } from "vitest";
 import { BLOCK_TOKENS, type Numbers, type WeightSource } from "../../src/backend/backend.ts";
@@ -36,11 +36,11 @@ describe("fuse", () => {
     return ops(fuse(g, all));
   };
 
-  test("gate, up and siluMul are one product", () => {
+  test("gate, up and siluMul become one product", () => {
     expect(made((g, x) => pair(g, x).y)).toEqual(["gatedLinear"]);
   });
 
-  test("also by expert, where both products go by the same experts", () => {
+  test("also by expert, if both products use the same experts", () => {
     const g = new Graph();
     const x = g.input("x", [rows, 4], "f32");
     const experts = g.input("experts", [rows, 2], "i32");
@@ -51,7 +51,7 @@ describe("fuse", () => {
     expect(ops(fuse(g, all))).toEqual(["group", "groupedGatedLinear", "groupedLinear", "group", "groupedLinear", "siluMul"]);
   });
 
-  test("not with a bias, of other activations, or where something else reads a product", () => {
+  test("not with a bias, with different activations, or if something else reads a product", () => {
     const unfused = ["linear", "linear", "siluMul"];
     expect(made((g, x) => pair(g, x, x, g.weight("bias", [8], "f32")).y)).toEqual(unfused);
     expect(made((g, x) => pair(g, x, g.input("z", [rows, 4], "f32")).y)).toEqual(unfused);
@@ -63,7 +63,7 @@ describe("fuse", () => {
     expect(ops(fuse(g, all))).toEqual(unfused);
   });
 
-  test("a sum and its norm are one pass, the sum still being a result", () => {
+  test("a sum and its norm become one op, with the sum still a result", () => {
     const g = new Graph();
     const [a, b] = [g.input("a", [rows, 4], "f32"), g.input("b", [rows, 4], "f32")];
     const sum = g.add(a, b);
@@ -71,7 +71,7 @@ describe("fuse", () => {
     expect(ops(fuse(g, all))).toEqual(["addRmsNorm", "add"]);
   });
 
-  test("not where the sum is read before its norm", () => {
+  test("not if the sum is read before its norm", () => {
     const g = new Graph();
     const sum = g.add(g.input("a", [rows, 4], "f32"), g.input("b", [rows, 4], "f32"));
     const early = g.scale(sum, 2);
@@ -115,7 +115,7 @@ describe("lower", () => {
     return lower(g, CPU);
   };
 
-  test("attention over the cache reads it where it lies; in bytes keys lie as values do", () => {
+  test("attention reads the cache in place; int8 keys are laid out like values", () => {
     expect(ops(cached("f16"))).toEqual(["pagedWrite", "pagedAttention"]);
     const shapes = (dtype: Dtype) =>
       cached(dtype)
@@ -131,14 +131,14 @@ describe("lower", () => {
     ]);
   });
 
-  test("attention whose parts something else reads stays what it was", () => {
+  test("attention whose parts are read elsewhere stays unchanged", () => {
     const read = cached("f16", (g, { keys }) => g.output("keys", g.scale(keys, 2)));
     expect(ops(read)).toContain("attention");
     const denominators = cached("f16", (g, { logsumexp }) => g.output("logsumexp", g.scale(logsumexp, 2)));
     expect(ops(denominators)).toContain("attention");
   });
 
-  test("a backend's kernels are looked up behind it: a missing one is named when a program is prepared", async () => {
+  test("kernels are looked up after lowering: preparing a program names a missing one", async () => {
     const g = new Graph();
     const x = g.input("x", [rows, 4], "f32");
     g.output("y", x.shape.length ? g.scale(x, 2) : x);
@@ -152,7 +152,7 @@ describe("lower", () => {
 });
 
 describe("needed", () => {
-  test("what the outputs depend on, in order, and whatever writes a state", () => {
+  test("calls that the outputs depend on, in order, and those that write a state", () => {
     const g = new Graph();
     const x = g.input("x", [4], "f32");
     const [p, m, v] = ["p", "m", "v"].map((name) => g.state(name, [4], "f32"));
@@ -173,7 +173,7 @@ describe("remat", () => {
   const trains = (p: { name: string }) => !p.name.endsWith("e_score_correction_bias");
   const step = (checkpointing: boolean) => trainingStep(ernie(CONFIG), { trains, dtypeOf: () => "f32", checkpointing });
 
-  test("layers are computed again, but not what routing chose", () => {
+  test("layers are recomputed, but not their routing", () => {
     const [again, held] = [step(true).graph, step(false).graph];
     const count = (g: Graph, op: string) => ops(g).filter((o) => o === op).length;
     for (const op of ["attention", "siluMul"]) expect(count(again, op), op).toBe(2 * count(held, op));
@@ -181,7 +181,7 @@ describe("remat", () => {
     expect(remat(again, () => false).calls).toEqual(again.calls);
   });
 
-  test("the workspace no longer grows by all that each layer computed", () => {
+  test("the workspace no longer grows by every layer's activations", () => {
     const capacity = { rows: 2048, sequences: 1 };
     const bytes = (checkpointing: boolean, layers: number) => {
       const model = ernie({ ...CONFIG, layers, moe: { ...(CONFIG.moe as NonNullable<ErnieConfig["moe"]>), endLayer: layers - 1 } });
@@ -241,21 +241,21 @@ describe.each(["moe-tiny", "dense-bias"])("a whole model: %s", (variant) => {
     };
   });
 
-  test("fused: the same to the bit", async () => {
+  test("fused: bit-identical", async () => {
     expect(await run("f32", (g) => fuse(g, all))).toEqual(await run("f32", (g) => g));
   });
 
   test.each([
     ["f32", 1e-6],
     ["f16", 1e-6],
-    ["bf16", 1e-4], // activations are pairs, exact to 2^-17
+    ["bf16", 1e-4], // activations are bfloat16 pairs, exact to 2^-17
   ] as const)("lowered: the same numbers from %s weights", async (dtype, tolerance) => {
     const traced = await run(dtype, (g) => g);
     expect(relativeError(await run(dtype, (g) => lower(g, CPU)), traced)).toBeLessThan(tolerance);
     expect(await run(dtype, (g) => lower(fuse(g, all), CPU))).toEqual(await run(dtype, (g) => lower(g, CPU)));
   });
 
-  test("lowered: activations for int8 weights are rounded, and that is all", async () => {
+  test("lowered: only activations for int8 weights are rounded", async () => {
     const traced = await run("int8", (g) => g);
     const error = relativeError(await run("int8", (g) => lower(fuse(g, all), CPU)), traced);
     expect(error).toBeGreaterThan(0);

@@ -1,4 +1,4 @@
-/** The planner: nothing that is needed later is overwritten, memory is used again, and programs compute what graphs say. */
+/** The planner: live values are never overwritten, memory is reused, and programs compute what their graphs describe. */
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -19,7 +19,7 @@ import { type RandomGraph, randomGraph, WIDTHS } from "./random.ts";
 const folder = mkdtempSync(join(tmpdir(), "mixtape-plan-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
-/** Where each value of the workspace is, and from which call to which it or a view of it is needed. */
+/** Each workspace value's location, and the calls between which it or a view of it is live. */
 function placements(graph: Graph, capacity: SymbolValues) {
   const p = plan(graph, capacity);
   const word = (t: Tensor, w: number) => p.values[t.id * VALUE_WORDS + w];
@@ -43,7 +43,7 @@ function takesOver(graph: Graph, a: Placed, b: Placed): boolean {
 }
 
 describe("random graphs", () => {
-  test("no two values that are alive at once overlap, and all lie within the arena", () => {
+  test("no two live values overlap, and all are within the arena", () => {
     fc.assert(
       fc.property(randomGraph, ({ graph, outputs, rows }) => {
         const { plan: p, placed } = placements(graph, { rows });
@@ -66,7 +66,7 @@ describe("random graphs", () => {
     );
   });
 
-  test("the arena is no larger than all values side by side, and no smaller than what is alive at the fullest call", () => {
+  test("the arena is no larger than all values together, and no smaller than the largest live set", () => {
     fc.assert(
       fc.property(randomGraph, ({ graph, rows }) => {
         const { plan: p, placed } = placements(graph, { rows });
@@ -118,7 +118,7 @@ async function run({ graph, outputs, weights, rows }: RandomGraph, backend: Back
   const inputs = { index, ...Object.fromEntries(WIDTHS.map((w) => [`x${w}`, noise(rows * w, w)])) };
   const results = outputs.map((t) => new Float32Array(elements(t.shape, { rows })));
   await program.run({ rows }, inputs, Object.fromEntries(results.map((r, i) => [`${i}`, r])));
-  // Asked for one by one, they are the same: what is left out changes nothing.
+  // Requesting outputs one by one gives the same results.
   for (const [i, whole] of results.entries()) {
     const alone = new Float32Array(whole.length);
     await program.run({ rows }, inputs, { [`${i}`]: alone });
@@ -129,7 +129,7 @@ async function run({ graph, outputs, weights, rows }: RandomGraph, backend: Back
   return results;
 }
 
-describe("memory is used again", () => {
+describe("memory is reused", () => {
   const row = (n: number) => n * 64 * 4;
   const chain = (length: number) => {
     const g = new Graph();
@@ -140,12 +140,12 @@ describe("memory is used again", () => {
     return plan(g, { rows: 8 });
   };
 
-  test("a chain of any length takes two values' room", () => {
+  test("a chain of any length takes the memory of two values", () => {
     expect(chain(3).arenaBytes).toBe(row(16));
     expect(chain(200).arenaBytes).toBe(row(16));
   });
 
-  test("an op that can works in the memory of an input that ends with it, unless a run can ask for that", () => {
+  test("an op that supports it reuses the memory of an input at its last use, unless a run can return that input", () => {
     const g = new Graph();
     const x = g.input("x", [symbol("rows"), 64], "f32");
     const a = g.add(x, x);
@@ -163,7 +163,7 @@ describe("memory is used again", () => {
     expect(plan(g, {}).arenaBytes).toBe(row(16));
   });
 
-  test("an output that nobody reads is free again after its call", () => {
+  test("the memory of an unused result is free after its call", () => {
     const g = new Graph();
     const x = g.input("x", [symbol("rows"), 16], "f32");
     const route = () => g.route(x, g.weight("gate", [16, 16], "f32"), g.weight("bias", [16], "f32"), 4, 0);
@@ -173,14 +173,14 @@ describe("memory is used again", () => {
     expect(plan(g, { rows: 16 }).arenaBytes).toBe(one);
   });
 
-  test("twice the rows, twice the workspace", () => {
+  test("twice the rows take twice the workspace", () => {
     const g = new Graph();
     const x = g.input("x", [symbol("rows"), 64], "f32");
     g.output("y", g.add(g.siluMul(x, x), g.gather(x, g.input("index", [symbol("rows")], "i32"))));
     expect(plan(g, { rows: 64 }).arenaBytes).toBe(2 * plan(g, { rows: 32 }).arenaBytes);
   });
 
-  test("scratch for logits is sized by the rows that are picked", () => {
+  test("scratch for logits is sized by the picked rows", () => {
     const g = new Graph();
     const x = g.gather(g.scale(g.input("x", [symbol("rows"), 64], "f32"), 2), g.input("picked", [symbol("outs")], "i32"));
     g.output("logits", g.linear(x, g.weight("head", [100_000, 64], "f32")));
@@ -194,18 +194,18 @@ describe("views", () => {
     return [...values.subarray(t.id * VALUE_WORDS, t.id * VALUE_WORDS + 3)];
   };
 
-  test("of views, of inputs, of weights of one part: no calls, and offsets that add up", () => {
+  test("of views, of inputs, of weights in one part: no calls, and cumulative offsets", () => {
     const g = new Graph();
     const x = g.input("x", [10, 6], "f32");
-    const part = g.slice(x, 0, 2, 4); // from number 12 on
-    const flat = g.reshape(g.slice(part, 0, 1, 2), [12]); // from number 18 on
+    const part = g.slice(x, 0, 2, 4); // from element 12 on
+    const flat = g.reshape(g.slice(part, 0, 1, 2), [12]); // from element 18 on
     const bias = g.reshape(g.weight("bias", [1, 6], "f32"), [6]);
     g.output("y", g.rmsNorm(g.reshape(flat, [2, 6]), bias, 0));
     expect(place(g, flat)).toEqual([PLACES.view, x.id, 18 * 4]);
     expect(plan(g, {}).calls.map((c) => c.op)).toEqual(["rmsNorm"]);
   });
 
-  test("a transpose is one where all but one of the axes it turns have the size 1", () => {
+  test("a transpose is a view if all but one of the axes that it spans have size 1", () => {
     const g = new Graph();
     const x = g.scale(g.input("x", [4, 1, 5, 1], "f32"), 1);
     const turns = [g.transpose(x, 0, 1), g.transpose(x, 2, 3), g.transpose(x, 0, 2), g.transpose(x, 1, 3)];
@@ -216,7 +216,7 @@ describe("views", () => {
     expect(place(g, turns[0])[1], "none of what it reads").toBe(x.id);
   });
 
-  test("a slice across rows is none, and neither is what a run can return", () => {
+  test("a slice across rows is not a view, and neither is an output", () => {
     const g = new Graph();
     const x = g.input("x", [symbol("rows"), 6], "f32");
     const columns = g.slice(x, 1, 2, 3);
@@ -226,7 +226,7 @@ describe("views", () => {
   });
 });
 
-describe("what is refused", () => {
+describe("what is rejected", () => {
   test("a value without a bound", () => {
     const g = new Graph();
     const x = g.input("x", [symbol("rows"), 4], "f32");
@@ -265,7 +265,7 @@ describe("what is refused", () => {
     backend.dispose();
   });
 
-  test("arrays that are too short, of another kind, absent, or for an output that is none", async () => {
+  test("arrays that are too short, of another type, missing, or for an unknown output", async () => {
     for (const backend of [nativeBackend({ threads: 1 }), referenceBackend()]) {
       const program = await prepared(backend);
       const right = new Float32Array(16);

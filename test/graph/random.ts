@@ -1,4 +1,4 @@
-/** Random graphs for the planner's tests: any mix of row-wise ops, values used once, often or never. */
+/** Random graphs for the planner's tests: any mix of row-wise ops, with values used once, several times or never. */
 import fc from "fast-check";
 import { Graph, type Tensor } from "../../src/graph/graph.ts";
 import { symbol } from "../../src/tensor/shape.ts";
@@ -16,7 +16,7 @@ export const WIDTHS = [1, 5, 16, 33];
 
 const step = fc.record({
   op: fc.constantFrom("add", "siluMul", "rmsNorm", "linear", "gather", "route", "view", "scale"),
-  /** Picks among the values there are; taken modulo their number. */
+  /** Picks among the existing values, modulo their number. */
   a: fc.nat(1000),
   b: fc.nat(1000),
   width: fc.constantFrom(...WIDTHS),
@@ -59,7 +59,7 @@ export const randomGraph: fc.Arbitrary<RandomGraph> = fc
     return { graph, outputs, weights, rows };
   });
 
-/** The same numbers in their place, by way of other shapes, some of which are no view. */
+/** The same numbers in the same shape, by way of other shapes, some of which are not views. */
 function viewed(g: Graph, x: Tensor, how: number): Tensor {
   const [rows, width] = [symbol("rows"), Number(x.shape[1])];
   if (how % 3 === 0) return g.reshape(g.transpose(g.reshape(x, [rows, width, 1]), 1, 2), [rows, width]);

@@ -1,4 +1,4 @@
-/** The native addon by itself: whether it matches, where it may lie, what it refuses, and kernels that write over their input. */
+/** The native addon on its own: version checks, its location, the calls it rejects, and kernels that overwrite their input. */
 import { execFile, execFileSync } from "node:child_process";
 import { cpSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -17,13 +17,13 @@ const folder = mkdtempSync(join(tmpdir(), "mixtape-addon-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 const addon = openAddon();
 
-describe("whether it matches", () => {
-  test("the addon that was built describes itself as this version expects", () => {
+describe("version checks", () => {
+  test("the built addon's description is the one that this version expects", () => {
     expect(addon.describe()).toEqual(DESCRIPTION);
     expect(differences(addon.describe())).toEqual([]);
   });
 
-  test("every difference is named, in one list", () => {
+  test("all differences are listed", () => {
     const { int8kv: _, ...dtypes } = DESCRIPTION.dtypes;
     const other: Description = {
       ...DESCRIPTION,
@@ -52,7 +52,7 @@ describe("whether it matches", () => {
     ]);
   });
 
-  /** An addon of its own whose `describe` is what `body` makes. */
+  /** Writes an addon whose `describe` is defined by `body`. */
   function compiled(name: string, body: string): string {
     const { include_dir: headers } = createRequire(import.meta.url)("node-api-headers") as { include_dir: string };
     const path = join(folder, name);
@@ -61,14 +61,14 @@ describe("whether it matches", () => {
     return path;
   }
 
-  test("an addon from before there was a description is stale", () => {
+  test("an addon without a description is reported as stale", () => {
     const path = compiled("stale.node", "NAPI_MODULE_INIT() { return exports; }\n");
     expect(() => loadAddon(path)).toThrow(
       `the native addon ${path} is older than this version of mixtape; rebuild it with 'npm run build'`,
     );
   });
 
-  test("an addon that describes something else is refused in one line that names the differences", () => {
+  test("an addon with another description is rejected in one line that names the differences", () => {
     const script = JSON.stringify(`(() => ({ ...${JSON.stringify(DESCRIPTION)}, valueWords: 12, places: {} }))`);
     const path = compiled(
       "other.node",
@@ -85,7 +85,7 @@ describe("whether it matches", () => {
     );
   });
 
-  test("a file that is no addon, and none at all, say what is wrong and what to do", () => {
+  test("errors for a file that is not an addon, and for a missing file, say what is wrong and what to do", () => {
     const text = join(folder, "text.node");
     writeFileSync(text, "hello");
     expect(() => loadAddon(text)).toThrow(/^cannot load the native addon \(.*text\.node: .*\); build it with 'npm run build'$/);
@@ -95,7 +95,7 @@ describe("whether it matches", () => {
     );
   });
 
-  test.each(["with a space", "磁带", "hash#1", "100%20"])("it loads from a folder called '%s'", async (name) => {
+  test.each(["with a space", "磁带", "hash#1", "100%20"])("loads from a folder called '%s'", async (name) => {
     const copy = join(folder, name);
     for (const part of ["dist/backend", "dist/graph", "dist/tensor", "native/build/mixtape.node", "package.json"]) {
       mkdirSync(dirname(join(copy, part)), { recursive: true });
@@ -108,7 +108,7 @@ describe("whether it matches", () => {
   });
 });
 
-describe("what it refuses", () => {
+describe("what it rejects", () => {
   const device = addon.open("", 1);
   afterAll(() => addon.disposeDevice(device));
   const values: Value[] = [
@@ -124,7 +124,7 @@ describe("what it refuses", () => {
   ];
   const plan = written(values, calls, 128);
 
-  test("nothing, where all is well", async () => {
+  test("nothing, if all is well", async () => {
     const y = new Float32Array(8);
     await execute(device, plan, 2, [Float32Array.from({ length: 12 }, (_, i) => i)], [y]);
     expect([...y]).toEqual([8, 10, 12, 14, 16, 18, 20, 22]);
@@ -133,15 +133,15 @@ describe("what it refuses", () => {
   const at = (value: number, word: number) => value * DESCRIPTION.valueWords + word;
   const broken: [string, (p: { values: Int32Array; calls: Int32Array; ops: string[]; arenaBytes: number }) => void, RegExp][] = [
     ["a fifth dimension", (p) => (p.values[at(0, 5)] = 5), /^internal: value 0 has rank 5, at most 4 fit a record$/],
-    ["a place that there is not", (p) => (p.values[at(1, 0)] = 9), /^internal: value 1 has the place 9$/],
+    ["an unknown place", (p) => (p.values[at(1, 0)] = 9), /^internal: value 1 has the place 9$/],
     ["a slot beyond the workspace", (p) => (p.arenaBytes = 111), /^internal: value 1 ends beyond the workspace of 111 bytes$/],
     ["a negative offset", (p) => (p.values[at(2, 2)] = -4), /^internal: value 2 has a negative index or offset$/],
-    ["a symbol that there is not", (p) => (p.values[at(0, 7)] = 0), /^internal: value 0 has a size of 3 times symbol 0$/],
+    ["an unknown symbol", (p) => (p.values[at(0, 7)] = 0), /^internal: value 0 has a size of 3 times symbol 0$/],
     ["a view of a view", (p) => (p.values[at(2, 1)] = 2), /^internal: value 2 is a view of value 2, which has no memory of its own$/],
     ["a view of nothing", (p) => (p.values[at(2, 1)] = 4), /^internal: value 2 is a view of value 4, which has no memory of its own$/],
     ["a weight without a name", (p) => (p.values[at(0, 0)] = 1), /^internal: value 0 is weight 0 of 0$/],
     ["a state that was not given", (p) => (p.values[at(0, 0)] = 2), /^internal: value 0 is state 0 of 0$/],
-    ["a call of a value that is not", (p) => (p.calls[4] = 5), /^internal: call 0 \(scale\) refers to value 5, which has no place$/],
+    ["a call of an unknown value", (p) => (p.calls[4] = 5), /^internal: call 0 \(scale\) refers to value 5, which has no place$/],
     ["a call of a value without memory", (p) => (p.calls[4] = 4), /^internal: call 0 \(scale\) refers to value 4, which has no place$/],
     ["a call that runs off the end", (p) => (p.calls[1] = 90), /^internal: call 0 of the plan is malformed$/],
     [
@@ -154,7 +154,7 @@ describe("what it refuses", () => {
       (p) => (p.values = p.values.slice(1)),
       /^internal: the plan's records have 69 words, not a multiple of 14$/,
     ],
-    ["more workspace than there are addresses", (p) => (p.arenaBytes = 2 ** 48), /^out of memory: cannot map 268435456 MiB$/],
+    ["more workspace than the address space", (p) => (p.arenaBytes = 2 ** 48), /^out of memory: cannot map 268435456 MiB$/],
   ];
   test.each(broken)("a plan with %s", async (_name, spoil, message) => {
     const spoilt = { ...plan, ops: [...plan.ops], values: plan.values.slice(), calls: plan.calls.slice() };
@@ -163,14 +163,14 @@ describe("what it refuses", () => {
     expect(() => addon.prepare(device, spoilt, weights, [])).toThrow(message);
   });
 
-  test("a run with a view that ends beyond what it shows", async () => {
+  test("a run with a view that ends beyond its base", async () => {
     const spoilt = { ...plan, values: plan.values.slice() };
     spoilt.values[at(2, 2)] = 20;
     const run = execute(device, spoilt, 2, [new Float32Array(12)], [new Float32Array(8)]);
     await expect(run).rejects.toThrow("internal: value 2 is a view that ends beyond what it shows");
   });
 
-  test("a run without an input or output that its calls touch, or with a short one", async () => {
+  test("a run without an input or output that its calls use, or with one that is too short", async () => {
     const [x, y] = [new Float32Array(12), new Float32Array(8)];
     await expect(execute(device, plan, 2, [null], [y])).rejects.toThrow(
       /^internal: call 0 \(scale\) needs an input or output that was not given/,
@@ -181,7 +181,7 @@ describe("what it refuses", () => {
     await expect(execute(device, plan, 2, [], [y])).rejects.toThrow("internal: input 0 is missing: 0 were given");
     await expect(execute(device, plan, 2, [x], [y.subarray(1)])).rejects.toThrow("internal: output 0 has 28 bytes, 32 expected");
     await expect(execute(device, plan, 3, [x], [y])).rejects.toThrow("internal: call 2 of 2");
-    await execute(device, plan, 1, [x], [null]); // the first call alone does not touch it
+    await execute(device, plan, 1, [x], [null]); // the first call alone does not use it
   });
 
   test("bytes outside a state", () => {
@@ -200,13 +200,13 @@ describe("what it refuses", () => {
   });
 });
 
-describe.each(addon.isas())("kernels that write over their input, %s", (isa) => {
+describe.each(addon.isas())("kernels that overwrite their input, %s", (isa) => {
   const [ROWS, N, DIM] = [37, 132, 44];
   const matrix: readonly number[] = [ROWS, N];
   const UNIT = 64;
   const slot = Math.ceil((ROWS * N * 4) / UNIT);
 
-  /** Inputs by name: what each is filled with. `x`, `z` and `by` are matrices of activations. */
+  /** The inputs' contents, by name. `x`, `z` and `by` are matrices of activations. */
   const filled: Record<string, { shape: readonly number[]; data: Numbers }> = {
     x: { shape: matrix, data: noise(ROWS * N, 1) },
     z: { shape: matrix, data: noise(ROWS * N, 2) },
@@ -218,7 +218,7 @@ describe.each(addon.isas())("kernels that write over their input, %s", (isa) => 
     nowhere: { shape: [0], data: new Int32Array() },
   };
 
-  /** The results of `op` on copies of its inputs in the workspace, the first result in the slot of input `over`, or in its own. */
+  /** The results of `op` on copies of its inputs in the workspace, with the first result in the slot of input `over` or in its own slot. */
   async function results(
     op: string,
     names: readonly string[],
@@ -265,14 +265,14 @@ describe.each(addon.isas())("kernels that write over their input, %s", (isa) => 
     ["replaceRows", ["x", "by", "index"], 1, [], [0]],
     ["replaceRows", ["x", "none", "nowhere"], 1, [], [0]],
   ];
-  test.each(ops)("%s of %j gives the same bits as into memory of its own", async (op, names, outputs, params, over) => {
+  test.each(ops)("%s of %j is bit-identical to the result in separate memory", async (op, names, outputs, params, over) => {
     const apart = await results(op, names, outputs, params, null, 1);
     for (const threads of [1, 2, 3])
       for (const i of [null, ...over])
         expect(await results(op, names, outputs, params, i, threads), `${threads} threads, over ${i}`).toEqual(apart);
   });
 
-  test("addRmsNorm gives the same bits as add, then rmsNorm", async () => {
+  test("addRmsNorm is bit-identical to add followed by rmsNorm", async () => {
     const [sum, normed] = await results("addRmsNorm", ["x", "z", "weight"], 2, [1e-5], null, 2);
     const [added] = await results("add", ["x", "z"], 1, [], null, 2);
     expect(sum).toEqual(added);
@@ -280,7 +280,7 @@ describe.each(addon.isas())("kernels that write over their input, %s", (isa) => 
     expect([normed]).toEqual(await results("rmsNorm", ["sum", "weight"], 1, [1e-5], null, 2));
   });
 
-  test("a row to replace that there is not is an error", async () => {
+  test("replacing a row that does not exist is an error", async () => {
     filled.beyond = { shape: [3], data: Int32Array.of(0, ROWS, 1) };
     await expect(results("replaceRows", ["x", "by", "beyond"], 1, [], 0, 2)).rejects.toThrow(
       `internal: replaceRows: row ${ROWS} of ${ROWS}`,

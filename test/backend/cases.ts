@@ -1,4 +1,4 @@
-/** What every kernel is tested with: each op in each format, at sizes that fit no vector width. */
+/** The test cases of all kernels: each op in each format, at sizes that are no multiple of any vector width. */
 
 import { BLOCK_TOKENS, type Numbers } from "../../src/backend/backend.ts";
 import { GREEDY, layOut, type Sampling } from "../../src/engine/sampling.ts";
@@ -11,15 +11,15 @@ export type MatrixDtype = "f32" | "f16" | "bf16" | "int8" | "int4";
 
 export interface Case {
   readonly name: string;
-  /** As traced: backends fuse and lower it. */
+  /** As traced; backends fuse and lower it. */
   readonly graph: Graph;
-  /** Values that are compared; the graph's outputs are named `0`, `1`, ... after their places here. */
+  /** Values to compare; the graph's outputs are named `0`, `1`, ... after their positions here. */
   readonly outputs: readonly Tensor[];
   readonly sizes: SymbolValues;
   readonly inputs: ReadonlyMap<string, Numbers>;
   readonly weights: ReadonlyMap<string, { readonly dtype: MatrixDtype; readonly shape: readonly number[]; readonly values: Float32Array }>;
   readonly states: ReadonlyMap<string, { readonly dtype: KvDtype; readonly shape: readonly number[] }>;
-  /** Largest difference allowed, as a share of the largest value. */
+  /** Largest difference allowed, relative to the largest value. */
   readonly tolerance: number;
 }
 
@@ -42,7 +42,7 @@ class Builder {
   readonly states = new Map<string, { dtype: KvDtype; shape: readonly number[] }>();
   #seed = 1;
 
-  /** Activations [rows, n], or whatever `values` holds. */
+  /** Activations [rows, n] of noise, or `values` if given. */
   input(name: string, shape: (number | ReturnType<typeof symbol>)[], values: Numbers): Tensor {
     this.inputs.set(name, values);
     return this.g.input(name, shape, values instanceof Int32Array ? "i32" : "f32");
@@ -81,7 +81,7 @@ export function allCases(): Case[] {
   return [...linears(), ...groupedLinears(), ...rowOps(), ...routers(), ...attentions(), ...samplers(), ...alternatives()];
 }
 
-/** Sums of many products in float32 differ by their order. */
+/** Sums of many products in float32 depend on their order. */
 const LINEAR_TOLERANCE: Record<MatrixDtype, number> = { f32: 1e-6, f16: 1e-6, bf16: 1e-5, int8: 2e-6, int4: 2e-6 };
 
 function linears(): Case[] {
@@ -204,7 +204,7 @@ function rowOps(): Case[] {
   }).concat(farGates());
 }
 
-/** Gates whose exponential is beyond float32. */
+/** Gates whose exponential overflows float32. */
 function farGates(): Case {
   const b = new Builder();
   const steps = Float32Array.from({ length: 45 }, (_, i) => (i - 22) * 10);
@@ -240,7 +240,7 @@ function routers(): Case[] {
   );
 }
 
-/** Several sequences at once, the first tokens of each written in an earlier step's place, pages in no order. */
+/** Several sequences, the first tokens of each written as if by an earlier step, with unordered pages. */
 function attentions(): Case[] {
   const kinds = [
     ["f32", 2e-6],
@@ -319,7 +319,7 @@ function samplers(): Case[] {
     const logits = b.input(
       "logits",
       [symbol("outs"), vocab],
-      noise(outs * vocab, 5).map((x) => x * (vocab > 1000 ? 40 : 4)), // few tokens of many matter, and all of few
+      noise(outs * vocab, 5).map((x) => x * (vocab > 1000 ? 40 : 4)), // few of many tokens matter, and all of few
     );
     const sampling = {
       floats: b.input("floats", [symbol("outs"), SAMPLING_FLOATS.length], laid.floats),
@@ -352,7 +352,7 @@ function alternatives(): Case[] {
     [3001, 20],
   ].map(([vocab, k]) => {
     const b = new Builder();
-    // Rounded, so that there are equals.
+    // Rounded, so that there are ties.
     const logits = b.input(
       "logits",
       [symbol("outs"), vocab],

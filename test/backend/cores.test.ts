@@ -1,9 +1,9 @@
-/** The default number of threads, on machines that are only described. */
+/** The default number of threads, on simulated machines. */
 import { availableParallelism } from "node:os";
 import { expect, test } from "vitest";
 import { physicalCores } from "../../src/backend/cores.ts";
 
-/** A machine of which cpus share cores as in `siblings`, by cpu. */
+/** A machine whose CPUs share cores as in `siblings`, by CPU. */
 function machine(allowed: string, siblings: readonly string[], cpuMax = "max 100000\n") {
   const files = new Map([
     ["/proc/self/status", `Name:\tnode\nCpus_allowed:\tff\nCpus_allowed_list:\t${allowed}\n`],
@@ -15,7 +15,7 @@ function machine(allowed: string, siblings: readonly string[], cpuMax = "max 100
 
 const EIGHT_ON_FOUR = ["0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"];
 
-test("two threads of a core count once", () => {
+test("two threads of one core count once", () => {
   expect(physicalCores(machine("0-7", EIGHT_ON_FOUR))).toBe(4);
 });
 
@@ -28,7 +28,7 @@ test("a container gets no more threads than its quota", () => {
   expect(physicalCores(machine("0-7", EIGHT_ON_FOUR, "50000 100000\n"))).toBe(1);
 });
 
-test("where the system tells nothing, as many as Node.js counts", () => {
+test("Node.js's count, if the system reports nothing", () => {
   expect(physicalCores(() => null)).toBe(availableParallelism());
-  expect(physicalCores(machine("0-7", ["0,4"]))).toBe(availableParallelism()); // some cpus' files are missing
+  expect(physicalCores(machine("0-7", ["0,4"]))).toBe(availableParallelism()); // some CPUs' files are missing
 });

@@ -66,6 +66,6 @@ describe.each(instructionSets())("%s", (isa) => {
   });
 });
 
-test("an instruction set that is not there is an error that lists those that are", () => {
+test("an unavailable instruction set is an error that lists the available ones", () => {
   expect(() => nativeBackend({ isa: "avx1024" })).toThrow(/no 'avx1024'; it has .*scalar/);
 });

@@ -1,4 +1,4 @@
-/** How much memory a process may use, on machines that are only described; and what that means for loading a model. */
+/** How much memory a process may use, on simulated machines, and how that affects loading a model. */
 import { freemem, totalmem } from "node:os";
 import { expect, test } from "vitest";
 import { thisMachine, warningsFor } from "../../src/api/room.ts";
@@ -7,7 +7,7 @@ import { hostMemory } from "../../src/backend/memory.ts";
 
 const GIB = 2 ** 30;
 
-/** A machine of 16 GiB, 12 of them available, and a process in the groups that `cgroup` lists. */
+/** A machine with 16 GiB, 12 of them available, and a process in the groups that `cgroup` lists. */
 function machine(cgroup: string, files: Readonly<Record<string, string | number>>) {
   const all: Record<string, string | number> = {
     "/proc/meminfo": `MemTotal:       ${16 * 2 ** 20} kB\nMemFree:        ${2 ** 20} kB\nMemAvailable:   ${12 * 2 ** 20} kB\n`,
@@ -17,11 +17,11 @@ function machine(cgroup: string, files: Readonly<Record<string, string | number>
   return (path: string) => (path in all ? `${all[path]}` : null);
 }
 
-test("without a control group: the machine's memory, and what is available of it", () => {
+test("without a control group: the machine's memory, and how much of it is available", () => {
   expect(hostMemory(machine("", {}))).toEqual({ total: 16 * GIB, free: 12 * GIB });
 });
 
-test("a group's limit, less what it uses, pages of files that can be dropped not counted", () => {
+test("a group's limit minus its usage, not counting reclaimable file pages", () => {
   const files = {
     "/sys/fs/cgroup/app/memory.max": `${4 * GIB}\n`,
     "/sys/fs/cgroup/app/memory.current": `${3 * GIB}\n`,
@@ -30,12 +30,12 @@ test("a group's limit, less what it uses, pages of files that can be dropped not
   expect(hostMemory(machine("0::/app\n", files))).toEqual({ total: 4 * GIB, free: 3 * GIB });
 });
 
-test("a group that is full has nothing left, not less", () => {
+test("a full group has nothing left, not a negative amount", () => {
   const files = { "/sys/fs/cgroup/memory.max": GIB, "/sys/fs/cgroup/memory.current": GIB + 4096 };
   expect(hostMemory(machine("0::/\n", files))).toEqual({ total: GIB, free: 0 });
 });
 
-test("of nested groups the smallest limit binds, and the least that any has left", () => {
+test("in nested groups, the smallest limit and the smallest remainder apply", () => {
   const files = {
     "/sys/fs/cgroup/pod/app/memory.max": "max\n",
     "/sys/fs/cgroup/pod/app/memory.current": GIB,
@@ -47,13 +47,13 @@ test("of nested groups the smallest limit binds, and the least that any has left
   expect(hostMemory(machine("0::/pod/app\n", files))).toEqual({ total: 6 * GIB, free: 0.5 * GIB });
 });
 
-test("in a container that sees only its own group's files, those", () => {
+test("a container that sees only its own group's files uses those", () => {
   const files = { "/sys/fs/cgroup/memory.max": 2 * GIB, "/sys/fs/cgroup/memory.current": GIB };
   expect(hostMemory(machine("0::/docker/0123\n", files))).toEqual({ total: 2 * GIB, free: GIB });
   expect(hostMemory(machine("0::/../0123\n", files))).toEqual({ total: 2 * GIB, free: GIB });
 });
 
-test("no limit, and one larger than the machine, are none", () => {
+test("no limit, or one larger than the machine, does not count", () => {
   const max = { "/sys/fs/cgroup/app/memory.max": "max\n", "/sys/fs/cgroup/app/memory.current": GIB };
   expect(hostMemory(machine("0::/app\n", max))).toEqual({ total: 16 * GIB, free: 12 * GIB });
   const large = { "/sys/fs/cgroup/app/memory.max": 64 * GIB, "/sys/fs/cgroup/app/memory.current": GIB };
@@ -73,13 +73,13 @@ test("version 1 of control groups", () => {
   expect(hostMemory(machine(cgroup, files))).toEqual({ total: 4 * GIB, free: 3 * GIB });
 });
 
-test("where the system tells nothing, what Node.js counts", () => {
+test("Node.js's numbers, if the system reports nothing", () => {
   const { total, free } = hostMemory(() => null);
   expect(total).toBe(totalmem());
   expect(Math.abs(free - freemem())).toBeLessThan(totalmem() / 2);
 });
 
-test("a model in a group that is smaller than the model is warned of or refused, with figures", () => {
+test("a model larger than its group's limit causes a warning or an error, with numbers", () => {
   const files = { "/sys/fs/cgroup/app/memory.max": 4 * GIB, "/sys/fs/cgroup/app/memory.current": GIB };
   const here = thisMachine(4, hostMemory(machine("0::/app\n", files)));
   const weights = (stored: "bf16" | "int8") => [
@@ -93,7 +93,7 @@ test("a model in a group that is smaller than the model is warned of or refused,
   );
 });
 
-test("quotas of nested groups count too, in either version", () => {
+test("CPU quotas of nested groups count too, in either version", () => {
   const status = { "/proc/self/status": "Cpus_allowed_list:\t0-7\n" };
   const cores = Object.fromEntries(
     Array.from({ length: 8 }, (_, i) => [`/sys/devices/system/cpu/cpu${i}/topology/thread_siblings_list`, `${i}\n`]),

@@ -1,4 +1,4 @@
-/** Run by native.test.ts in a process of its own, with a single file thread: prints the order in which things end. */
+/** Run by native.test.ts in a separate process with a single file thread; prints the order in which things finish. */
 import { execFileSync } from "node:child_process";
 import { closeSync, openSync } from "node:fs";
 import { open, stat } from "node:fs/promises";
@@ -10,7 +10,7 @@ import { Graph } from "../../src/graph/graph.ts";
 
 const [what, folder] = process.argv.slice(2);
 
-/** A program, and arrays for it: `n` products of a matrix of `size` rows with itself, each of the last. */
+/** A program and its arrays: a chain of `n` products with a matrix of `size` rows. */
 async function product(n: number, size: number): Promise<() => Promise<void>> {
   const backend = nativeBackend({ threads: 2 });
   const g = new Graph();
@@ -29,7 +29,7 @@ const note = (event: string) => () => {
 };
 
 switch (what) {
-  // Opening a pipe blocks the only file thread until someone opens the other end.
+  // Opening a pipe blocks the only file thread until the other end is opened.
   case "blocked": {
     const step = await product(2, 16);
     const pipe = join(folder, "pipe");
@@ -43,7 +43,7 @@ switch (what) {
     await reader;
     break;
   }
-  // Steps that take far longer than asking for a file's size.
+  // Steps that take far longer than a file's stat.
   case "busy": {
     const step = await product(4, 1024);
     const steps = Promise.all([0, 1, 2].map(() => step().then(note("step"))));
@@ -51,14 +51,14 @@ switch (what) {
     await steps;
     break;
   }
-  // Nothing is pending, and nothing was disposed of: the process ends by itself.
+  // Nothing is pending and nothing was disposed of: the process exits by itself.
   case "idle": {
     const step = await product(1, 16);
     await step();
     note("step")();
     break;
   }
-  // Nobody waits for this promise, but its arrays are in use.
+  // Nothing awaits this promise, but its arrays are in use.
   case "pending": {
     const step = await product(4, 512);
     void step().then(() => console.log("step"));
@@ -73,7 +73,7 @@ switch (what) {
     process.exit(0);
     break;
   }
-  // Environments that end in the middle of a step, which reads and writes arrays of theirs.
+  // Environments that end in the middle of a step that uses their arrays.
   case "workers": {
     if (isMainThread) {
       for (let i = 0; i < 3; i++) {

@@ -1,4 +1,4 @@
-/** The native backend: its states, its one workspace, and steps that neither wait for files nor hold them up. */
+/** The native backend: its states, its shared workspace, and steps that neither wait for file operations nor delay them. */
 import { execFile } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -28,7 +28,7 @@ async function product(on: Backend, rows: number, n: number, w = on.state("f32",
 }
 
 describe("states", () => {
-  test("are zero at first, and read as they were written", async () => {
+  test("are initially zero, and read back as written", async () => {
     const state = backend.state("f32", [3, 5]);
     expect(state.bytes).toBe(60);
     expect(state.read()).toEqual(new Float32Array(15));
@@ -47,7 +47,7 @@ describe("states", () => {
     state.dispose();
   });
 
-  test("another count of numbers is refused, and so are formats that have a layout", () => {
+  test("a wrong count of numbers is rejected, and so are formats with a private layout", () => {
     const state = backend.state("f32", [4]);
     expect(() => state.write(new Float32Array(5))).toThrow(new RangeError("5 numbers for a state of 4"));
     const cache = backend.state("int8kv", [1, 32, 1, 64]);
@@ -55,7 +55,7 @@ describe("states", () => {
     expect(() => cache.write(new Float32Array(2))).toThrow(/^internal: a state of int8kv/);
   });
 
-  test("programs compute with them as with weights", async () => {
+  test("programs can use them like weights", async () => {
     const { program, w } = await product(backend, 2, 3);
     w.write(Float32Array.of(1, 0, 0, 0, 2, 0, 1, 1, 1));
     const y = new Float32Array(6);
@@ -63,7 +63,7 @@ describe("states", () => {
     expect([...y]).toEqual([1, 4, 6, 4, 10, 15]);
   });
 
-  test("a stacked one serves a product grouped by expert", async () => {
+  test("a stacked state works in a product grouped by expert", async () => {
     const [rows, experts, n, k] = [6, 3, 5, 7];
     const g = new Graph();
     const { order, offsets } = g.group(g.input("experts", [symbol("rows"), 1], "i32"), experts);
@@ -82,7 +82,7 @@ describe("states", () => {
       }
   });
 
-  test("one that was not given is named", async () => {
+  test("a missing state is named", async () => {
     const g = new Graph();
     g.output("y", g.linear(g.input("x", [1, 2], "f32"), g.state("moment", [2, 2], "f32")));
     const weights = await backend.load([]);
@@ -90,7 +90,7 @@ describe("states", () => {
   });
 });
 
-test("an op without a kernel is named", async () => {
+test("an op without a kernel is named in the error", async () => {
   const g = new Graph();
   g.output("y", g.call("pad", [g.input("x", [2, 2], "f32")], { axis: 0, start: 1 }, { count: 4 })[0]);
   const weights = await backend.load([]);
@@ -98,7 +98,7 @@ test("an op without a kernel is named", async () => {
 });
 
 describe("the workspace", () => {
-  test("is shared: programs of different sizes run in turns, many at once, and are right", async () => {
+  test("is shared: programs of different sizes run interleaved and concurrently, with correct results", async () => {
     const made = await Promise.all([4, 64, 1, 256, 16].map((rows) => product(backend, rows, 24)));
     for (const { w } of made) w.write(noise(24 * 24, 7));
     const alone = made[0];
@@ -110,11 +110,11 @@ describe("the workspace", () => {
     const expected = await run(made[3], 256, 5);
     const jobs = Array.from({ length: 40 }, (_, i) => run(made[i % 5], [4, 64, 1, 256, 16][i % 5], 5));
     for (const [i, y] of (await Promise.all(jobs)).entries()) expect(y).toEqual(expected.subarray(0, [4, 64, 1, 256, 16][i % 5] * 24));
-    made[3].program.dispose(); // the largest: what is left is right
+    made[3].program.dispose(); // the largest: the others must stay correct
     expect(await run(made[1], 64, 5)).toEqual(expected.subarray(0, 64 * 24));
   });
 
-  test("that is larger than all addresses is refused when the program is prepared, with its size", async () => {
+  test("larger than the address space is rejected when the program is prepared, with its size", async () => {
     const g = new Graph();
     const x = g.input("x", [symbol("rows"), 2 ** 20], "f32");
     g.output("y", g.add(g.scale(x, 2), g.scale(x, 3)));
@@ -125,8 +125,8 @@ describe("the workspace", () => {
   });
 });
 
-describe("the end", () => {
-  test("a step that runs when the backend is disposed of is finished, and none begins", async () => {
+describe("disposal", () => {
+  test("a step that runs when the backend is disposed of finishes, and no other starts", async () => {
     const other = nativeBackend({ threads: 2 });
     const { program } = await product(other, 64, 32);
     const [x, y]: Numbers[] = [new Float32Array(64 * 32), new Float32Array(64 * 32).fill(1)];
@@ -167,7 +167,7 @@ describe("in a process with a single file thread", () => {
     expect(await ran("busy")).toBe("file,step,step,step\n");
   });
 
-  test("a backend at rest does not keep the process alive", async () => {
+  test("an idle backend does not keep the process alive", async () => {
     expect(await ran("idle")).toBe("step\n");
   });
 

@@ -1,4 +1,4 @@
-/** The kernels of 64-bit Arm: cross-compiled, and run in an emulator against the reference backend and two recorded models. */
+/** The 64-bit Arm kernels, cross-compiled and run in an emulator against the reference backend and two recorded models. */
 
 import { execFile, spawnSync } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
@@ -31,7 +31,7 @@ async function emulate(cpu: string, isa: string, threads: number): Promise<Outco
   try {
     return { code: 0, ...(await promisify(execFile)(EMULATOR, args)) };
   } catch (error) {
-    return error as Outcome & Error; // `code` is null where a signal ended it
+    return error as Outcome & Error; // `code` is null if a signal ended it
   }
 }
 
@@ -64,12 +64,12 @@ describe.skipIf(missing.length > 0)(`64-bit Arm in an emulator${why}`, () => {
     300_000,
   );
 
-  // Armv8.0, without dot products: an instruction of a later version would end it with a signal.
+  // Armv8.0 has no dot products: an instruction of a later version would end the process with a signal.
   test("a processor without the dot product extension runs scalar code", async () => {
     expect(await emulate("cortex-a53", "all", 1)).toEqual(passes("scalar", 1));
   }, 300_000);
 
-  test("asking such a processor for neon is an error that lists what it has", async () => {
+  test("requesting neon on such a processor is an error that lists what it supports", async () => {
     const { code, stderr } = await emulate("cortex-a53", "neon", 1);
     expect([code, stderr]).toEqual([1, "MIXTAPE_ISA: this processor has no 'neon'; it has scalar\n"]);
   });

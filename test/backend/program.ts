@@ -1,4 +1,4 @@
-/** Programs written by hand, record by record: what no planner would make, and where each value is. */
+/** Hand-written programs, record by record, such as no planner would produce. */
 import { type Handle, type NativePlan, openAddon } from "../../src/backend/addon.ts";
 import type { Numbers } from "../../src/backend/backend.ts";
 import { DTYPE_CODES, PLACES, VALUE_WORDS } from "../../src/graph/plan.ts";
@@ -12,7 +12,7 @@ export interface Value {
   readonly shape: readonly number[];
 }
 
-/** An op, ids of its inputs and outputs, its parameters. */
+/** An op, the ids of its inputs and outputs, and its parameters. */
 export type Written = readonly [op: string, inputs: readonly number[], outputs: readonly number[], params?: readonly number[]];
 
 export function written(values: readonly Value[], calls: readonly Written[], arenaBytes: number): NativePlan {

@@ -1,4 +1,4 @@
-/** Writes what native/replay.cpp runs, by hand: `npx tsx test/backend/record.ts FOLDER`, then `replay all 2 FOLDER/cases.replay`. */
+/** Writes recordings for running native/replay.cpp by hand: `npx tsx test/backend/record.ts FOLDER`, then `replay all 2 FOLDER/cases.replay`. */
 import { mkdirSync } from "node:fs";
 import { recordAll } from "./replay.ts";
 

@@ -1,4 +1,4 @@
-/** Writes planned programs with their inputs and expected outputs for native/replay.cpp, which reads them in the same order. */
+/** Writes planned programs with inputs and expected outputs for native/replay.cpp, which reads them in the same order. */
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { STORED_CODES } from "../../src/backend/addon.ts";
@@ -34,7 +34,7 @@ function recordCase(c: Case, sources: readonly WeightSource[], expected: readonl
   return { name, tolerance, plan: plan(loweredOf(c), sizes), sources, sizes, inputs: Object.fromEntries(c.inputs), expected };
 }
 
-/** A whole model in float32 that reads a prompt at once, against its recorded logits. */
+/** A whole model in float32 that computes a prompt in one step, against its recorded logits. */
 async function recordModel(name: string, goldens: Goldens, rows: number): Promise<Recording> {
   const checkpoint = await openCheckpoint(goldens.folder);
   const model = ernie(readConfig(checkpoint.config));
@@ -94,7 +94,7 @@ function fail(message: string): never {
   throw new Error(message);
 }
 
-/** Writes every case and two whole models to `folder`; the reference backend says what to expect. */
+/** Writes all cases and two whole models to `folder`; the reference backend computes the expected outputs. */
 export async function recordAll(folder: string): Promise<{ readonly file: string; readonly count: number }> {
   const recordings: Recording[] = [];
   for (const [i, c] of allCases().entries()) {
@@ -107,7 +107,7 @@ export async function recordAll(folder: string): Promise<{ readonly file: string
   return { file, count: recordings.length };
 }
 
-/** A file of recordings, one after another. A list is its length (uint32), then its items; all is little-endian. */
+/** A file of consecutive recordings. A list is its length (uint32) followed by its items; everything is little-endian. */
 function encode(recordings: readonly Recording[]): Buffer {
   const pieces: Buffer[] = [];
   const raw = (a: Int32Array | Float32Array | Float64Array | Uint32Array) => pieces.push(Buffer.from(a.buffer, a.byteOffset, a.byteLength));

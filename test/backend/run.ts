@@ -1,4 +1,4 @@
-/** Runs a case on a backend, its weights coming from a file as they always do. */
+/** Runs a case on a backend, with its weights loaded from a file as usual. */
 import { writeFileSync } from "node:fs";
 import type { Backend, Numbers, WeightSource } from "../../src/backend/backend.ts";
 import { CPU } from "../../src/backend/cpu.ts";
@@ -12,7 +12,7 @@ import { blockBytes, isBlockDtype } from "../../src/tensor/quantized.ts";
 import { elements } from "../../src/tensor/shape.ts";
 import type { Case } from "./cases.ts";
 
-/** Writes a case's weights in their formats; stacked matrices one after another. */
+/** Writes a case's weights in their formats, stacked matrices one after another. */
 export async function writeWeights(c: Pick<Case, "weights">, path: string): Promise<WeightSource[]> {
   const pieces: Uint8Array[] = [];
   const sources: WeightSource[] = [];
@@ -49,7 +49,7 @@ export function loweredOf(c: Case): Graph {
   );
 }
 
-/** Arrays for the case's outputs, by name; whatever is not written stands out. */
+/** Arrays for the case's outputs, by name, filled so that unwritten elements stand out. */
 export function outputsOf(c: Case): Record<string, Numbers> {
   return Object.fromEntries(
     c.outputs.map((t, i) => {
@@ -59,7 +59,7 @@ export function outputsOf(c: Case): Record<string, Numbers> {
   );
 }
 
-/** Runs a case, as traced or with `graph` in its place, and gives its outputs in order. */
+/** Runs a case as traced, or `graph` instead, and returns its outputs in order. */
 export async function runCase(c: Case, backend: Backend, sources: readonly WeightSource[], graph = c.graph): Promise<Numbers[]> {
   const weights = await backend.load(sources);
   const states = new Map([...c.states].map(([name, s]) => [name, backend.state(s.dtype, s.shape)]));
@@ -72,7 +72,7 @@ export async function runCase(c: Case, backend: Backend, sources: readonly Weigh
   return Object.values(outputs);
 }
 
-/** What the CPU's kernels are to compute: the lowered case on the reference backend, which rounds as they do. */
+/** The expected results of the CPU's kernels: the lowered case on the reference backend, which rounds as they do. */
 export function expectedOf(c: Case, sources: readonly WeightSource[]): Promise<Numbers[]> {
   return runCase(c, referenceBackend(), sources, loweredOf(c));
 }

@@ -1,6 +1,6 @@
 /**
- * The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: every case and two whole models on every instruction set
- * of this processor. Does not know what the recordings hold.
+ * The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: all cases and two whole models on every instruction set
+ * of this processor. Knows nothing of what the recordings contain.
  */
 import { execFile, spawnSync } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
@@ -20,7 +20,7 @@ const THREADS = 2;
 const folder = mkdtempSync(join(tmpdir(), "mixtape-sanitizers-"));
 afterAll(() => rmSync(folder, { recursive: true }));
 
-/** Why the compiler's sanitizers cannot be used here; "" where they can. */
+/** Why the compiler's sanitizers cannot be used here; "" if they can. */
 function missing(): string {
   const program = join(folder, "probe");
   const built = spawnSync(COMPILER, ["-x", "c++", `-fsanitize=${CHECKS}`, "-o", program, "-"], {
@@ -46,7 +46,7 @@ describe.skipIf(why !== "")(`the kernels under sanitizers${why && ` (skipped: ${
     await built;
   }, 600_000);
 
-  test("every case and two whole models, on every instruction set, touch no memory but their own and overflow nowhere", async () => {
+  test("all cases and two whole models run on every instruction set without memory errors or overflows", async () => {
     const env = { ...process.env, UBSAN_OPTIONS: "print_stacktrace=1" };
     const run = promisify(execFile)(join(NATIVE, "build-sanitize/replay"), ["all", `${THREADS}`, file], { env, maxBuffer: 2 ** 26 });
     const { stdout, stderr } = await run.catch((error) => error as { stdout: string; stderr: string });

@@ -1,4 +1,4 @@
-/** Adapters on every kind of matrix, routed experts' among them: the branch is what merging makes of it, and its gradients are right. */
+/** Adapters on every kind of matrix, including routed experts': the branch equals the merged weights, and its gradients are correct. */
 import { readFileSync } from "node:fs";
 import { beforeAll, expect, test } from "vitest";
 import type { Backend, Numbers, State, WeightSource, Weights } from "../../src/backend/backend.ts";
@@ -80,7 +80,7 @@ async function logitsOf(model: Model, states: ReadonlyMap<string, State>): Promi
   return logits;
 }
 
-test("adapters are named as PEFT names them, stacked like the experts beside which they stand", () => {
+test("adapters are named as in PEFT, and stacked like the experts that they adapt", () => {
   const found = open(EXPERTS).parameters.filter((p) => p.kind === "adapter");
   const shapes = Object.fromEntries(found.map((p) => [p.name.replace("model.layers.2.mlp.experts.", ""), [...p.shape]]));
   expect(shapes).toEqual({
@@ -93,7 +93,7 @@ test("adapters are named as PEFT names them, stacked like the experts beside whi
   });
 });
 
-test("a branch beside routed experts' gate, up and down computes what merged weights compute", async () => {
+test("branches of routed experts' gate, up and down compute the same as merged weights", async () => {
   const model = open(EXPERTS);
   const { values, states } = adapters(model);
   const plain = open(null);
@@ -124,7 +124,7 @@ test("gradients of every adapter of a mixture layer agree with finite difference
   for (const { name, shape } of trained) for (const m of ["m", "v"]) states.set(`${m}.${name}`, backend.state("f32", shape));
   const program = backend.prepare(graph, { rows: ROWS }, weights, states);
   const found = Object.fromEntries(trained.map((p) => [gradientName(p.name), new Float32Array(elements(p.shape))]));
-  const still = { ...inputs, rates: Float32Array.of(0, 0.9, 0.9, 1e-8, 0, 1, 1) }; // a rate of 0: the optimiser leaves them as they are
+  const still = { ...inputs, rates: Float32Array.of(0, 0.9, 0.9, 1e-8, 0, 1, 1) }; // with a rate of 0 the optimiser leaves them unchanged
   const loss = async (also = {}) => {
     const out = new Float32Array(1);
     await program.run({ rows: ROWS, sequences: 1 }, still, { loss: out, ...also });
@@ -133,7 +133,7 @@ test("gradients of every adapter of a mixture layer agree with finite difference
   await loss(found);
   for (const [name, numbers] of values) {
     const gradient = found[gradientName(name)];
-    // Along the gradient itself the slope is its norm: one number that any wrong entry changes.
+    // Along the gradient the slope is the gradient's norm: one number that any wrong entry changes.
     const norm = Math.sqrt(gradient.reduce((sum, g) => sum + g * g, 0));
     const step = 2e-2;
     const at = async (by: number) => {

@@ -1,4 +1,4 @@
-/** Training against recorded runs of PyTorch, transformers and PEFT: gradients, ten losses, the model that comes out. */
+/** Training against recorded runs of PyTorch, transformers and PEFT: gradients, ten losses, and the resulting model. */
 import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 import type { Numbers, State, WeightSource } from "../../src/backend/backend.ts";
@@ -22,7 +22,7 @@ const LENGTH = 24;
 const SEQUENCES = 2;
 const ROWS = SEQUENCES * LENGTH;
 const ADAMW = { learningRate: 5e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.01 };
-/** As the recorded run: r 4, alpha 8, on the projections of attention. */
+/** As in the recorded run: r 4, alpha 8, on the attention projections. */
 const LORA: Adapters = { rank: 4, scale: 2, accepts: (module) => /\.self_attn\.[qkvo]_proj$/.test(module) };
 
 /** Two rows of 24 tokens; each position's label is the next token's, as transformers shifts them. */
@@ -41,7 +41,7 @@ async function batch(goldens: Goldens): Promise<Record<string, Numbers>> {
   };
 }
 
-/** Names and numbers of a PEFT adapter's file, without the prefix of its wrapper. */
+/** Names and numbers in a PEFT adapter's file, without its wrapper's prefix. */
 async function readAdapter(file: string): Promise<Map<string, Float32Array>> {
   const { tensors } = await readHeader(file);
   const values = new Map<string, Float32Array>();
@@ -52,7 +52,7 @@ async function readAdapter(file: string): Promise<Map<string, Float32Array>> {
   return values;
 }
 
-/** A trained parameter's gradient, as transformers 5 holds it: gate and up of all experts in one. */
+/** A trained parameter's recorded gradient; transformers 5 stores gate and up of all experts in one tensor. */
 async function recordedGradient(goldens: Goldens, { name, shape }: ModelParameter): Promise<Float32Array> {
   const of = async (stored: string) => (await goldens.tensor(`full_finetune.first_grad.${stored}`)).data as Float32Array;
   const match = /^(.*\.experts)\.(gate|up|down)_proj\.weight$/.exec(name);
@@ -74,7 +74,7 @@ interface Run {
   readonly trained: readonly ModelParameter[];
 }
 
-/** Ten steps on one batch, and the logits of the model that they make. */
+/** Ten steps on one batch, and the logits of the resulting model. */
 async function train(
   goldens: Goldens,
   model: Model,
@@ -143,7 +143,7 @@ describe.each(["moe-tiny", "dense-tiny"])("%s", (variant) => {
   };
   const whole = (p: ModelParameter) => !p.name.endsWith("e_score_correction_bias");
 
-  test("every parameter trained", async () => {
+  test("training every parameter", async () => {
     const { goldens, model, meta } = await open(null);
     const run = await train(goldens, model, whole, new Map(), true);
     for (const p of run.trained)
@@ -155,7 +155,7 @@ describe.each(["moe-tiny", "dense-tiny"])("%s", (variant) => {
     expect(relativeError(run.logits, (await goldens.tensor("full_finetune.final_logits")).data)).toBeLessThan(1e-3);
   }, 120_000);
 
-  test("adapters trained beside a frozen model", async () => {
+  test("training adapters on a frozen model", async () => {
     const { goldens, model, meta } = await open(LORA);
     const start = await readAdapter(`${goldens.folder}/lora-init/adapter_model.safetensors`);
     const run = await train(goldens, model, (p) => p.kind === "adapter", start, true);
@@ -168,7 +168,7 @@ describe.each(["moe-tiny", "dense-tiny"])("%s", (variant) => {
     expect(relativeError(run.logits, (await goldens.tensor("lora.final_logits")).data)).toBeLessThan(1e-3);
   }, 120_000);
 
-  test("layers computed again for their gradients: the same to the bit", async () => {
+  test("recomputing layers for their gradients is bit-identical", async () => {
     const { goldens, model } = await open(null);
     const [again, held] = [await train(goldens, model, whole, new Map(), true), await train(goldens, model, whole, new Map(), false)];
     expect(again.losses).toEqual(held.losses);

@@ -1,4 +1,4 @@
-/** Steps of the optimiser: gradients that are too large together are scaled down, and who is not trained stays. */
+/** The optimiser's steps: clipping of the global gradient norm, moments, and weight decay. */
 import { expect, test } from "vitest";
 import { referenceBackend } from "../../src/backend/reference/reference.ts";
 import { backward } from "../../src/graph/backward.ts";
@@ -24,7 +24,7 @@ async function step(clip: number | null) {
   return { norm: norm[0], read: (name: string) => [...(states.get(name)?.read() ?? [])] };
 }
 
-test("the norm of all gradients together is held, in the moments too", async () => {
+test("the global gradient norm is clipped, in the moments too", async () => {
   const { norm, read } = await step(0.5);
   expect(norm).toBeCloseTo(5, 5);
   expect(read("m.p")[0]).toBeCloseTo(0.1 * 3 * 0.1, 6); // (1 - beta1) * gradient * 0.5 / 5
@@ -32,7 +32,7 @@ test("the norm of all gradients together is held, in the moments too", async () 
   expect(read("v.q")[0]).toBeCloseTo(0.01 * 0.4 ** 2, 6);
 });
 
-test("a norm below the limit changes nothing", async () => {
+test("a norm below the limit is not changed", async () => {
   const [held, free] = [await step(100), await step(null)];
   for (const name of ["p", "q", "m.p", "v.p", "m.q", "v.q"]) expect(held.read(name)).toEqual(free.read(name));
 });

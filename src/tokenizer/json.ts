@@ -53,9 +53,7 @@ export function readJson(json: unknown): Definition {
   const { model } = json;
   const own = isBpe(model);
   const library = build({ ...json, normalizer: null, decoder: null, model: own ? emptyModel : model });
-  const vocab = new Map(Array.isArray(model.vocab) ? model.vocab.map(([token], id) => [token, id] as const) : Object.entries(model.vocab));
-  for (const [token, id] of vocab)
-    if (!isId(id)) throw new TokenizerError(`tokenizer.json: token ${JSON.stringify(token)} has the id ${id}`);
+  const vocab = readVocab(model.vocab);
   const split = preTokenizer(json.pre_tokenizer ?? null, library);
   const cut: Cut = own ? bpe(model, vocab) : libraryModel(library);
   return {
@@ -69,6 +67,22 @@ export function readJson(json: unknown): Definition {
     decoder: json.decoder ?? null,
     roles: typeof model.unk_token === "string" ? { unk_token: model.unk_token } : {},
   };
+}
+
+/** Without a pair of its own for each entry: vocabularies have 100,000 of them, and every process starts with this. */
+function readVocab(stored: ModelJson["vocab"]): Map<string, number> {
+  const vocab = new Map<string, number>();
+  const add = (token: string, id: number): void => {
+    if (!isId(id)) throw new TokenizerError(`tokenizer.json: token ${JSON.stringify(token)} has the id ${id}`);
+    vocab.set(token, id);
+  };
+  if (isList(stored)) for (let id = 0; id < stored.length; id++) add(stored[id][0], id);
+  else for (const token of Object.keys(stored)) add(token, stored[token]);
+  return vocab;
+}
+
+function isList(vocab: ModelJson["vocab"]): vocab is readonly (readonly [string, number])[] {
+  return Array.isArray(vocab);
 }
 
 export function addedToken(token: AddedJson): AddedToken {

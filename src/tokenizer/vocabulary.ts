@@ -41,7 +41,9 @@ export class Vocabulary {
     this.roles = options.roles;
     this.size = definition.vocab.size;
     this.ids = new Map(definition.vocab);
-    for (const [token, id] of this.ids) this.tokens[id] = token;
+    this.ids.forEach((id, token) => {
+      this.tokens[id] = token;
+    });
     const added = new Map<string, AddedToken>();
     for (const token of [...definition.added, ...options.added]) {
       if (token.content === "") continue;

@@ -89,7 +89,7 @@ export function configOf(file: string, { values, tensors }: GgufHead): Record<st
   const expertWidth = at("expert_feed_forward_length") ?? firstRows(tensors, "ffn_gate_exps.weight");
   const shared = firstRows(tensors, "ffn_gate_shexp.weight");
   if (typeof expertWidth !== "number" || expertWidth < 1 || shared % expertWidth !== 0)
-    throw new CheckpointError(file, `shared experts are ${shared} wide, which is no multiple of the ${expertWidth} of one expert`);
+    throw new CheckpointError(file, `shared experts are ${shared} wide, which is not a multiple of the ${expertWidth} of one expert`);
   return {
     ...config,
     moe_num_experts: number("expert_count"),

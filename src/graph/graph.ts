@@ -94,11 +94,6 @@ export class Graph {
     return this.table[op];
   }
 
-  /** A new computed value, for calls that passes make. */
-  computed(result: Result): Tensor {
-    return this.#value({ kind: "computed", ...result });
-  }
-
   #value(value: Omit<Tensor, "id">): Tensor {
     const tensor = { id: this.values.length, ...value };
     this.values.push(tensor);

@@ -270,7 +270,7 @@ describe("options", () => {
 
     test("need a tokenizer, and text", async () => {
       await expect(answer({ stop_strings: "x" })).rejects.toThrow("stop_strings needs the option 'tokenizer'");
-      await expect(answer({ stop_strings: [""], tokenizer: await words() })).rejects.toThrow("stop_strings must be texts");
+      await expect(answer({ stop_strings: [""], tokenizer: await words() })).rejects.toThrow("stop_strings must be non-empty strings");
     });
   });
 

@@ -3,7 +3,7 @@ import { AutoModelForCausalLM, AutoTokenizer } from "mixtape";
 
 const tokenizer = await AutoTokenizer.from_pretrained("default");
 const model = await AutoModelForCausalLM.from_pretrained("default");
-const prompts = ["你好", "Find me a hotel in London.", "Translate into German: Insert Table", "作一首诗：秋日登楼"];
+const prompts = ["你好", "What is the capital of Japan?", "What do you get for 7 + 5?", "写一首诗，题目是《秋夜》。"];
 const ids = prompts.map((content) => tokenizer.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true }));
 const options = { max_new_tokens: 40, do_sample: false };
 

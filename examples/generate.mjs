@@ -5,13 +5,13 @@ const source = process.argv[2] ?? "default"; // the small bundled model
 const tokenizer = await AutoTokenizer.from_pretrained(source);
 const model = await AutoModelForCausalLM.from_pretrained(source);
 
-// The whole answer at once.
-const inputs = tokenizer("解释混合专家架构的优势"); // { input_ids: number[][], attention_mask: number[][] }
-const outputs = await model.generate({ ...inputs, max_length: 50, do_sample: false });
+// The whole text at once.
+const inputs = tokenizer("To save a document"); // { input_ids: number[][], attention_mask: number[][] }
+const outputs = await model.generate({ ...inputs, max_length: 30, do_sample: false });
 console.log(tokenizer.decode(outputs[0], { skip_special_tokens: true }));
 
-// Streamed.
-const chat = tokenizer.apply_chat_template([{ role: "user", content: "你能做什么？" }], { add_generation_prompt: true });
+// An answer, streamed.
+const chat = tokenizer.apply_chat_template([{ role: "user", content: "解释混合专家架构的优势" }], { add_generation_prompt: true });
 await model.generate({ input_ids: [chat], streamer: new TextStreamer(tokenizer, { skip_prompt: true }), seed: 1 });
 
 // Which experts computed the last token of the prompt?

@@ -20,7 +20,7 @@ const metadata = new Metadata();
 metadata.set("authorization", `Bearer ${process.env.MIXTAPE_KEY ?? "none"}`); // if the server has keys
 const request = {
   model: "default",
-  messages: [{ role: "ROLE_USER", content: "Find me a hotel in London." }],
+  messages: [{ role: "ROLE_USER", content: "What is the capital of Japan?" }],
   options: { sampling: { temperature: 0 }, max_tokens: 40, routing: true },
 };
 let last;

@@ -72,12 +72,17 @@ export interface GenerateOutput {
 
 const DEFAULT_MODEL = fileURLToPath(new URL("../../models/small-moe", import.meta.url));
 
+/** Whether a name means the bundled model. */
+export function isBundled(idOrFolder: string): boolean {
+  return idOrFolder === "default";
+}
+
 /** The local folder of a model, downloaded from the hub if necessary. */
 export async function resolvePretrained(
   idOrFolder: string,
   options: PretrainedOptions & Pick<ResolveOptions, "weights"> = {},
 ): Promise<string> {
-  if (idOrFolder === "default") return Promise.resolve(DEFAULT_MODEL);
+  if (isBundled(idOrFolder)) return DEFAULT_MODEL;
   const { resolveModel } = await import("../checkpoint/hub.ts"); // the bundled model needs no hub
   return resolveModel(idOrFolder, { ...options, onProgress: options.progress_callback });
 }

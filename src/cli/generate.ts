@@ -38,13 +38,16 @@ export function addGenerate(program: Command): void {
     .addHelpText(
       "after",
       examples(
-        ['mixtape generate "你好" --greedy', "the likeliest continuation"],
-        ['mixtape generate --chat "What is a router?" --seed 7', "a repeatable answer"],
+        ['mixtape generate "To save a document" --greedy', "the likeliest continuation"],
+        ['mixtape generate --chat "What is a mixture of experts?" --seed 7', "a repeatable answer"],
         ["cat notes.txt | mixtape generate --max-new-tokens 50", "a prompt from standard input"],
         ["mixtape generate --ids 1,2,3 --greedy", "token ids in, token ids out"],
-        ['mixtape generate "你好" --json | jq .logprobs', "everything about an answer"],
-        ['mixtape generate --chat "Plan a trip." --schema trip.json', "JSON that satisfies a schema"],
-        ['mixtape generate --chat "Is 7 prime?" --regex "yes|no"', "text that matches a regular expression"],
+        ['mixtape generate --chat "What can you do?" --json | jq .logprobs', "everything about an answer"],
+        [
+          'mixtape generate --chat "Name and city as JSON: Laura Stone lives in Vienna." --schema person.json',
+          "JSON that satisfies a schema",
+        ],
+        ['mixtape generate --chat "Good or bad: The soup was cold." --regex "Positive|Negative"', "text that matches a regular expression"],
       ),
     )
     .action(generate);

@@ -32,7 +32,7 @@ const program = new Command("mixtape")
     "after",
     examples(
       ["mixtape chat", "chat with the bundled model"],
-      ['mixtape generate "你好" --greedy', "continue a text"],
+      ['mixtape generate "To save a document" --greedy', "continue a text"],
       ["mixtape serve", "an OpenAI-compatible server and a chat page, on this machine"],
       ['mixtape routing "你好" --svg routing.svg', "see which experts a prompt uses"],
       ["mixtape serve", "answer many users over HTTP"],

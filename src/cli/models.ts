@@ -7,6 +7,9 @@ import { type HubFlags, loadOptions, type ModelFlags } from "./options.ts";
 import { downloadProgress } from "./progress.ts";
 import { notice } from "./terminal.ts";
 
+/** What whoever uses the bundled model should know. */
+export const DEMO = "mixtape: the bundled model is a tiny demo and often wrong; for a real one: -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int8";
+
 /** The folder of a model, fetched with progress bars if it is on the hub. `weights: false` leaves out the weights. */
 export async function findFolder(
   name: string,
@@ -46,7 +49,8 @@ export async function openTokenizer(folder: string): Promise<Tokenizer> {
 
 /** Loads the weights of a folder. The caller disposes of the model. */
 export async function openModel(folder: string, flags: ModelFlags): Promise<CausalLM> {
-  const { AutoModelForCausalLM } = await import("../api/model.ts");
+  const { AutoModelForCausalLM, isBundled } = await import("../api/model.ts");
+  if (isBundled(flags.model)) notice(DEMO);
   return AutoModelForCausalLM.from_pretrained(folder, {
     ...loadOptions(flags),
     warning_callback: (message) => notice(`mixtape: ${message}`),

@@ -2,6 +2,7 @@
 import type { Command } from "commander";
 import type { ServeConfig } from "../server/config.ts";
 import type { Server } from "../server/server.ts";
+import { DEMO } from "./models.ts";
 import { examples } from "./options.ts";
 import type { ServeFlags } from "./settings.ts";
 import { colours, notice } from "./terminal.ts";
@@ -30,11 +31,16 @@ async function serve(flags: ServeFlags): Promise<void> {
     process.stdout.write(`${JSON.stringify(configJsonSchema(), null, 2)}\n`);
     return;
   }
-  const [{ settings }, { createServer }] = await Promise.all([import("./settings.ts"), import("../server/server.ts")]);
+  const [{ settings }, { createServer }, { isBundled }] = await Promise.all([
+    import("./settings.ts"),
+    import("../server/server.ts"),
+    import("../api/model.ts"),
+  ]);
   const config = await settings(flags);
   const server = await createServer(config);
   const ended = untilSignalled(server);
   announce(config, await server.start());
+  if (config.models.some(({ path }) => isBundled(path))) notice(DEMO);
   await ended;
 }
 

@@ -2,7 +2,7 @@
 import { endTokenIds } from "../api/generation.ts";
 import { KV_DTYPES } from "../api/kv.ts";
 import { type LoadedModel, loadModel } from "../api/load.ts";
-import { resolvePretrained } from "../api/model.ts";
+import { isBundled, resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
@@ -73,8 +73,13 @@ export class Catalog {
   }
 
   /** Every name that clients may ask for, loaded or not. */
-  list(): { name: string; created: number; loaded: boolean }[] {
-    return [...this.#entries.values()].map(({ config, created, model }) => ({ name: config.name, created, loaded: model !== null }));
+  list(): { name: string; created: number; loaded: boolean; demo: boolean }[] {
+    return [...this.#entries.values()].map(({ config, created, model }) => ({
+      name: config.name,
+      created,
+      loaded: model !== null,
+      demo: isBundled(config.path),
+    }));
   }
 
   /** The models in memory. */

@@ -55,7 +55,7 @@ export function Chat({ conversation, panel, onPanel, onChange, onMenu, traced, o
             value={model}
             onChange={(event) => onChange({ ...conversation, model: event.currentTarget.value })}
           >
-            {(view.models.length === 0 ? [model] : view.models).map((name) => (
+            {(view.models.length === 0 ? [model] : view.models.map(({ id }) => id)).map((name) => (
               <option key={name} value={name}>
                 {name}
               </option>
@@ -88,7 +88,7 @@ export function Chat({ conversation, panel, onPanel, onChange, onMenu, traced, o
         }
       >
         {messages.length === 0 ? (
-          <Greeting onPick={(text) => session.send(conversation, text)} />
+          <Greeting demo={view.models.find(({ id }) => id === model)?.demo === true} onPick={(text) => session.send(conversation, text)} />
         ) : (
           <ol class="messages" aria-label={say("chat")}>
             {messages.map((message) => (
@@ -166,15 +166,20 @@ function Notices() {
   );
 }
 
-function Greeting({ onPick }: { readonly onPick: (text: string) => void }) {
+/** Questions to begin with: for the demo model, ones that it can answer. */
+const EXAMPLES = ["example1", "example2", "example3"] as const;
+const DEMO_EXAMPLES = ["demoExample1", "demoExample2", "demoExample3"] as const;
+
+function Greeting({ demo, onPick }: { readonly demo: boolean; readonly onPick: (text: string) => void }) {
   const { say } = usePage();
   return (
     <div class="greeting">
       <Mark />
       <p class="greeting-title">{say("greeting")}</p>
       <p class="quiet-text">{say("greetingHint")}</p>
+      {demo && <p class="quiet-text">{say("demo")}</p>}
       <ul class="examples">
-        {(["example1", "example2", "example3"] as const).map((word) => (
+        {(demo ? DEMO_EXAMPLES : EXAMPLES).map((word) => (
           <li key={word}>
             <button type="button" onClick={() => onPick(say(word))}>
               {say(word)}

@@ -1,7 +1,7 @@
 /** The HTTP client of the page: models, streamed answers, metrics. Knows nothing of the page and stores no conversation. */
 import { readEvents } from "./events.ts";
 import type { Vault } from "./vault.ts";
-import { type Delta, readDelta, readFailure, readModels, readShape } from "./wire.ts";
+import { type Delta, readDelta, readFailure, readModels, readShape, type ServedModel } from "./wire.ts";
 
 /** A request that failed, or whose answer is incomplete. */
 export class ClientError extends Error {
@@ -44,7 +44,7 @@ export class Client {
     this.#base = base;
   }
 
-  async models(signal?: AbortSignal): Promise<readonly string[]> {
+  async models(signal?: AbortSignal): Promise<readonly ServedModel[]> {
     return readModels(await (await this.#ask("v1/models", { signal })).json());
   }
 

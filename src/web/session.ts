@@ -16,6 +16,7 @@ import {
 } from "./conversation.ts";
 import { type Library, LibraryError } from "./library.ts";
 import { Trace } from "./trace.ts";
+import type { ServedModel } from "./wire.ts";
 
 /** Minimum milliseconds between two updates of a streaming answer on the page, and between two saves of it. */
 const [DRAW_MS, SAVE_MS] = [40, 1000];
@@ -27,7 +28,7 @@ export interface View {
   readonly loaded: boolean;
   /** Newest first. */
   readonly conversations: readonly Conversation[];
-  readonly models: readonly string[];
+  readonly models: readonly ServedModel[];
   readonly connection: "unknown" | "good" | "key" | "unreachable";
   /** Whether conversations can be saved at the moment, and if not, why. */
   readonly storage: "good" | "full" | "failed";
@@ -116,7 +117,7 @@ export class Session {
   /** The model that answers a conversation: its own if the server has it, else the server's first. */
   modelOf({ model }: Conversation): string {
     const { models } = this.#view;
-    return models.includes(model) || models.length === 0 ? model : models[0];
+    return models.length === 0 || models.some(({ id }) => id === model) ? model : models[0].id;
   }
 
   /** Adds or replaces a conversation, and saves it. */
@@ -184,7 +185,7 @@ export class Session {
   experts(model: string): number | null {
     const known = this.#experts.get(model);
     if (known !== undefined) return known || null;
-    if (!this.#view.models.includes(model)) return null;
+    if (!this.#view.models.some(({ id }) => id === model)) return null;
     this.#experts.set(model, 0);
     this.#client.shape(model).then(
       (shape) => {

@@ -106,11 +106,17 @@ function isIndex(value: unknown): value is number {
   return Number.isInteger(value) && (value as number) >= 0 && (value as number) < 65_536;
 }
 
-/** The ids in a reply to GET /v1/models, in order; anything malformed is left out. */
-export function readModels(value: unknown): readonly string[] {
+export interface ServedModel {
+  readonly id: string;
+  /** The small model that is bundled with mixtape. */
+  readonly demo: boolean;
+}
+
+/** The models in a reply to GET /v1/models, in order; anything malformed is left out. */
+export function readModels(value: unknown): readonly ServedModel[] {
   return listOf(fieldsOf(value)["data"]).flatMap((model) => {
-    const { id } = fieldsOf(model);
-    return typeof id === "string" && id !== "" ? [id] : [];
+    const { id, demo } = fieldsOf(model);
+    return typeof id === "string" && id !== "" ? [{ id, demo: demo === true }] : [];
   });
 }
 

@@ -48,6 +48,13 @@ export const WORDS = {
     en: "The model runs on this server. Your messages are not sent anywhere else.",
     zh: "模型在此服务器上运行，您输入的内容不会发往别处。",
   },
+  demo: {
+    en: "This is a tiny demo model, often wrong. For a real one: mixtape serve -m baidu/ERNIE-4.5-21B-A3B-PT",
+    zh: "这是很小的演示模型，常常出错。使用真正的模型：mixtape serve -m baidu/ERNIE-4.5-21B-A3B-PT",
+  },
+  demoExample1: { en: "What is a mixture of experts?", zh: "解释混合专家架构的优势" },
+  demoExample2: { en: "What is the capital of Japan?", zh: "德国的首都叫什么名字？" },
+  demoExample3: { en: "Please tell a story of a little fox.", zh: "写一首诗，题目是《秋夜》。" },
   example1: { en: "Explain mixtures of experts in three sentences.", zh: "用三句话解释混合专家模型。" },
   example2: { en: "Write a short letter of thanks to a colleague.", zh: "给同事写一封简短的感谢信。" },
   example3: { en: "Plan a weekend in Hangzhou.", zh: "安排一次杭州周末游。" },

@@ -111,3 +111,9 @@ test("messages of several lines", async () => {
   while (messages.at(-1) !== null);
   expect(messages).toEqual(["one", "two \nthree", "four\n\nfive", "six", "last \\", null]);
 });
+
+test("with the bundled model, one line says what it is and how to load a real one", async () => {
+  const { code, out, err } = await run(["chat", "What is the capital of Japan?", "--greedy"]);
+  expect([code, out]).toEqual([0, "The capital of Japan is Tokyo.\n"]);
+  expect(err).toMatch(/^mixtape: the bundled model is a tiny demo.*-m baidu\/ERNIE-4\.5-21B-A3B-PT.*\n$/);
+});

@@ -23,6 +23,8 @@ describe.skipIf(missingBrowser)(`the page on the real server${missingBrowser ? `
       await page.getByRole("textbox", { name: "Message" }).fill(text);
       await page.keyboard.press("Enter");
     };
+    await page.getByText("This is a tiny demo model, often wrong.").waitFor();
+    await page.getByRole("button", { name: "What is the capital of Japan?" }).waitFor();
     await page.getByRole("button", { name: "Settings" }).click();
     await page.getByLabel("Temperature").fill("0");
     await page.getByLabel("Maximum length").fill("24");

@@ -184,7 +184,11 @@ describe("what the server sends", () => {
   });
 
   test("models, shapes and errors", () => {
-    expect(readModels({ data: [{ id: "a" }, { id: 3 }, null, { id: "" }, { id: "b" }] })).toEqual(["a", "b"]);
+    expect(readModels({ data: [{ id: "a" }, { id: 3 }, null, { id: "" }, { id: "b", demo: true }, { id: "c", demo: "yes" }] })).toEqual([
+      { id: "a", demo: false },
+      { id: "b", demo: true },
+      { id: "c", demo: false },
+    ]);
     expect(readModels(undefined)).toEqual([]);
     expect(
       readShape({

@@ -98,7 +98,13 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
     }),
   );
 
-  const shown = ({ name, created }: { name: string; created: number }) => ({ id: name, object: "model", created, owned_by: "mixtape" });
+  const shown = ({ name, created, demo }: ReturnType<typeof catalog.list>[number]) => ({
+    id: name,
+    object: "model",
+    created,
+    owned_by: "mixtape",
+    ...(demo ? { demo } : {}), // an extension: the bundled model, of which nobody should expect much
+  });
   const visible = (request: FastifyRequest) => catalog.list().filter(({ name }) => callerOf(request).models?.includes(name) ?? true);
 
   routes.get("/v1/models", { schema: { tags: ["OpenAI"], summary: "List the models" } }, (request) => ({

@@ -5,10 +5,14 @@
  */
 import { type Expression, MANY } from "./expression.ts";
 import type { Trie } from "./trie.ts";
+import type { Turns } from "./turns.ts";
 
 /** Most frames of one state, and most frames stepped for one mask. */
 const MAX_FRAMES = 1024;
-const MAX_WORK = 20_000;
+const MAX_WORK = 200_000;
+/** Frames stepped, and nodes of the trie visited, before others get their turn: one or two milliseconds. */
+const WORK_A_TURN = 1000;
+const NODES_A_TURN = 10_000;
 /** Most cached frames, counting frames in states; beyond it the cache is cleared. */
 const MAX_KEPT = 100_000;
 
@@ -50,14 +54,22 @@ export class State {
   }
 }
 
-/** Tokens that stay inside a JSON string, and the trie nodes right after its closing quote. */
+/** What can follow in a JSON string, whatever its length and whatever follows it. */
 interface Inside {
-  readonly mask: Int32Array;
-  readonly exits: readonly number[];
+  /** By token: the characters that it adds, one that it only begins included; `LEAVES` if it does not stay inside the string. */
+  readonly characters: Uint16Array;
+  /** The trie nodes right after the closing quote, and the characters before it. */
+  readonly exits: readonly (readonly [node: number, characters: number])[];
+  /** Masks of the tokens that stay inside, by the number of characters left. */
+  readonly masks: Map<number, Int32Array>;
 }
+const LEAVES = 0xffff;
 
-/** Masks of JSON strings, shared by all grammars of one vocabulary. */
-export type Insides = Map<Expression, Map<number, Inside>>;
+/** Insides by their kind of character, shared by all grammars of one vocabulary. */
+export type Insides = Map<Expression, Inside>;
+
+/** Work in pieces: it stops after each, and goes on when it is asked to. */
+type Pieces<T> = Generator<undefined, T, undefined>;
 
 export class Automaton {
   readonly #grammar: Expression;
@@ -71,6 +83,7 @@ export class Automaton {
   #epoch = 0;
   #kept = 0;
   #frames = 0;
+  /** Frames stepped so far. */
   #work = 0;
 
   /** @param endIds tokens that end an answer: allowed where the grammar may end, and only there */
@@ -115,23 +128,51 @@ export class Automaton {
 
   /** Tokens that may come next, as bits by id. If there are none, only end tokens are set. Do not modify. */
   mask(state: State): Int32Array {
-    state.mask ??= this.#allowed(state);
+    const pieces = this.#mask(state);
+    for (;;) {
+      const { done, value } = pieces.next();
+      if (done) return value;
+    }
+  }
+
+  /** The same, without blocking the event loop for more than a few milliseconds at a time. */
+  async maskInTurns(state: State, turns: Turns): Promise<Int32Array> {
+    const pieces = this.#mask(state);
+    for (;;) {
+      const { done, value } = await turns.take(() => pieces.next());
+      if (done) return value;
+    }
+  }
+
+  *#mask(state: State): Pieces<Int32Array> {
+    if (state.mask) return state.mask;
+    const counted = this.#clamped(state);
+    state.mask = counted === state ? yield* this.#allowed(state) : yield* this.#mask(counted);
     return state.mask;
   }
 
-  #allowed(state: State): Int32Array {
-    const counted = this.#clamped(state);
-    if (counted !== state) return this.mask(counted);
-    this.#work = 0;
+  *#allowed(state: State): Pieces<Int32Array> {
     const mask = new Int32Array(this.#trie.words);
     this.#kept += 1 + (this.#trie.words >> 6);
+    const found = (_: State, node: number): void => {
+      for (let id = this.#trie.token[node]; id >= 0; id = this.#trie.same[id]) set(mask, id);
+    };
     if (state.text) {
       const { expression, a, b, next } = state.text;
-      const inside = this.#inside(expression as Expression, a, b);
-      mask.set(inside.mask);
+      if (expression?.kind !== "text") throw new Error(`internal: ${expression?.kind} is not a text`);
+      const inside = yield* this.#inside(expression.character);
+      mask.set(this.#staying(inside, b));
       const after = next && this.#state([next]);
-      if (after) for (const node of inside.exits) this.#walk(after, node, mask, null);
-    } else this.#walk(state, 0, mask, null);
+      const exits = inside.exits.filter(([, characters]) => characters >= a && characters <= b);
+      if (after) {
+        for (const [node] of exits) found(after, node);
+        yield* this.#search(
+          after,
+          exits.map(([node]) => node),
+          found,
+        );
+      }
+    } else yield* this.#search(state, [0], found);
     for (const { expression } of state.frames) {
       if (expression?.kind === "token") set(mask, expression.id);
       if (expression?.kind === "until") for (const id of this.#trie.special) if (!this.#endIds.includes(id)) set(mask, id);
@@ -140,39 +181,61 @@ export class Automaton {
     return mask;
   }
 
-  /** Sets the bits of all tokens below a node that a state allows; collects the nodes at which the grammar may end into `exits`. */
-  #walk(state: State, node: number, mask: Int32Array, exits: number[] | null): void {
-    const { child, sibling, byte, token, same } = this.#trie;
-    // Short tokens first: when the work limit is reached, some token is still allowed.
-    for (let at = child[node]; at !== 0; at = sibling[at]) {
-      const next = this.#step(state, byte[at]);
-      if (next === null) continue;
-      for (let id = token[at]; id >= 0; id = same[id]) set(mask, id);
-      if (exits && next.accepting) exits.push(at);
-    }
-    for (let at = child[node]; at !== 0; at = sibling[at]) {
-      if (child[at] === 0 || this.#work > MAX_WORK) continue;
-      const next = this.#step(state, byte[at]);
-      if (next !== null) this.#walk(next, at, mask, exits);
+  /**
+   * Visits every node below some nodes of the trie that a state allows, with the state there. Breadth first, so that at the limit
+   * of its work the short tokens have been found.
+   */
+  *#search(start: State, nodes: readonly number[], visit: (state: State, node: number, from: number) => void): Pieces<void> {
+    const { child, sibling, byte } = this.#trie;
+    const states: State[] = nodes.map(() => start);
+    const open = [...nodes];
+    const limit = this.#work + MAX_WORK;
+    let [turn, steps] = [this.#work + WORK_A_TURN, 0];
+    for (let i = 0; i < open.length && this.#work < limit; i++) {
+      for (let at = child[open[i]]; at !== 0; at = sibling[at]) {
+        const next = this.#step(states[i], byte[at]);
+        if (next === null) continue;
+        visit(next, at, open[i]);
+        if (child[at] === 0) continue;
+        states.push(next);
+        open.push(at);
+      }
+      if (this.#work < turn && ++steps < NODES_A_TURN) continue;
+      yield;
+      [turn, steps] = [this.#work + WORK_A_TURN, 0];
     }
   }
 
-  /** What the rest of a string allows, independent of what follows it. */
-  #inside(text: Expression, a: number, b: number): Inside {
-    if (text.kind !== "text") throw new Error(`internal: ${text.kind} is not a text`);
-    const known = this.#insides.get(text.character) ?? new Map<number, Inside>();
-    this.#insides.set(text.character, known);
-    const key = a * 2 * MANY + b;
-    let inside = known.get(key);
-    if (!inside) {
-      const mask = new Int32Array(this.#trie.words);
-      const exits: number[] = [];
-      const start = this.#state([this.#frame(text, a, b, this.#end())], false);
-      if (start) this.#walk(start, 0, mask, exits);
-      inside = { mask, exits };
-      known.set(key, inside);
-    }
+  /** What may follow in a string of these characters. No character's encoding begins another's. */
+  *#inside(character: Expression): Pieces<Inside> {
+    const known = this.#insides.get(character);
+    if (known) return known;
+    const inside = { characters: new Uint16Array(this.#trie.bytes.length).fill(LEAVES), exits: [] as [number, number][], masks: new Map() };
+    const start = this.#state([this.#frame({ kind: "text", character, min: 0, max: MANY }, 0, MANY, this.#end())]);
+    if (start === null) throw new Error("internal: a string may always end");
+    /** Whole characters up to each node. */
+    const whole = new Uint16Array(this.#trie.child.length);
+    yield* this.#search(start, [0], (state, node, from) => {
+      if (state.accepting) {
+        inside.exits.push([node, whole[from]]);
+        return;
+      }
+      whole[node] = whole[from] + (state === start ? 1 : 0);
+      const characters = whole[from] + 1;
+      for (let id = this.#trie.token[node]; id >= 0; id = this.#trie.same[id]) inside.characters[id] = characters;
+    });
+    this.#insides.set(character, inside);
     return inside;
+  }
+
+  /** Tokens that stay inside a string of which at most `left` characters remain. */
+  #staying({ characters, masks }: Inside, left: number): Int32Array {
+    const known = masks.get(left);
+    if (known) return known;
+    const mask = new Int32Array(this.#trie.words);
+    for (let id = 0; id < characters.length; id++) if (characters[id] !== LEAVES && characters[id] <= left) set(mask, id);
+    masks.set(left, mask);
+    return mask;
   }
 
   #step(state: State, byte: number): State | null {
@@ -208,7 +271,7 @@ export class Automaton {
   }
 
   /** The state of everything that the frames expect next; null if that is nothing. */
-  #state(targets: readonly Frame[], mayBeText = true): State | null {
+  #state(targets: readonly Frame[]): State | null {
     const found = new Map<number, Frame>();
     const seen = new Set<Frame>();
     for (const frame of targets) this.#expand(frame, found, seen);
@@ -216,8 +279,17 @@ export class Automaton {
     if (found.size === 0) return null;
     const frames = [...found.values()].sort((x, y) => x.id - y.id);
     const [first] = targets;
-    const text = mayBeText && targets.every((t) => t === first) && first.expression?.kind === "text" ? first : null;
+    const text = targets.every((t) => t === first) ? this.#textOf(first) : null;
     return this.#known(frames, text);
+  }
+
+  /** The `text` that a frame begins with, if it can begin with nothing else. */
+  #textOf(frame: Frame): Frame | null {
+    const { expression: e, a, next } = frame;
+    if (e === null || next === null) return null;
+    if (e.kind === "text") return frame;
+    if (e.kind !== "sequence" || a >= e.items.length) return null;
+    return this.#textOf(this.#enter(e.items[a], a + 1 < e.items.length ? this.#frame(e, a + 1, 0, next) : next));
   }
 
   #known(frames: readonly Frame[], text: Frame | null): State {
@@ -304,7 +376,7 @@ export class Automaton {
 
   /**
    * The state with counters clamped to what any token can distinguish: a string of at most 2,000 characters allows the same next
-   * tokens after 10 characters as after 20, so their mask is computed once.
+   * tokens after 10 characters as after 20, and as one without a limit, so their mask is computed once, and without counting.
    */
   #clamped(state: State): State {
     const most = this.#trie.depth + 1;
@@ -314,7 +386,7 @@ export class Automaton {
       const below = clamp(next);
       const counts = e.kind === "repeat" || e.kind === "text";
       const a = counts ? Math.min(frame.a, most) : frame.a;
-      const b = counts && frame.b !== MANY ? Math.min(frame.b, Math.max(most, a)) : frame.b;
+      const b = counts && frame.b >= most && a <= frame.b ? MANY : frame.b;
       return below === next && a === frame.a && b === frame.b ? frame : this.#frame(e, a, b, below);
     };
     if (state.text) {

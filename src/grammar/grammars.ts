@@ -86,7 +86,7 @@ export class Grammars {
     const automaton = await this.#turns.take(() => this.#find(shape, param, after, trie));
     let state: State = automaton.start;
     return {
-      next: () => state.mask ?? this.#turns.take(() => automaton.mask(state)),
+      next: () => state.mask ?? automaton.maskInTurns(state, this.#turns),
       accept: (id) => {
         if (this.#endIds.includes(id)) return; // nothing follows
         const next = automaton.accept(state, id);

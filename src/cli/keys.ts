@@ -27,7 +27,7 @@ export function addKeys(program: Command): void {
   keys.command("list").description("List the keys without their secrets.").argument("<file>", "the key file").action(list);
   keys
     .command("revoke")
-    .description("Revoke a key. Running servers reject it within a second.")
+    .description("Revoke a key. Servers that see the changed file reject it within seconds.")
     .argument("<file>", "the key file")
     .argument("<id|name>", "as 'mixtape keys list' shows it")
     .action(revoke);
@@ -71,6 +71,9 @@ async function list(file: string): Promise<void> {
 async function revoke(file: string, idOrName: string): Promise<void> {
   const { revokeKey } = await import("../server/access/keys.ts");
   for (const key of await revokeKey(file, idOrName)) process.stdout.write(`revoked ${key.id} of ${key.name}\n`);
+  process.stderr.write(
+    `${file} is written; a server that reads this very file rejects the key within seconds. If it can't read the file, its /ready says so\n`,
+  );
 }
 
 /** Parses an expiry: a date, or a time from now. */

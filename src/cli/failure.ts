@@ -33,14 +33,26 @@ export function oneLine(error: unknown): string {
     .trim();
 }
 
-/** When the reader closes the pipe (`mixtape … | head`), the program exits silently. */
-export function quietOnClosedPipe(): void {
+let outputMatters = true;
+
+/**
+ * When the reader closes the pipe (`mixtape … | head`), the program exits silently; when output can't be written for another reason,
+ * it says so and fails.
+ */
+export function endOnBrokenOutput(): void {
   for (const stream of [process.stdout, process.stderr]) {
     stream.on("error", (error: NodeJS.ErrnoException) => {
+      if (!outputMatters) return;
       if (error.code === "EPIPE") process.exit(0);
-      throw error;
+      if (stream === process.stdout) fail(new Error(`standard output can't be written (${error.code})`));
+      process.exit(1);
     });
   }
+}
+
+/** From now on, the program outlives its readers. */
+export function surviveBrokenOutput(): void {
+  outputMatters = false;
 }
 
 /** A signal that Ctrl-C aborts with `Interrupted`, until `release` is called. */

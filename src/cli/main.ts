@@ -7,7 +7,7 @@ import { Command } from "commander";
 import { addBench } from "./bench.ts";
 import { addChat } from "./chat.ts";
 import { addExport } from "./export.ts";
-import { fail, quietOnClosedPipe } from "./failure.ts";
+import { endOnBrokenOutput, fail } from "./failure.ts";
 import { addGenerate } from "./generate.ts";
 import { addInfo } from "./info.ts";
 import { addKeys } from "./keys.ts";
@@ -46,7 +46,7 @@ const program = new Command("mixtape")
 const commands = [addChat, addGenerate, addServe, addKeys, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench];
 for (const add of commands) await add(program);
 
-quietOnClosedPipe();
+endOnBrokenOutput();
 try {
   if (process.argv.length <= 2) program.outputHelp();
   else await program.parseAsync();

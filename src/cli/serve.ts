@@ -2,6 +2,7 @@
 import type { Command } from "commander";
 import type { ServeConfig } from "../server/config.ts";
 import type { Server } from "../server/server.ts";
+import { surviveBrokenOutput } from "./failure.ts";
 import { DEMO } from "./models.ts";
 import { examples } from "./options.ts";
 import type { ServeFlags } from "./settings.ts";
@@ -37,11 +38,13 @@ async function serve(flags: ServeFlags): Promise<void> {
     import("../api/model.ts"),
   ]);
   const config = await settings(flags);
+  surviveBrokenOutput(); // losing the log or the terminal must not end the service
   const server = await createServer(config);
   const ended = untilSignalled(server);
   announce(config, await server.start());
   if (config.models.some(({ path }) => isBundled(path))) notice(DEMO);
   await ended;
+  process.exit(); // log lines that nobody reads would keep the process alive
 }
 
 /** Prints the addresses to standard error, since standard output is the log. */

@@ -23,7 +23,7 @@ export interface ServeFlags extends Readonly<Record<string, unknown>> {
 /** Settings in the order of the help text. */
 const GROUPS: Readonly<Record<string, readonly (keyof ServeConfig & string)[]>> = {
   "Network options:": ["host", "port", "grpcPort", "grpcHost", "corsOrigins", "allowedHosts", "trustProxy"],
-  "Key options:": ["keys", "usageFile", "insecureNoAuth"],
+  "Key options:": ["keys", "keysGraceSeconds", "usageFile", "insecureNoAuth"],
   "Memory options:": ["memoryBudgetBytes", "idleUnloadSeconds", "offline"],
   "Limits:": [
     "maxInProgress",

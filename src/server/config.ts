@@ -1,6 +1,6 @@
 /** The server's settings: each field with its default, check and description. Both flags and the file are validated here. Starts nothing. */
 import { readFile } from "node:fs/promises";
-import { parse as parseYaml } from "yaml";
+import { parse as parseYaml, YAMLParseError } from "yaml";
 import { z } from "zod";
 import { KV_CACHE_DTYPES } from "../api/kv.ts";
 
@@ -46,6 +46,12 @@ export const ServeConfig = z.strictObject({
   offline: z.boolean().default(false).describe("Never download models from the hub"),
 
   keys: z.string().min(1).optional().describe("File of API keys, created by 'mixtape keys'; without it, no key is required"),
+  keysGraceSeconds: z
+    .number()
+    .min(0)
+    .max(86_400)
+    .default(60)
+    .describe("While the keys file cannot be read: how long the keys last read stay valid; then every key is refused"),
   usageFile: z
     .string()
     .min(1)
@@ -80,12 +86,18 @@ export const ServeConfig = z.strictObject({
   maxHeaderBytes: count(1024)
     .default(16 * 1024)
     .describe("Maximum size of a request's headers"),
-  maxConnections: count(1).default(4096).describe("Maximum number of open connections; more are closed immediately"),
+  maxConnections: count(1)
+    .default(4096)
+    .describe("Maximum number of open connections per port; when there are more, those without a complete request are closed"),
   maxPromptTokens: count(1).nullable().default(null).describe("Maximum prompt length in tokens; default: the model's limit"),
   maxTokens: count(1).nullable().default(null).describe("Maximum answer length in tokens; default: the model's limit"),
 
   headersTimeoutSeconds: seconds.default(15).describe("Time a client has to send a request's headers"),
-  requestTimeoutSeconds: seconds.default(30).describe("Time a client has to send a whole request, including time in the queue"),
+  requestTimeoutSeconds: seconds
+    .default(30)
+    .describe(
+      "Time a client has to send a whole request, including time in the queue; the first one from the time of connecting, TLS included",
+    ),
   keepAliveTimeoutSeconds: seconds.default(72).describe("How long a connection may be idle between requests"),
   stallTimeoutSeconds: seconds.default(30).describe("Disconnect a client that reads nothing of a waiting response for this long"),
   drainTimeoutSeconds: z.number().min(0).max(86_400).default(30).describe("How long running requests may continue after SIGTERM"),
@@ -94,7 +106,11 @@ export const ServeConfig = z.strictObject({
   logContent: z.boolean().default(false).describe("Also log request bodies, including prompts"),
   metrics: z.boolean().default(true).describe("Serve Prometheus metrics at /metrics"),
   metricsPort: port.nullable().default(null).describe("Separate port for /metrics; default: the HTTP port"),
-  metricsHost: z.string().min(1).default("127.0.0.1").describe("Address of metricsPort"),
+  metricsHost: z
+    .string()
+    .min(1)
+    .default("127.0.0.1")
+    .describe("Address of metricsPort; anything but loopback requires keys or metricsToken"),
   metricsToken: z.string().min(16).optional().describe("Bearer token that /metrics requires instead of an API key"),
   grpcPort: port.nullable().default(null).describe("gRPC port; 0: any free port; default: no gRPC"),
   grpcHost: z.string().min(1).nullable().default(null).describe("Address for gRPC; default: the HTTP address"),
@@ -133,17 +149,20 @@ export async function readServeConfig(file: string): Promise<Readonly<Record<str
   let value: unknown;
   try {
     value = file.endsWith(".json") ? JSON.parse(text) : parseYaml(text);
-  } catch (cause) {
-    throw new ServerConfigError(
-      `${file}: broken ${file.endsWith(".json") ? "JSON" : "YAML"} (${(cause as Error).message.split("\n")[0]})`,
-      {
-        cause,
-      },
-    );
+  } catch (error) {
+    // Without the parser's words, which quote the file: it may hold tokens.
+    throw new ServerConfigError(`${file}: broken ${file.endsWith(".json") ? "JSON" : "YAML"}${placeOf(error)}`);
   }
   if (typeof value !== "object" || value === null || Array.isArray(value))
     throw new ServerConfigError(`${file}: must be an object of settings, like {"port": 8080}`);
   return value as Record<string, unknown>;
+}
+
+/** Where a parser stopped, as far as it says so. */
+function placeOf(error: unknown): string {
+  if (error instanceof YAMLParseError && error.linePos) return `, at line ${error.linePos[0].line}, column ${error.linePos[0].col}`;
+  const position = /at position (\d+)/.exec((error as Error).message)?.[1];
+  return position === undefined ? "" : `, at character ${position}`;
 }
 
 /** The JSON schema of the config file, for editors and validators. */
@@ -161,8 +180,13 @@ export function isLoopback(host: string): boolean {
 /** Throws ServerConfigError if the server would be open to other machines without keys. */
 function checkExposure(config: ServeConfig, source: string): void {
   if (config.keys !== undefined || config.insecureNoAuth) return;
-  const hosts = [config.host, config.grpcPort === null ? null : config.grpcHost];
+  const metricsHost = config.metrics && config.metricsPort !== null && config.metricsToken === undefined ? config.metricsHost : null;
+  const hosts = [config.host, config.grpcPort === null ? null : config.grpcHost, metricsHost];
   const open = hosts.find((host) => host !== null && !isLoopback(host));
+  if (open !== undefined && open !== null && open === metricsHost && isLoopback(config.host))
+    throw new ServerConfigError(
+      `${source}: metricsHost: ${open} can be reached from other machines: set metricsToken, or keys, or pass --insecure-no-auth`,
+    );
   if (open !== undefined)
     throw new ServerConfigError(
       `${source}: ${open} can be reached from other machines, and there are no keys: create some with 'mixtape keys create' and pass --keys, or pass --insecure-no-auth`,

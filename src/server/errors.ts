@@ -16,6 +16,8 @@ export const ERRORS = {
   rate_limit_exceeded: { status: 429, type: "rate_limit_error", grpc: "RESOURCE_EXHAUSTED" },
   budget_exceeded: { status: 429, type: "insufficient_quota", grpc: "RESOURCE_EXHAUSTED" },
   overloaded: { status: 429, type: "overloaded_error", grpc: "RESOURCE_EXHAUSTED" },
+  /** The client left before its response was complete. Nobody receives this; logs and metrics count it, with the status that proxies use. */
+  cancelled: { status: 499, type: "invalid_request_error", grpc: "CANCELLED" },
   internal: { status: 500, type: "server_error", grpc: "INTERNAL" },
   not_ready: { status: 503, type: "server_error", grpc: "UNAVAILABLE" },
   timeout: { status: 504, type: "server_error", grpc: "DEADLINE_EXCEEDED" },

@@ -13,6 +13,12 @@ export interface Sources {
   /** The models in memory. */
   readonly models: () => readonly NamedModel[];
   readonly admission: { readonly running: number; readonly queued: number };
+  /** Open connections by listener. Default: none are counted. */
+  readonly connections?: () => Readonly<Record<string, number>>;
+  /** Default 0. */
+  readonly logLinesDropped?: () => number;
+  /** Seconds since the key file could last be read; 0 while it can. Default 0. */
+  readonly keysUnreadableSeconds?: () => number;
 }
 
 export class Metrics implements Observer {
@@ -30,7 +36,7 @@ export class Metrics implements Observer {
   readonly #watched = new WeakSet<Engine>();
 
   /** @param sources read on every scrape */
-  constructor({ models, admission }: Sources) {
+  constructor({ models, admission, connections = () => ({}), logLinesDropped = () => 0, keysUnreadableSeconds = () => 0 }: Sources) {
     const registers = [this.registry];
     const labelNames = ["model"];
     collectDefaultMetrics({ register: this.registry, prefix: "mixtape_" });
@@ -70,6 +76,25 @@ export class Metrics implements Observer {
       });
     counted("mixtape_requests_in_progress", "Requests in progress.", () => admission.running);
     counted("mixtape_requests_queued", "Requests waiting in the queue.", () => admission.queued);
+    counted("mixtape_keys_unreadable_seconds", "Seconds since the key file could last be read; 0 while it can.", keysUnreadableSeconds);
+    new Gauge({
+      name: "mixtape_connections",
+      help: "Open connections, by listener.",
+      labelNames: ["listener"],
+      registers,
+      collect() {
+        for (const [listener, count] of Object.entries(connections())) this.set({ listener }, count);
+      },
+    });
+    new Counter({
+      name: "mixtape_log_lines_dropped_total",
+      help: "Log lines that could not be written.",
+      registers,
+      collect() {
+        this.reset();
+        this.inc(logLinesDropped());
+      },
+    });
     this.#firstToken = new Histogram({
       name: "mixtape_time_to_first_token_seconds",
       help: "Time from a request to the first text of its answer, queueing included.",

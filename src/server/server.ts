@@ -1,23 +1,26 @@
 /** Assembles the server from access control, models, HTTP and gRPC; starts it and shuts it down. Knows no route's content. */
+import { lookup } from "node:dns/promises";
 import { readFileSync } from "node:fs";
-import type { Server as HttpServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import type { FastifyInstance } from "fastify";
 import type { DestinationStream } from "pino";
 import { Gate } from "./access/gate.ts";
 import { Catalog } from "./catalog.ts";
 import { isLoopback, type ServeConfig } from "./config.ts";
+import { type ConnectionLimits, Connections } from "./connections.ts";
 import type { ServerContext } from "./context.ts";
 import { ERRORS, ServerError, serverError } from "./errors.ts";
 import { type Grpc, startGrpc } from "./grpc/grpc.ts";
 import { createHttp, guard } from "./http/app.ts";
+import { followRequests } from "./http/arrivals.ts";
 import { InFlight } from "./http/inflight.ts";
 import { registerInspection } from "./http/inspect.ts";
 import { registerOpenAi } from "./http/openai/routes.ts";
-import { registerOperations, type State, serveMetrics } from "./http/ops.ts";
+import { registerMetrics, registerOperations, type State } from "./http/ops.ts";
 import { registerPage } from "./http/page.ts";
 import { createLogger, type Logger } from "./logs.ts";
 import { Metrics } from "./metrics.ts";
+import { type LogOutput, standardOutput } from "./output.ts";
 import { Certificate, type KeyPair } from "./tls.ts";
 
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
@@ -25,12 +28,17 @@ const { version } = JSON.parse(readFileSync(new URL("../../package.json", import
 /** Calls that a gRPC connection may have beyond the admission limits, so that excess calls get an error and health probes succeed. */
 const SPARE_STREAMS = 100;
 
+/** Time for the last log lines to be written. */
+const FLUSH_MS = 1000;
+
 /** A server, from assembly to shutdown. */
 export interface Server {
   /** For tests: `inject` sends requests without a network. */
   readonly app: FastifyInstance;
   readonly catalog: Catalog;
   readonly gate: Gate;
+  /** Port of the metrics; null where they have no own one, or before the start. */
+  readonly metricsPort: number | null;
   /** Listens, then loads the preloaded models. If either fails, the server is closed and the promise rejects. */
   start(): Promise<{ readonly url: string; readonly grpcPort: number | null }>;
   /** Reloads the TLS files. */
@@ -44,10 +52,12 @@ export interface Server {
  * @param logTo where log lines go; default: standard output
  */
 export async function createServer(config: ServeConfig, logTo?: DestinationStream): Promise<Server> {
-  const log = createLogger(config.logLevel, logTo);
+  const output = logTo === undefined ? standardOutput() : null;
+  const log = createLogger(config.logLevel, logTo ?? (output as LogOutput));
   const certificate = config.tls ? new Certificate(config.tls, log) : null;
   const gate = await Gate.open({
     keyFile: config.keys ?? null,
+    graceSeconds: config.keysGraceSeconds,
     usageFile: config.usageFile ?? null,
     limits: {
       running: config.maxInProgress,
@@ -66,7 +76,23 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
       if (what === "loaded") for (const model of catalog.loaded()) metrics.watch(model);
     },
   });
-  const metrics = new Metrics({ models: () => catalog.loaded(), admission: gate.admission });
+  const limits = {
+    maxConnections: config.maxConnections,
+    arrivalMs: config.requestTimeoutSeconds * 1000,
+    idleMs: config.keepAliveTimeoutSeconds * 1000,
+  };
+  const connections = new Connections(limits);
+  const metrics = new Metrics({
+    models: () => catalog.loaded(),
+    admission: gate.admission,
+    connections: () => ({
+      http: connections.count,
+      ...(grpc ? { grpc: grpc.connections() } : {}),
+      ...(metricsPort ? { metrics: metricsPort.connections.count } : {}),
+    }),
+    logLinesDropped: () => output?.dropped ?? 0,
+    keysUnreadableSeconds: () => gate.keysFault?.seconds ?? 0,
+  });
   const context: ServerContext = {
     catalog,
     observer: metrics,
@@ -76,6 +102,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
   };
   const inFlight = new InFlight(config.stallTimeoutSeconds, () => log.warn("disconnected a client that stopped reading its response"));
   const app = await createHttp({ config, log, metrics, inFlight, certificate, version });
+  followRequests(app.server, connections);
   const state: State = { phase: "starting" };
   await registerOperations(app, { state, config, gate, catalog, metrics });
   await app.register(async (scope) => {
@@ -95,38 +122,44 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
       grpc?.renew(pair);
     };
 
-  let metricsServer: HttpServer | null = null;
+  let metricsPort: MetricsPort | null = null;
   let grpc: Grpc | null = null;
   const close = async (): Promise<void> => {
     state.phase = "draining";
     await grpc?.close(0);
     grpc = null;
-    metricsServer?.close();
-    metricsServer?.closeAllConnections();
-    app.server.closeAllConnections();
-    await app.close();
+    await metricsPort?.close();
+    const closed = app.close(); // it waits for the connections
+    await connections.close(0);
+    await closed;
     inFlight.close();
     certificate?.close();
     await gate.close();
     await catalog.close();
+    await output?.close(FLUSH_MS);
   };
   let stopping: Promise<void> | null = null;
   return {
     app,
     catalog,
     gate,
+    get metricsPort() {
+      return metricsPort?.port ?? null;
+    },
     async start() {
       try {
-        await app.listen({ host: config.host, port: config.port });
+        await app.listen({ host: await addressOf(config.host), port: config.port });
         if (config.keys === undefined && !isLoopback(config.host)) log.warn("anyone who can reach this address may use the server");
-        const { metricsPort } = config;
-        if (config.metrics && metricsPort !== null) metricsServer = await serveMetrics({ ...config, metricsPort }, gate, metrics);
+        if (config.metrics && config.metricsPort !== null)
+          metricsPort = await openMetrics(config, config.metricsPort, limits, { gate, metrics, log });
         if (config.grpcPort !== null)
           grpc = await openGrpc(config, config.grpcPort, certificate?.current ?? null, { context, gate, metrics, log });
         await catalog.preload();
         if (state.phase === "starting") {
           state.phase = "ready";
-          grpc?.ready();
+          const tell = (unreadable: boolean) => grpc?.[unreadable ? "pause" : "ready"]();
+          gate.onFault = tell;
+          tell(gate.keysFault !== null);
         }
         return { url: urlOf(app, certificate !== null), grpcPort: grpc?.address.port ?? null };
       } catch (error) {
@@ -175,7 +208,8 @@ function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { cont
         metrics.queued(place.queuedSeconds);
         return place;
       } catch (error) {
-        metrics.refused(serverError(error).code);
+        const { code } = serverError(error);
+        if (code !== "cancelled") metrics.refused(code);
         throw error;
       }
     },
@@ -189,8 +223,7 @@ function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { cont
       stallTimeoutSeconds: config.stallTimeoutSeconds,
     },
     onEnd: ({ requestId, path, callerId, outcome, seconds, error }) => {
-      // Proxies use 499 for clients that disconnected.
-      metrics.request(path, outcome === "ok" ? 200 : outcome === "cancelled" ? 499 : ERRORS[outcome].status, seconds);
+      metrics.request(path, outcome === "ok" ? 200 : ERRORS[outcome].status, seconds);
       if (outcome === "internal") log.error({ reqId: requestId, err: error }, "a call failed");
       log.info({ reqId: requestId, path, outcome, ms: Math.round(seconds * 1000), caller: callerId }, "answered");
     },
@@ -198,9 +231,49 @@ function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { cont
   });
 }
 
+/** The metrics' own port. */
+interface MetricsPort {
+  readonly port: number;
+  readonly connections: Connections;
+  close(): Promise<void>;
+}
+
+/** Serves the metrics, and nothing else, behind the same checks as the API. Plain HTTP. */
+async function openMetrics(
+  config: ServeConfig,
+  port: number,
+  limits: ConnectionLimits,
+  { gate, metrics, log }: Omit<GrpcParts, "context">,
+): Promise<MetricsPort> {
+  const connections = new Connections(limits);
+  const inFlight = new InFlight(config.stallTimeoutSeconds, () => {});
+  const own: ServeConfig = { ...config, host: config.metricsHost, docs: false, web: false, corsOrigins: [] };
+  const app = await createHttp({ config: own, log, metrics, inFlight, certificate: null, version });
+  followRequests(app.server, connections);
+  registerMetrics(app, { config, gate, metrics });
+  const close = async () => {
+    const closed = app.close();
+    await connections.close(0);
+    await closed;
+    inFlight.close();
+  };
+  try {
+    await app.listen({ host: await addressOf(config.metricsHost), port });
+  } catch (error) {
+    await close();
+    throw error;
+  }
+  return { port: (app.server.address() as AddressInfo).port, connections, close };
+}
+
 /** The TLS part of an HTTP server. */
 interface SecureServer {
   setSecureContext(pair: KeyPair): void;
+}
+
+/** One address: for `localhost`, Fastify would open a second server, which has neither our limits nor new certificates. */
+async function addressOf(host: string): Promise<string> {
+  return (await lookup(host, { verbatim: false })).address;
 }
 
 function urlOf(app: FastifyInstance, secure: boolean): string {

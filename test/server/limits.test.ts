@@ -124,6 +124,10 @@ test("neither prompts nor answers nor keys are in the log", async () => {
 test("an address that other machines can reach requires keys", () => {
   expect(() => checkServeConfig({ host: "0.0.0.0" })).toThrow(/0\.0\.0\.0 can be reached from other machines, and there are no keys/);
   expect(checkServeConfig({ host: "0.0.0.0", insecureNoAuth: true }).port).toBe(8080);
+  const metrics = { metricsPort: 9090, metricsHost: "0.0.0.0" };
+  expect(() => checkServeConfig(metrics)).toThrow(/metricsHost: 0\.0\.0\.0 can be reached from other machines: set metricsToken, or keys/);
+  for (const held of [{ keys: "keys.json" }, { metricsToken: "0123456789abcdef" }, { insecureNoAuth: true }, { metrics: false }])
+    expect(checkServeConfig({ ...metrics, ...held }).metricsHost).toBe("0.0.0.0");
   expect(() => checkServeConfig({ prot: 1 }, "my.yaml")).toThrow("my.yaml: prot: there is no such option");
   expect(() => checkServeConfig({ port: "x" }, "my.yaml")).toThrow(/^my\.yaml: port: /);
 });
@@ -138,6 +142,21 @@ test("metrics: requests are counted; a metrics token restricts who can read them
   expect(text).toMatch(/mixtape_tokens_total\{model="default",kind="completion"\} [123]\n/);
   expect(text).toMatch(/mixtape_time_to_first_token_seconds_count\{model="default"\} 1/);
   expect(text).toMatch(/mixtape_expert_load\{model="default",layer="0",expert="\d+"\} [1-9]/);
+});
+
+test("the metrics' own port: nothing but the metrics, and for holders of a key only", async () => {
+  const file = join(temporary(), "keys.json");
+  const { secret } = await createKey(file, FREE);
+  const { server } = await startHere({ keys: file, metricsPort: 0 });
+  const port = server.metricsPort;
+  const ask = async (path: string, headers: Record<string, string> = {}) =>
+    (await fetch(`http://127.0.0.1:${port}${path}`, { headers })).status;
+  const key = { authorization: `Bearer ${secret}` };
+  expect([await ask("/metrics"), await ask("/metrics", { authorization: "Bearer x" }), await ask("/metrics", key)]).toEqual([
+    401, 401, 200,
+  ]);
+  for (const path of ["/", "/docs", "/health", "/v1/models"]) expect(await ask(path, key)).toBe(404);
+  expect((await fetch(`http://127.0.0.1:${port}/metrics`, { method: "POST", headers: key })).status).toBe(405);
 });
 
 test.skipIf(spawnSync("openssl", ["version"]).error)("TLS: over HTTPS with a certificate of one's own (needs openssl)", async () => {

@@ -62,6 +62,9 @@ export class Entrance {
     const listener = new ServerListenerBuilder()
       .withOnReceiveMetadata((metadata, next) => {
         try {
+          const [host] = metadata.get("host");
+          if (host !== undefined && host.toString() !== call.getHost())
+            throw new ServerError("invalid_request", "the request's :authority and its header host name different hosts");
           const [header] = metadata.get("authorization");
           if (method.path.startsWith(guarded)) this.#callers.set(metadata, authenticate(bearerToken(header?.toString())));
         } catch (error) {

@@ -12,8 +12,8 @@ import type { Caller } from "../access/gate.ts";
 import type { ServerContext } from "../context.ts";
 import type { KeyPair } from "../tls.ts";
 import { Calls } from "./calls.ts";
-import { Connections } from "./connections.ts";
 import { Entrance, lenient, strict } from "./entrance.ts";
+import { Listener } from "./listener.ts";
 import type { CallReport } from "./report.ts";
 import { mixtapeService } from "./service.ts";
 
@@ -58,8 +58,12 @@ export interface GrpcOptions {
 
 export interface Grpc {
   readonly address: AddressInfo;
-  /** Makes the health service report SERVING until `close`. */
+  /** How many connections are open. */
+  connections(): number;
+  /** Makes the health service report SERVING, until `pause` or `close`. */
   ready(): void;
+  /** Makes it report NOT_SERVING. Calls are answered all the same. */
+  pause(): void;
   /** Presents this certificate on new connections. */
   renew(tls: KeyPair): void;
   /** Reports NOT_SERVING, waits for running calls, then closes. Resolves with how many calls were cut off. */
@@ -90,23 +94,30 @@ export async function startGrpc(options: GrpcOptions): Promise<Grpc> {
   health.addToServer(strict(server));
   new ReflectionService(definition).addToServer(strict(server));
   const { host, port, tls } = options;
-  const connections = await Connections.listen(server, {
+  const listener = await Listener.listen(server, {
     host,
     port,
     tls,
-    maxConnections: limits.maxConnections,
+    limits: {
+      maxConnections: limits.maxConnections,
+      arrivalMs: limits.requestTimeoutSeconds * 1000,
+      idleMs: limits.idleTimeoutSeconds * 1000,
+    },
+    claiming: `/${SERVICE}/`,
     messages: () => calls.messages,
     onFlood,
   });
   return {
-    address: connections.address,
+    address: listener.address,
+    connections: () => listener.connections.count,
     ready: () => tell("SERVING"),
-    renew: (pair) => connections.renew(pair),
+    pause: () => tell("NOT_SERVING"),
+    renew: (pair) => listener.renew(pair),
     async close(drainMs) {
       tell("NOT_SERVING");
-      connections.refuse();
+      listener.refuse();
       const cut = await calls.drain(drainMs);
-      await connections.close(FLUSH_MS);
+      await listener.connections.close(FLUSH_MS);
       server.forceShutdown();
       return cut;
     },

@@ -8,7 +8,7 @@ export interface CallReport {
   readonly path: string;
   readonly callerId: string;
   /** `cancelled`: the client left or its deadline passed. */
-  readonly outcome: "ok" | "cancelled" | ErrorCode;
+  readonly outcome: "ok" | ErrorCode;
   readonly seconds: number;
   /** What failed, if anything did. */
   readonly error?: unknown;

@@ -42,6 +42,7 @@ export async function createHttp({ config, log, metrics, inFlight, certificate, 
     headersTimeout: Math.min(config.headersTimeoutSeconds, config.requestTimeoutSeconds) * 1000,
     // How often Node looks for requests that are overdue: often enough for the timeout to mean something.
     connectionsCheckingInterval: Math.min(1000, config.requestTimeoutSeconds * 500),
+    handshakeTimeout: config.headersTimeoutSeconds * 1000,
   };
   const app = Fastify({
     loggerInstance: log,
@@ -54,30 +55,30 @@ export async function createHttp({ config, log, metrics, inFlight, certificate, 
     forceCloseConnections: "idle",
     return503OnClosing: false, // while draining, a hook answers in our error format
     clientErrorHandler: answerBroken,
-    frameworkErrors: answer,
+    frameworkErrors: answerWith(inFlight),
     ...(certificate ? { https: { ...http, ...certificate.current, minVersion: "TLSv1.2" } } : { http }),
   } as Parameters<typeof Fastify>[0]) as unknown as FastifyInstance;
-  app.server.maxConnections = config.maxConnections;
   app.setValidatorCompiler(validatorCompiler);
   app.setSerializerCompiler(serializerCompiler);
   app.removeAllContentTypeParsers();
   app.addContentTypeParser("application/json", { parseAs: "buffer" }, async (_request: FastifyRequest, bytes: Buffer) =>
     parseBody(bytes, config.maxJsonDepth),
   );
-  app.setErrorHandler(answer);
+  app.setErrorHandler(answerWith(inFlight));
   app.decorateRequest("caller");
 
   const knownHosts = config.keys === undefined && isLoopback(config.host) ? config.allowedHosts : null;
   app.addHook("onRequest", async (request, reply) => {
-    inFlight.add(reply.raw);
+    inFlight.add(reply.raw, (status) => {
+      const route = request.routeOptions.url ?? "unknown";
+      metrics.request(route, status, reply.elapsedTime / 1000);
+      const what = { req: request, res: { status }, ms: Math.round(reply.elapsedTime), caller: request.caller?.id, ip: request.ip };
+      const quiet = route === "/health" || route === "/ready" || route === "/metrics";
+      request.log[quiet ? "debug" : "info"](what, status === ERRORS.cancelled.status ? "the client left" : "answered");
+    });
     reply.header("x-request-id", request.id);
+    refuseAmbiguous(request);
     if (knownHosts) checkHost(request, knownHosts);
-  });
-  app.addHook("onResponse", async (request, reply) => {
-    const route = request.routeOptions.url ?? "unknown";
-    metrics.request(route, reply.statusCode, reply.elapsedTime / 1000);
-    const what = { req: request, res: reply, ms: Math.round(reply.elapsedTime), caller: request.caller?.id, ip: request.ip };
-    request.log[route === "/health" || route === "/ready" || route === "/metrics" ? "debug" : "info"](what, "answered");
   });
   if (config.logContent)
     app.addHook("preHandler", async (request) => {
@@ -143,7 +144,7 @@ export function guard(scope: FastifyInstance, gate: Gate, metrics: Metrics): voi
     request.caller = gate.authenticate(bearerToken(request.headers.authorization));
     if (request.method !== "POST") return;
     const gone = new AbortController();
-    const leave = () => gone.abort(new ServerError("timeout", "the client has disconnected"));
+    const leave = () => gone.abort(new ServerError("cancelled", "the client has disconnected"));
     reply.raw.once("close", leave);
     try {
       const place = await gate.enter(request.caller, gone.signal);
@@ -151,7 +152,8 @@ export function guard(scope: FastifyInstance, gate: Gate, metrics: Metrics): voi
       if (reply.raw.closed || reply.raw.destroyed) place.leave();
       metrics.queued(place.queuedSeconds);
     } catch (error) {
-      metrics.refused(error instanceof ServerError ? error.code : "internal");
+      const code = error instanceof ServerError ? error.code : "internal";
+      if (code !== "cancelled") metrics.refused(code);
       throw error;
     } finally {
       reply.raw.off("close", leave);
@@ -194,19 +196,39 @@ function checkHost(request: FastifyRequest, allowed: readonly string[]): void {
   );
 }
 
-function answer(error: unknown, request: FastifyRequest, reply: FastifyReply): void {
-  const { status, body, headers, code } = errorBody(error);
-  if (status >= 500) request.log.error({ err: error }, "a request failed");
-  // Error messages may repeat what the user sent.
-  else request.log.debug({ code, param: body.error.param }, "a request was rejected");
-  if (reply.raw.headersSent) {
-    reply.raw.destroy(); // the response has begun, so its reader can only see it break off
-    return;
+/** Headers that decide who asks, for what and how. Of two, each program on the way may believe another one. */
+const SINGLE = new Set(["host", "authorization", "content-type", "origin"]);
+
+function refuseAmbiguous({ raw: { rawHeaders, url }, headers }: FastifyRequest): void {
+  const seen = new Set<string>();
+  for (let i = 0; i < rawHeaders.length; i += 2) {
+    const name = rawHeaders[i].toLowerCase();
+    if (!SINGLE.has(name)) continue;
+    if (seen.has(name)) throw new ServerError("invalid_request", `the request has two headers ${name}; send one`, { param: name });
+    seen.add(name);
   }
-  // Fastify would close the connection while the client is still sending its body, and the client would see a reset instead of
-  // the response. Keeping it open discards the body, until the request timeout.
-  if (status < 500) reply.removeHeader("connection");
-  void reply.code(status).headers(headers).type("application/json; charset=utf-8").serializer(JSON.stringify).send(body);
+  const [, target] = /^[a-z][a-z\d+.-]*:\/\/([^/?#]*)/i.exec(url ?? "") ?? [];
+  if (target !== undefined && target.toLowerCase() !== headers.host?.toLowerCase())
+    throw new ServerError("invalid_request", "the request's target and its header host name different hosts", { param: "host" });
+}
+
+function answerWith(inFlight: InFlight) {
+  return (error: unknown, request: FastifyRequest, reply: FastifyReply): void => {
+    const { status, body, headers, code } = errorBody(error);
+    const left = code === "cancelled" || request.raw.errored === error;
+    if (code === "internal" && !left) request.log.error({ err: error }, "a request failed");
+    // Not the message or the field: they may repeat what the user sent.
+    else if (!left) request.log.debug({ code }, "a request was rejected");
+    if (left || reply.raw.destroyed) return; // nobody is there to read an answer
+    if (reply.raw.headersSent) {
+      inFlight.cut(reply.raw, status);
+      return;
+    }
+    // Fastify would close the connection while the client is still sending its body, and the client would see a reset instead of
+    // the response. Keeping it open discards the body, until the request timeout.
+    if (status < 500) reply.removeHeader("connection");
+    void reply.code(status).headers(headers).type("application/json; charset=utf-8").serializer(JSON.stringify).send(body);
+  };
 }
 
 /** Answers unknown paths with 404, and methods that a path does not have with 405. */
@@ -232,9 +254,16 @@ function answerUnknownRoutes(app: FastifyInstance): void {
   });
 }
 
-/** Input that Node cannot parse as a request has no route and no reply object: it is answered on the socket. */
+/** How long a client may take to read the answer to something that is no request. */
+const FAREWELL_MS = 1000;
+
+/**
+ * Input that Node cannot parse as a request has no route and no reply object: it is answered on the socket. Other errors, of TLS
+ * handshakes among them, leave a socket that can't carry an answer. The socket always ends, whatever its client does.
+ */
 function answerBroken(error: Error & { code?: string }, socket: Socket): void {
-  if (error.code === "ECONNRESET" || socket.destroyed || !socket.writable) {
+  const parsed = error.code?.startsWith("HPE_") || error.code === "ERR_HTTP_REQUEST_TIMEOUT";
+  if (!parsed || socket.destroyed || !socket.writable) {
     socket.destroy();
     return;
   }
@@ -248,4 +277,6 @@ function answerBroken(error: Error & { code?: string }, socket: Socket): void {
   socket.end(
     `HTTP/1.1 ${status} ${STATUS_CODES[status]}\r\ncontent-type: application/json; charset=utf-8\r\ncontent-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`,
   );
+  const late = setTimeout(() => socket.destroy(), FAREWELL_MS);
+  socket.once("close", () => clearTimeout(late));
 }

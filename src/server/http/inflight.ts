@@ -1,11 +1,14 @@
-/** Responses in flight: disconnects clients that stop reading, and waits for the last response on shutdown. Knows no route. */
+/** Responses in flight: how each ended, who stopped reading, and when the last is done at shutdown. Knows no route. */
 import type { ServerResponse } from "node:http";
 import { within } from "../deadline.ts";
+import { ERRORS } from "../errors.ts";
 
 interface Watched {
   /** Bytes sent at the last check, and when the number last changed. */
   sent: number;
   since: number;
+  /** The status that stands for an incomplete response, unless its client left. */
+  status: number;
 }
 
 export class InFlight {
@@ -26,12 +29,28 @@ export class InFlight {
     return this.#open.size;
   }
 
-  add(response: ServerResponse): void {
-    this.#open.set(response, { sent: 0, since: performance.now() });
+  /** @param onEnd called once, with the response's status, or 499 if the client left before it was complete */
+  add(response: ServerResponse, onEnd: (status: number) => void = () => {}): void {
+    const watched: Watched = { sent: 0, since: performance.now(), status: ERRORS.cancelled.status };
+    this.#open.set(response, watched);
+    let ended = false;
+    const end = (status: number) => {
+      if (!ended) onEnd(status);
+      ended = true;
+    };
+    response.once("finish", () => end(response.statusCode));
     response.once("close", () => {
       this.#open.delete(response);
+      end(watched.status);
       if (this.#open.size === 0) this.#idle?.();
     });
+  }
+
+  /** Breaks off a response whose headers are sent, so its reader can only see it end; `status` says why, in the log. */
+  cut(response: ServerResponse, status: number): void {
+    const watched = this.#open.get(response);
+    if (watched) watched.status = status;
+    response.destroy();
   }
 
   /** Waits for all responses to end, then disconnects the rest. Resolves with how many were cut off. */
@@ -43,7 +62,7 @@ export class InFlight {
       await within(timeoutSeconds * 1000, ended);
     }
     const left = this.#open.size;
-    for (const response of this.#open.keys()) response.socket?.destroy();
+    for (const response of this.#open.keys()) this.cut(response, ERRORS.not_ready.status);
     return left;
   }
 

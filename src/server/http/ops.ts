@@ -1,14 +1,11 @@
 /** Routes for operators: liveness, readiness and metrics. Knows no model. */
 import { createHash, timingSafeEqual } from "node:crypto";
-import { once } from "node:events";
-import { createServer, type Server } from "node:http";
 import type { FastifyInstance } from "fastify";
 import { bearerToken, type Gate } from "../access/gate.ts";
 import type { Catalog } from "../catalog.ts";
 import type { ServeConfig } from "../config.ts";
 import { ServerError } from "../errors.ts";
 import type { Metrics } from "../metrics.ts";
-import { errorBody } from "./error.ts";
 
 /** The server's lifecycle phase. */
 export interface State {
@@ -27,37 +24,25 @@ export async function registerOperations(app: FastifyInstance, { state, config, 
   const described = (summary: string) => ({ schema: { tags: ["operations"], summary } });
   app.get("/health", described("Liveness: the process is running"), async () => ({ status: "ok" }));
   app.get("/ready", described("Readiness: models are loaded and requests are accepted"), async (_request, reply) => {
-    const ready = state.phase === "ready" && catalog.ready;
-    reply.code(ready ? 200 : 503);
-    return { status: ready ? "ready" : state.phase === "draining" ? "draining" : "loading" };
+    const { keysFault } = gate;
+    const loading = state.phase === "draining" ? "draining" : state.phase === "ready" && catalog.ready ? null : "loading";
+    reply.code(loading === null && keysFault === null ? 200 : 503);
+    if (loading !== null || keysFault === null) return { status: loading ?? "ready" };
+    return { status: keysFault.refusing ? "refusing keys" : "keys not readable", reason: keysFault.reason };
   });
-  if (!config.metrics || config.metricsPort !== null) return;
+  if (config.metrics && config.metricsPort === null) registerMetrics(app, { config, gate, metrics });
+}
+
+/** The only route of the metrics' own port. */
+export function registerMetrics(
+  app: FastifyInstance,
+  { config, gate, metrics }: Pick<OperationsParts, "config" | "gate" | "metrics">,
+): void {
   const check = metricsCheck(config.metricsToken, gate);
-  app.get("/metrics", described("Metrics for Prometheus"), async (request, reply) => {
+  app.get("/metrics", { schema: { tags: ["operations"], summary: "Metrics for Prometheus" } }, async (request, reply) => {
     check(request.headers.authorization);
     return reply.type(metrics.registry.contentType).send(await metrics.registry.metrics());
   });
-}
-
-/** Serves the metrics on a separate port. */
-export async function serveMetrics(config: ServeConfig & { readonly metricsPort: number }, gate: Gate, metrics: Metrics): Promise<Server> {
-  const check = metricsCheck(config.metricsToken, gate);
-  const server = createServer((request, response) => {
-    const answer = async (): Promise<[status: number, type: string, text: string]> => {
-      if (request.url?.split("?", 1)[0] !== "/metrics") throw new ServerError("not_found", "there is only /metrics here");
-      check(request.headers.authorization);
-      return [200, metrics.registry.contentType, await metrics.registry.metrics()];
-    };
-    answer()
-      .catch((error: unknown): [number, string, string] => {
-        const { status, body } = errorBody(error);
-        return [status, "application/json", JSON.stringify(body)];
-      })
-      .then(([status, type, text]) => response.writeHead(status, { "content-type": type }).end(text));
-  });
-  server.listen(config.metricsPort, config.metricsHost);
-  await once(server, "listening");
-  return server;
 }
 
 /** Who may read the metrics: holders of the metrics token if there is one, else holders of an API key if there are keys, else anyone. */

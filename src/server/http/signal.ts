@@ -1,11 +1,12 @@
 /** Notices clients that leave before their response is complete. Knows no route. */
 import type { FastifyReply } from "fastify";
+import { ServerError } from "../errors.ts";
 
 /** Aborted when the client disconnects before its response is complete. */
 export function signalOf(reply: FastifyReply): AbortSignal {
   const gone = new AbortController();
   const look = () => {
-    if (!reply.raw.writableFinished) gone.abort(new Error("the client has gone"));
+    if (!reply.raw.writableFinished) gone.abort(new ServerError("cancelled", "the client has disconnected"));
   };
   if (reply.raw.closed || reply.raw.destroyed)
     look(); // it left while the model was loading

@@ -1,20 +1,22 @@
 /**
- * The listening socket and its connections: limits their number, disconnects clients that flood the server with pings, and gives
- * new connections the latest certificate. Knows no call.
+ * The listening socket: hands connections to the library, disconnects clients that flood the server with pings, and gives new
+ * connections the latest certificate. Knows no method.
  */
 import { once } from "node:events";
-import { constants, type Http2Server, type ServerHttp2Session } from "node:http2";
-import { type AddressInfo, createServer, type Server as NetServer, type Socket } from "node:net";
+import { constants, type Http2Server, type IncomingHttpHeaders, type ServerHttp2Session, type ServerHttp2Stream } from "node:http2";
+import { type AddressInfo, createServer, type Server as NetServer } from "node:net";
 import { type ConnectionInjector, type Server, ServerCredentials } from "@grpc/grpc-js";
-import { within } from "../deadline.ts";
+import { type ConnectionLimits, Connections } from "../connections.ts";
 import type { KeyPair } from "../tls.ts";
 
-export interface ConnectionsOptions {
+export interface ListenerOptions {
   readonly host: string;
   readonly port: number;
   /** Null: plain text. */
   readonly tls: KeyPair | null;
-  readonly maxConnections: number;
+  readonly limits: ConnectionLimits;
+  /** Path prefix of calls that keep their connection open when the server is full. */
+  readonly claiming: string;
   /** Messages sent so far on all connections: clients may ping as often as they hear from the server. */
   readonly messages: () => number;
   readonly onFlood: () => void;
@@ -24,36 +26,40 @@ export interface ConnectionsOptions {
 const PINGS = 100;
 const WINDOW_MS = 10_000;
 
-export class Connections {
+export class Listener {
+  readonly connections: Connections;
   readonly #server: Server;
-  readonly #options: ConnectionsOptions;
-  readonly #listener: NetServer;
-  readonly #sockets = new Set<Socket>();
+  readonly #options: ListenerOptions;
+  readonly #socket: NetServer;
   #injector: ConnectionInjector;
 
-  private constructor(server: Server, options: ConnectionsOptions) {
+  private constructor(server: Server, options: ListenerOptions) {
+    this.connections = new Connections(options.limits);
     this.#server = server;
     this.#options = options;
     this.#injector = this.#inject(options.tls);
-    this.#listener = createServer((socket) => {
-      this.#sockets.add(socket);
-      socket.once("close", () => this.#sockets.delete(socket));
+    this.#socket = createServer((socket) => {
       socket.on("error", () => socket.destroy()); // clients that disconnect before HTTP/2 begins
       this.#injector.injectConnection(socket);
     });
-    this.#listener.maxConnections = options.maxConnections;
+    this.connections.watch(this.#socket);
   }
 
   /** Rejects when the address can't be listened on. */
-  static async listen(server: Server, options: ConnectionsOptions): Promise<Connections> {
-    const connections = new Connections(server, options);
-    connections.#listener.listen(options.port, options.host);
-    await once(connections.#listener, "listening");
-    return connections;
+  static async listen(server: Server, options: ListenerOptions): Promise<Listener> {
+    const listener = new Listener(server, options);
+    listener.#socket.listen(options.port, options.host);
+    try {
+      await once(listener.#socket, "listening");
+    } catch (error) {
+      await listener.connections.close(0);
+      throw error;
+    }
+    return listener;
   }
 
   get address(): AddressInfo {
-    return this.#listener.address() as AddressInfo;
+    return this.#socket.address() as AddressInfo;
   }
 
   /** Gives new connections this certificate; existing ones close after their calls. */
@@ -65,15 +71,8 @@ export class Connections {
 
   /** Accepts no more connections, and asks clients to disconnect after their current calls. */
   refuse(): void {
-    this.#listener.close();
+    this.#socket.close();
     this.#injector.destroy();
-  }
-
-  /** Waits for all connections to close, and destroys the rest after `timeoutMs`. */
-  async close(timeoutMs: number): Promise<void> {
-    const left = [...this.#sockets].map((socket) => new Promise((resolve) => socket.once("close", resolve)));
-    await within(timeoutMs, Promise.all(left));
-    for (const socket of this.#sockets) socket.destroy();
   }
 
   #inject(tls: KeyPair | null): ConnectionInjector {
@@ -86,6 +85,22 @@ export class Connections {
     const http2 = [...(http2Servers?.keys() ?? [])].at(-1);
     if (!http2) throw new Error("internal: this version of @grpc/grpc-js keeps its HTTP/2 servers elsewhere");
     http2.on("session", (session) => this.#countPings(session));
+    http2.prependListener("secureConnection", ({ remoteAddress }) => void remoteAddress); // remembered, should the connection be reset
+    http2.prependListener(
+      "stream",
+      (stream: ServerHttp2Stream, headers: IncomingHttpHeaders, _flags: number, rawHeaders: readonly string[]) => {
+        // Node takes the first of two; a proxy may have checked the second. Neither counts.
+        if (rawHeaders.filter((name, i) => i % 2 === 0 && name === "authorization").length > 1) delete headers["authorization"];
+        const exchange = {
+          get complete() {
+            return stream.endAfterHeaders || stream.readableEnded || stream.state.remoteClose === 1;
+          },
+          claims: headers[":path"]?.startsWith(this.#options.claiming) ?? false,
+        };
+        const { socket } = stream.session ?? {};
+        if (socket) stream.once("close", this.connections.begin(socket, exchange));
+      },
+    );
     return injector;
   }
 

@@ -15,7 +15,7 @@ export function createLogger(level: string, destination: DestinationStream): Log
       timestamp: pino.stdTimeFunctions.isoTime,
       formatters: { level: (label) => ({ level: label }) },
       serializers: {
-        err: plainError,
+        err: (error: unknown) => plainError(error),
         res: ({ status }: { status?: number }) => ({ status }),
         // Not the whole request: queries may hold user text, headers hold keys.
         req: (request: { method?: string; url?: string }) => ({
@@ -31,6 +31,7 @@ export function createLogger(level: string, destination: DestinationStream): Log
 }
 
 const LONGEST_PATH = 200;
+const DEEPEST_CAUSE = 5;
 
 interface PlainError {
   readonly type: string;
@@ -44,7 +45,7 @@ interface PlainError {
  * An error as it is logged: not its own fields, which hold whatever a library put there, and not the message of a parser, which
  * quotes what it could not parse.
  */
-function plainError(error: unknown): PlainError {
+function plainError(error: unknown, depth = 0): PlainError {
   if (!(error instanceof Error)) return { type: typeof error, message: "something that is no error was thrown", stack: "" };
   const { name, message, cause } = error;
   const { code } = error as { code?: unknown };
@@ -54,7 +55,7 @@ function plainError(error: unknown): PlainError {
     ...(typeof code === "string" ? { code } : {}),
     message: QUOTES.test(name) ? `broken input${placeIn(message)}; the parser's message quotes it and is left out` : message,
     stack: frames.join("\n"),
-    ...(cause === undefined ? {} : { cause: plainError(cause) }),
+    ...(cause === undefined || depth === DEEPEST_CAUSE ? {} : { cause: plainError(cause, depth + 1) }),
   };
 }
 

@@ -38,6 +38,14 @@ test.each<[string, Error]>([
   expect(JSON.parse(lines())).toMatchObject({ err: { type: err.name, stack: expect.stringMatching(/^ {4}at /) }, msg: "failed" });
 });
 
+test("an error that causes itself is logged", () => {
+  const { sink, lines } = keptLines();
+  const error = new Error("round");
+  error.cause = error;
+  createLogger("info", sink).error({ err: error });
+  expect(lines().split("round").length).toBeLessThan(20);
+});
+
 test("an error of our own keeps its message, its code and its causes", () => {
   const { sink, lines } = keptLines();
   const cause = Object.assign(new Error("EACCES: permission denied"), { code: "EACCES" });

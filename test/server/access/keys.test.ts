@@ -81,9 +81,10 @@ test("a writer killed while writing leaves a complete file", async () => {
   const { file } = await keyFile();
   for (let kill = 0; kill < 3; kill++) {
     const child = spawn(process.execPath, [binary, "keys", "create", file, "--name", "x"], { stdio: "ignore" });
+    const closed = once(child, "close"); // it may be done before it is killed
     while (child.exitCode === null && !existsSync(`${file}.new`)) await sleep(1); // it has begun to write
     child.kill("SIGKILL");
-    await once(child, "close");
+    await closed;
     expect((await readKeys(file)).length).toBeGreaterThanOrEqual(1);
     rmSync(`${file}.new`, { force: true });
   }

@@ -172,13 +172,27 @@ napi_value weight_bytes(napi_env env, const Arguments& a) {
   return out;
 }
 
-// convert({ file, offset, bytes }, stored, dtype, n, k, Uint8Array): a promise; writes the matrix in another format.
+// weightsLost(weights): whether a step has found that their files changed.
+napi_value weights_lost(napi_env env, const Arguments& a) {
+  napi_value out;
+  check(env, napi_get_boolean(env, alive<Weights>(env, a.at(0), "model")->lost(), &out));
+  return out;
+}
+
+// convert({ file, offset, bytes }, stored, dtype, n, k, Uint8Array, name): a promise; writes the matrix in another format.
 napi_value convert(napi_env env, const Arguments& a) {
   Span to = span(env, a.at(5));
   const auto stored = static_cast<Dtype>(number(env, a.at(1))), dtype = static_cast<Dtype>(number(env, a.at(2)));
   const auto n = static_cast<int64_t>(number(env, a.at(3))), k = static_cast<int64_t>(number(env, a.at(4)));
   if (to.bytes != matrix_bytes(dtype, n, k)) throw std::runtime_error("internal: convert: the buffer's size does not match the matrix");
-  return in_background(env, a.at(5), [part = file_part(env, a.at(0)), stored, dtype, n, k, to] { convert_file_part(part, stored, static_cast<uint8_t*>(to.data), dtype, n, k); }, nullptr);
+  return in_background(env, a.at(5), [part = file_part(env, a.at(0)), name = text(env, a.at(6)), stored, dtype, n, k, to] { convert_file_part(part, name, stored, static_cast<uint8_t*>(to.data), dtype, n, k); }, nullptr);
+}
+
+// checkFinite({ file, offset, bytes }, stored, n, k, name): a promise; rejects if a number of the matrix is not finite.
+napi_value check_finite(napi_env env, const Arguments& a) {
+  const auto stored = static_cast<Dtype>(number(env, a.at(1)));
+  const auto n = static_cast<int64_t>(number(env, a.at(2))), k = static_cast<int64_t>(number(env, a.at(3)));
+  return in_background(env, nullptr, [part = file_part(env, a.at(0)), name = text(env, a.at(4)), stored, n, k] { check_file_part(part, name, stored, n, k); }, nullptr);
 }
 
 // random(seed, deviation, dtype, n, k, Uint8Array): a promise; fills the matrix with noise.
@@ -297,8 +311,8 @@ napi_value init(napi_env env, napi_value exports) {
     const char* name;
     napi_callback call;
   } functions[] = {
-      {"isas", entry<isas>}, {"ops", entry<ops>}, {"describe", entry<describe>}, {"open", entry<open>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>},
-      {"convert", entry<convert>}, {"random", entry<random>}, {"limits", entry<limits>},
+      {"isas", entry<isas>}, {"ops", entry<ops>}, {"describe", entry<describe>}, {"open", entry<open>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>}, {"weightsLost", entry<weights_lost>},
+      {"convert", entry<convert>}, {"checkFinite", entry<check_finite>}, {"random", entry<random>}, {"limits", entry<limits>},
       {"memory", entry<memory>}, {"readMemory", entry<read_memory>}, {"writeMemory", entry<write_memory>},
       {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},
       {"disposeDevice", entry<dispose_device>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Bound>>},

@@ -39,7 +39,7 @@ static bool constant(const int32_t* record) {
 
 static std::string label(size_t value) { return "value " + std::to_string(value); }
 
-Program::Program(const Plan& plan, const KernelTable& kernels, const Weights& weights, const std::vector<Memory*>& states) : plan_(plan) {
+Program::Program(const Plan& plan, const KernelTable& kernels, const Weights& weights, const std::vector<Memory*>& states) : plan_(plan), weights_(weights) {
   if (plan_.values.size() % VALUE_WORDS) broken("the plan's records have " + std::to_string(plan_.values.size()) + " words, not a multiple of " + std::to_string(VALUE_WORDS));
   const size_t count = plan_.values.size() / VALUE_WORDS;
   tensors_.resize(count, Tensor{nullptr, nullptr, F32, 0, {}});
@@ -177,6 +177,7 @@ void Program::place_values(const Memory& workspace, const std::vector<int64_t>& 
 
 void Program::run(Team& team, const Memory& workspace, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs,
                   const std::vector<int32_t>& calls) {
+  weights_.check();
   place_values(workspace, sizes, inputs, outputs);
   for (const int32_t index : calls) {
     if (index < 0 || static_cast<size_t>(index) >= calls_.size()) broken("call " + std::to_string(index) + " of " + std::to_string(calls_.size()));
@@ -198,5 +199,6 @@ void Program::run(Team& team, const Memory& workspace, const std::vector<int64_t
       last = now;
     }
   });
+  weights_.check();
   if (!failure.empty()) throw std::runtime_error(failure);
 }

@@ -51,7 +51,7 @@ class Program {
 
   // Runs the calls with these indices, in this order. Values in the arena live in `workspace`, of at least arena_bytes(),
   // and do not outlive the run. Throws std::runtime_error before anything runs (sizes over capacity, memory missing or too
-  // small), or afterwards with the first failure that a kernel reported.
+  // small), or afterwards: if the files of the weights have changed meanwhile, or with the first failure that a kernel reported.
   void run(Team& team, const Memory& workspace, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs,
            const std::vector<int32_t>& calls);
 
@@ -75,6 +75,7 @@ class Program {
   void place_values(const Memory& workspace, const std::vector<int64_t>& sizes, const std::vector<Span>& inputs, const std::vector<Span>& outputs);
 
   Plan plan_;
+  const Weights& weights_;
   std::vector<Tensor> tensors_;
   std::vector<size_t> bytes_;              // of each value, in the current run
   std::vector<int32_t> changing_, views_;  // values placed again in each run; views come after their bases

@@ -1,17 +1,16 @@
 #include "weights.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
+#include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <unordered_map>
 
 #include "halves.h"
+#include "mapping.h"
 #include "quantize.h"
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
@@ -24,36 +23,6 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
 Memory::~Memory() {
   if (data_) munmap(data_, bytes_);
 }
-
-class Mapping {
- public:
-  explicit Mapping(const std::string& path) : path(path) {
-    int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) throw std::runtime_error(path + ": cannot be opened: " + std::strerror(errno));
-    struct stat info {};
-    if (fstat(fd, &info) == 0) bytes = static_cast<size_t>(info.st_size);
-    void* p = bytes ? mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
-    int reason = errno;
-    close(fd);
-    if (p == MAP_FAILED) throw std::runtime_error(path + ": cannot be mapped: " + (bytes ? std::strerror(reason) : "the file is empty"));
-    data = static_cast<uint8_t*>(p);
-  }
-  ~Mapping() {
-    if (data) munmap(data, bytes);
-  }
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-
-  const uint8_t* at(const FilePart& part) const {
-    if (part.offset > bytes || part.bytes > bytes - part.offset)
-      throw std::runtime_error(path + ": is " + std::to_string(bytes) + " bytes, a tensor claims " + std::to_string(part.bytes) + " from " + std::to_string(part.offset));
-    return data + part.offset;
-  }
-
-  const std::string path;
-  uint8_t* data = nullptr;
-  size_t bytes = 0;
-};
 
 static size_t element_bytes(Dtype dtype) { return dtype == F32 || dtype == I32 ? 4 : dtype == F16 || dtype == BF16 ? 2 : 1; }
 
@@ -100,12 +69,40 @@ static void write_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float
   }
 }
 
+// The largest number that a format can hold: in blocks, the largest half times the steps on the side with fewer of them.
+static float largest_in(Dtype dtype) {
+  switch (dtype) {
+    case F16: return 65504.f;
+    case BF16: return bf16_to_f32(0x7f7f);
+    case INT8:
+    case Q8_0: return 65504.f * 127;
+    case INT4:
+    case Q4_0: return 65504.f * 7;
+    default: return INFINITY;
+  }
+}
+
+// Throws std::runtime_error for a number that is not finite, or too large for `dtype`.
+static void check_row(const float* row, int64_t r, int64_t k, Dtype dtype) {
+  const float most = largest_in(dtype);
+  bool good = true;
+  for (int64_t c = 0; c < k; c++) good &= std::fabs(row[c]) <= most && row[c] - row[c] == 0;
+  if (good) return;
+  int64_t c = 0;
+  while (std::fabs(row[c]) <= most && row[c] - row[c] == 0) c++;
+  char text[160];
+  if (std::isfinite(row[c])) std::snprintf(text, sizeof text, "holds %g at row %lld, column %lld; the largest number that this format can hold is %g", row[c], static_cast<long long>(r), static_cast<long long>(c), most);
+  else std::snprintf(text, sizeof text, "holds %s at row %lld, column %lld: the file is damaged, or training had diverged", std::isnan(row[c]) ? "NaN" : "infinity", static_cast<long long>(r), static_cast<long long>(c));
+  throw std::runtime_error(text);
+}
+
 void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k) {
   std::vector<float> row(static_cast<size_t>(k));
   for (int64_t r = 0; r < n; r++) {
-    if (take_row(from, stored, to, dtype, r, k)) continue;
     read_row(from, stored, r, k, row.data());
-    write_row(to, dtype, r, k, row.data());
+    const bool taken = take_row(from, stored, to, dtype, r, k);
+    check_row(row.data(), r, k, taken ? F32 : dtype);
+    if (!taken) write_row(to, dtype, r, k, row.data());
   }
   if (dtype == INT8 || dtype == INT4) {
     std::fill(row.begin(), row.end(), 0.f);
@@ -121,10 +118,33 @@ void random_matrix(uint64_t seed, float deviation, uint8_t* to, Dtype dtype, int
   }
 }
 
-void convert_file_part(const FilePart& part, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k) {
-  Mapping mapping(part.file);
+// Runs `use` on a part's bytes; what it throws is told of the tensor `name`, unless the file has changed meanwhile.
+template <class Use>
+static void with_part(const Mapping& mapping, const FilePart& part, const std::string& name, Use use) {
+  std::string fault;
+  try {
+    use(mapping.at(part.offset, part.bytes));
+  } catch (const std::runtime_error& e) {
+    fault = e.what();
+  }
+  mapping.check();
+  if (!fault.empty()) throw std::runtime_error(part.file + ": tensor " + name + " " + fault);
+}
+
+void convert_file_part(const FilePart& part, const std::string& name, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k) {
   if (part.bytes != matrix_bytes(stored, n, k)) throw std::runtime_error("internal: a part's bytes do not match its shape");
-  convert_matrix(mapping.at(part), stored, to, dtype, n, k);
+  with_part(Mapping(part.file), part, name, [&](const uint8_t* from) { convert_matrix(from, stored, to, dtype, n, k); });
+}
+
+void check_file_part(const FilePart& part, const std::string& name, Dtype stored, int64_t n, int64_t k) {
+  if (part.bytes != matrix_bytes(stored, n, k)) throw std::runtime_error("internal: a part's bytes do not match its shape");
+  with_part(Mapping(part.file), part, name, [&](const uint8_t* from) {
+    std::vector<float> row(static_cast<size_t>(k));
+    for (int64_t r = 0; r < n; r++) {
+      read_row(from, stored, r, k, row.data());
+      check_row(row.data(), r, k, F32);
+    }
+  });
 }
 
 Weights::Weights(const std::vector<WeightSpec>& specs) {
@@ -140,17 +160,21 @@ Weights::Weights(const std::vector<WeightSpec>& specs) {
     if (spec.parts.size() != (stacked ? static_cast<size_t>(spec.shape[0]) : 1)) throw std::runtime_error("internal: " + spec.name + " has " + std::to_string(spec.parts.size()) + " parts");
     const int64_t k = spec.shape.back(), n = spec.shape.size() == 1 ? 1 : spec.shape[spec.shape.size() - 2];
     const size_t bytes = matrix_bytes(spec.stored, n, k);
-    for (const FilePart& part : spec.parts) {
+    for (size_t p = 0; p < spec.parts.size(); p++) {
+      const FilePart& part = spec.parts[p];
       if (part.bytes != bytes) throw std::runtime_error("internal: " + spec.name + " has a part of " + std::to_string(part.bytes) + " bytes, not " + std::to_string(bytes));
-      const uint8_t* at = mapping(part.file)->at(part);
+      const Mapping& file = *mapping(part.file);
+      const uint8_t* at = file.at(part.offset, part.bytes);
       const bool aligned = reinterpret_cast<uintptr_t>(at) % (spec.stored == INT8 || spec.stored == INT4 ? 2 : element_bytes(spec.stored)) == 0;
       if (spec.stored == spec.dtype && aligned) {
         weight.parts.push_back(const_cast<uint8_t*>(at));
         continue;
       }
       Memory& copy = *owned_.emplace_back(std::make_unique<Memory>(matrix_bytes(spec.dtype, n, k)));
-      if (spec.stored == spec.dtype) std::memcpy(copy.data(), at, bytes);
-      else convert_matrix(at, spec.stored, copy.data(), spec.dtype, n, k);
+      with_part(file, part, stacked ? spec.name + " of expert " + std::to_string(p) : spec.name, [&](const uint8_t* from) {
+        if (spec.stored == spec.dtype) std::memcpy(copy.data(), from, bytes);
+        else convert_matrix(from, spec.stored, copy.data(), spec.dtype, n, k);
+      });
       weight.parts.push_back(copy.data());
     }
     names_.push_back(spec.name);
@@ -168,8 +192,19 @@ const Weights::Weight* Weights::find(const std::string& name) const {
 
 size_t Weights::mapped_bytes() const {
   size_t n = 0;
-  for (auto& m : mappings_) n += m->bytes;
+  for (auto& m : mappings_) n += m->bytes();
   return n;
+}
+
+void Weights::check() const {
+  if (lost_) throw std::runtime_error(why_lost_);
+  try {
+    for (auto& m : mappings_) m->check();
+  } catch (const std::runtime_error& e) {
+    why_lost_ = e.what();
+    lost_ = true;
+    throw;
+  }
 }
 
 size_t Weights::owned_bytes() const {

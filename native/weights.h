@@ -1,5 +1,6 @@
 // Weights: mapped read-only from files, or copied if the requested format differs from the file's. Knows no ops and no Node.
 #pragma once
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,7 +38,8 @@ class Mapping;
 
 class Weights {
  public:
-  // Throws std::runtime_error if a file can't be opened or is shorter than its parts claim, or if out of memory.
+  // Throws std::runtime_error if a file can't be opened or is shorter than its parts claim, if a tensor that is converted holds
+  // a number that is not finite, or if out of memory.
   explicit Weights(const std::vector<WeightSpec>& specs);
   ~Weights();
 
@@ -47,6 +49,11 @@ class Weights {
     std::vector<void*> parts;
   };
   const Weight* find(const std::string& name) const;
+  // Throws std::runtime_error if the files have changed since they were mapped, and from then on for good. Only one thread
+  // at a time may call this.
+  void check() const;
+  // Whether `check` has thrown.
+  bool lost() const { return lost_; }
   size_t mapped_bytes() const;
   size_t owned_bytes() const;
 
@@ -55,13 +62,18 @@ class Weights {
   std::vector<Weight> weights_;
   std::vector<std::unique_ptr<Mapping>> mappings_;
   std::vector<std::unique_ptr<Memory>> owned_;
+  mutable std::atomic<bool> lost_{false};
+  mutable std::string why_lost_;
 };
 
 // Size of [n, k] in `dtype`, in bytes.
 size_t matrix_bytes(Dtype dtype, int64_t n, int64_t k);
-// Converts [n, k] between formats, through float32.
+// Converts [n, k] between formats, through float32. Throws std::runtime_error for a number that is not finite or too large
+// for `dtype`, naming its row and column.
 void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
 // Fills [n, k] with repeatable noise of the given standard deviation, for measuring without a download.
 void random_matrix(uint64_t seed, float deviation, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
-// Like convert_matrix, but from a file, for tools.
-void convert_file_part(const FilePart& part, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
+// Like convert_matrix, but from a file, for tools; errors name the file and the tensor.
+void convert_file_part(const FilePart& part, const std::string& name, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
+// Throws std::runtime_error if a number of the tensor is not finite.
+void check_file_part(const FilePart& part, const std::string& name, Dtype stored, int64_t n, int64_t k);

@@ -28,14 +28,18 @@ static void put_int8(const float* key, const float* value, int64_t dim, int64_t 
     for (int64_t c = 0; c < GROUP; c++) block[(c / 4 * TILE_ROWS + lane) * 4 + c % 4] = static_cast<uint8_t>(128 + row[g * GROUP + c]);
     reinterpret_cast<float*>(block + TILE_ROWS * GROUP)[lane] = Blocks::scales(row, groups)[g];
   }
-  float top = 0;
-  for (int64_t d = 0; d < dim; d++) top = max(top, __builtin_fabsf(value[d]));
-  const float inverse = top > 0 ? 127.f / top : 0.f;
+  uint32_t bits = 0;
+  for (int64_t d = 0; d < dim; d++) {
+    const uint32_t magnitude = to_bits(value[d]) & 0x7fffffff;
+    bits = magnitude > bits ? magnitude : bits;
+  }
+  const bool finite = bits < 0x7f800000;
+  const float top = finite ? from_bits(bits) : 0.f, inverse = top > TINY ? 127.f / top : 0.f;
   for (int64_t d = 0; d < groups * GROUP; d++) {
-    const float steps = d < dim ? value[d] * inverse + 12582912.f - 12582912.f : 0.f;  // rounds, ties to even
+    const float steps = finite && d < dim ? value[d] * inverse + ROUNDER - ROUNDER : 0.f;  // rounds, ties to even
     values[d / TILE_ROWS * VALUE_TILE_BYTES + (t / 4 * TILE_ROWS + d % TILE_ROWS) * 4 + t % 4] = static_cast<uint8_t>(128 + static_cast<int>(steps));
   }
-  reinterpret_cast<float*>(values + value_tiles(dim) * VALUE_TILE_BYTES)[t] = top / 127.f;
+  reinterpret_cast<float*>(values + value_tiles(dim) * VALUE_TILE_BYTES)[t] = finite ? top / 127.f : __builtin_nanf("");
 }
 
 // Queries of one KV head of one sequence, and their running sums.
@@ -70,22 +74,31 @@ struct Int8Pass {
     for (int64_t t = 0; t < tokens; t += W) tops = max(tops, load(score + t));
     const float now = max(top[q], largest(tops) * scale);
     const float shrink = top[q] == now ? 1.f : top[q] == -INFINITY ? 0.f : exp2(splat(top[q] - now))[0];
-    vf all = {}, most = {};
+    vf all = {};
+    vi most = {};
     for (int64_t t = 0; t < tokens; t += W) {
       const vf s = load(score + t);
       vf e = exp2(s * scale - now);
-      if (seen < tokens) e = select(s == splat(-INFINITY), vf{}, e);
+      const vi unseen = s == splat(-INFINITY);
+      if (seen < tokens) e = select(unseen, vf{}, e);
       const float* scales = reinterpret_cast<const float*>(values + pages[(t0 + t) / BLOCK_TOKENS] * block_stride + value_tiles(dim) * VALUE_TILE_BYTES);
-      const vf p = e * load(scales + t % BLOCK_TOKENS);
+      vf p = e * load(scales + t % BLOCK_TOKENS);
+      if (seen < tokens) p = select(unseen, vf{}, p);  // what an earlier sequence left in the block may be NaN
       all += e;
-      most = max(most, p);
+      most = max_bits(most, magnitude_bits(p));
       store(score + t, p);
     }
     total[q] = total[q] * shrink + sum(all);
     top[q] = now;
     if (shrink != 1.f)
       for (int64_t d = 0; d < dim; d++) sums[q][d] *= shrink;
-    const float largest_weight = largest(most), inverse = largest_weight > 0 ? STEPS / largest_weight : 0.f;
+    const float largest_weight = largest_magnitude(most);
+    if (!(largest_weight > TINY && largest_weight < INFINITY)) {
+      w = Weights{};
+      w.step = largest_weight < INFINITY ? 0.f : __builtin_nanf("");
+      return true;
+    }
+    const float inverse = STEPS / largest_weight;
     vi steps = {};
     for (int64_t t = 0; t < tokens; t += W) {
       const vi n = round_steps(load(score + t) * inverse);

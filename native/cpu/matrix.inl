@@ -308,7 +308,11 @@ static void to_bf16_pairs(const Operands& o, const Worker& worker) {
   }
 }
 
-// Rounds to 255 steps; each group of 64 is scaled by its largest value.
+// Numbers below this become zero when they are rounded to int8: 127 / top must not overflow.
+static constexpr float TINY = 0x1p-100f;
+
+// Rounds to 255 steps; each group of 64 is scaled by its largest value. A group with a number that is not finite gets the
+// scale NaN, so that the products are NaN too and the step's caller can tell.
 static void quantize_row(const float* x, int64_t k, int8_t* row) {
   const int64_t groups = groups_of(k);
   float* scales = reinterpret_cast<float*>(row + groups * GROUP);
@@ -321,9 +325,16 @@ static void quantize_row(const float* x, int64_t k, int8_t* row) {
       for (int i = 0; i < GROUP; i++) padded[i] = i < count ? in[i] : 0.f;
       in = padded;
     }
-    vf tops = {};
-    for (int i = 0; i < GROUP; i += W) tops = max(tops, max(load(in + i), -load(in + i)));
-    const float top = largest(tops), inverse = top > 0 ? 127.f / top : 0.f;
+    vi tops = {};
+    for (int i = 0; i < GROUP; i += W) tops = max_bits(tops, magnitude_bits(load(in + i)));
+    const float top = largest_magnitude(tops);
+    if (!(top > TINY && top < INFINITY)) {
+      __builtin_memset(row + g * GROUP, 0, GROUP);
+      sums[2 * g] = sums[2 * g + 1] = 0;
+      scales[g] = top < INFINITY ? 0.f : __builtin_nanf("");
+      continue;
+    }
+    const float inverse = 127.f / top;
     for (int half = 0; half < 2; half++) {
       vi total = {};
       for (int i = half * HALF; i < (half + 1) * HALF; i += W) {

@@ -246,6 +246,11 @@ static void sample(const Operands& o, const Worker& worker) {
     const float* f = o.in(2).as<float>() + r * FLOATS;
     const int32_t* n = o.in(3).as<int32_t>() + r * INTS;
     const float *raw = logits.as<float>() + r * vocab, *x = processed.as<float>() + r * vocab;
+    if (!all_finite(raw, vocab)) {
+      ids.as<int32_t>()[r] = -2;
+      logprobs.as<float>()[r] = -INFINITY;
+      continue;
+    }
     int64_t id = argmax(x, vocab);
     if (x[id] == -INFINITY) {  // nothing is allowed
       ids.as<int32_t>()[r] = -1;

@@ -12,6 +12,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));  // arithmetic that wraps
 typedef int8_t vb __attribute__((vector_size(W)));
 typedef int8_t vb_unaligned __attribute__((vector_size(W), aligned(1), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
@@ -61,13 +62,18 @@ static inline float scalar(f16 h) {
 
 namespace ISA {
 
-// e^x to about 2 units in the last place from -87 to 88; beyond, clamped to its values there (about 1e-38 and 1e38).
+// Rounds numbers below 2^22 to the nearest integers, ties to even: they are the last bits of 1.5 * 2^23 + x. Of others, NaN
+// included, it returns some integer.
+static constexpr float ROUNDER = 12582912.f;  // 1.5 * 2^23
+static inline vi steps_of(vf rounded) { return (vi)((vu)rounded - 0x4b400000u); }
+static inline vi round_steps(vf x) { return steps_of(x + ROUNDER); }
+
+// e^x to about 2 units in the last place from -87 to 88; beyond, clamped to its values there (about 1e-38 and 1e38). NaN
+// stays NaN: `max` returns its second operand if one is NaN.
 static inline vf exp(vf x) {
-  x = max(x, splat(-87.3f));
-  x = select(x < splat(88.f), x, splat(88.f));
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding and subtracting it rounds to integers
-  vf n = x * 1.44269504f + magic;
-  n -= magic;
+  x = max(splat(-87.3f), x);
+  x = select(x > splat(88.f), splat(88.f), x);
+  const vf rounded = x * 1.44269504f + ROUNDER, n = rounded - ROUNDER;
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
@@ -77,25 +83,41 @@ static inline vf exp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+  return p * (vf)(((vu)steps_of(rounded) + 127u) << 23);
 }
-
-// Rounds numbers below 2^22 to the nearest integers, ties to even: they are the last bits of 1.5 * 2^23 + x.
-static inline vi round_steps(vf x) { return (vi)(x + 12582912.f) - 0x4b400000; }
 
 static inline float exp(float x) { return exp(splat(x))[0]; }
 
-// 2^x to about 2 units in the last place for x from -126 to 0; below that, 2^-126.
+// 2^x to about 2 units in the last place for x from -126 to 0; below that, 2^-126. NaN stays NaN.
 static inline vf exp2(vf x) {
-  x = max(x, splat(-126.f));
-  const vf magic = splat(12582912.f), n = x + magic, r = x - (n - magic);
+  x = max(splat(-126.f), x);
+  const vf n = x + ROUNDER, r = x - (n - ROUNDER);
   vf p = splat(1.32765e-3f);
   p = p * r + 9.67554e-3f;
   p = p * r + 5.550713e-2f;
   p = p * r + 2.402212e-1f;
   p = p * r + 6.9314697e-1f;
   p = p * r + 1.f;
-  return (vf)((vi)p + ((vi)n << 23));
+  return select(x == x, (vf)((vu)p + ((vu)n << 23)), x);
+}
+
+// The larger of two magnitudes, given and compared as bits: these have the order of the numbers, with NaN after infinity.
+static inline vi max_bits(vi a, vi b) { return a > b ? a : b; }
+static inline vi magnitude_bits(vf x) { return (vi)x & 0x7fffffff; }
+// The largest of magnitudes; INFINITY if one is infinite or NaN.
+static inline float largest_magnitude(vi bits) {
+  const vi infinite = splat(0x7f800000);
+  return largest((vf)(bits < infinite ? bits : infinite));
+}
+
+// Whether each of n numbers is finite.
+static inline bool all_finite(const float* x, int64_t n) {
+  vi bits = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) bits = max_bits(bits, magnitude_bits(load(x + i)));
+  float top = largest_magnitude(bits);
+  for (; i < n; i++) top = x[i] - x[i] == 0 ? top : INFINITY;
+  return top < INFINITY;
 }
 
 }  // namespace ISA

@@ -47,7 +47,9 @@ export interface Addon {
   open(isa: string, threads: number): Handle;
   load(specs: readonly object[]): Promise<Handle>;
   weightBytes(weights: Handle): { mapped: number; owned: number };
-  convert(part: Slice, stored: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
+  weightsLost(weights: Handle): boolean;
+  convert(part: Slice, stored: number, dtype: number, n: number, k: number, to: Uint8Array, name: string): Promise<void>;
+  checkFinite(part: Slice, stored: number, n: number, k: number, name: string): Promise<void>;
   random(seed: number, deviation: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
   limits(isa: string, threads: number): Promise<MachineLimits>;
   memory(bytes: number): Handle;

@@ -32,6 +32,8 @@ export interface Weights {
   /** Bytes mapped from files, and bytes of converted copies. */
   readonly mappedBytes: number;
   readonly ownedBytes: number;
+  /** Whether a run has failed because a file that they are mapped from was truncated or changed; all later runs fail too. */
+  lost(): boolean;
   dispose(): void;
 }
 

@@ -63,6 +63,7 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
         mappedBytes: mapped,
         ownedBytes: owned,
         handle,
+        lost: () => addon.weightsLost(handle),
         dispose: () => addon.disposeWeights(handle),
       };
     },
@@ -182,9 +183,25 @@ function errandOf({ graph, calls }: Plan, names: readonly string[]): Errand {
   };
 }
 
-/** Converts a stored matrix [n, k] (or vector, n = 1) to another format, off the event loop. `to` must have the exact size. */
-export function convertStored(part: Slice, stored: StoredFormat, dtype: StoredFormat, n: number, k: number, to: Uint8Array): Promise<void> {
-  return openAddon().convert(part, STORED_CODES[stored], STORED_CODES[dtype], n, k, to);
+/**
+ * Converts a stored matrix [n, k] (or vector, n = 1) to another format, off the event loop. `to` must have the exact size. Rejects,
+ * naming the file and `name`, if a number is not finite or too large for the format.
+ */
+export function convertStored(
+  part: Slice,
+  stored: StoredFormat,
+  dtype: StoredFormat,
+  n: number,
+  k: number,
+  to: Uint8Array,
+  name = "without a name",
+): Promise<void> {
+  return openAddon().convert(part, STORED_CODES[stored], STORED_CODES[dtype], n, k, to, name);
+}
+
+/** Reads a stored matrix, off the event loop. Rejects, naming the file and `name`, if a number is not finite. */
+export function checkFinite(part: Slice, stored: StoredFormat, n: number, k: number, name: string): Promise<void> {
+  return openAddon().checkFinite(part, STORED_CODES[stored], n, k, name);
 }
 
 /** Fills a matrix [n, k] with repeatable noise of the given standard deviation, off the event loop. `to` must have the exact size. */

@@ -8,7 +8,7 @@ import type { Part, Steps } from "./steps.ts";
 
 export interface Drawn {
   readonly entries: readonly BatchEntry[];
-  /** One per entry that samples, in order; the id is -1 if no token could be chosen. */
+  /** One per entry that samples, in order; the id is `NONE_LEFT` or `NOT_FINITE` if no token could be chosen. */
   readonly tokens: readonly GeneratedToken[];
   readonly rows: number;
   /** Each mixture layer's experts of all rows; null unless requested. */

@@ -4,6 +4,7 @@
  */
 import { setImmediate as turn } from "node:timers/promises";
 import type { Backend, Weights } from "../backend/backend.ts";
+import { NOT_FINITE } from "../graph/ops/sampling.ts";
 import { bytesOf } from "../graph/plan.ts";
 import { type Content, checkContent } from "../model/content.ts";
 import type { Model } from "../model/model.ts";
@@ -11,7 +12,7 @@ import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { isBlockDtype } from "../tensor/quantized.ts";
 import { type Drawn, drawBatch } from "./batch.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
-import { type Inspection, inspect, meanHidden, type Wanted } from "./inspection.ts";
+import { type Inspection, inspect, meanHidden, notFinite, type Wanted } from "./inspection.ts";
 import { Programs } from "./programs.ts";
 import { checkSampling } from "./sampling.ts";
 import { type BatchEntry, Scheduler } from "./scheduler.ts";
@@ -43,6 +44,8 @@ export interface EngineOptions {
 }
 
 const READERS_AT_ONCE = 32;
+/** The most tokens that the cache has room for by default, unless one sequence may be longer. */
+const MOST_KV_TOKENS = 2 ** 22;
 /** The fewest prompt rows allowed in a step, however slow the machine: fewer would hardly save time. */
 const LEAST_PROMPT_ROWS = 16;
 
@@ -78,7 +81,8 @@ export class Engine {
     const available = backend.memory().free; // the page cache counts as free, including pages of mapped weights
     const left = Math.max(available - weights.mappedBytes, available / 16); // a model larger than memory is paged in from disk
     const fits = Math.floor(left / 2 / this.kvBytesPerToken);
-    const kvTokens = options.kvTokens ?? Math.min(16 * model.maxPositions, Math.max(fits, BLOCK_TOKENS));
+    const sequences = Math.max(model.maxPositions, Math.min(16 * model.maxPositions, MOST_KV_TOKENS));
+    const kvTokens = options.kvTokens ?? Math.min(sequences, Math.max(fits, BLOCK_TOKENS));
     this.#backend = backend;
     this.#weights = weights;
     this.#maxRows = maxRows;
@@ -88,6 +92,11 @@ export class Engine {
     this.#programs = new Programs(model, dtypeOf, backend, weights, { dtype: kvDtype, blocks: this.#blocks.count });
     this.#steps = new Steps(this.#programs);
     this.#tally = new Tally(model.mixtures.layers.length, model.mixtures.experts);
+  }
+
+  /** Whether the weights' files were truncated or changed while mapped: every request fails until the model is loaded again. */
+  get lost(): boolean {
+    return !this.#steps.disposed && this.#weights.lost();
   }
 
   /** Blocks of the cache without a holder, and in total. */
@@ -246,11 +255,14 @@ export class Engine {
       if (first) cachedTokens += sequence.reused ?? 0;
       if (sequence.done) continue; // its reader left meanwhile
       try {
+        if (token.id === NOT_FINITE) throw notFinite();
         if (token.id < 0) throw new Error("no token is left to choose: the request's bias, n-grams and constraint rule all of them out");
         sequence.request.constraint?.accept(token.id);
       } catch (error) {
         sequence.fail(error);
-        this.#scheduler.remove(sequence);
+        if (token.id === NOT_FINITE)
+          this.#scheduler.discard(sequence); // so are its keys and values
+        else this.#scheduler.remove(sequence);
         continue;
       }
       const stops = sequence.request.stopIds?.includes(token.id);

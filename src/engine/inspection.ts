@@ -30,6 +30,17 @@ export interface RoutedLayer {
   readonly weights: Float32Array;
 }
 
+/** The error of a step whose results are NaN or infinite. */
+export function notFinite(): Error {
+  return new Error("the model computed numbers that are not finite: its weights are damaged; 'mixtape verify' names the tensor");
+}
+
+function checkFinite(values: Numbers): void {
+  let zero = 0;
+  for (let i = 0; i < values.length; i++) zero += values[i] * 0; // NaN as soon as one number is not finite
+  if (zero !== 0) throw notFinite();
+}
+
 /** @param pages blocks for all tokens @param rows returns the next step's row limit; called before each step */
 export async function inspect(
   steps: Steps,
@@ -68,6 +79,7 @@ export async function inspect(
     }
     const picked = Int32Array.from({ length: wantLogits ? to - from : 0 }, (_, i) => i);
     await steps.run([{ ids: tokens.slice(from, to), start: from, pages }], picked, null, outputs);
+    for (const values of Object.values(outputs)) checkFinite(values);
     next = to;
   }
   return { logits, hiddenStates, routing };
@@ -87,6 +99,7 @@ export async function meanHidden(
     const ids = tokens.slice(from, from + rows());
     const states = new Float32Array(ids.length * hiddenSize);
     await steps.run([{ ids, start: from, pages }], new Int32Array(), null, { [OUTPUTS.hidden(layers)]: states });
+    checkFinite(states);
     states.forEach((x, i) => {
       sum[i % hiddenSize] += x;
     });

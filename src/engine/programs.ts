@@ -9,7 +9,7 @@ import { type SymbolValues, symbol } from "../tensor/shape.ts";
 
 /** A step's possible outputs, by name; shapes are in terms of its rows and picked rows (`outs`). */
 export const OUTPUTS = {
-  /** [outs] i32, -1 where no token could be chosen; and its log-probability, [outs]. */
+  /** [outs] i32, `NONE_LEFT` or `NOT_FINITE` where no token could be chosen; and its log-probability, [outs]. */
   token: "token",
   logprob: "logprob",
   /** The likeliest tokens, best first: [outs, top] i32, [outs, top]. */

@@ -30,7 +30,7 @@ export function referenceBackend(): Backend {
       const values = new Map<string, Float32Array>();
       for (const source of sources) values.set(source.name, await readWeight(source));
       const ownedBytes = [...values.values()].reduce((n, v) => n + v.byteLength, 0);
-      return { names: [...values.keys()], mappedBytes: 0, ownedBytes, values, dispose: () => values.clear() };
+      return { names: [...values.keys()], mappedBytes: 0, ownedBytes, values, lost: () => false, dispose: () => values.clear() };
     },
 
     state(_dtype, shape): ReferenceState {

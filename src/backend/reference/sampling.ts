@@ -1,5 +1,5 @@
 /** From logits to tokens, as plain loops: every backend must match it draw by draw. */
-import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../graph/ops/sampling.ts";
+import { NONE_LEFT, NOT_FINITE, SAMPLING_FLOATS, SAMPLING_INTS } from "../../graph/ops/sampling.ts";
 import { type Kernel, type Operand, softmax } from "./operand.ts";
 
 export const SAMPLING_KERNELS = {
@@ -37,10 +37,15 @@ export const SAMPLING_KERNELS = {
     const [rows, vocab] = logits.dims;
     for (let r = 0; r < rows; r++) {
       const c = controls(floats, ints, r);
+      if (!logits.data.subarray(r * vocab, (r + 1) * vocab).every(Number.isFinite)) {
+        ids.data[r] = NOT_FINITE;
+        logprobs.data[r] = Number.NEGATIVE_INFINITY;
+        continue;
+      }
       const x = [...processed.data.subarray(r * vocab, (r + 1) * vocab)];
       let id = x.indexOf(x.reduce((a, b) => Math.max(a, b)));
       if (x[id] === Number.NEGATIVE_INFINITY) {
-        ids.data[r] = -1;
+        ids.data[r] = NONE_LEFT;
         logprobs.data[r] = Number.NEGATIVE_INFINITY;
         continue;
       }

@@ -21,8 +21,19 @@ export async function readWeight(source: WeightSource): Promise<Float32Array> {
     }
     decode(bytes, source, out.subarray(i * each, (i + 1) * each));
   }
-  if (source.dtype !== source.stored) round(out, source);
+  if (source.dtype === source.stored) return out;
+  checkFinite(out, source);
+  round(out, source);
+  checkFinite(out, source);
   return out;
+}
+
+function checkFinite(values: Float32Array, { name, dtype, parts }: WeightSource): void {
+  const at = values.findIndex((value) => !Number.isFinite(value));
+  if (at >= 0)
+    throw new Error(
+      `${parts[0].file}: tensor ${name} holds ${values[at]} as ${dtype}, element ${at}: the file is damaged, or training had diverged`,
+    );
 }
 
 /** Rounds in place to the precision of the requested format. */

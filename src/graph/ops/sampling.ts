@@ -23,6 +23,10 @@ export const SAMPLING_INTS = [
   "mask",
 ] as const;
 
+/** Ids that `sample` returns in place of a token: all of the row's tokens are ruled out; a logit is NaN or infinite. */
+export const NONE_LEFT = -1;
+export const NOT_FINITE = -2;
+
 function controlsFit(logits: Tensor | undefined, floats: Tensor | undefined, ints: Tensor | undefined): boolean {
   return (
     matches(logits, "f32", 2) &&
@@ -49,7 +53,7 @@ export const SAMPLING_OPS = {
   },
   /**
    * One token per row, greedy or random, and its log-probability according to the unprocessed logits: [outs] i32, [outs]. The token is
-   * -1 if all of the row's tokens are ruled out.
+   * `NONE_LEFT` or `NOT_FINITE` if there is none.
    */
   sample: {
     outputs: ([logits, processed, floats, ints]) =>

@@ -1,0 +1,144 @@
+#include "mapping.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+
+// A range of addresses that belongs to a mapping, or is free for the next one (begin = 0). Ranges form a list that only
+// grows, so that the handler can walk it without a lock while other threads map and unmap.
+struct Mapping::Range {
+  std::atomic<uintptr_t> begin{0}, end{0};
+  std::atomic<bool> failed{false};
+  Range* next = nullptr;
+};
+
+class Faults {
+ public:
+  using Range = Mapping::Range;
+
+  static Range* claim(uintptr_t begin, size_t bytes) {
+    std::lock_guard guard(lock_);
+    install();
+    Range* range = first_.load();
+    while (range && range->begin.load()) range = range->next;
+    if (!range) {
+      range = new Range;
+      range->next = first_.load();
+      first_.store(range, std::memory_order_release);
+    }
+    range->failed = false;
+    range->end = begin + bytes;
+    range->begin.store(begin, std::memory_order_release);
+    return range;
+  }
+
+  static void release(Range* range) {
+    std::lock_guard guard(lock_);
+    range->begin = 0;
+  }
+
+ private:
+  // Once per process, and never removed: another handler may have been put on top that returns to ours.
+  static void install() {
+    if (installed_) return;
+    struct sigaction ours {};
+    ours.sa_sigaction = handle;
+    ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
+    sigemptyset(&ours.sa_mask);
+    if (sigaction(SIGBUS, &ours, &before_) != 0) throw std::runtime_error(std::string("cannot handle SIGBUS: ") + std::strerror(errno));
+    installed_ = true;
+  }
+
+  // Runs in the thread that touched the page. Uses no lock, no memory and no library function but mmap, sigaction and raise; mmap is
+  // a plain system call wherever this is compiled, though POSIX does not list it among the functions safe in a handler.
+  static void handle(int signal, siginfo_t* info, void* context) {
+    const int kept = errno;
+    // Signals sent by a process (si_code <= 0) carry no address.
+    const uintptr_t address = info->si_code > 0 ? reinterpret_cast<uintptr_t>(info->si_addr) : 0;
+    for (Range* range = first_.load(std::memory_order_acquire); address && range; range = range->next) {
+      const uintptr_t begin = range->begin.load(std::memory_order_acquire), end = range->end.load();
+      if (!begin || address < begin || address >= end) continue;
+      // Everything from here to the end at once: a file of many gigabytes would fault millions of times, and whatever is
+      // computed from this mapping is discarded anyway.
+      const uintptr_t page = address & ~(page_ - 1);
+      if (mmap(reinterpret_cast<void*>(page), end - page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED) break;
+      range->failed = true;
+      errno = kept;
+      return;
+    }
+    errno = kept;
+    pass_on(signal, info, context);
+  }
+
+  // As if this handler had never been installed.
+  static void pass_on(int signal, siginfo_t* info, void* context) {
+    if (before_.sa_flags & SA_SIGINFO) return before_.sa_sigaction(signal, info, context);
+    if (before_.sa_handler != SIG_DFL && before_.sa_handler != SIG_IGN) return before_.sa_handler(signal);
+    if (before_.sa_handler == SIG_IGN && info->si_code <= 0) return;
+    struct sigaction plain {};
+    plain.sa_handler = SIG_DFL;
+    sigaction(signal, &plain, nullptr);
+    if (info->si_code <= 0) raise(signal);  // otherwise the same access faults again when this returns
+  }
+
+  static inline std::mutex lock_;  // of `claim` and `release`
+  static inline std::atomic<Range*> first_{nullptr};
+  static inline bool installed_ = false;
+  static inline struct sigaction before_ {};
+  static inline const uintptr_t page_ = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+};
+
+#ifdef __APPLE__
+static timespec changed(const struct stat& info) { return info.st_mtimespec; }
+#else
+static timespec changed(const struct stat& info) { return info.st_mtim; }
+#endif
+
+Mapping::Mapping(const std::string& path) : path_(path) {
+  file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file_ < 0) throw std::runtime_error(path + ": cannot be opened: " + std::strerror(errno));
+  if (fstat(file_, &opened_) == 0) bytes_ = static_cast<size_t>(opened_.st_size);
+  void* p = bytes_ ? mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file_, 0) : MAP_FAILED;
+  const int reason = errno;
+  if (p == MAP_FAILED) {
+    close(file_);
+    throw std::runtime_error(path + ": cannot be mapped: " + (bytes_ ? std::strerror(reason) : "the file is empty"));
+  }
+  data_ = static_cast<uint8_t*>(p);
+  try {
+    range_ = Faults::claim(reinterpret_cast<uintptr_t>(data_), bytes_);
+  } catch (...) {
+    munmap(data_, bytes_);
+    close(file_);
+    throw;
+  }
+}
+
+Mapping::~Mapping() {
+  Faults::release(range_);
+  munmap(data_, bytes_);
+  close(file_);
+}
+
+const uint8_t* Mapping::at(uint64_t offset, uint64_t bytes) const {
+  if (offset > bytes_ || bytes > bytes_ - offset)
+    throw std::runtime_error(path_ + ": is " + std::to_string(bytes_) + " bytes, a tensor claims " + std::to_string(bytes) + " from " + std::to_string(offset));
+  return data_ + offset;
+}
+
+void Mapping::check() const {
+  const char* rule = "; to exchange a model in use, write a new file beside it and rename it into place";
+  if (range_->failed) throw std::runtime_error(path_ + ": cannot be read any more: it was truncated or its disk failed while the model was in use" + rule);
+  struct stat now {};
+  if (fstat(file_, &now) != 0) throw std::runtime_error(path_ + ": cannot be read any more: " + std::strerror(errno));
+  const timespec then = changed(opened_), last = changed(now);
+  if (now.st_size != opened_.st_size || last.tv_sec != then.tv_sec || last.tv_nsec != then.tv_nsec)
+    throw std::runtime_error(path_ + ": was changed while the model was in use, so its weights are not those that were loaded" + rule);
+}

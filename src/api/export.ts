@@ -9,9 +9,10 @@ import type { GgufFormat } from "../checkpoint/gguf/header.ts";
 import { ggufName } from "../checkpoint/gguf/layout.ts";
 import { type GgufEntry, metadataOf } from "../checkpoint/gguf/metadata.ts";
 import { type GgufTensorData, ggufBytes, writeGguf } from "../checkpoint/gguf/packer.ts";
-import { locate } from "../checkpoint/names.ts";
-import { type ErnieConfig, readConfig } from "../model/config.ts";
+import { checkTiedHead, locate, unusedText } from "../checkpoint/names.ts";
+import type { ErnieConfig } from "../model/config.ts";
 import { parameterDtype, parameters } from "../model/ernie.ts";
+import { configFor } from "../model/fit.ts";
 import type { ModelParameter } from "../model/model.ts";
 import { PACK } from "../tensor/stored.ts";
 import { openPieces, pieceEntries, placeholderPieces } from "./pieces.ts";
@@ -26,6 +27,8 @@ export interface ExportOptions {
   /** Called after each tensor, with bytes of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
   readonly signal?: AbortSignal;
+  /** Called with tensors that are left out because the model does not use them. Default: a process warning. */
+  readonly onWarning?: (message: string) => void;
   /** Write a placeholder tokenizer (the 256 bytes) if the model has none. Default false: that is an error. */
   readonly withoutTokenizer?: boolean;
 }
@@ -41,12 +44,16 @@ export async function exportGguf(source: string, outFile: string, options: Expor
   const file = resolve(outFile);
   if (await stat(file).catch(() => null)) throw new CheckpointError(file, "already exists; name another file or delete it first");
   const checkpoint = await openCheckpoint(source);
-  const config = readConfig(checkpoint.config);
+  const config = configFor(checkpoint);
   if (config.moe && config.moe.endLayer !== config.layers - 1)
     throw new CheckpointError(file, `GGUF can't represent that layer ${config.moe.endLayer} of ${config.layers} is the last with experts`);
 
   const all = parameters(config);
-  const { sources } = locate(all, checkpoint);
+  const located = locate(all, checkpoint);
+  await checkTiedHead(located, checkpoint);
+  const unused = unusedText(located);
+  if (unused) (options.onWarning ?? process.emitWarning)(`${source}: ${unused}`);
+  const { sources } = located;
   const tensors = all.map((p): GgufTensorData => {
     const found = sources.get(p.name);
     const name = ggufName(p.name);
@@ -56,10 +63,10 @@ export async function exportGguf(source: string, outFile: string, options: Expor
     const k = shape.at(-1) ?? 0;
     const bytes = ggufBytes(file, { name, format, shape }) / found.parts.length;
     const n = shape.reduce((product, size) => product * size, 1) / k / found.parts.length;
-    const parts = found.parts.map((part) => async () => {
+    const parts = found.parts.map((part, e) => async () => {
       options.signal?.throwIfAborted();
       const to = new Uint8Array(bytes);
-      await convertStored(part, found.dtype, format, n, k, to);
+      await convertStored(part, found.dtype, format, n, k, to, p.experts ? `${p.name} of expert ${e}` : p.name);
       return to;
     });
     return { name, format, shape, parts };

@@ -3,10 +3,11 @@ import type { Backend, WeightSource } from "../backend/backend.ts";
 import { physicalCores } from "../backend/cores.ts";
 import { nativeBackend } from "../backend/native.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
-import { locate } from "../checkpoint/names.ts";
+import { checkTiedHead, locate, unusedText } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
-import { type ErnieConfig, readConfig } from "../model/config.ts";
+import type { ErnieConfig } from "../model/config.ts";
 import { ernie, parameterDtype } from "../model/ernie.ts";
+import { configFor } from "../model/fit.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
 import { KV_CACHE_DTYPES, KV_DTYPES, type KvCacheDtype } from "./kv.ts";
@@ -52,7 +53,7 @@ export interface LoadOptions {
   readonly prefix_cache?: boolean;
   /** Maximum number of requests computed at the same time; others wait. Default 512. */
   readonly max_sequences?: number;
-  /** Called with what will make the model slow on this machine: weights larger than memory, more threads than cores. Default: a process warning. */
+  /** Called with what may not be as intended: tensors that the model does not use, weights larger than memory, more threads than cores. Default: a process warning. */
   readonly warning_callback?: (message: string) => void;
 }
 
@@ -76,9 +77,11 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   const wanted = parseDtype(options.dtype ?? "auto");
   checkCache(options);
   const checkpoint = await openCheckpoint(folder);
-  const config = readConfig(checkpoint.config);
+  const config = configFor(checkpoint);
   const model = ernie(config);
-  const { sources } = locate(model.parameters, checkpoint);
+  const located = locate(model.parameters, checkpoint);
+  await checkTiedHead(located, checkpoint);
+  const { sources } = located;
   const weights = model.parameters.map((p): WeightSource => {
     const found = sources.get(p.name);
     if (!found) throw new Error(`internal: ${p.name} was not located`);
@@ -89,6 +92,8 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   const backend = await openBackend(options);
   try {
     const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
+    const unused = unusedText(located);
+    if (unused) warn(`${folder}: ${unused}`);
     for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
     const engine = new Engine({

@@ -3,16 +3,17 @@ import { createHash } from "node:crypto";
 import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { join, resolve } from "node:path";
-import { convertStored, randomMatrix } from "../backend/native.ts";
+import { checkFinite, convertStored, randomMatrix } from "../backend/native.ts";
 import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
-import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
+import { CONFIG, openCheckpoint, readJson } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import { ggufFile } from "../checkpoint/gguf/locate.ts";
-import { locate } from "../checkpoint/names.ts";
-import { readTensor } from "../checkpoint/safetensors.ts";
+import { checkTiedHead, locate, unusedText } from "../checkpoint/names.ts";
+import { readTensor, type StoredDtype, type TensorEntry } from "../checkpoint/safetensors.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";
 import { readConfig } from "../model/config.ts";
 import { parameterDtype, parameters } from "../model/ernie.ts";
+import { configFor } from "../model/fit.ts";
 import type { ModelParameter } from "../model/model.ts";
 import { PRESETS } from "../model/presets.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
@@ -24,6 +25,8 @@ export interface QuantizeOptions {
   /** Called after each tensor, with bytes of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
   readonly signal?: AbortSignal;
+  /** Called with tensors that are left out because the model does not use them. Default: a process warning. */
+  readonly onWarning?: (message: string) => void;
   /** For `random:` sources: override the number of layers or experts, and the seed (default 0). */
   readonly layers?: number;
   readonly experts?: number;
@@ -38,6 +41,9 @@ const FORMATS = {
   fp32: { dtype: "f32", config: "float32" },
 } as const;
 const STORED = { int8: "U8", int4: "U8", bf16: "BF16", f16: "F16", f32: "F32" } as const;
+
+/** Formats of tensors that are not in blocks and hold numbers that may not be finite. */
+const FLOATS: Partial<Record<StoredDtype, "f32" | "bf16" | "f16">> = { F32: "f32", BF16: "bf16", F16: "f16" };
 
 /** File with a digest of each tensor, beside the weights. */
 const CHECKSUMS = "checksums.json";
@@ -65,7 +71,9 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   if (!Object.hasOwn(FORMATS, options.dtype))
     throw new RangeError(`dtype '${options.dtype}' is not known; known are ${Object.keys(FORMATS).join(", ")}`);
   const format = FORMATS[options.dtype];
-  const origin = source.startsWith("random:") ? await randomOrigin(source.slice(7), options) : await checkpointOrigin(source);
+  const origin = source.startsWith("random:")
+    ? await randomOrigin(source.slice(7), options)
+    : await checkpointOrigin(source, options.onWarning);
   const config = readConfig(origin.config);
   if (resolve(source) === resolve(out)) throw new Error(`${out}: source and result are the same folder; name another for the result`);
   await mkdir(out, { recursive: true });
@@ -81,7 +89,7 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
     const [n, k] = shape.length === 1 ? [1, shape[0]] : shape;
     const bytes = isBlockDtype(dtype) ? blockBytes(dtype, n, k) : n * k * ELEMENT_BYTES[dtype];
     for (let e = 0; e < (p.experts ?? 1); e++) {
-      const name = p.experts ? p.name.replace(".experts.", `.experts.${e}.`) : p.name;
+      const name = partName(p, e);
       if (isBlockDtype(dtype)) blocks.set(name, { dtype, shape: [n, k] });
       totalBytes += bytes;
       tensors.push({
@@ -119,23 +127,32 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   return { bytes: totalBytes, tensors: tensors.length };
 }
 
+/** The name of part `index` of a parameter in the hub's layout. */
+function partName(p: ModelParameter, index: number): string {
+  return p.experts ? p.name.replace(".experts.", `.experts.${index}.`) : p.name;
+}
+
 /**
- * Compares every tensor of a model folder with `checksums.json`, which `quantize` wrote beside it.
+ * Compares every tensor of a model folder with `checksums.json`, which `quantize` wrote beside it, and checks that all its numbers
+ * are finite.
  * @returns the names of tensors whose bytes have changed; none if all is well
- * @throws CheckpointError when there are no checksums or the file itself does not open
+ * @throws CheckpointError when there are no checksums or the file itself does not open, Error when a tensor whose bytes are
+ * unchanged holds NaN or infinity
  */
 export async function verify(
   folder: string,
   onProgress?: (progress: { doneBytes: number; totalBytes: number }) => void,
 ): Promise<string[]> {
-  const { tensors } = await openCheckpoint(folder);
+  const checkpoint = await openCheckpoint(folder);
+  configFor(checkpoint);
+  const { tensors, blocks } = checkpoint;
   const path = join(folder, CHECKSUMS);
   const known = await readFile(path, "utf8").then(
     (text) => JSON.parse(text)?.tensors as unknown,
     () => null,
   );
-  if (typeof known !== "object" || known === null) throw new CheckpointError(path, "no checksums here; 'mixtape quantize' writes them");
-  const expected = new Map(Object.entries(known));
+  const checked = typeof known === "object" && known !== null;
+  const expected = new Map(Object.entries(checked ? known : {}));
   const totalBytes = [...tensors.values()].reduce((sum, t) => sum + t.bytes, 0);
   const changed: string[] = [];
   let doneBytes = 0;
@@ -143,24 +160,39 @@ export async function verify(
     const digest = createHash("sha256")
       .update(await readTensor(entry))
       .digest("hex");
-    if (digest !== expected.get(name)) changed.push(name);
+    if (checked && digest !== expected.get(name)) changed.push(name);
+    else await checkTensor(entry, blocks.get(name));
     expected.delete(name);
     doneBytes += entry.bytes;
     onProgress?.({ doneBytes, totalBytes });
   }
+  if (!checked) throw new CheckpointError(path, "all numbers are finite, but there are no checksums; 'mixtape quantize' writes them");
   return [...changed, ...expected.keys()];
 }
 
-async function checkpointOrigin(source: string): Promise<Origin> {
+/** Rejects, naming file and tensor, if one of the tensor's numbers is NaN or infinite. */
+async function checkTensor(entry: TensorEntry, block: BlockMatrix | undefined): Promise<void> {
+  const stored = block?.dtype ?? FLOATS[entry.dtype];
+  const shape = block?.shape ?? entry.shape;
+  const k = shape.at(-1) ?? 1;
+  const n = k === 0 ? 0 : shape.reduce((product, size) => product * size, 1) / k;
+  if (stored && n > 0) await checkFinite(entry, stored, n, k, entry.name);
+}
+
+async function checkpointOrigin(source: string, onWarning: (message: string) => void = process.emitWarning): Promise<Origin> {
   const checkpoint = await openCheckpoint(source);
-  const { sources } = locate(parameters(readConfig(checkpoint.config)), checkpoint);
+  const located = locate(parameters(configFor(checkpoint)), checkpoint);
+  await checkTiedHead(located, checkpoint);
+  const unused = unusedText(located);
+  if (unused) onWarning(`${source}: ${unused}`);
+  const { sources } = located;
   return {
     config: checkpoint.config,
     folder: checkpoint.folder,
     async fill(p, index, dtype, n, k, to) {
       const found = sources.get(p.name);
       if (!found) throw new Error(`internal: ${p.name} was not located`);
-      await convertStored(found.parts[index], found.dtype, dtype, n, k, to);
+      await convertStored(found.parts[index], found.dtype, dtype, n, k, to, partName(p, index));
     },
   };
 }
@@ -173,7 +205,8 @@ async function randomOrigin(name: string, { layers, experts, seed = 0 }: Quantiz
         .map((p) => `random:${p}`)
         .join(", ")} and random:CONFIG.json`,
     );
-  const base = preset ?? (JSON.parse(await readFile(name, "utf8")) as Record<string, unknown>);
+  const base = preset ?? (await readJson(name));
+  if (!base) throw new CheckpointError(name, "no such file");
   const last = base["moe_layer_end_index"];
   const config = {
     ...base,

@@ -162,7 +162,7 @@ async function checkFolder(root: string): Promise<void> {
 }
 
 /** A JSON object from a file, or null if there is no such file. */
-async function readJson(file: string): Promise<Record<string, unknown> | null> {
+export async function readJson(file: string): Promise<Record<string, unknown> | null> {
   let text: string;
   try {
     text = await readFile(file, "utf8");

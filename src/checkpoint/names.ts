@@ -6,7 +6,8 @@ import type { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import type { Checkpoint } from "./checkpoint.ts";
 import { CheckpointError } from "./error.ts";
-import type { Slice, StoredDtype } from "./safetensors.ts";
+import { readExactly, withFile } from "./file.ts";
+import type { Slice, StoredDtype, TensorEntry } from "./safetensors.ts";
 
 export type { Slice } from "./safetensors.ts";
 
@@ -35,7 +36,7 @@ export interface Source {
 export interface Located {
   /** By parameter name, in the order requested. */
   readonly sources: Map<string, Source>;
-  /** Stored tensors that the model does not use and that are not known to be superfluous. */
+  /** Stored tensors that the model does not use, that are not known to be superfluous, and whose names are not of its parts. */
   readonly unused: string[];
 }
 
@@ -46,13 +47,19 @@ interface Part {
 }
 
 const DTYPES: Partial<Record<StoredDtype, keyof typeof ELEMENT_BYTES>> = { F32: "f32", F16: "f16", BF16: "bf16" };
+const CHUNK_BYTES = 2 ** 22;
 const CORRECTION_BIAS = /\.mlp\.moe_statics\.e_score_correction_bias$/;
-/** Multi-token prediction, which transformers ignores too; RoPE tables of old files; the head if it is tied. */
-const SUPERFLUOUS = /(^|\.)mtp_|\.rotary_emb\.inv_freq$|^lm_head\.weight$/;
+/** Multi-token prediction, which transformers ignores too; RoPE tables of old files. */
+const SUPERFLUOUS = /(^|\.)mtp_|\.rotary_emb\.inv_freq$/;
+/** Tensors that take part in the forward pass wherever they occur: a model without them is another model. `blk` is GGUF's. */
+const OF_THE_MODEL = /^(model\.(embed_tokens|norm|layers)|lm_head|blk)\./;
+const HEAD = "lm_head.weight";
+const EMBEDDING = "model.embed_tokens.weight";
 
 /**
  * Finds every parameter in a checkpoint.
- * @throws CheckpointError naming the first tensor that is missing, or whose shape or dtype differs from the model's
+ * @throws CheckpointError naming the first tensor that is missing, whose shape or dtype differs from the model's, or that
+ * belongs to such a model but not to this one: a bias, a layer or an expert too many
  */
 export function locate(parameters: Iterable<Parameter>, checkpoint: Checkpoint): Located {
   const reader = new Reader(checkpoint);
@@ -67,7 +74,59 @@ export function locate(parameters: Iterable<Parameter>, checkpoint: Checkpoint):
   }
   if (missing.length > 0) throw new CheckpointError(checkpoint.folder, missingText(missing));
   const unused = [...checkpoint.tensors.keys()].filter((name) => !reader.used.has(name) && !SUPERFLUOUS.test(name));
-  return { sources, unused };
+  const extra = unused.filter((name) => OF_THE_MODEL.test(name) && name !== HEAD);
+  if (extra.length > 0) throw new CheckpointError(checkpoint.folder, extraText(extra));
+  return { sources, unused: unused.filter((name) => name !== HEAD) };
+}
+
+/**
+ * Checks a head that is stored although the embeddings take its place (`tie_word_embeddings`): harmless if it is the same.
+ * @throws CheckpointError if it is not
+ */
+export async function checkTiedHead({ sources }: Located, checkpoint: Checkpoint): Promise<void> {
+  const [head, table] = [checkpoint.tensors.get(HEAD), checkpoint.tensors.get(EMBEDDING)];
+  if (!head || !table || sources.has(HEAD)) return;
+  if (head.dtype === table.dtype && head.bytes === table.bytes && (await sameBytes(head, table))) return;
+  throw new CheckpointError(
+    checkpoint.folder,
+    `${HEAD} differs from ${EMBEDDING}, but config.json says tie_word_embeddings, which leaves the head unused; set it to false, or remove the tensor`,
+  );
+}
+
+/** One line about tensors that are ignored; undefined if there are none. */
+export function unusedText({ unused }: Located): string | undefined {
+  if (unused.length === 0) return undefined;
+  const more = unused.length > 3 ? ` and ${unused.length - 3} more` : "";
+  return `the model does not use ${unused.length === 1 ? "the tensor" : "the tensors"} ${unused.slice(0, 3).join(", ")}${more}`;
+}
+
+function extraText(extra: readonly string[]): string {
+  const [first] = extra;
+  const others = extra.length > 1 ? ` (and ${extra.length - 1} more)` : "";
+  const field = first.endsWith(".bias")
+    ? "use_bias"
+    : /\.experts\./.test(first)
+      ? "moe_num_experts and the moe_layer fields"
+      : /\.mlp\./.test(first)
+        ? "the moe_layer fields"
+        : "num_hidden_layers";
+  return `tensor ${first}${others} is stored, but the model that config.json describes has no such part and would compute something else; check ${field}, or remove the tensor`;
+}
+
+async function sameBytes(a: TensorEntry, b: TensorEntry): Promise<boolean> {
+  return withFile(a.file, (left) =>
+    withFile(b.file, async (right) => {
+      for (let at = 0; at < a.bytes; at += CHUNK_BYTES) {
+        const bytes = Math.min(CHUNK_BYTES, a.bytes - at);
+        const [x, y] = await Promise.all([
+          readExactly(left, a.file, a.offset + at, bytes),
+          readExactly(right, b.file, b.offset + at, bytes),
+        ]);
+        if (!x.equals(y)) return false;
+      }
+      return true;
+    }),
+  );
 }
 
 function missingText(missing: readonly string[]): string {

@@ -2,7 +2,7 @@
 import { type Command, Option } from "commander";
 import { onInterrupt } from "./failure.ts";
 import { addHubOptions, examples, type HubFlags } from "./options.ts";
-import { formatBytes } from "./terminal.ts";
+import { formatBytes, warn } from "./terminal.ts";
 
 const TYPES = ["q8_0", "q4_0", "bf16", "f16", "f32"] as const;
 
@@ -44,7 +44,7 @@ async function write(source: string, out: string, flags: ExportFlags): Promise<v
     const folder = await findFolder(source, flags, { signal: interrupt.signal });
     const bar = await byteProgress("writing");
     const { type, withoutTokenizer } = flags;
-    const options = { type, withoutTokenizer, onProgress: bar.update, signal: interrupt.signal };
+    const options = { type, withoutTokenizer, onProgress: bar.update, signal: interrupt.signal, onWarning: warn };
     const written = await exportGguf(folder, out, options).finally(bar.stop);
     process.stdout.write(`wrote ${out}: ${formatBytes(written.bytes)} (${type}), ${written.tensors} tensors\n`);
   } finally {

@@ -1,9 +1,9 @@
 /** Gathers what `mixtape info` shows about a model. A folder without weights or a tokenizer is described as far as possible. */
 import { existsSync } from "node:fs";
-import { readFile } from "node:fs/promises";
 import { join } from "node:path";
-import { CONFIG, missingFile, openCheckpoint, totalsByDtype } from "../checkpoint/checkpoint.ts";
+import { CONFIG, missingFile, openCheckpoint, readJson, totalsByDtype } from "../checkpoint/checkpoint.ts";
 import { moeLayers, readConfig } from "../model/config.ts";
+import { configFor } from "../model/fit.ts";
 import { measure } from "../model/size.ts";
 import { UsageError } from "./failure.ts";
 import { findFolder, openTokenizer } from "./models.ts";
@@ -16,7 +16,7 @@ export async function gather(name: string, flags: HubFlags) {
   const folder = await findFolder(name, flags, { weights: false });
   const missing = existsSync(join(folder, CONFIG)) ? await missingFile(folder) : undefined;
   const checkpoint = missing === undefined ? await openCheckpoint(folder) : null;
-  const config = readConfig(checkpoint?.config ?? (await readObject(join(folder, CONFIG))));
+  const config = checkpoint ? configFor(checkpoint) : readConfig(await readObject(join(folder, CONFIG)));
   const generation = join(folder, "generation_config.json");
   return {
     model: name,
@@ -47,10 +47,7 @@ async function describeTokenizer(folder: string) {
 }
 
 async function readObject(file: string): Promise<Record<string, unknown>> {
-  const text = await readFile(file, "utf8");
-  try {
-    return JSON.parse(text) as Record<string, unknown>;
-  } catch (cause) {
-    throw new UsageError(`${file}: broken JSON (${String(cause instanceof Error ? cause.message : cause)})`, { cause });
-  }
+  const value = await readJson(file);
+  if (value === null) throw new UsageError(`${file}: no such file`);
+  return value;
 }

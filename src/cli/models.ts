@@ -5,7 +5,7 @@ import type { CausalLM } from "../api/model.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { type HubFlags, loadOptions, type ModelFlags } from "./options.ts";
 import { downloadProgress } from "./progress.ts";
-import { notice } from "./terminal.ts";
+import { warn } from "./terminal.ts";
 
 /** What whoever uses the bundled model should know. */
 export const DEMO = "mixtape: the bundled model is a tiny demo and often wrong; for a real one: -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int8";
@@ -28,7 +28,7 @@ export async function findFolder(
       weights,
       signal,
       onProgress: (progress) => bars?.update(progress),
-      onWarning: (message) => notice(`mixtape: ${message}`),
+      onWarning: warn,
     });
   } finally {
     bars?.stop();
@@ -53,6 +53,6 @@ export async function openModel(folder: string, flags: ModelFlags): Promise<Caus
   if (isBundled(flags.model)) notice(DEMO);
   return AutoModelForCausalLM.from_pretrained(folder, {
     ...loadOptions(flags),
-    warning_callback: (message) => notice(`mixtape: ${message}`),
+    warning_callback: warn,
   });
 }

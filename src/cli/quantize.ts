@@ -2,7 +2,7 @@
 import { type Command, Option } from "commander";
 import { onInterrupt } from "./failure.ts";
 import { addHubOptions, examples, type HubFlags, whole } from "./options.ts";
-import { formatBytes } from "./terminal.ts";
+import { formatBytes, warn } from "./terminal.ts";
 
 const FORMATS = ["int8", "int4", "bf16", "fp16", "fp32"] as const;
 
@@ -51,7 +51,7 @@ async function convert(source: string, out: string, flags: QuantizeFlags): Promi
     const before = totals.reduce((sum, [, { bytes }]) => sum + bytes, 0);
     const bar = await byteProgress("writing");
     const { dtype, layers, experts, seed } = flags;
-    const options = { dtype, layers, experts, seed, onProgress: bar.update, signal: interrupt.signal };
+    const options = { dtype, layers, experts, seed, onProgress: bar.update, signal: interrupt.signal, onWarning: warn };
     const written = await quantize(from, out, options)
       .then((done) => {
         bar.update({ doneBytes: done.bytes, totalBytes: done.bytes });

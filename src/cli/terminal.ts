@@ -49,6 +49,11 @@ export function padEnd(text: string, columns: number): string {
   return text + " ".repeat(Math.max(0, columns - displayWidth(text)));
 }
 
+/** Writes a warning to standard error. */
+export function warn(message: string): void {
+  notice(`mixtape: ${message}`);
+}
+
 /** 12345678 as `12.3 MB`. */
 export function formatBytes(bytes: number): string {
   const units = ["B", "kB", "MB", "GB", "TB"];

@@ -43,10 +43,44 @@ export class ConfigError extends Error {
 }
 
 const ARCHITECTURES = ["Ernie4_5_MoeForCausalLM", "Ernie4_5ForCausalLM"] as const;
+/** Names that the hub's checkpoints had before transformers took the models in. */
+const EARLIER: Readonly<Record<string, ErnieConfig["architecture"]>> = {
+  Ernie4_5_ForCausalLM: "Ernie4_5ForCausalLM",
+  Ernie4_5_MoEForCausalLM: "Ernie4_5_MoeForCausalLM",
+  Ernie4_5MoeForCausalLM: "Ernie4_5_MoeForCausalLM",
+};
 const BY_MODEL_TYPE: Record<string, ErnieConfig["architecture"]> = {
   ernie4_5_moe: "Ernie4_5_MoeForCausalLM",
   ernie4_5: "Ernie4_5ForCausalLM",
 };
+
+/**
+ * The largest value of each size: several times what the largest published models have, and what the kernels are built for.
+ * Everything that is allocated or repeated by a config's numbers is bounded by these.
+ */
+const MOST = {
+  vocab_size: 2 ** 22,
+  hidden_size: 2 ** 17,
+  intermediate_size: 2 ** 20,
+  num_hidden_layers: 4096,
+  num_attention_heads: 4096,
+  num_key_value_heads: 4096,
+  /** Positions are turned into angles in float32, which counts exactly up to here. */
+  max_position_embeddings: 2 ** 24,
+  moe_num_experts: 4096,
+  moe_k: 4096,
+  moe_intermediate_size: 2 ** 20,
+  moe_num_shared_experts: 4096,
+  moe_layer_start_index: 4096,
+  moe_layer_end_index: 4096,
+  moe_layer_interval: 4096,
+} as const;
+const MOST_HEAD_DIM = 512;
+/** The most numbers in one matrix. */
+const MOST_NUMBERS = 2 ** 32;
+/** The largest value of a fraction, which is added to or divides numbers around 1. */
+const MOST_REAL = 1;
+const MOST_IDS = 1024;
 
 /** Throws a ConfigError on an unknown architecture (and lists the supported ones), a missing or invalid value, or an unsupported feature. */
 export function readConfig(raw: Record<string, unknown>): ErnieConfig {
@@ -55,11 +89,14 @@ export function readConfig(raw: Record<string, unknown>): ErnieConfig {
     const v = raw[name] ?? fallback;
     if (typeof v !== "number" || !Number.isInteger(v) || v < least)
       throw new ConfigError(`config.json: ${name} is ${show(raw[name])}, not a whole number of at least ${least}`);
+    const most = Object.hasOwn(MOST, name) ? MOST[name as keyof typeof MOST] : 2 ** 31 - 1;
+    if (v > most) throw new ConfigError(`config.json: ${name} is ${v}; at most ${most} is supported`);
     return v;
   };
   const real = (name: string, fallback: number): number => {
     const v = raw[name] ?? fallback;
-    if (typeof v !== "number" || !(v >= 0)) throw new ConfigError(`config.json: ${name} is ${show(raw[name])}, not a number of at least 0`);
+    if (typeof v !== "number" || !(v >= 0 && v <= MOST_REAL))
+      throw new ConfigError(`config.json: ${name} is ${show(raw[name])}, not a number from 0 to ${MOST_REAL}`);
     return v;
   };
   const flag = (name: string, fallback: boolean): boolean => {
@@ -84,15 +121,23 @@ export function readConfig(raw: Record<string, unknown>): ErnieConfig {
       `config.json: hidden_size (${hiddenSize}) is not a multiple of num_attention_heads (${heads}) and head_dim is not given`,
     );
   const headDim = whole("head_dim", derived ? hiddenSize / heads : 128);
-  if (headDim % 2 || headDim > 512)
-    throw new ConfigError(`config.json: a head width of ${headDim} is not supported; it must be even and at most 512`);
+  if (headDim % 2 || headDim > MOST_HEAD_DIM)
+    throw new ConfigError(`config.json: a head width of ${headDim} is not supported; it must be even and at most ${MOST_HEAD_DIM}`);
   const layers = whole("num_hidden_layers");
+  const vocabSize = whole("vocab_size");
+  const intermediateSize = whole("intermediate_size");
+  const moe = architecture === "Ernie4_5_MoeForCausalLM" ? readMoe(whole, real, layers) : null;
+  const rows = Math.max(vocabSize, intermediateSize, heads * headDim, moe ? moe.width * Math.max(1, moe.sharedExperts) : 0);
+  if (rows * hiddenSize > MOST_NUMBERS)
+    throw new ConfigError(
+      `config.json: a matrix of ${rows} by ${hiddenSize} (hidden_size) has more than ${MOST_NUMBERS} numbers, the most supported`,
+    );
 
   return {
     architecture,
-    vocabSize: whole("vocab_size"),
+    vocabSize,
     hiddenSize,
-    intermediateSize: whole("intermediate_size"),
+    intermediateSize,
     layers,
     heads,
     kvHeads,
@@ -102,7 +147,7 @@ export function readConfig(raw: Record<string, unknown>): ErnieConfig {
     ropeTheta: readRope(raw),
     tied: flag("tie_word_embeddings", true),
     useBias: flag("use_bias", false),
-    moe: architecture === "Ernie4_5_MoeForCausalLM" ? readMoe(whole, real, layers) : null,
+    moe,
     eosTokenIds: readIds(raw["eos_token_id"] ?? 2, "eos_token_id"),
     bosTokenId: raw["bos_token_id"] == null ? null : whole("bos_token_id", undefined, 0),
     padTokenId: raw["pad_token_id"] == null ? null : whole("pad_token_id", undefined, 0),
@@ -123,30 +168,36 @@ export function moeLayers(config: ErnieConfig): number[] {
 /** Reads a token id or a list of them, such as `eos_token_id`. */
 export function readIds(value: unknown, name: string): number[] {
   const ids = Array.isArray(value) ? value : [value];
-  if (!ids.every((id) => Number.isInteger(id) && id >= 0))
+  if (ids.length > MOST_IDS) throw new ConfigError(`${name} is a list of ${ids.length} ids; at most ${MOST_IDS} are supported`);
+  if (!ids.every((id) => Number.isInteger(id) && id >= 0 && id < 2 ** 31))
     throw new ConfigError(`${name} is ${show(value)}, not a token id or a list of them`);
   return ids;
 }
 
 function readArchitecture(raw: Record<string, unknown>): ErnieConfig["architecture"] {
-  const named = Array.isArray(raw["architectures"]) ? raw["architectures"] : [];
-  const known = ARCHITECTURES.find((a) => named.includes(a));
+  const named: string[] = Array.isArray(raw["architectures"])
+    ? raw["architectures"].slice(0, 10).map((a) => (typeof a === "string" ? a : show(a)))
+    : [];
+  const known = ARCHITECTURES.find((a) => named.includes(a)) ?? named.flatMap((a) => (Object.hasOwn(EARLIER, a) ? EARLIER[a] : []))[0];
   if (known) return known;
-  const byType = BY_MODEL_TYPE[String(raw["model_type"])];
+  const type = raw["model_type"];
+  const byType = typeof type === "string" && Object.hasOwn(BY_MODEL_TYPE, type) ? BY_MODEL_TYPE[type] : undefined;
   if (byType && named.length === 0) return byType;
-  const seen = named.length ? named.map(String).join(", ") : show(raw["model_type"]);
+  const seen = named.length ? shortened(named.join(", ")) : show(type);
   throw new ConfigError(`config.json: the architecture ${seen} is not supported; supported are ${ARCHITECTURES.join(", ")}`);
 }
 
 function readRope(raw: Record<string, unknown>): number {
   const rope = (raw["rope_parameters"] ?? raw["rope_scaling"] ?? {}) as Record<string, unknown>;
-  if (typeof rope !== "object") throw new ConfigError(`config.json: rope_parameters is ${show(rope)}, not an object`);
+  if (typeof rope !== "object" || Array.isArray(rope))
+    throw new ConfigError(`config.json: rope_parameters is ${show(rope)}, not an object`);
   const type = rope["rope_type"] ?? rope["type"] ?? "default";
   if (type !== "default") throw new ConfigError(`config.json: the RoPE type ${show(type)} is not supported; ERNIE-4.5 uses "default"`);
   if ((rope["partial_rotary_factor"] ?? raw["partial_rotary_factor"] ?? 1) !== 1)
     throw new ConfigError("config.json: a partial_rotary_factor other than 1 is not supported");
   const theta = rope["rope_theta"] ?? raw["rope_theta"] ?? 500000;
-  if (typeof theta !== "number" || !(theta > 0)) throw new ConfigError(`config.json: rope_theta is ${show(theta)}, not a number above 0`);
+  if (typeof theta !== "number" || !(theta >= 1 && theta <= 1e12))
+    throw new ConfigError(`config.json: rope_theta is ${show(theta)}, not a number from 1 to 1e12`);
   return theta;
 }
 
@@ -170,5 +221,9 @@ function readMoe(whole: ReadNumber, real: ReadNumber, layers: number): MoeConfig
 }
 
 function show(value: unknown): string {
-  return value === undefined ? "missing" : JSON.stringify(value);
+  return value === undefined ? "missing" : shortened(value === Number.POSITIVE_INFINITY ? "infinite" : JSON.stringify(value));
+}
+
+function shortened(text: string): string {
+  return text.length > 100 ? `${text.slice(0, 100)}…` : text;
 }

@@ -9,8 +9,9 @@ import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { type Engine, kvBytesPerToken } from "../engine/engine.ts";
 import { Grammars } from "../grammar/grammars.ts";
 import { Turns } from "../grammar/turns.ts";
-import { type ErnieConfig, readConfig } from "../model/config.ts";
+import type { ErnieConfig } from "../model/config.ts";
 import { ernie } from "../model/ernie.ts";
+import { configFor } from "../model/fit.ts";
 import { measure } from "../model/size.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { Encoder } from "./completion/encoder.ts";
@@ -89,7 +90,9 @@ export class Catalog {
 
   /** True once every preloaded model is loaded. */
   get ready(): boolean {
-    return !this.#closed && [...this.#entries.values()].every(({ config, model }) => !config.preload || model !== null);
+    return (
+      !this.#closed && [...this.#entries.values()].every(({ config, model }) => !config.preload || (model !== null && !model.engine.lost))
+    );
   }
 
   /** Loads the models that are always kept loaded. */
@@ -108,6 +111,7 @@ export class Catalog {
       throw new ServerError("model_not_found", `there is no model '${name}' here; there are ${known}`, { param: "model" });
     }
     if (this.#closed) throw new ServerError("not_ready", "the server is shutting down", { retryAfterSeconds: 5 });
+    if (entry.model?.engine.lost) void this.#unload(entry); // its files have changed: load what is there now
     entry.users++; // while it loads too, so that it is not unloaded meanwhile
     try {
       entry.loading ??= this.#load(entry);
@@ -215,8 +219,15 @@ export class Catalog {
 
   #unloadIdle(): void {
     const before = performance.now() - this.#options.idleUnloadSeconds * 1000;
-    for (const entry of this.#entries.values())
-      if (entry.model && !entry.config.preload && entry.users === 0 && entry.usedAt < before) void this.#unload(entry);
+    for (const entry of this.#entries.values()) {
+      const { model, config, users, usedAt } = entry;
+      if (model?.engine.lost && config.preload)
+        void this.use(config.name).then(
+          ({ release }) => release(),
+          () => {},
+        ); // the log says why
+      else if (model && users === 0 && (model.engine.lost || (!config.preload && usedAt < before))) void this.#unload(entry);
+    }
   }
 
   async #unload(entry: Entry): Promise<void> {
@@ -248,7 +259,7 @@ interface Footprint {
 /** A model's memory, from its config and the headers of its weights. */
 async function estimate(folder: string, model: ModelConfig, budget: number | null): Promise<Footprint> {
   const checkpoint = await openCheckpoint(folder);
-  const config = readConfig(checkpoint.config);
+  const config = configFor(checkpoint);
   const { memory } = measure(config);
   const stored = [...checkpoint.tensors.values()].reduce((sum, tensor) => sum + tensor.bytes, 0);
   const weightBytes = { auto: stored, ...memory, fp16: memory.bf16 }[model.dtype];

@@ -10,6 +10,9 @@ import { configOf, generationOf } from "./metadata.ts";
 
 const DTYPES: Readonly<Record<GgufTensor["format"], StoredDtype>> = { f32: "F32", f16: "F16", bf16: "BF16", q8_0: "U8", q4_0: "U8" };
 
+/** The most experts that the kernels take. */
+const MAX_EXPERTS = 4096;
+
 /**
  * Opens a GGUF file of an ERNIE-4.5 model as a `Checkpoint`.
  * @param file absolute path
@@ -32,6 +35,11 @@ export async function openArchive(file: string) {
     if (!hub) add(tensor.name, tensor, tensor.shape);
     else if (!hub.stacked) add(hub.name, tensor, hub.name.endsWith("e_score_correction_bias") ? [1, ...tensor.shape] : tensor.shape);
     else {
+      if (tensor.shape.length !== 3 || experts > MAX_EXPERTS)
+        throw new CheckpointError(
+          file,
+          `${tensor.name} has the shape [${tensor.shape.join(", ")}]; matrices of at most ${MAX_EXPERTS} experts are read`,
+        );
       const bytes = tensor.bytes / experts;
       for (let e = 0; e < experts; e++) {
         add(hub.name.replace("{e}", String(e)), { ...tensor, offset: tensor.offset + e * bytes, bytes }, each);

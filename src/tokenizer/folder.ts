@@ -2,6 +2,7 @@
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { TokenizerError } from "./error.ts";
+import { checkFile } from "./schema.ts";
 
 export interface TokenizerFiles {
   /** Parsed tokenizer.json. It takes precedence over tokenizer.model, so exactly one of the two is set. */
@@ -15,7 +16,7 @@ export interface TokenizerFiles {
   readonly chatTemplate: string | null;
 }
 
-/** Reads a folder. Throws `TokenizerError` if it has no tokenizer or a JSON file is malformed. */
+/** Reads a folder. Throws `TokenizerError` if it has no tokenizer, or a JSON file is malformed or has a field of the wrong kind. */
 export async function readFolder(folder: string): Promise<TokenizerFiles> {
   const [json, config, specialTokensMap, addedTokens, jinja, chatJson] = await Promise.all([
     read(folder, "tokenizer.json"),
@@ -28,14 +29,24 @@ export async function readFolder(folder: string): Promise<TokenizerFiles> {
   const model = json === null ? await read(folder, "tokenizer.model") : null;
   if (json === null && model === null)
     throw new TokenizerError(`no tokenizer in ${folder}: it has neither tokenizer.json nor tokenizer.model`);
-  const template = jinja?.toString("utf8") ?? chatJson["chat_template"];
+  const parsed = json === null ? null : parseJson(join(folder, "tokenizer.json"), json.toString("utf8"));
+  try {
+    if (json !== null) checkFile("tokenizer.json", parsed);
+    checkFile("tokenizer_config.json", config);
+    checkFile("special_tokens_map.json", specialTokensMap);
+    checkFile("added_tokens.json", addedTokens);
+    checkFile("chat_template.json", chatJson);
+  } catch (cause) {
+    throw cause instanceof TokenizerError ? new TokenizerError(join(folder, cause.message), { cause }) : cause;
+  }
+  const beside = chatJson["chat_template"];
   return {
-    json: json === null ? null : parseJson(join(folder, "tokenizer.json"), json.toString("utf8")),
+    json: parsed,
     model,
-    config,
+    config: config["chat_template"] == null && Array.isArray(beside) ? { ...config, chat_template: beside } : config,
     specialTokensMap,
     addedTokens,
-    chatTemplate: typeof template === "string" ? template : null,
+    chatTemplate: jinja?.toString("utf8") ?? (typeof beside === "string" ? beside : null),
   };
 }
 

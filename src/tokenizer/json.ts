@@ -8,6 +8,7 @@ import type { DecoderConfig } from "./decoder.ts";
 import { type Cut, type Definition, identity } from "./definition.ts";
 import { TokenizerError } from "./error.ts";
 import { Pairs } from "./pairs.ts";
+import { MOST_IDS } from "./schema.ts";
 
 export interface TokenizerJson {
   readonly added_tokens?: readonly AddedJson[] | null;
@@ -100,9 +101,8 @@ export function addedToken(token: AddedJson): AddedToken {
   };
 }
 
-/** Ids index the embedding, and the encoder's symbols are 32-bit integers. */
 function isId(id: number): boolean {
-  return Number.isInteger(id) && id >= 0 && id < 2 ** 31;
+  return Number.isInteger(id) && id >= 0 && id < MOST_IDS;
 }
 
 const emptyModel = { type: "BPE", vocab: {}, merges: [] };
@@ -120,10 +120,16 @@ function isBpe(model: ModelJson): boolean {
 }
 
 function build(parts: object): Library {
+  return guarded(() => new Library({ ...empty, ...parts }, {}));
+}
+
+/** Runs a part of the library, which reports what it cannot do with a file by whatever error its code runs into. */
+function guarded<T>(run: () => T): T {
   try {
-    return new Library({ ...empty, ...parts }, {});
+    return run();
   } catch (cause) {
-    throw new TokenizerError(`tokenizer.json: ${cause instanceof Error ? cause.message : String(cause)}`, { cause });
+    if (cause instanceof TokenizerError) throw cause;
+    throw new TokenizerError(`tokenizer.json: cannot be used: ${cause instanceof Error ? cause.message : String(cause)}`, { cause });
   }
 }
 
@@ -165,7 +171,7 @@ function libraryModel(library: Library): Cut {
   const { model } = library;
   if (model === null) throw new Error("internal: the library built no model");
   return (text, out) => {
-    for (const token of model([text])) {
+    for (const token of guarded(() => model([text]))) {
       const id = model.tokens_to_ids.get(token) ?? model.unk_token_id;
       if (id === undefined) throw new TokenizerError(`no token for ${JSON.stringify(token)}, and the vocabulary has no unknown token`);
       out.push(id);
@@ -184,13 +190,13 @@ function normalizer(part: Part | null): (text: string) => string {
     return (text) => map.normalize(text);
   }
   const { normalizer: step } = build({ normalizer: part });
-  return step === null ? identity : (text) => (text === "" ? "" : step(text));
+  return step === null ? identity : (text) => (text === "" ? "" : guarded(() => step(text)));
 }
 
 function preTokenizer(part: Part | null, library: Library): (text: string, first: boolean) => string[] {
   const step = library.pre_tokenizer;
   if (part === null || step === null) return (text) => [text];
-  if (part.type !== "Metaspace") return (text, first) => step(text, { section_index: first ? 0 : 1 });
+  if (part.type !== "Metaspace") return (text, first) => guarded(() => step(text, { section_index: first ? 0 : 1 }));
   const mark = typeof part["replacement"] === "string" ? part["replacement"] : "▁";
   const scheme = part["prepend_scheme"] ?? (part["add_prefix_space"] === false ? "never" : "always");
   return (text, first) => {
@@ -204,7 +210,7 @@ function preTokenizer(part: Part | null, library: Library): (text: string, first
 /** The tokens that the post-processor puts around a sequence, found by processing a probe. */
 function around(library: Library): { prefix: string[]; suffix: string[] } {
   const probe = "\ufdd0";
-  const tokens = library.post_processor?.([probe], null, true).tokens ?? [probe];
+  const tokens = guarded(() => library.post_processor?.([probe], null, true).tokens) ?? [probe];
   const at = tokens.indexOf(probe);
   return { prefix: tokens.slice(0, at), suffix: tokens.slice(at + 1) };
 }

@@ -42,6 +42,11 @@ export class Vocabulary {
     this.size = definition.vocab.size;
     this.ids = new Map(definition.vocab);
     this.ids.forEach((id, token) => {
+      const other = this.tokens[id];
+      if (other !== undefined)
+        throw new TokenizerError(
+          `the tokens ${JSON.stringify(other)} and ${JSON.stringify(token)} have the same id ${id} in the vocabulary`,
+        );
       this.tokens[id] = token;
     });
     const added = new Map<string, AddedToken>();

@@ -141,7 +141,7 @@ test.each<[string, Record<string, unknown>, string]>([
     { "tokenizer.json": miniJson(), "tokenizer_config.json": "[]" },
     "tokenizer_config.json: not a JSON object",
   ],
-  ["no model", { "tokenizer.json": {} }, 'tokenizer.json: it has no "model" with a "vocab"'],
+  ["no model", { "tokenizer.json": {} }, "tokenizer.json: model is missing, not an object"],
   [
     "a merge of nothing",
     { "tokenizer.json": miniJson({ model: { type: "BPE", vocab: { a: 0 }, merges: ["a b"] } }) },
@@ -150,10 +150,14 @@ test.each<[string, Record<string, unknown>, string]>([
   [
     "a strange id",
     { "tokenizer.json": miniJson({ added_tokens: [], model: { type: "BPE", vocab: { a: -1 }, merges: [] } }) },
-    'token "a" has the id -1',
+    'tokenizer.json: model.vocab["a"] is -1, not a token id',
   ],
   ["a strange decoder", { "tokenizer.json": miniJson({ decoder: { type: "CTC" } }) }, 'decoder "CTC" is not supported'],
-  ["a strange normalizer", { "tokenizer.json": miniJson({ normalizer: { type: "Odd" } }) }, "tokenizer.json: Unknown Normalizer type: Odd"],
+  [
+    "a strange normalizer",
+    { "tokenizer.json": miniJson({ normalizer: { type: "Odd" } }) },
+    "tokenizer.json: cannot be used: Unknown Normalizer type: Odd",
+  ],
   [
     "an id taken twice",
     { "tokenizer.json": miniJson({ added_tokens: [{ id: 263, content: "<x>" }] }) },

@@ -3,6 +3,8 @@ import { randomInt } from "node:crypto";
 import { type ResponseFormat, type ResponseFormatOption, readFormat } from "../chat/format.ts";
 import { GREEDY, type Sampling } from "../engine/sampling.ts";
 import { type ErnieConfig, readIds } from "../model/config.ts";
+import { idRows, type TokenRows } from "../tokenizer/ids.ts";
+import { optionFault } from "../tokenizer/options.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import type { Streamer } from "./streamers.ts";
 
@@ -35,7 +37,7 @@ export interface GenerationOptions {
   /** Makes sampling repeatable. Default: a random seed. */
   readonly seed?: number;
   /** Ids that end an answer: one, a list, or null for none. Default: the model's. */
-  readonly eos_token_id?: number | readonly number[] | null;
+  readonly eos_token_id?: number | bigint | readonly (number | bigint)[] | null;
   /** Texts that end an answer when they occur in it. Needs `tokenizer`. */
   readonly stop_strings?: string | readonly string[];
   /** For options that read or constrain the answer's text. */
@@ -108,8 +110,8 @@ const KNOWN = new Set<string>([
  * `response_format`. The ranges of the sampling controls are checked when a request is submitted.
  */
 export function resolveGeneration(options: GenerationOptions, defaults: Record<string, unknown>, config: ErnieConfig): ResolvedGeneration {
-  const unknown = Object.keys(options).find((key) => !KNOWN.has(key));
-  if (unknown) throw new RangeError(`generate has no option '${unknown}'; it has ${[...KNOWN].join(", ")}`);
+  const fault = optionFault("generate", options, KNOWN);
+  if (fault !== null) throw new RangeError(fault);
   const pick = <K extends keyof GenerationOptions>(key: K): GenerationOptions[K] =>
     options[key] ?? (defaults[key] as GenerationOptions[K]) ?? undefined;
   const whole = (key: keyof GenerationOptions, value: number | undefined, least: number) => {
@@ -173,9 +175,9 @@ export function endTokenIds(defaults: Readonly<Record<string, unknown>>, config:
 
 /** Prompts for `generate` and `forward`: rows of ids, and which of them are padding. */
 export interface ModelInputs {
-  readonly input_ids: readonly (readonly number[])[] | readonly number[];
+  readonly input_ids: TokenRows;
   /** 1 for a token, 0 for padding, in the shape of `input_ids`. Default: no padding. */
-  readonly attention_mask?: readonly (readonly number[])[] | readonly number[];
+  readonly attention_mask?: TokenRows;
 }
 
 /** A prompt and its position in the row as given. */
@@ -189,11 +191,10 @@ export interface Row {
 
 /** Removes padding. Throws RangeError for rows without tokens, masks of another shape, or padding between tokens. */
 export function readRows({ input_ids, attention_mask }: ModelInputs): Row[] {
-  const rows = (x: ModelInputs["input_ids"]) => (typeof x[0] === "number" ? [x as number[]] : (x as number[][]));
-  const ids = Array.isArray(input_ids) ? rows(input_ids) : [];
-  if (!Array.isArray(input_ids) || ids.some((row) => typeof row?.length !== "number" || typeof row === "string"))
-    throw new RangeError("input_ids must be rows of token ids: number[][]");
-  const masks = attention_mask && rows(attention_mask);
+  const ids = idRows(input_ids);
+  if (ids === null) throw new RangeError("input_ids must be rows of token ids: number[][], or a tensor of two dimensions");
+  const masks = attention_mask && idRows(attention_mask);
+  if (masks === null) throw new RangeError("attention_mask must be rows of 0 and 1, in the shape of input_ids");
   if (ids.length === 0) throw new RangeError("the prompt is empty: input_ids has no rows");
   if (masks && (masks.length !== ids.length || masks.some((m, i) => m.length !== ids[i].length)))
     throw new RangeError("attention_mask has another shape than input_ids");

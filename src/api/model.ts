@@ -4,6 +4,7 @@ import type { DownloadProgress, ResolveOptions } from "../checkpoint/hub.ts";
 import type { Inspection } from "../engine/engine.ts";
 import type { GeneratedToken } from "../engine/sequence.ts";
 import type { ErnieConfig } from "../model/config.ts";
+import { optionFault } from "../tokenizer/options.ts";
 import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { answerRows } from "./answers.ts";
@@ -70,6 +71,53 @@ export interface GenerateOutput {
   readonly finish_reasons: ("stop" | "length")[];
 }
 
+const PRETRAINED = [
+  "device_map",
+  "revision",
+  "cache_dir",
+  "token",
+  "local_files_only",
+  "progress_callback",
+  "signal",
+  "dtype",
+  "threads",
+  "device",
+  "isa",
+  "kv_cache_dtype",
+  "kv_cache_tokens",
+  "chunk_size",
+  "prefix_cache",
+  "max_sequences",
+  "warning_callback",
+] as const satisfies readonly (keyof PretrainedOptions)[];
+const FORWARD = [
+  "input_ids",
+  "attention_mask",
+  "output_hidden_states",
+  "output_router_logits",
+] as const satisfies readonly (keyof ForwardOptions)[];
+/** Options of other libraries, and what takes their place. */
+const REMEDIES: Readonly<Record<string, string>> = {
+  torch_dtype: "give dtype",
+  load_in_8bit: "give dtype: 'int8'",
+  load_in_4bit: "give dtype: 'int4'",
+  quantization_config: "give dtype: 'int8' or 'int4'",
+  quantized: "give dtype: 'int8' or 'int4'",
+  trust_remote_code: "code of a repository is never run; leave it out",
+  use_auth_token: "give token",
+  subfolder: "give the folder itself",
+  use_safetensors: "only safetensors and GGUF are read; leave it out",
+  attn_implementation: "there is one; leave it out",
+  low_cpu_mem_usage: "weights are always mapped; leave it out",
+  use_fast: "there is one tokenizer; leave it out",
+};
+
+/** Throws RangeError for an option of `from_pretrained` that does not exist, saying what to use. */
+export function checkPretrained(options: PretrainedOptions): void {
+  const fault = optionFault("from_pretrained", options, PRETRAINED, REMEDIES);
+  if (fault !== null) throw new RangeError(fault);
+}
+
 const DEFAULT_MODEL = fileURLToPath(new URL("../../models/small-moe", import.meta.url));
 
 /** Whether a name means the bundled model. */
@@ -94,6 +142,7 @@ export const AutoModelForCausalLM = {
    * config or options, before anything runs.
    */
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<CausalLM> {
+    checkPretrained(options);
     const folder = await resolvePretrained(idOrFolder, options);
     return new CausalLM(await loadModel(folder, { ...options, device: options.device ?? options.device_map }));
   },
@@ -147,6 +196,8 @@ export class CausalLM {
 
   /** Logits of every position and, on request, hidden states and routing. Has no side effects on other requests. */
   async forward(options: ForwardOptions): Promise<CausalLMOutput> {
+    const fault = optionFault("forward", options, FORWARD);
+    if (fault !== null) throw new RangeError(fault);
     const rows = readRows(options);
     const want = { hiddenStates: options.output_hidden_states, routing: options.output_router_logits };
     const length = Math.max(...rows.map((r) => r.given.length));

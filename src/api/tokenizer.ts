@@ -2,7 +2,7 @@
 import { readdir } from "node:fs/promises";
 import { ggufFile } from "../checkpoint/gguf/locate.ts";
 import { Tokenizer } from "../tokenizer/tokenizer.ts";
-import { type PretrainedOptions, resolvePretrained } from "./model.ts";
+import { checkPretrained, type PretrainedOptions, resolvePretrained } from "./model.ts";
 
 /** The tokenizer of a local folder or a GGUF file. Tokenizer files beside a GGUF file take precedence over its contents. */
 export async function openTokenizer(path: string): Promise<Tokenizer> {
@@ -21,6 +21,7 @@ async function holdsTokenizer(path: string): Promise<boolean> {
 export const AutoTokenizer = {
   /** Reads tokenizer.json or tokenizer.model, downloading only the tokenizer's files. Rejects when the folder has neither. */
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<Tokenizer> {
+    checkPretrained(options);
     return openTokenizer(await resolvePretrained(idOrFolder, { ...options, weights: false }));
   },
 };

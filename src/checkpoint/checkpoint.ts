@@ -6,7 +6,7 @@ import { readdir, readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type BlockMatrix, readBlockMatrices } from "./blocks.ts";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
-import { ggufFile } from "./gguf/locate.ts";
+import { firstBytes, ggufFile } from "./gguf/locate.ts";
 import { readHeader, STORED_BITS, type StoredDtype, type TensorEntry } from "./safetensors.ts";
 
 export interface Checkpoint {
@@ -153,12 +153,19 @@ function shardNames(shardOf: ReadonlyMap<string, string>): string[] {
 
 async function checkFolder(root: string): Promise<void> {
   try {
-    if (!(await stat(root)).isDirectory())
-      throw new CheckpointError(root, "not a folder; a checkpoint is a folder with config.json and weights");
+    if (!(await stat(root)).isDirectory()) throw new CheckpointError(root, await fileInstead(root));
   } catch (cause) {
     if (cause instanceof CheckpointError) throw cause;
     throw new CheckpointError(root, errorCode(cause) === "ENOENT" ? "no such folder" : `can't be read (${errorText(cause)})`, { cause });
   }
+}
+
+/** What to say about a file that is given in place of a model. */
+export async function fileInstead(file: string): Promise<string> {
+  const start = await firstBytes(file, 9);
+  const safetensors = start.length === 9 && start[8] === 0x7b && start.readBigUInt64LE(0) < 2n ** 32n;
+  const seen = start.length === 0 ? "an empty file" : safetensors ? "a safetensors file" : "a file that is not GGUF";
+  return `${seen}; give the folder that holds config.json${safetensors ? " and the weights" : ""}, a GGUF file, or a hub id`;
 }
 
 /** A JSON object from a file, or null if there is no such file. */
@@ -192,8 +199,8 @@ async function exists(file: string): Promise<boolean> {
 
 /** A hint about weights in an unsupported format, or about too many GGUF files. */
 async function foundInstead(root: string): Promise<string> {
-  const others = (await readdir(root)).filter((name) => /\.(safetensors|bin|pt|pth|gguf|pdparams)$/.test(name)).sort();
+  const others = (await readdir(root)).filter((name) => /\.(safetensors|bin|pt|pth|gguf|pdparams)$/i.test(name)).sort();
   if (others.length === 0) return "";
-  const archives = others.length > 1 && others.every((name) => name.endsWith(".gguf"));
+  const archives = others.length > 1 && others.every((name) => /\.gguf$/i.test(name));
   return `; found ${others.slice(0, 3).join(", ")}${others.length > 3 ? ", …" : ""}, ${archives ? "name one of them" : "which is not supported"}`;
 }

@@ -6,9 +6,10 @@ import { randomUUID } from "node:crypto";
 import { copyFile, mkdir, readFile, rename, rm, stat, symlink, writeFile } from "node:fs/promises";
 import { homedir } from "node:os";
 import { dirname, join, relative } from "node:path";
-import { CONFIG, INDEX, missingFile, readShardNames, WEIGHTS } from "./checkpoint.ts";
+import { CONFIG, fileInstead, INDEX, missingFile, readShardNames, WEIGHTS } from "./checkpoint.ts";
 import { download, type RemoteFile } from "./download.ts";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
+import { ggufFile } from "./gguf/locate.ts";
 import { ATTEMPTS, type Remote, remoteFetch, retrying, Unavailable } from "./remote.ts";
 
 /** Progress of downloading one file. */
@@ -43,6 +44,8 @@ export interface ResolveOptions {
 
 const SMALL_FILE =
   /^(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json$|^tokenizer\.model$|^chat_template[\w.-]*$/;
+/** System errors of a cache that may not be written. */
+const READ_ONLY: ReadonlySet<string> = new Set(["EACCES", "EPERM", "EROFS"]);
 const COMMIT = /^[0-9a-f]{40}$/;
 
 /**
@@ -91,7 +94,14 @@ export async function resolveModel(idOrFolder: string, options: ResolveOptions =
     (options.onWarning ?? process.emitWarning)(`${idOrFolder}: ${error.message}; using the cached ${folder}`);
     return folder;
   }
-  return fetchSnapshot(remote, listing, repo, options);
+  try {
+    return await fetchSnapshot(remote, listing, repo, options);
+  } catch (error) {
+    // A cache that others fill, mounted read-only: what is complete in it can be used, if not the newest.
+    if (!folder || !(error instanceof CheckpointError) || !READ_ONLY.has(errorCode(error.cause) ?? "")) throw error;
+    (options.onWarning ?? process.emitWarning)(`${error.message}; using the cached ${folder}`);
+    return folder;
+  }
 }
 
 /** A commit and the files at its root. */
@@ -122,17 +132,18 @@ async function list(remote: Remote): Promise<Listing> {
 async function fetchSnapshot(remote: Remote, { commit, files }: Listing, repo: string, options: ResolveOptions): Promise<string> {
   const folder = join(repo, "snapshots", commit);
   const blobs = join(repo, "blobs");
-  await atCache(repo, async () => {
-    await mkdir(blobs, { recursive: true });
-    await mkdir(folder, { recursive: true });
-  });
   let [done, total] = [0, 0];
   const get = async (name: string) => {
     const file = files.get(name);
     if (!file) throw new CheckpointError(remote.id, `the repository has no ${name}${instead(files)}`);
     const link = join(folder, name);
     const blob = join(blobs, file.etag);
+    // Whatever the cache holds needs no write: it may be read-only.
     if (!(await isFile(link))) {
+      await atCache(repo, async () => {
+        await mkdir(blobs, { recursive: true });
+        await mkdir(folder, { recursive: true });
+      });
       if (!(await isFile(blob))) {
         await download(remote, file, blob, (loadedBytes) => {
           const whole = loadedBytes === file.bytes ? 1 : 0;
@@ -156,7 +167,12 @@ async function fetchSnapshot(remote: Remote, { commit, files }: Listing, repo: s
     total += weights.length;
   }
   for (const name of [...small, ...weights]) await get(name);
-  if (remote.revision !== commit) await atCache(repo, () => writeRef(join(repo, "refs", remote.revision), commit));
+  const ref = join(repo, "refs", remote.revision);
+  if (remote.revision !== commit && (await readText(ref)) !== commit) {
+    await atCache(repo, () => writeRef(ref, commit)).catch((error: unknown) => {
+      if (!(error instanceof CheckpointError) || !READ_ONLY.has(errorCode(error.cause) ?? "")) throw error; // only offline use needs it
+    });
+  }
   return folder;
 }
 
@@ -216,7 +232,7 @@ function offline(): boolean {
 }
 
 function instead(files: ReadonlyMap<string, RemoteFile>): string {
-  const others = [...files.keys()].filter((name) => /\.(safetensors|bin|pt|pth|gguf|pdparams)$/.test(name)).sort();
+  const others = [...files.keys()].filter((name) => /\.(safetensors|bin|pt|pth|gguf|pdparams)$/i.test(name)).sort();
   return others.length === 0 ? "" : ` (it has ${others.slice(0, 3).join(", ")}${others.length > 3 ? ", …" : ""})`;
 }
 
@@ -232,9 +248,8 @@ async function readText(path: string): Promise<string | undefined> {
 /** Whether the path is a model: a folder, or a GGUF file. */
 async function isLocal(path: string): Promise<boolean> {
   const found = await statOrUndefined(path);
-  if (found?.isFile() && path.endsWith(".gguf")) return true;
-  if (found && !found.isDirectory())
-    throw new CheckpointError(path, "a file; give the folder that holds config.json, a GGUF file, or a hub id");
+  if (found?.isFile() && (await ggufFile(path)) === undefined) throw new CheckpointError(path, await fileInstead(path));
+  if (found && !found.isFile() && !found.isDirectory()) throw new CheckpointError(path, "neither a file nor a folder");
   return found !== undefined;
 }
 

@@ -103,14 +103,12 @@ export function unusedText({ unused }: Located): string | undefined {
 function extraText(extra: readonly string[]): string {
   const [first] = extra;
   const others = extra.length > 1 ? ` (and ${extra.length - 1} more)` : "";
-  const field = first.endsWith(".bias")
-    ? "use_bias"
-    : /\.experts\./.test(first)
-      ? "moe_num_experts and the moe_layer fields"
-      : /\.mlp\./.test(first)
-        ? "the moe_layer fields"
-        : "num_hidden_layers";
-  return `tensor ${first}${others} is stored, but the model that config.json describes has no such part and would compute something else; check ${field}, or remove the tensor`;
+  const look = first.endsWith(".bias")
+    ? "use_bias in config.json"
+    : /\.experts\.|\.mlp\./.test(first)
+      ? "moe_num_experts and the moe_layer fields in config.json"
+      : "whether config.json belongs to these files";
+  return `tensor ${first}${others} is stored, but the model that config.json describes has no such part and would compute something else; check ${look}, or remove the tensor`;
 }
 
 async function sameBytes(a: TensorEntry, b: TensorEntry): Promise<boolean> {

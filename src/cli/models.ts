@@ -1,5 +1,5 @@
 /** Turns a command's options into a folder, a tokenizer and a model. Loads the library only when called. */
-import { existsSync } from "node:fs";
+import { existsSync, statSync } from "node:fs";
 import { join } from "node:path";
 import type { CausalLM } from "../api/model.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
@@ -37,7 +37,7 @@ export async function findFolder(
 
 /** True if a folder or a GGUF file has a tokenizer, valid or not. */
 export function hasTokenizer(folder: string): boolean {
-  if (folder.endsWith(".gguf")) return true;
+  if (statSync(folder, { throwIfNoEntry: false })?.isFile()) return true;
   return ["tokenizer.json", "tokenizer.model"].some((name) => existsSync(join(folder, name)));
 }
 

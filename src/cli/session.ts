@@ -57,14 +57,15 @@ export class Session {
     this.#running?.abort();
   }
 
-  /** Takes a message or a command. Returns false when the user wants to leave. */
+  /**
+   * Takes a message or a command. Returns false when the user wants to leave. A line that begins with / is a command if a word follows;
+   * `//word` sends `/word`, and anything else, such as a path or a comment, is sent as it is.
+   */
   async take(input: string): Promise<boolean> {
-    if (!input.startsWith("/")) {
-      if (input.trim() !== "") await this.ask(input);
-      return true;
-    }
-    const [, word, rest] = /^(\S+)\s*([\s\S]*)$/.exec(input.trim()) ?? [];
-    return this.#command(word, rest);
+    const [, slashes = "", word = "", rest = ""] = /^(\/{0,2})([a-zA-Z]+(?=\s|$))?\s*([\s\S]*)$/.exec(input.trim()) ?? [];
+    if (slashes === "/" && word !== "") return this.#command(`/${word}`, rest);
+    if (input.trim() !== "") await this.ask(slashes === "//" && word !== "" ? input.trim().slice(1) : input);
+    return true;
   }
 
   /** Asks and streams the answer. If that fails, the conversation is left unchanged. */
@@ -135,12 +136,15 @@ export class Session {
       case "/help":
         for (const [name, meaning] of Object.entries(COMMANDS)) this.#out.notice(`  ${name} ${meaning}`);
         this.#out.notice('  a line that ends with \\ goes on; """ opens and closes a block; Ctrl-C stops an answer');
+        this.#out.notice("  a line that begins with // is sent as a message that begins with /");
         return true;
       case "/exit":
       case "/quit":
         return false;
       default:
-        throw new UsageError(`there is no command ${word}; there are ${COMMAND_WORDS.join(" ")}`);
+        throw new UsageError(
+          `there is no command ${word}; there are ${COMMAND_WORDS.join(" ")}; to send the line as a message, write /${word}`,
+        );
     }
   }
 

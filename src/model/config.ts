@@ -167,7 +167,7 @@ export function moeLayers(config: ErnieConfig): number[] {
 
 /** Reads a token id or a list of them, such as `eos_token_id`. */
 export function readIds(value: unknown, name: string): number[] {
-  const ids = Array.isArray(value) ? value : [value];
+  const ids = (Array.isArray(value) ? value : [value]).map((id) => (typeof id === "bigint" ? Number(id) : id));
   if (ids.length > MOST_IDS) throw new ConfigError(`${name} is a list of ${ids.length} ids; at most ${MOST_IDS} are supported`);
   if (!ids.every((id) => Number.isInteger(id) && id >= 0 && id < 2 ** 31))
     throw new ConfigError(`${name} is ${show(value)}, not a token id or a list of them`);

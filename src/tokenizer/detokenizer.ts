@@ -1,6 +1,8 @@
 // Decodes ids as they arrive. Emits only complete characters that no later id can change; concatenated, the output equals `decode` of
 // all ids. Knows nothing of models or streams.
 import { chain, cleanUp, type Flow } from "./decoder.ts";
+import { TokenizerError } from "./error.ts";
+import { idNumber, idNumbers, type TokenIds } from "./ids.ts";
 import type { Vocabulary } from "./vocabulary.ts";
 
 export interface DetokenizerOptions {
@@ -42,9 +44,11 @@ export class Detokenizer {
   }
 
   /** Takes the next id or ids and returns the text that is now final, often "". Throws `TokenizerError` for an id outside the vocabulary. */
-  push(ids: number | ArrayLike<number>): string {
+  push(ids: number | bigint | TokenIds): string {
     if (this.finished) throw new Error("detokenizer: push after finish");
-    for (const id of typeof ids === "number" ? [ids] : Array.from(ids)) {
+    const numbers = typeof ids === "number" || typeof ids === "bigint" ? [idNumber(ids)] : idNumbers(ids);
+    if (numbers === null) throw new TokenizerError("ids must be one sequence of token ids: a list, a typed array, or a tensor of one row");
+    for (const id of numbers) {
       const token = this.vocabulary.token(id);
       if (!(this.skip && this.vocabulary.isSpecial(id))) this.flow.push(token);
     }

@@ -5,7 +5,9 @@ import type { Definition } from "./definition.ts";
 import { Detokenizer, type DetokenizerOptions } from "./detokenizer.ts";
 import { TokenizerError } from "./error.ts";
 import { readFolder } from "./folder.ts";
+import { idNumber, idNumbers, idRows, type TokenIds, type TokenRows } from "./ids.ts";
 import { readJson } from "./json.ts";
+import { optionFault } from "./options.ts";
 import { type PieceModel, readPieces } from "./pieces.ts";
 import { ChatTemplate, type Message, openEnd } from "./template.ts";
 import { type Role, Vocabulary } from "./vocabulary.ts";
@@ -59,6 +61,32 @@ export interface ChatTemplateOptions extends CallOptions {
   readonly [variable: string]: unknown;
 }
 
+const CALL_OPTIONS = [
+  "add_special_tokens",
+  "split_special_tokens",
+  "padding",
+  "padding_side",
+  "truncation",
+  "max_length",
+] as const satisfies readonly (keyof CallOptions)[];
+const DECODE_OPTIONS = ["skip_special_tokens", "clean_up_tokenization_spaces"] as const satisfies readonly (keyof DecodeOptions)[];
+const LISTS = "ids are always returned as plain lists; leave it out";
+/** What tokenizers of other libraries also return or take. */
+const NOT_RETURNED: Readonly<Record<string, string>> = {
+  return_tensors: LISTS,
+  return_tensor: LISTS,
+  text_pair: "pairs of texts are not supported; join the two as the model expects them, and encode the result",
+  text_target: "encode the target by itself",
+  return_token_type_ids: "ERNIE has no token types; leave it out",
+  return_offsets_mapping: "offsets are not known; leave it out",
+  return_overflowing_tokens: "what is cut off is not returned; encode without truncation instead",
+  return_special_tokens_mask: "compare the ids with all_special_ids instead",
+  return_length: "take the length of each row of input_ids instead",
+  stride: "what is cut off is not returned; encode without truncation instead",
+  is_split_into_words: "give whole texts",
+  pad_to_multiple_of: "give padding: 'max_length' with a max_length that is such a multiple",
+};
+
 /** The methods of a tokenizer. Created by `Tokenizer.open`. */
 export class PreTrainedTokenizer {
   /** From tokenizer_config.json, like `truncation_side`; both may be changed. */
@@ -84,6 +112,7 @@ export class PreTrainedTokenizer {
   /** Encodes one text. Lone surrogates become U+FFFD. */
   encode(text: string, options: EncodeOptions = {}): number[] {
     const { add_special_tokens = true, split_special_tokens = this.config.splitSpecial } = options;
+    checkOptions("encode", options, CALL_OPTIONS, NOT_RETURNED);
     if (typeof text !== "string") throw new TokenizerError(`the text must be a string, not ${describe(text)}`);
     const ids = this.vocabulary.encode(text, split_special_tokens);
     return add_special_tokens ? this.surround(ids) : ids;
@@ -96,6 +125,7 @@ export class PreTrainedTokenizer {
 
   /** Encodes one or more texts; `tokenizer(text, options)` calls this. Throws `TokenizerError` if padding is needed without a padding token. */
   call(text: string | readonly string[], options: CallOptions = {}): BatchEncoding {
+    checkOptions("the tokenizer", options, CALL_OPTIONS, NOT_RETURNED);
     const texts = typeof text === "string" ? [text] : text;
     if (!Array.isArray(texts)) throw new TokenizerError(`a tokenizer takes a string or a list of strings, not ${describe(text)}`);
     const rows = texts.map((each) => this.encode(each, { ...options, add_special_tokens: false }));
@@ -103,14 +133,17 @@ export class PreTrainedTokenizer {
   }
 
   /** Decodes one sequence. Throws `TokenizerError` for an id that is not in the vocabulary. */
-  decode(ids: ArrayLike<number>, options: DecodeOptions = {}): string {
+  decode(ids: TokenIds, options: DecodeOptions = {}): string {
+    checkOptions("decode", options, DECODE_OPTIONS, {});
     const detokenizer = this.detokenizer({ skip_special_tokens: false, ...options });
     return detokenizer.push(ids) + detokenizer.finish();
   }
 
   /** Decodes several sequences. */
-  batch_decode(batch: readonly ArrayLike<number>[], options: DecodeOptions = {}): string[] {
-    return batch.map((ids) => this.decode(ids, options));
+  batch_decode(batch: TokenRows, options: DecodeOptions = {}): string[] {
+    const rows = idRows(batch);
+    if (rows === null) throw new TokenizerError("the batch must be rows of token ids: a list of sequences, or a tensor of two dimensions");
+    return rows.map((ids) => this.decode(ids, options));
   }
 
   /** Creates a streaming decoder for one sequence; by default it leaves special tokens out. */
@@ -119,10 +152,13 @@ export class PreTrainedTokenizer {
   }
 
   /** The tokens of ids. Throws `TokenizerError` for an id that is not in the vocabulary. */
-  convert_ids_to_tokens(id: number): string;
-  convert_ids_to_tokens(ids: ArrayLike<number>): string[];
-  convert_ids_to_tokens(ids: number | ArrayLike<number>): string | string[] {
-    return typeof ids === "number" ? this.vocabulary.token(ids) : Array.from(ids, (id) => this.vocabulary.token(id));
+  convert_ids_to_tokens(id: number | bigint): string;
+  convert_ids_to_tokens(ids: TokenIds): string[];
+  convert_ids_to_tokens(ids: number | bigint | TokenIds): string | string[] {
+    if (typeof ids === "number" || typeof ids === "bigint") return this.vocabulary.token(idNumber(ids));
+    const numbers = idNumbers(ids);
+    if (numbers === null) throw new TokenizerError(`ids must be a token id or one sequence of them, not ${describe(ids)}`);
+    return numbers.map((id) => this.vocabulary.token(id));
   }
 
   /** The ids of tokens. A token that is not in the vocabulary gets the id of the unknown token, or null if there is none. */
@@ -145,6 +181,8 @@ export class PreTrainedTokenizer {
     const { add_generation_prompt = false, continue_final_message = false, tokenize = true, return_dict = false, ...rest } = options;
     const { padding, padding_side, truncation, max_length, add_special_tokens = false, ...more } = rest;
     const { split_special_tokens = this.config.splitSpecial, chat_template, tools = null, documents = null, ...variables } = more;
+    const refused = Object.fromEntries(Object.entries(options).filter(([name]) => Object.hasOwn(NOT_RETURNED, name)));
+    checkOptions("apply_chat_template", refused, [], NOT_RETURNED); // others are variables of the template
     if (!Array.isArray(messages)) throw new TokenizerError(`a conversation must be a list of messages, not ${describe(messages)}`);
     if (continue_final_message && add_generation_prompt)
       throw new TokenizerError("continue_final_message and add_generation_prompt cannot be combined");
@@ -404,6 +442,11 @@ function unusedNoncharacter(messages: readonly Message[]): string {
   throw new TokenizerError(
     "the messages contain every noncharacter from U+FDD0 to U+FDEF, so their special tokens cannot be escaped: remove one of them",
   );
+}
+
+function checkOptions(what: string, options: object, known: readonly string[], remedies: Readonly<Record<string, string>>): void {
+  const fault = optionFault(what, options, known, remedies);
+  if (fault !== null) throw new TokenizerError(fault);
 }
 
 function describe(value: unknown): string {

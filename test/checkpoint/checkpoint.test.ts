@@ -97,7 +97,7 @@ describe("openCheckpoint", () => {
 describe("one clear error for", () => {
   test("a missing folder, or a file", async () => {
     expect(await faultOf(join(folder, "absent"))).toBe("F: no such folder");
-    expect(await faultOf(join(folder, "config.json"))).toMatch(/^F: not a folder/);
+    expect(await faultOf(join(folder, "config.json"))).toMatch(/^F: a file that is not GGUF; give the folder/);
   });
 
   test("a missing or broken config, or one that is not an object", async () => {

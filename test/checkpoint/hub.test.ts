@@ -57,7 +57,7 @@ const ranges = () => hub.log.filter((r) => r.server === "cdn").map((r) => r.rang
 describe("resolveModel", () => {
   test("returns a folder as it is, without any request", async () => {
     expect(await resolve({}, join(GOLDENS, "moe-tiny"))).toBe(join(GOLDENS, "moe-tiny"));
-    expect(await faultOf({}, join(GOLDENS, "moe-tiny/config.json"))).toMatch(/: a file; give the folder/);
+    expect(await faultOf({}, join(GOLDENS, "moe-tiny/config.json"))).toMatch(/: a file that is not GGUF; give the folder/);
     expect(hub.log).toEqual([]);
   });
 

@@ -25,12 +25,12 @@ export function optionFault(
   return null;
 }
 
-/** The known name that differs least from `name`: by up to a third of its letters, not counting case, dashes and underscores. */
+/** The known name that differs least from `name`: by up to a third of its letters or two of five, not counting case, dashes and underscores. */
 function nearest(name: string, known: Iterable<string>): string | undefined {
   const plain = (each: string) => each.toLowerCase().replace(/[-_]/g, "");
   const wanted = plain(name).slice(0, 60);
   let best: string | undefined;
-  let least = Math.floor(wanted.length / 3) + 1;
+  let least = Math.max(Math.floor(wanted.length / 3), wanted.length > 4 ? 2 : 1) + 1;
   for (const each of known) {
     const steps = distance(wanted, plain(each));
     if (steps < least) [best, least] = [each, steps];

@@ -1,6 +1,6 @@
 /** Weights files that go away or change while they are mapped, and weights that are not numbers: the error names them, and everything else goes on. */
 import { execFile } from "node:child_process";
-import { closeSync, cpSync, openSync, writeSync } from "node:fs";
+import { closeSync, cpSync, openSync, readFileSync, renameSync, truncateSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
@@ -12,8 +12,9 @@ import { quantize, verify } from "../../src/api/quantize.ts";
 import { openCheckpoint } from "../../src/checkpoint/checkpoint.ts";
 import { GREEDY } from "../../src/engine/sampling.ts";
 import { readModel, type StoredTensor, writeModel } from "../api/folders.ts";
-import { temporary } from "../cli/run.ts";
+import { temporary, tinyModel } from "../cli/run.ts";
 import { GOLDENS } from "../goldens.ts";
+import { post, startHere } from "../server/start.ts";
 
 const root = fileURLToPath(new URL("../..", import.meta.url));
 
@@ -69,6 +70,30 @@ describe("a file of weights in use", () => {
   test("renamed into place: the loaded model goes on with what it was loaded from", async () => {
     expect(await happens("rename")).toMatchObject({ tokens: 60, during: null, after: null, lost: [false, false], served: true });
   });
+});
+
+test("a server: the model whose file goes away fails, the other answers, and a file renamed into place is loaded", async () => {
+  const [broken, sound] = [tinyModel(), tinyModel()];
+  const model = (name: string, path: string) => ({ name, path, kvCacheTokens: 2048, threads: 1 });
+  const { url } = await startHere({ models: [model("broken", broken), model("sound", sound)] });
+  const ask = async (name: string) => {
+    const response = await post(url, "/v1/completions", { model: name, prompt: "ab", max_tokens: 4 });
+    const body = (await response.json()) as { error?: { message: string } };
+    return [response.status, body.error?.message ?? ""] as const;
+  };
+  const ready = async () => (await fetch(`${url}/ready`)).status;
+  expect([await ask("broken"), await ask("sound"), await ready()]).toEqual([[200, ""], [200, ""], 200]);
+  const file = join(broken, "model.safetensors");
+  const bytes = readFileSync(file);
+  truncateSync(file, 100_000);
+  const [status, message] = await ask("broken");
+  expect(status).toBeGreaterThanOrEqual(500);
+  expect(message).not.toContain(broken); // paths of the server are for its log
+  expect([await ask("sound"), await ready()]).toEqual([[200, ""], 503]);
+  expect((await ask("broken"))[0]).toBe(503); // it is loaded again, which fails too
+  writeFileSync(`${file}.new`, bytes);
+  renameSync(`${file}.new`, file);
+  expect([await ask("broken"), await ask("sound"), await ready()]).toEqual([[200, ""], [200, ""], 200]);
 });
 
 /** Overwrites bytes of a tensor in a model's file. */

@@ -34,6 +34,18 @@ test("a question gets one answer on standard output", async () => {
   expect(piped.out).toBe(once.out);
 });
 
+test("lines that begin with a slash can be messages", async () => {
+  const file = join(temporary(), "a.json");
+  const lines = ["//help me", "/etc/passwd is a path", "/", "// a comment", "//", "/2 of 3", "//cdn.example.com/a.js"];
+  const { code, err } = await run(["chat", "-m", tinyModel(), ...LIMIT], { input: `${lines.join("\n")}\n/save ${file}\n` });
+  expect(code, err).toBe(0);
+  const messages = JSON.parse(readFileSync(file, "utf8")) as Messages;
+  expect(messages.filter(({ role }) => role === "user").map(({ content }) => content)).toEqual(["/help me", ...lines.slice(1)]);
+  const unknown = await run(["chat", "-m", tinyModel(), ...LIMIT], { input: "/halp\n" });
+  expect(unknown.err).toContain("there is no command /halp; there are /system");
+  expect(unknown.err).toContain("to send the line as a message, write //halp");
+});
+
 test("over a pipe, an error ends it with exit code 1", async () => {
   const model = tinyModel();
   const broken = join(temporary(), "broken.json");

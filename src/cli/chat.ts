@@ -29,7 +29,7 @@ export function addChat(program: Command): void {
       )}
 In the conversation:
   /system TEXT  /reset  /regenerate  /save FILE  /load FILE  /stats  /help  /exit
-  A line that begins with // is sent as a message that begins with /.
+  //word sends the message /word; a path is a message as it is.
   A line that ends with \\ goes on in the next; """ opens and closes a block of lines.
   Ctrl-C stops the answer, and at the prompt clears the line, twice leaves. Ctrl-D leaves.
 `,

@@ -136,7 +136,7 @@ export class Session {
       case "/help":
         for (const [name, meaning] of Object.entries(COMMANDS)) this.#out.notice(`  ${name} ${meaning}`);
         this.#out.notice('  a line that ends with \\ goes on; """ opens and closes a block; Ctrl-C stops an answer');
-        this.#out.notice("  a line that begins with // is sent as a message that begins with /");
+        this.#out.notice("  //word sends the message /word; other lines that begin with / and no command, such as paths, are messages");
         return true;
       case "/exit":
       case "/quit":

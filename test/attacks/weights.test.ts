@@ -308,3 +308,41 @@ describe("tensors that the model does not use", () => {
     expect(warnings).toEqual([line, line]);
   });
 });
+
+describe("GGUF files", () => {
+  async function archive(): Promise<{ file: string; bytes: Buffer }> {
+    const file = join(temporary(), "model.gguf");
+    await exportGguf(`${GOLDENS}moe-tiny`, file, { type: "q8_0", withoutTokenizer: true });
+    return { file, bytes: readFileSync(file) };
+  }
+
+  test.each<[string, number, RegExp]>([
+    ["block_count", 2_000_000, /num_hidden_layers is 2000000; at most 4096/],
+    ["block_count", 3, /num_hidden_layers is 3, but the weights hold 4 layers/],
+    ["block_count", 0, /num_hidden_layers is 0, not a whole number of at least 1/],
+    ["expert_count", 4_000_000_000, /moe_num_experts is 4000000000; at most 4096/],
+    ["expert_count", 7, /moe_num_experts is 7, but the weights hold 8 experts/],
+    ["embedding_length", 2 ** 31, /hidden_size is 2147483648; at most/],
+    ["feed_forward_length", 2 ** 31, /intermediate_size is 2147483648; at most/],
+    ["context_length", 2 ** 31, /max_position_embeddings is 2147483648; at most/],
+    ["attention.head_count", 0, /num_attention_heads is 0, not a whole number/],
+  ])("%s of %d", async (key, value, message) => {
+    const { file, bytes } = await archive();
+    const name = `ernie4_5-moe.${key}`;
+    bytes.writeUInt32LE(value, bytes.indexOf(name) + name.length + 4); // behind the type
+    writeFileSync(file, bytes);
+    await expect(loadModel(file, { threads: 1, kv_cache_tokens: 64 })).rejects.toThrow(message);
+  });
+
+  test("a scale that is not finite is named at load, and a tensor under another name is missing", async () => {
+    const { file, bytes } = await archive();
+    await overwrite(file, "model.embed_tokens.weight", 0, Uint8Array.of(0, 0x7e));
+    await expect(loadModel(file, { threads: 1, kv_cache_tokens: 64 })).rejects.toThrow(
+      /tensor model\.embed_tokens\.weight holds NaN at row 0, column 0/,
+    );
+    const at = bytes.indexOf("blk.3.ffn_norm.weight");
+    bytes.write("blk.3.ffn_nerm.weight", at, "latin1");
+    writeFileSync(file, bytes);
+    await expect(loadModel(file, { threads: 1, kv_cache_tokens: 64 })).rejects.toThrow(/post_attention_layernorm\.weight is missing/);
+  });
+});

@@ -247,7 +247,7 @@ static void sample(const Operands& o, const Worker& worker) {
     const int32_t* n = o.in(3).as<int32_t>() + r * INTS;
     const float *raw = logits.as<float>() + r * vocab, *x = processed.as<float>() + r * vocab;
     if (!all_finite(raw, vocab)) {
-      ids.as<int32_t>()[r] = -2;
+      ids.as<int32_t>()[r] = -2;  // NOT_FINITE of src/graph/ops/sampling.ts
       logprobs.as<float>()[r] = -INFINITY;
       continue;
     }

@@ -1,6 +1,7 @@
 /**
  * Locates a model's parameters in a checkpoint: in the hub's layout (one tensor per expert), in transformers 5's fused one,
- * and in our block matrices. Checks presence, shape and dtype before anything runs. Reads no bytes and knows no forward pass.
+ * and in our block matrices. Checks presence, shape and dtype before anything runs, and refuses what would be left out. Reads
+ * no bytes but those of a tied head, and knows no forward pass.
  */
 import type { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import type { StoredFormat } from "../tensor/stored.ts";

@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "machine.h"
+#include "residence.h"
 #include "runner.h"
 
 namespace {
@@ -172,6 +173,47 @@ napi_value weight_bytes(napi_env env, const Arguments& a) {
   return out;
 }
 
+// moveWeights(weights, threads, quietly, dropCached): starts to move what is mapped to huge pages.
+napi_value move_weights(napi_env env, const Arguments& a) {
+  bool quietly = false, drop = false;
+  check(env, napi_get_value_bool(env, a.at(2), &quietly));
+  check(env, napi_get_value_bool(env, a.at(3), &drop));
+  alive<Weights>(env, a.at(0), "model")->residence().start(static_cast<int>(number(env, a.at(1))), quietly, drop);
+  return nullptr;
+}
+
+// stopMoving(weights, why)
+napi_value stop_moving(napi_env env, const Arguments& a) {
+  alive<Weights>(env, a.at(0), "model")->residence().stop(text(env, a.at(1)));
+  return nullptr;
+}
+
+// movedWeights(weights): { bytes, moved, moving, why }
+napi_value moved_weights(napi_env env, const Arguments& a) {
+  const Residence& residence = alive<Weights>(env, a.at(0), "model")->residence();
+  napi_value out, moving;
+  check(env, napi_create_object(env, &out));
+  check(env, napi_get_boolean(env, residence.moving(), &moving));
+  check(env, napi_set_named_property(env, out, "bytes", to_js(env, static_cast<double>(residence.bytes()))));
+  check(env, napi_set_named_property(env, out, "moved", to_js(env, static_cast<double>(residence.moved()))));
+  check(env, napi_set_named_property(env, out, "moving", moving));
+  check(env, napi_set_named_property(env, out, "why", to_js(env, residence.why())));
+  return out;
+}
+
+// weightPages(weights): a promise of { huge, small }, bytes of memory behind the weights by kind of page.
+napi_value weight_pages(napi_env env, const Arguments& a) {
+  auto found = std::make_shared<Pages>();
+  return in_background(env, nullptr, [weights = alive<Weights>(env, a.at(0), "model"), found] { *found = pages_of(weights->ranges()); },
+                       [found](napi_env e) {
+                         napi_value out;
+                         check(e, napi_create_object(e, &out));
+                         check(e, napi_set_named_property(e, out, "huge", to_js(e, static_cast<double>(found->huge))));
+                         check(e, napi_set_named_property(e, out, "small", to_js(e, static_cast<double>(found->small))));
+                         return out;
+                       });
+}
+
 // weightsLost(weights): whether a step has found that their files changed.
 napi_value weights_lost(napi_env env, const Arguments& a) {
   napi_value out;
@@ -311,7 +353,7 @@ napi_value init(napi_env env, napi_value exports) {
     const char* name;
     napi_callback call;
   } functions[] = {
-      {"isas", entry<isas>}, {"ops", entry<ops>}, {"describe", entry<describe>}, {"open", entry<open>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>}, {"weightsLost", entry<weights_lost>},
+      {"isas", entry<isas>}, {"ops", entry<ops>}, {"describe", entry<describe>}, {"open", entry<open>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>}, {"weightsLost", entry<weights_lost>}, {"moveWeights", entry<move_weights>}, {"stopMoving", entry<stop_moving>}, {"movedWeights", entry<moved_weights>}, {"weightPages", entry<weight_pages>},
       {"convert", entry<convert>}, {"checkFinite", entry<check_finite>}, {"random", entry<random>}, {"limits", entry<limits>},
       {"memory", entry<memory>}, {"readMemory", entry<read_memory>}, {"writeMemory", entry<write_memory>},
       {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},

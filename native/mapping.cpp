@@ -5,11 +5,18 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <atomic>
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
+
+#if defined(__linux__) && !defined(MADV_COLLAPSE)
+#define MADV_COLLAPSE 25  // since Linux 6.1; headers may be older than the system
+#endif
+#if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23  // since Linux 5.14
+#endif
 
 // A range of addresses that belongs to a mapping, or is free for the next one (begin = 0). Ranges form a list that only
 // grows, so that the handler can walk it without a lock while other threads map and unmap.
@@ -105,17 +112,14 @@ Mapping::Mapping(const std::string& path) : path_(path) {
   file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file_ < 0) throw std::runtime_error(path + ": cannot be opened: " + std::strerror(errno));
   if (fstat(file_, &opened_) == 0) bytes_ = static_cast<size_t>(opened_.st_size);
-  void* p = bytes_ ? mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file_, 0) : MAP_FAILED;
+  data_ = bytes_ ? reserve_huge(span(), PROT_NONE) : nullptr;
+  void* p = data_ ? mmap(data_, bytes_, PROT_READ, MAP_SHARED | MAP_FIXED, file_, 0) : MAP_FAILED;
   const int reason = errno;
-  if (p == MAP_FAILED) {
-    close(file_);
-    throw std::runtime_error(path + ": cannot be mapped: " + (bytes_ ? std::strerror(reason) : "the file is empty"));
-  }
-  data_ = static_cast<uint8_t*>(p);
   try {
+    if (p == MAP_FAILED) throw std::runtime_error(path + ": cannot be mapped: " + (bytes_ ? std::strerror(reason) : "the file is empty"));
     range_ = Faults::claim(reinterpret_cast<uintptr_t>(data_), bytes_);
   } catch (...) {
-    munmap(data_, bytes_);
+    if (data_) munmap(data_, span());
     close(file_);
     throw;
   }
@@ -123,8 +127,65 @@ Mapping::Mapping(const std::string& path) : path_(path) {
 
 Mapping::~Mapping() {
   Faults::release(range_);
-  munmap(data_, bytes_);
+  munmap(data_, span());
+  if (copies_) munmap(copies_, span());
   close(file_);
+}
+
+static const size_t PAGE = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+
+uint8_t* reserve_huge(size_t bytes, int protection) {
+  bytes = (bytes + PAGE - 1) / PAGE * PAGE;
+  const size_t all = bytes + HUGE_PAGE;
+  void* p = mmap(nullptr, all, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) return nullptr;
+  const auto begin = reinterpret_cast<uintptr_t>(p), aligned = huge_pages(begin) * HUGE_PAGE;
+  if (aligned > begin) munmap(p, aligned - begin);
+  if (begin + all > aligned + bytes) munmap(reinterpret_cast<void*>(aligned + bytes), begin + all - aligned - bytes);
+  return reinterpret_cast<uint8_t*>(aligned);
+}
+
+// Reads exactly `bytes`, or less at the end of the file; false on a failure.
+static bool read_at(int file, uint8_t* to, size_t bytes, size_t offset) {
+  for (size_t done = 0; done < bytes;) {
+    const ssize_t n = pread(file, to + done, bytes - done, static_cast<off_t>(offset + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return n == 0;
+    done += static_cast<size_t>(n);
+  }
+  return true;
+}
+
+// An address has one content throughout: the file's page before mremap, the copy of it afterwards. mremap holds the lock of the
+// process's address space, for which page faults wait, and ends only when no processor has an old translation.
+bool Mapping::copy_to_huge_pages(size_t first, size_t count, bool drop_cached) {
+#ifdef __linux__
+  const size_t offset = first * HUGE_PAGE, bytes = count * HUGE_PAGE;
+  uint8_t* const copy = copies_ + offset;
+  if (madvise(copy, bytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) return false;  // EINVAL: before Linux 5.14; the read below does it
+  if (!read_at(file_, copy, std::min(bytes, bytes_ - offset), offset)) return false;
+  madvise(copy, bytes, MADV_COLLAPSE);  // where there was no huge page at once: look harder; small pages still serve
+  if (range_->failed || mprotect(copy, bytes, PROT_READ) != 0) return false;
+  if (mremap(copy, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, data_ + offset) == MAP_FAILED) return false;
+  if (drop_cached) posix_fadvise(file_, static_cast<off_t>(offset), static_cast<off_t>(bytes), POSIX_FADV_DONTNEED);
+  return true;
+#else
+  return false;
+#endif
+}
+
+void Mapping::settle() {
+  check();
+  settled_ = true;
+}
+
+bool Mapping::reserve_copies() {
+#ifdef __linux__
+  if (!copies_) copies_ = reserve_huge(span(), PROT_READ | PROT_WRITE);
+  return copies_ && madvise(copies_, span(), MADV_HUGEPAGE) == 0;
+#else
+  return false;
+#endif
 }
 
 const uint8_t* Mapping::at(uint64_t offset, uint64_t bytes) const {
@@ -134,6 +195,7 @@ const uint8_t* Mapping::at(uint64_t offset, uint64_t bytes) const {
 }
 
 void Mapping::check() const {
+  if (settled_) return;
   const char* rule = "; to exchange a model in use, write a new file beside it and rename it into place";
   if (range_->failed) throw std::runtime_error(path_ + ": cannot be read any more: it was truncated or its disk failed while the model was in use" + rule);
   struct stat now {};

@@ -4,9 +4,16 @@
 #pragma once
 #include <sys/stat.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+
+constexpr size_t HUGE_PAGE = size_t{2} << 20;
+// Huge pages that hold this many bytes.
+constexpr size_t huge_pages(size_t bytes) { return (bytes + HUGE_PAGE - 1) / HUGE_PAGE; }
+// Address space that starts at a huge page's boundary, without memory behind it yet; null if there is none.
+uint8_t* reserve_huge(size_t bytes, int protection);
 
 class Mapping {
  public:
@@ -23,15 +30,30 @@ class Mapping {
   void check() const;
 
   size_t bytes() const { return bytes_; }
+  const uint8_t* data() const { return data_; }
+
+  // Prepares `copy_to_huge_pages`; false if this system has no huge pages for a process that asks.
+  bool reserve_copies();
+  // Replaces `count` huge pages of the mapping, from the `first` on, by anonymous memory with the file's content, on huge pages where
+  // the system has them. Addresses stay valid, and other threads may read them meanwhile. False, with nothing changed, if
+  // memory or the file gives out. Different ranges may be copied by several threads. `drop_cached`: also drop the range from the page
+  // cache, so that it is not in memory twice.
+  bool copy_to_huge_pages(size_t first, size_t count, bool drop_cached);
+  // Everything that is read was copied: what happens to the file no longer matters. Throws as `check` does.
+  void settle();
 
  private:
+  size_t span() const { return huge_pages(bytes_) * HUGE_PAGE; }
+
   struct Range;
   friend class Faults;
 
   const std::string path_;
   int file_ = -1;  // kept open: `check` must ask about this file, whatever has its name now
   struct stat opened_ {};
-  uint8_t* data_ = nullptr;
+  uint8_t* data_ = nullptr;    // at a huge page's boundary; the last huge page is reserved to its end
+  uint8_t* copies_ = nullptr;  // where copies are made, at the same distance for all
   size_t bytes_ = 0;
+  std::atomic<bool> settled_{false};
   Range* range_ = nullptr;
 };

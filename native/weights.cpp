@@ -12,12 +12,18 @@
 #include "halves.h"
 #include "mapping.h"
 #include "quantize.h"
+#include "residence.h"
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
   if (!bytes) return;
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::runtime_error("out of memory: cannot map " + std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB");
+  // On huge pages where it fills several: what a step reads and writes in it then needs few entries of page tables.
+  const bool large = bytes >= 2 * HUGE_PAGE;
+  void* p = large ? reserve_huge(bytes, PROT_READ | PROT_WRITE) : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (!p || p == MAP_FAILED) throw std::runtime_error("out of memory: cannot map " + std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB");
   data_ = static_cast<uint8_t*>(p);
+#ifdef MADV_HUGEPAGE
+  if (large) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
 }
 
 Memory::~Memory() {
@@ -148,9 +154,10 @@ void check_file_part(const FilePart& part, const std::string& name, Dtype stored
 }
 
 Weights::Weights(const std::vector<WeightSpec>& specs) {
-  std::unordered_map<std::string, const Mapping*> by_path;
+  std::unordered_map<std::string, Mapping*> by_path;
+  std::vector<Stretch> read;
   auto mapping = [&](const std::string& path) {
-    const Mapping*& found = by_path[path];
+    Mapping*& found = by_path[path];
     if (!found) found = mappings_.emplace_back(std::make_unique<Mapping>(path)).get();
     return found;
   };
@@ -163,11 +170,12 @@ Weights::Weights(const std::vector<WeightSpec>& specs) {
     for (size_t p = 0; p < spec.parts.size(); p++) {
       const FilePart& part = spec.parts[p];
       if (part.bytes != bytes) throw std::runtime_error("internal: " + spec.name + " has a part of " + std::to_string(part.bytes) + " bytes, not " + std::to_string(bytes));
-      const Mapping& file = *mapping(part.file);
+      Mapping& file = *mapping(part.file);
       const uint8_t* at = file.at(part.offset, part.bytes);
       const bool aligned = reinterpret_cast<uintptr_t>(at) % (spec.stored == INT8 || spec.stored == INT4 ? 2 : element_bytes(spec.stored)) == 0;
       if (spec.stored == spec.dtype && aligned) {
         weight.parts.push_back(const_cast<uint8_t*>(at));
+        read.push_back({&file, static_cast<size_t>(part.offset), static_cast<size_t>(part.bytes)});
         continue;
       }
       Memory& copy = *owned_.emplace_back(std::make_unique<Memory>(matrix_bytes(spec.dtype, n, k)));
@@ -180,6 +188,7 @@ Weights::Weights(const std::vector<WeightSpec>& specs) {
     names_.push_back(spec.name);
     weights_.push_back(std::move(weight));
   }
+  residence_ = std::make_unique<Residence>(read);
 }
 
 Weights::~Weights() = default;
@@ -188,6 +197,13 @@ const Weights::Weight* Weights::find(const std::string& name) const {
   for (size_t i = 0; i < names_.size(); i++)
     if (names_[i] == name) return &weights_[i];
   return nullptr;
+}
+
+std::vector<std::pair<const void*, size_t>> Weights::ranges() const {
+  std::vector<std::pair<const void*, size_t>> all;
+  for (auto& m : mappings_) all.push_back({m->data(), m->bytes()});
+  for (auto& m : owned_) all.push_back({m->data(), m->bytes()});
+  return all;
 }
 
 size_t Weights::mapped_bytes() const {

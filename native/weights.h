@@ -35,6 +35,7 @@ class Memory {
 };
 
 class Mapping;
+class Residence;
 
 class Weights {
  public:
@@ -54,6 +55,10 @@ class Weights {
   void check() const;
   // Whether `check` has thrown.
   bool lost() const { return lost_; }
+  // Moves what is mapped to huge pages; not started at first.
+  Residence& residence() const { return *residence_; }
+  // The memory behind all weights: ranges of addresses.
+  std::vector<std::pair<const void*, size_t>> ranges() const;
   size_t mapped_bytes() const;
   size_t owned_bytes() const;
 
@@ -62,6 +67,7 @@ class Weights {
   std::vector<Weight> weights_;
   std::vector<std::unique_ptr<Mapping>> mappings_;
   std::vector<std::unique_ptr<Memory>> owned_;
+  std::unique_ptr<Residence> residence_;  // ends before the mappings
   mutable std::atomic<bool> lost_{false};
   mutable std::string why_lost_;
 };

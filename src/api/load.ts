@@ -1,5 +1,5 @@
 /** From a model folder to an engine that is ready to run: opens files, checks them, chooses formats, loads weights. */
-import type { Backend, WeightSource } from "../backend/backend.ts";
+import { type Backend, RESIDENCES, type Residence, type WeightSource } from "../backend/backend.ts";
 import { physicalCores } from "../backend/cores.ts";
 import { nativeBackend } from "../backend/native.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
@@ -53,6 +53,12 @@ export interface LoadOptions {
   readonly prefix_cache?: boolean;
   /** Maximum number of requests computed at the same time; others wait. Default 512. */
   readonly max_sequences?: number;
+  /**
+   * Where weights are kept that are used in their stored format. `auto` answers from the mapped file at once and moves the weights to
+   * huge pages in the background, where memory allows it; `resident` moves them before the model is ready, or rejects; `mapped` leaves them
+   * in the file's pages, which several processes share. Default `auto`.
+   */
+  readonly weights?: Residence;
   /** Called with what may not be as intended: tensors that the model does not use, weights larger than memory, more threads than cores. Default: a process warning. */
   readonly warning_callback?: (message: string) => void;
 }
@@ -76,6 +82,8 @@ export function parseDtype(name: string): (typeof DTYPES)[string] {
 export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
   const wanted = parseDtype(options.dtype ?? "auto");
   checkCache(options);
+  if (options.weights !== undefined && !RESIDENCES.includes(options.weights))
+    throw new RangeError(`weights '${options.weights}' is not known; known are ${RESIDENCES.join(", ")}`);
   const checkpoint = await openCheckpoint(folder);
   const config = configFor(checkpoint);
   const model = ernie(config);
@@ -99,7 +107,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     const engine = new Engine({
       model,
       backend,
-      weights: await backend.load(weights),
+      weights: await backend.load(weights, options.weights),
       dtypeOf: (name) => dtypes.get(name) as Dtype,
       kvDtype: options.kv_cache_dtype && KV_DTYPES[options.kv_cache_dtype],
       kvTokens: options.kv_cache_tokens,

@@ -85,6 +85,7 @@ const PRETRAINED = [
   "isa",
   "kv_cache_dtype",
   "kv_cache_tokens",
+  "weights",
   "chunk_size",
   "prefix_cache",
   "max_sequences",
@@ -128,7 +129,7 @@ export function isBundled(idOrFolder: string): boolean {
 /** The local folder of a model, downloaded from the hub if necessary. */
 export async function resolvePretrained(
   idOrFolder: string,
-  options: PretrainedOptions & Pick<ResolveOptions, "weights"> = {},
+  options: PretrainedOptions & Pick<ResolveOptions, "withWeights"> = {},
 ): Promise<string> {
   if (isBundled(idOrFolder)) return DEFAULT_MODEL;
   const { resolveModel } = await import("../checkpoint/hub.ts"); // the bundled model needs no hub

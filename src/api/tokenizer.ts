@@ -22,6 +22,6 @@ export const AutoTokenizer = {
   /** Reads tokenizer.json or tokenizer.model, downloading only the tokenizer's files. Rejects when the folder has neither. */
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<Tokenizer> {
     checkPretrained(options);
-    return openTokenizer(await resolvePretrained(idOrFolder, { ...options, weights: false }));
+    return openTokenizer(await resolvePretrained(idOrFolder, { ...options, withWeights: false }));
   },
 };

@@ -48,6 +48,11 @@ export interface Addon {
   load(specs: readonly object[]): Promise<Handle>;
   weightBytes(weights: Handle): { mapped: number; owned: number };
   weightsLost(weights: Handle): boolean;
+  /** Starts threads that move mapped weights to huge pages; `quietly`: at low priority. */
+  moveWeights(weights: Handle, threads: number, quietly: boolean, dropCached: boolean): void;
+  stopMoving(weights: Handle, why: string): void;
+  movedWeights(weights: Handle): { bytes: number; moved: number; moving: boolean; why: string };
+  weightPages(weights: Handle): Promise<{ huge: number; small: number }>;
   convert(part: Slice, stored: number, dtype: number, n: number, k: number, to: Uint8Array, name: string): Promise<void>;
   checkFinite(part: Slice, stored: number, n: number, k: number, name: string): Promise<void>;
   random(seed: number, deviation: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;

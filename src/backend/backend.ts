@@ -26,12 +26,33 @@ export interface WeightSource {
   readonly parts: readonly Slice[];
 }
 
+/**
+ * `auto`: answer from the mapped file at once, and move to huge pages in the background where memory allows it. `resident`: move
+ * before the model is ready, or fail. `mapped`: stay in the file's pages, which several processes share.
+ */
+export const RESIDENCES = ["auto", "resident", "mapped"] as const;
+export type Residence = (typeof RESIDENCES)[number];
+
+/** Where weights are, and why not all of them are on huge pages. */
+export interface Placement {
+  readonly state: "mapped" | "moving" | "resident";
+  /** Bytes moved to anonymous memory, of those that programs read from the mapping. */
+  readonly movedBytes: number;
+  readonly mappedBytes: number;
+  /** Why `auto` did not move them, or not all of them; empty otherwise. */
+  readonly why: string;
+}
+
 /** Loaded weights; programs refer to them by name. */
 export interface Weights {
   readonly names: readonly string[];
   /** Bytes mapped from files, and bytes of converted copies. */
   readonly mappedBytes: number;
   readonly ownedBytes: number;
+  /** Where the mapped bytes are now. */
+  placement(): Placement;
+  /** Bytes of memory behind the weights, by kind of page. Takes milliseconds for gigabytes. Zeros where the system does not tell. */
+  pages(): Promise<{ readonly huge: number; readonly small: number }>;
   /** Whether a run has failed because a file that they are mapped from was truncated or changed; all later runs fail too. */
   lost(): boolean;
   dispose(): void;
@@ -74,7 +95,8 @@ export interface Backend {
   readonly name: string;
   readonly threads: number;
   memory(): Memory;
-  load(sources: readonly WeightSource[]): Promise<Weights>;
+  /** @param residence where mapped weights are kept; default `auto` */
+  load(sources: readonly WeightSource[], residence?: Residence): Promise<Weights>;
   /** @param shape as traced; the memory layout is up to the backend */
   state(dtype: Dtype, shape: readonly number[]): State;
   /**

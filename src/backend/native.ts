@@ -10,10 +10,11 @@ import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
 import { fitting } from "./arrays.ts";
-import type { Backend, Program, Slice, State, WeightSource, Weights } from "./backend.ts";
+import type { Backend, Placement, Program, Residence, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
 import { CPU } from "./cpu.ts";
 import { hostMemory } from "./memory.ts";
+import { settle } from "./residence.ts";
 
 export type { MachineLimits } from "./addon.ts";
 
@@ -55,14 +56,23 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
     threads,
     memory: hostMemory,
 
-    async load(sources: readonly WeightSource[]): Promise<Held<Weights>> {
+    async load(sources: readonly WeightSource[], residence: Residence = "auto"): Promise<Held<Weights>> {
       const handle = await addon.load(sources.map((s) => ({ ...s, stored: STORED_CODES[s.stored], dtype: DTYPE_CODES[s.dtype] })));
       const { mapped, owned } = addon.weightBytes(handle);
+      let placement: () => Placement;
+      try {
+        placement = await settle(addon, handle, residence, hostMemory, threads);
+      } catch (error) {
+        addon.disposeWeights(handle);
+        throw error;
+      }
       return {
         names: sources.map((s) => s.name),
         mappedBytes: mapped,
         ownedBytes: owned,
         handle,
+        placement,
+        pages: () => addon.weightPages(handle),
         lost: () => addon.weightsLost(handle),
         dispose: () => addon.disposeWeights(handle),
       };

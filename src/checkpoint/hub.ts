@@ -31,7 +31,7 @@ export interface ResolveOptions {
   /** Use only what is in the cache. Default: whether `HF_HUB_OFFLINE` is set to 1, true, yes or on. */
   readonly local_files_only?: boolean;
   /** False omits the weights: only config and tokenizer. Default true. */
-  readonly weights?: boolean;
+  readonly withWeights?: boolean;
   /** Called at the start and end of each download, and at most ten times a second in between. */
   readonly onProgress?: (progress: DownloadProgress) => void;
   /** Called when the hub can't be reached and the cached copy is used. Default: `process.emitWarning`. */
@@ -56,7 +56,7 @@ const COMMIT = /^[0-9a-f]{40}$/;
  */
 export async function resolveModel(idOrFolder: string, options: ResolveOptions = {}): Promise<string> {
   if (await isLocal(idOrFolder)) return idOrFolder;
-  const { revision = "main", weights = true } = options;
+  const { revision = "main", withWeights = true } = options;
   if (!/^[\w.-]+(\/[\w.-]+)?$/.test(idOrFolder) || /\.\.|--|^\.|^\//.test(idOrFolder)) {
     throw new CheckpointError(idOrFolder, "no such folder, and not a hub id either (org/name)");
   }
@@ -66,7 +66,7 @@ export async function resolveModel(idOrFolder: string, options: ResolveOptions =
   const { getHFHubCachePath, getRepoFolderName, HUB_URL } = await import("@huggingface/hub");
   const cache = options.cache_dir ?? getHFHubCachePath();
   const repo = join(cache, getRepoFolderName({ type: "model", name: idOrFolder }));
-  const { folder, fault } = await cached(repo, revision, weights);
+  const { folder, fault } = await cached(repo, revision, withWeights);
   if (options.local_files_only ?? offline()) {
     if (folder) return folder;
     throw new CheckpointError(
@@ -157,9 +157,9 @@ async function fetchSnapshot(remote: Remote, { commit, files }: Listing, repo: s
 
   const small = [...files.keys()].filter((name) => SMALL_FILE.test(name) && name !== CONFIG);
   let weights: string[];
-  total = small.length + (options.weights === false ? 1 : 2);
+  total = small.length + (options.withWeights === false ? 1 : 2);
   await get(CONFIG);
-  if (options.weights === false) weights = [];
+  if (options.withWeights === false) weights = [];
   else if (files.has(WEIGHTS) || !files.has(INDEX)) weights = [WEIGHTS];
   else {
     await get(INDEX);

@@ -13,7 +13,7 @@ export type Facts = Awaited<ReturnType<typeof gather>>;
 
 /** Throws if the folder, its config, the headers of its weights or its tokenizer are broken. */
 export async function gather(name: string, flags: HubFlags) {
-  const folder = await findFolder(name, flags, { weights: false });
+  const folder = await findFolder(name, flags, { withWeights: false });
   const missing = existsSync(join(folder, CONFIG)) ? await missingFile(folder) : undefined;
   const checkpoint = missing === undefined ? await openCheckpoint(folder) : null;
   const config = checkpoint ? configFor(checkpoint) : readConfig(await readObject(join(folder, CONFIG)));

@@ -8,13 +8,13 @@ import { downloadProgress } from "./progress.ts";
 import { warn } from "./terminal.ts";
 
 /** What whoever uses the bundled model should know. */
-export const DEMO = "mixtape: the bundled model is a tiny demo and often wrong; for a real one: -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int8";
+export const DEMO = "the bundled model is a tiny demo and often wrong; for a real one: -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int8";
 
-/** The folder of a model, fetched with progress bars if it is on the hub. `weights: false` leaves out the weights. */
+/** The folder of a model, fetched with progress bars if it is on the hub. `withWeights: false` leaves out the weights. */
 export async function findFolder(
   name: string,
   flags: HubFlags,
-  { weights = true, signal }: { weights?: boolean; signal?: AbortSignal } = {},
+  { withWeights = true, signal }: { withWeights?: boolean; signal?: AbortSignal } = {},
 ): Promise<string> {
   const { resolvePretrained } = await import("../api/model.ts");
   if (name === "default") return resolvePretrained(name);
@@ -25,7 +25,7 @@ export async function findFolder(
       revision: flags.revision,
       cache_dir: flags.cacheDir,
       local_files_only: flags.offline,
-      weights,
+      withWeights,
       signal,
       onProgress: (progress) => bars?.update(progress),
       onWarning: warn,
@@ -50,7 +50,7 @@ export async function openTokenizer(folder: string): Promise<Tokenizer> {
 /** Loads the weights of a folder. The caller disposes of the model. */
 export async function openModel(folder: string, flags: ModelFlags): Promise<CausalLM> {
   const { AutoModelForCausalLM, isBundled } = await import("../api/model.ts");
-  if (isBundled(flags.model)) notice(DEMO);
+  if (isBundled(flags.model)) warn(DEMO);
   return AutoModelForCausalLM.from_pretrained(folder, {
     ...loadOptions(flags),
     warning_callback: warn,

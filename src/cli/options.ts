@@ -4,6 +4,7 @@ import { type Command, InvalidArgumentError, Option } from "commander";
 import type { GenerationOptions } from "../api/generation.ts";
 import { KV_CACHE_DTYPES, type KvCacheDtype } from "../api/kv.ts";
 import type { LoadOptions } from "../api/load.ts";
+import { RESIDENCES, type Residence } from "../api/residence.ts";
 import { displayWidth, padEnd } from "./terminal.ts";
 
 /** Which model to use and how to run it. */
@@ -15,6 +16,7 @@ export interface ModelFlags extends HubFlags {
   readonly kvCacheDtype?: KvCacheDtype;
   readonly kvCacheTokens?: number;
   readonly chunkSize?: number;
+  readonly weights?: Residence;
 }
 
 /** Where model files come from. */
@@ -73,14 +75,23 @@ export function addModelOptions(command: Command): Command {
   command
     .addOption(new Option("--kv-cache-dtype <format>", "KV cache format (default: depends on the weights)").choices(KV_CACHE_DTYPES))
     .option("--kv-cache-tokens <n>", "capacity of the KV cache (default: depends on free memory)", whole(1))
-    .option("--chunk-size <n>", "most prompt tokens per step (default: 512)", whole(1));
+    .option("--chunk-size <n>", "most prompt tokens per step (default: 512)", whole(1))
+    .addOption(residenceOption());
   return addHubOptions(command);
+}
+
+/** Where weights are kept; without it, `auto`. */
+export function residenceOption(): Option {
+  return new Option(
+    "--weights <where>",
+    "resident: in huge pages before the model is ready; mapped: in the file's pages, which processes share; auto: mapped at first, moved while it answers",
+  ).choices(RESIDENCES);
 }
 
 /** The library's options for loading a model. */
 export function loadOptions(flags: ModelFlags): LoadOptions {
-  const { dtype, threads, device, kvCacheDtype, kvCacheTokens, chunkSize } = flags;
-  return { dtype, threads, device, kv_cache_dtype: kvCacheDtype, kv_cache_tokens: kvCacheTokens, chunk_size: chunkSize };
+  const { dtype, threads, device, kvCacheDtype, kvCacheTokens, chunkSize, weights } = flags;
+  return { dtype, threads, device, kv_cache_dtype: kvCacheDtype, kv_cache_tokens: kvCacheTokens, chunk_size: chunkSize, weights };
 }
 
 /** Adds the sampling options. Defaults come from the model's generation_config.json. */

@@ -6,7 +6,7 @@ import { surviveBrokenOutput } from "./failure.ts";
 import { DEMO } from "./models.ts";
 import { examples } from "./options.ts";
 import type { ServeFlags } from "./settings.ts";
-import { colours, notice } from "./terminal.ts";
+import { colours, notice, warn } from "./terminal.ts";
 
 export async function addServe(program: Command): Promise<void> {
   const command = program.command("serve").description("Serve models to many users: OpenAI's API over HTTP, gRPC, and a web page.");
@@ -42,7 +42,7 @@ async function serve(flags: ServeFlags): Promise<void> {
   const server = await createServer(config);
   const ended = untilSignalled(server);
   announce(config, await server.start());
-  if (config.models.some(({ path }) => isBundled(path))) notice(DEMO);
+  if (config.models.some(({ path }) => isBundled(path))) warn(DEMO);
   await ended;
   process.exit(); // log lines that nobody reads would keep the process alive
 }

@@ -4,9 +4,10 @@ import { basename, resolve } from "node:path";
 import { type Command, InvalidArgumentError, Option } from "commander";
 import { z } from "zod";
 import { KV_CACHE_DTYPES } from "../api/kv.ts";
+import type { Residence } from "../api/residence.ts";
 import { checkServeConfig, readServeConfig, ServeConfig } from "../server/config.ts";
 import { UsageError } from "./failure.ts";
-import { DTYPES, whole } from "./options.ts";
+import { DTYPES, residenceOption, whole } from "./options.ts";
 
 export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly config?: string;
@@ -16,6 +17,7 @@ export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly threads?: number;
   readonly kvCacheDtype?: string;
   readonly kvCacheTokens?: number;
+  readonly weights?: Residence;
   readonly tlsCert?: string;
   readonly tlsKey?: string;
 }
@@ -55,7 +57,8 @@ export function addSettings(command: Command): void {
     .addOption(new Option("--dtype <format>", "weight format in memory (default: auto)").choices(DTYPES))
     .option("--threads <n>", "compute threads (default: one per core)", whole(1))
     .addOption(new Option("--kv-cache-dtype <format>", "KV cache format").choices(KV_CACHE_DTYPES))
-    .option("--kv-cache-tokens <n>", "KV cache capacity of a model, in tokens", whole(32));
+    .option("--kv-cache-tokens <n>", "KV cache capacity of a model, in tokens", whole(32))
+    .addOption(residenceOption());
   for (const [group, fields] of Object.entries(GROUPS)) {
     command.optionsGroup(group);
     for (const field of fields) command.addOption(flagOf(field));
@@ -68,11 +71,23 @@ export function addSettings(command: Command): void {
 
 /** The file's settings, overridden by flags. */
 export async function settings(flags: ServeFlags): Promise<ServeConfig> {
-  const { config: file, model, dtype, threads, kvCacheDtype, kvCacheTokens, tlsCert, tlsKey, printConfigSchema: _, ...rest } = flags;
+  const {
+    config: file,
+    model,
+    dtype,
+    threads,
+    kvCacheDtype,
+    kvCacheTokens,
+    weights,
+    tlsCert,
+    tlsKey,
+    printConfigSchema: _,
+    ...rest
+  } = flags;
   const inFile = file === undefined ? {} : await readServeConfig(file);
   const fromFlags = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined));
   const how = Object.fromEntries(
-    Object.entries({ dtype, threads, kvCacheDtype, kvCacheTokens }).filter(([, value]) => value !== undefined),
+    Object.entries({ dtype, threads, kvCacheDtype, kvCacheTokens, weights }).filter(([, value]) => value !== undefined),
   );
   const named = model ?? (inFile["models"] === undefined ? [{ name: "default", path: "default" }] : undefined);
   if (named === undefined && Object.keys(how).length > 0)

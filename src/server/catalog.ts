@@ -145,7 +145,7 @@ export class Catalog {
   }
 
   async #load(entry: Entry): Promise<NamedModel> {
-    const { name, path, dtype, threads, device, kvCacheDtype, chunkSize } = entry.config;
+    const { name, path, dtype, threads, device, kvCacheDtype, chunkSize, weights: residence } = entry.config;
     const { onEvent } = this.#options;
     onEvent("loading", name, { path });
     const start = performance.now();
@@ -160,6 +160,7 @@ export class Catalog {
         kv_cache_tokens: kvTokens,
         device,
         chunk_size: chunkSize,
+        weights: residence,
         warning_callback: (warning) => onEvent("loading", name, { warning }),
       });
       entry.bytes = weightBytes + engine.cache.count * BLOCK_TOKENS * engine.kvBytesPerToken;

@@ -3,6 +3,7 @@ import { readFile } from "node:fs/promises";
 import { parse as parseYaml, YAMLParseError } from "yaml";
 import { z } from "zod";
 import { KV_CACHE_DTYPES } from "../api/kv.ts";
+import { RESIDENCES } from "../api/residence.ts";
 
 const count = (least: number) => z.int().min(least);
 const seconds = z.number().positive().max(86_400);
@@ -23,6 +24,12 @@ const modelSchema = z.strictObject({
     .describe(
       "Capacity of the KV cache in tokens; default: 16 full sequences, or as many as fit half of the free memory that the weights leave (of the control group's memory limit, if there is one) or a quarter of memoryBudgetBytes",
     ),
+  weights: z
+    .enum(RESIDENCES)
+    .default("auto")
+    .describe(
+      "Where weights are kept: in huge pages, filled before the model is ready (resident), in the file's pages, which processes share (mapped), or first there and then moved while it answers (auto)",
+    ),
   chunkSize: count(1).max(65_536).optional().describe("Maximum rows per step; default: 512"),
   preload: z
     .boolean()
@@ -39,7 +46,7 @@ export const ServeConfig = z.strictObject({
   models: z
     .array(modelSchema)
     .min(1)
-    .default([{ name: "default", path: "default", dtype: "auto", device: "auto", preload: true }])
+    .default([{ name: "default", path: "default", dtype: "auto", device: "auto", weights: "auto", preload: true }])
     .describe("Models by name"),
   memoryBudgetBytes: count(1).nullable().default(null).describe("Memory for loaded models and their KV caches; default: no limit"),
   idleUnloadSeconds: seconds.default(600).describe("Unload models that are not preloaded after this time without use"),

@@ -103,9 +103,9 @@ describe("resolveModel", () => {
   });
 
   test("omits the weights on request, and does not require them offline", async () => {
-    const folder = await resolve({ weights: false });
+    const folder = await resolve({ withWeights: false });
     expect(readdirSync(folder).sort()).toEqual(["chat_template.jinja", "config.json", "tokenizer.json"]);
-    expect(await resolve({ weights: false, local_files_only: true })).toBe(folder);
+    expect(await resolve({ withWeights: false, local_files_only: true })).toBe(folder);
     expect(await faultOf({ local_files_only: true })).toMatch(
       /the cache lacks model.safetensors in HOME\/hub\/models--org--model\/snapshots/,
     );
@@ -126,10 +126,10 @@ describe("resolveModel", () => {
 
   test("puts the cache where the environment says", async () => {
     vi.stubEnv("HUGGINGFACE_HUB_CACHE", join(home, "older"));
-    expect(await resolve({ weights: false })).toBe(join(home, "older/models--org--model/snapshots", COMMIT));
+    expect(await resolve({ withWeights: false })).toBe(join(home, "older/models--org--model/snapshots", COMMIT));
     vi.stubEnv("HF_HUB_CACHE", join(home, "newer"));
-    expect(await resolve({ weights: false })).toBe(join(home, "newer/models--org--model/snapshots", COMMIT));
-    expect(await resolve({ weights: false, cache_dir: join(home, "given") })).toBe(
+    expect(await resolve({ withWeights: false })).toBe(join(home, "newer/models--org--model/snapshots", COMMIT));
+    expect(await resolve({ withWeights: false, cache_dir: join(home, "given") })).toBe(
       join(home, "given/models--org--model/snapshots", COMMIT),
     );
   });
@@ -359,7 +359,7 @@ describe("one clear error for", () => {
       setTimeout(() => response.destroy(), 20);
       return true;
     };
-    expect(await resolve({ weights: false })).toBe(join(repo, "snapshots", COMMIT));
+    expect(await resolve({ withWeights: false })).toBe(join(repo, "snapshots", COMMIT));
     hub.fault = (_request, response) => Boolean(response.writeHead(200, { "content-type": "text/html" }).end("<html>"));
     expect(await faultOf({ cache_dir: join(home, "none") })).toMatch(/HUB sent an incomplete response/);
   });

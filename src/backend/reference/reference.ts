@@ -30,7 +30,16 @@ export function referenceBackend(): Backend {
       const values = new Map<string, Float32Array>();
       for (const source of sources) values.set(source.name, await readWeight(source));
       const ownedBytes = [...values.values()].reduce((n, v) => n + v.byteLength, 0);
-      return { names: [...values.keys()], mappedBytes: 0, ownedBytes, values, lost: () => false, dispose: () => values.clear() };
+      return {
+        names: [...values.keys()],
+        mappedBytes: 0,
+        ownedBytes,
+        values,
+        placement: () => ({ state: "resident", movedBytes: 0, mappedBytes: 0, why: "" }),
+        pages: async () => ({ huge: 0, small: 0 }),
+        lost: () => false,
+        dispose: () => values.clear(),
+      };
     },
 
     state(_dtype, shape): ReferenceState {

@@ -40,12 +40,13 @@ export async function tokenize(
   text: string,
   specialTokens: boolean,
   signal?: AbortSignal,
+  owner?: string,
 ): Promise<{ readonly tokens: readonly number[]; readonly pieces: readonly string[] }> {
   if (text.length > LONGEST_LISTED)
     throw new ServerError("invalid_request", `the text has ${text.length} characters; at most ${LONGEST_LISTED} are allowed`, {
       param: "text",
     });
-  const { tokens } = await encoder.encode({ kind: "text", text, specialTokens }, signal);
+  const { tokens } = await encoder.encode({ kind: "text", text, specialTokens }, signal, { owner });
   return { tokens, pieces: tokenizer.convert_ids_to_tokens(tokens) };
 }
 
@@ -55,13 +56,15 @@ export async function detokenize(
   tokens: readonly number[],
   skipSpecialTokens: boolean,
   param = "tokens",
+  signal?: AbortSignal,
+  owner?: string,
 ): Promise<string> {
   const wrong = tokens.findIndex((id) => id < 0 || id >= config.vocabSize);
   if (wrong >= 0)
     throw new ServerError("invalid_request", `token id ${tokens[wrong]} is outside the vocabulary of ${config.vocabSize}`, {
       param: `${param}[${wrong}]`,
     });
-  return encoder.decode(tokens, skipSpecialTokens);
+  return encoder.decode(tokens, skipSpecialTokens, signal, { owner });
 }
 
 /** One unit vector per prompt, [hidden size], and the total number of prompt tokens. */
@@ -72,7 +75,8 @@ export async function embed(
   prompts: readonly Prompt[],
   signal?: AbortSignal,
 ): Promise<{ readonly vectors: readonly Float32Array[]; readonly tokens: number }> {
-  const encoded = (await Promise.all(prompts.map((prompt) => model.encoder.encode(prompt, signal)))).map(({ tokens }) => tokens);
+  const terms = { owner: caller.id, mostTokens: contextLength(model) };
+  const encoded = (await Promise.all(prompts.map((prompt) => model.encoder.encode(prompt, signal, terms)))).map(({ tokens }) => tokens);
   const vectors: Float32Array[] = [];
   for (const tokens of encoded) {
     signal?.throwIfAborted();
@@ -87,7 +91,7 @@ export async function embed(
 export async function route(
   context: ServerContext,
   caller: Caller,
-  { name, config, encoder, engine }: NamedModel,
+  model: NamedModel,
   prompt: Prompt,
   signal?: AbortSignal,
 ): Promise<{
@@ -96,8 +100,9 @@ export async function route(
   readonly experts: number;
   readonly chosen: number;
 }> {
+  const { name, config, encoder, engine } = model;
   if (!config.moe) throw new ServerError("invalid_request", `the model '${name}' is dense: it has no experts`, { param: "model" });
-  const { tokens } = await encoder.encode(prompt, signal);
+  const { tokens } = await encoder.encode(prompt, signal, { owner: caller.id, mostTokens: contextLength(model) });
   signal?.throwIfAborted();
   const { routing } = await engine.inspect(tokens, { logits: false, routing: true });
   context.account(caller, { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });

@@ -59,9 +59,10 @@ export async function* complete(
 }
 
 /** Null when the client left first. */
-async function encoded({ encoder }: NamedModel, { prompt, signal }: CompletionRequest): Promise<EncodedPrompt | null> {
+async function encoded(model: NamedModel, { prompt, signal, owner, maxPromptTokens }: CompletionRequest): Promise<EncodedPrompt | null> {
+  const mostTokens = Math.min(contextLength(model), maxPromptTokens ?? Number.POSITIVE_INFINITY);
   try {
-    return await encoder.encode(prompt, signal);
+    return await model.encoder.encode(prompt, signal, { owner, mostTokens });
   } catch (error) {
     if (signal.aborted) return null;
     throw error;

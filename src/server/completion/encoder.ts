@@ -1,127 +1,107 @@
-/** Prompts to ids and ids to text without blocking the event loop: short ones in turns, long ones in a worker thread. */
-import { Worker } from "node:worker_threads";
+/**
+ * Prompts to ids and ids to text without blocking the event loop: short ones in turns, long ones in a worker thread. Owners take
+ * turns in both. Prompts that are too long for any tokens to fit are refused by their length.
+ */
 import { type EncodedPrompt, encodePrompt, type Prompt, PromptError } from "../../chat/prompt.ts";
 import { Turns } from "../../grammar/turns.ts";
 import type { Tokenizer } from "../../tokenizer/tokenizer.ts";
+import { ServerError } from "../errors.ts";
+import { Thread, threadScript } from "../thread.ts";
 import type { Job, Outcome } from "./worker.ts";
 
 /** Texts and lists of at least this size take a few milliseconds, which makes the thread worthwhile. */
 const LONG_CHARACTERS = 16_384;
 const LONG_TOKENS = 8192;
-/** An idle thread ends after this time: it holds a second copy of the vocabulary. */
-const IDLE_MS = 60_000;
-/** What the thread runs: the built file or, where this code itself runs from source, the source through tsx. */
-function script(): URL {
-  if (!import.meta.url.endsWith(".ts")) return new URL("worker.js", import.meta.url);
-  const [tsx, worker] = [import.meta.resolve("tsx/esm/api"), new URL("worker.ts", import.meta.url).href];
-  // `--import tsx` does not reach worker threads, so the thread registers it itself.
-  const code = `import { register } from ${JSON.stringify(tsx)}; register(); await import(${JSON.stringify(worker)});`;
-  return new URL(`data:text/javascript,${encodeURIComponent(code)}`);
-}
+/** The longest text that ids decode to, in characters: it becomes a response. */
+const LONGEST_DECODED = 2 ** 22;
 
-interface Waiting {
-  readonly job: Job;
-  resolve(outcome: Outcome): void;
-  reject(reason: unknown): void;
+export interface EncodeTerms {
+  /** Id of the caller. */
+  readonly owner?: string;
+  /** The most tokens that the prompt may have. Default: no limit. */
+  readonly mostTokens?: number;
 }
 
 export class Encoder {
-  readonly #source: string;
   readonly #tokenizer: Tokenizer;
   readonly #turns: Turns;
-  #worker: Worker | null = null;
-  /** In order of arrival; the first is running. */
-  readonly #waiting: Waiting[] = [];
-  #idle: NodeJS.Timeout | undefined;
+  readonly #thread: Thread<Job, Outcome>;
+  #longestToken: number | null = null;
 
   /** @param source folder or file that the tokenizer was opened from */
   constructor(source: string, tokenizer: Tokenizer, turns = new Turns()) {
-    this.#source = source;
     this.#tokenizer = tokenizer;
     this.#turns = turns;
+    this.#thread = new Thread(threadScript(import.meta.url, "worker"), source);
   }
 
-  /** The ids of a prompt. Rejects with PromptError for what the tokenizer or the chat template refuses. */
-  async encode(prompt: Prompt, signal?: AbortSignal): Promise<EncodedPrompt> {
-    if (prompt.kind === "tokens" || !isLong(prompt)) return this.#turns.take(() => encodePrompt(this.#tokenizer, prompt));
-    const outcome = await this.#send({ kind: "encode", prompt }, signal);
+  /**
+   * The ids of a prompt. Rejects with PromptError for what the tokenizer or the chat template refuses, with ServerError
+   * `context_length_exceeded` for a text that cannot be written with `mostTokens`.
+   */
+  async encode(prompt: Prompt, signal?: AbortSignal, { owner, mostTokens }: EncodeTerms = {}): Promise<EncodedPrompt> {
+    if (mostTokens !== undefined) this.#checkLength(prompt, mostTokens);
+    if (prompt.kind === "tokens" || !isLong(prompt))
+      return this.#turns.take(() => {
+        signal?.throwIfAborted();
+        return encodePrompt(this.#tokenizer, prompt);
+      }, owner);
+    const outcome = await this.#send({ kind: "encode", prompt }, owner, signal);
     if (outcome.kind !== "encoded") throw new Error(`internal: asked to encode, got ${outcome.kind}`);
     return outcome.prompt;
   }
 
-  /** The text of ids, all of which must be in the vocabulary. */
-  async decode(tokens: readonly number[], skipSpecialTokens: boolean): Promise<string> {
+  /**
+   * The text of ids, all of which must be in the vocabulary. Rejects with ServerError `invalid_request` when it is longer than a
+   * response may be.
+   */
+  async decode(tokens: readonly number[], skipSpecialTokens: boolean, signal?: AbortSignal, { owner }: EncodeTerms = {}): Promise<string> {
     if (tokens.length < LONG_TOKENS)
-      return this.#turns.take(() => this.#tokenizer.decode(tokens, { skip_special_tokens: skipSpecialTokens }));
-    const outcome = await this.#send({ kind: "decode", tokens, skipSpecialTokens });
+      return this.#turns.take(() => this.#tokenizer.decode(tokens, { skip_special_tokens: skipSpecialTokens }), owner);
+    const outcome = await this.#send({ kind: "decode", tokens, skipSpecialTokens, longest: LONGEST_DECODED }, owner, signal);
     if (outcome.kind !== "decoded") throw new Error(`internal: asked to decode, got ${outcome.kind}`);
     return outcome.text;
   }
 
   /** Ends the thread; its pending jobs fail. */
   async close(): Promise<void> {
-    const worker = this.#worker;
-    this.#drop(new Error("the model is being unloaded"));
-    await worker?.terminate();
+    await this.#thread.close(new Error("the model is being unloaded"));
   }
 
-  /** The thread gets one job at a time, so that jobs of clients who have left never start. */
-  async #send(job: Job, signal?: AbortSignal): Promise<Exclude<Outcome, { kind: "refused" | "failed" }>> {
-    signal?.throwIfAborted();
-    let leave = () => {};
-    const outcome = await new Promise<Outcome>((resolve, reject) => {
-      const waiting = { job, resolve, reject };
-      this.#waiting.push(waiting);
-      if (this.#waiting.length === 1) this.#next();
-      leave = () => this.#leave(waiting, signal?.reason);
-      signal?.addEventListener("abort", leave);
-    }).finally(() => signal?.removeEventListener("abort", leave));
+  async #send(job: Job, owner?: string, signal?: AbortSignal): Promise<Exclude<Outcome, { kind: "refused" | "failed" }>> {
+    const outcome = await this.#thread.run(job, { owner, signal });
     if (outcome.kind === "refused") throw new PromptError(outcome.param, outcome.message);
     if (outcome.kind === "failed") throw new Error(`encoding failed: ${outcome.message}`);
     return outcome;
   }
 
-  /** Stops waiting at once. A job that is already running finishes first, and its outcome is dropped. */
-  #leave(waiting: Waiting, reason: unknown): void {
-    waiting.reject(reason);
-    const at = this.#waiting.indexOf(waiting);
-    if (at > 0) this.#waiting.splice(at, 1);
+  /** No text is encoded that has more characters than the longest tokens of the vocabulary could hold. */
+  #checkLength(prompt: Prompt, mostTokens: number): void {
+    if (prompt.kind === "tokens") return;
+    const characters =
+      prompt.kind === "text" ? prompt.text.length : prompt.messages.reduce((sum, { content }) => sum + lengthOf(content), 0);
+    if (characters <= mostTokens) return; // at least one character a token
+    this.#longestToken ??= longestToken(this.#tokenizer);
+    if (characters <= mostTokens * this.#longestToken) return;
+    throw new ServerError(
+      "context_length_exceeded",
+      `the prompt has ${characters} characters; no text of more than ${mostTokens * this.#longestToken} fits the ${mostTokens} tokens that a prompt may have here`,
+      { param: prompt.kind === "chat" ? "messages" : "prompt" },
+    );
   }
+}
 
-  #next(): void {
-    clearTimeout(this.#idle);
-    const [first] = this.#waiting;
-    if (first) {
-      this.#worker ??= this.#start();
-      this.#worker.postMessage(first.job);
-    } else if (this.#worker) {
-      const worker = this.#worker;
-      this.#idle = setTimeout(() => {
-        this.#worker = null;
-        void worker.terminate();
-      }, IDLE_MS).unref();
-    }
-  }
+/** Characters of a message's content. */
+function lengthOf(content: unknown): number {
+  if (typeof content === "string") return content.length;
+  return Array.isArray(content) ? content.reduce((sum: number, part: { readonly text?: unknown }) => sum + lengthOf(part.text), 0) : 0;
+}
 
-  #start(): Worker {
-    const worker = new Worker(script(), { workerData: this.#source });
-    worker.unref(); // clients that wait keep the process alive, not the idle thread
-    worker.on("message", (outcome: Outcome) => {
-      if (worker !== this.#worker) return; // ended meanwhile: its jobs have failed
-      this.#waiting.shift()?.resolve(outcome);
-      this.#next();
-    });
-    worker.on("error", (error) => {
-      if (worker === this.#worker) this.#drop(error);
-    });
-    return worker;
-  }
-
-  #drop(reason: Error): void {
-    clearTimeout(this.#idle);
-    this.#worker = null;
-    for (const waiting of this.#waiting.splice(0)) waiting.reject(reason);
-  }
+/** In characters, as the vocabulary writes it: at least as long as the text that it stands for. */
+function longestToken({ vocabulary }: Tokenizer): number {
+  let longest = 1;
+  for (let id = 0; id < vocabulary.fullSize; id++) if (vocabulary.has(id)) longest = Math.max(longest, vocabulary.token(id).length);
+  return longest;
 }
 
 /** What a message, a part or a tool costs besides its text, in characters. */

@@ -5,12 +5,12 @@ import { type EncodedPrompt, encodePrompt, type Prompt, PromptError } from "../.
 
 export type Job =
   | { readonly kind: "encode"; readonly prompt: Prompt }
-  | { readonly kind: "decode"; readonly tokens: readonly number[]; readonly skipSpecialTokens: boolean };
+  | { readonly kind: "decode"; readonly tokens: readonly number[]; readonly skipSpecialTokens: boolean; readonly longest: number };
 
 export type Outcome =
   | { readonly kind: "encoded"; readonly prompt: EncodedPrompt }
   | { readonly kind: "decoded"; readonly text: string }
-  /** The user's mistake: a PromptError. */
+  /** The user's mistake. */
   | { readonly kind: "refused"; readonly message: string; readonly param: string }
   | { readonly kind: "failed"; readonly message: string };
 
@@ -21,8 +21,15 @@ async function outcomeOf(job: Job): Promise<Outcome> {
     switch (job.kind) {
       case "encode":
         return { kind: "encoded", prompt: encodePrompt(await tokenizer, job.prompt) };
-      case "decode":
-        return { kind: "decoded", text: (await tokenizer).decode(job.tokens, { skip_special_tokens: job.skipSpecialTokens }) };
+      case "decode": {
+        const text = (await tokenizer).decode(job.tokens, { skip_special_tokens: job.skipSpecialTokens });
+        if (text.length <= job.longest) return { kind: "decoded", text };
+        return {
+          kind: "refused",
+          message: `the ids stand for ${text.length} characters; at most ${job.longest} are decoded at once: send fewer`,
+          param: "tokens",
+        };
+      }
       default:
         return job satisfies never;
     }

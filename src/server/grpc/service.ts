@@ -48,14 +48,16 @@ export function mixtapeService(calls: Calls, server: ServerContext, maxJsonDepth
     Generate: completion<GenerateRequest>(generateRequest),
     Chat: completion<ChatRequest>(chatCompletionRequest),
     Tokenize: unary<Named & { text: string; add_special_tokens?: boolean }>(
-      async (model, { text, add_special_tokens = true }, { signal }) => {
-        const { tokens, pieces } = await tokenize(model, text, add_special_tokens, signal);
+      async (model, { text, add_special_tokens = true }, { caller, signal }) => {
+        const { tokens, pieces } = await tokenize(model, text, add_special_tokens, signal, caller.id);
         return { tokens, pieces };
       },
     ),
-    Detokenize: unary<Named & { tokens: number[]; skip_special_tokens: boolean }>(async (model, { tokens, skip_special_tokens }) => ({
-      text: await detokenize(model, tokens, skip_special_tokens),
-    })),
+    Detokenize: unary<Named & { tokens: number[]; skip_special_tokens: boolean }>(
+      async (model, { tokens, skip_special_tokens }, { caller, signal }) => ({
+        text: await detokenize(model, tokens, skip_special_tokens, "tokens", signal, caller.id),
+      }),
+    ),
     ListModels: calls.unary<object>(
       async (_request, { caller }) => ({ models: server.catalog.list().filter(({ name }) => caller.models?.includes(name) ?? true) }),
       { computes: false },

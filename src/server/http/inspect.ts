@@ -16,15 +16,15 @@ export function registerInspection(app: FastifyInstance, context: ServerContext,
   routes.post("/tokenize", { schema: { body: TokenizeBody, tags: ["mixtape"], summary: "The tokens of a text" } }, (request, reply) =>
     withModel(context, callerOf(request), request.body.model, async (model) => {
       const { text, add_special_tokens } = request.body;
-      const { tokens, pieces } = await tokenize(model, text, add_special_tokens ?? true, signalOf(reply));
+      const { tokens, pieces } = await tokenize(model, text, add_special_tokens ?? true, signalOf(reply), callerOf(request).id);
       return { tokens, pieces, count: tokens.length };
     }),
   );
 
-  routes.post("/detokenize", { schema: { body: DetokenizeBody, tags: ["mixtape"], summary: "The text of tokens" } }, (request) =>
+  routes.post("/detokenize", { schema: { body: DetokenizeBody, tags: ["mixtape"], summary: "The text of tokens" } }, (request, reply) =>
     withModel(context, callerOf(request), request.body.model, async (model) => {
       const { tokens, skip_special_tokens } = request.body;
-      return { text: await detokenize(model, tokens, skip_special_tokens ?? false) };
+      return { text: await detokenize(model, tokens, skip_special_tokens ?? false, "tokens", signalOf(reply), callerOf(request).id) };
     }),
   );
 

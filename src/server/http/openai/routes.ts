@@ -4,6 +4,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
 import type { Caller } from "../../access/gate.ts";
 import { detokenize, embed } from "../../analysis.ts";
+import { contextLength } from "../../completion/complete.ts";
 import type { CompletionEvent, CompletionRequest } from "../../completion/request.ts";
 import { answer, type ServerContext, withModel } from "../../context.ts";
 import { ServerError } from "../../errors.ts";
@@ -66,8 +67,10 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
       const { body } = request;
       const who = { owner: callerOf(request).id, signal: signalOf(reply) };
       const requests = completionRequests(body, model.generationConfig, who);
-      const echo = async ({ prompt, signal }: CompletionRequest) =>
-        detokenize(model, (await model.encoder.encode(prompt, signal)).tokens, false, "prompt");
+      const echo = async ({ prompt, signal, owner }: CompletionRequest) => {
+        const { tokens } = await model.encoder.encode(prompt, signal, { owner, mostTokens: contextLength(model) });
+        return detokenize(model, tokens, false, "prompt", signal, owner);
+      };
       const echoes = body.echo ? await Promise.all(requests.map(echo)) : requests.map(() => "");
       const head = { id: `cmpl-${randomUUID()}`, object: "text_completion", created: now(), model: model.name };
       const answers = requests.map((_, i) => new TextChoice(echoes[i]));

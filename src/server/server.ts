@@ -21,6 +21,7 @@ import { registerPage } from "./http/page.ts";
 import { createLogger, type Logger } from "./logs.ts";
 import { Metrics } from "./metrics.ts";
 import { type LogOutput, standardOutput } from "./output.ts";
+import { Reader } from "./reading/reader.ts";
 import { Certificate, type KeyPair } from "./tls.ts";
 
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
@@ -101,7 +102,8 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     account: (caller, { promptTokens, completionTokens }) => gate.charge(caller.id, promptTokens + completionTokens),
   };
   const inFlight = new InFlight(config.stallTimeoutSeconds, () => log.warn("disconnected a client that stopped reading its response"));
-  const app = await createHttp({ config, log, metrics, inFlight, certificate, version });
+  const reader = new Reader({ maxBytes: config.maxBodyBytes, maxJsonDepth: config.maxJsonDepth });
+  const app = await createHttp({ reader, config, log, metrics, inFlight, certificate, version });
   followRequests(app.server, connections);
   const state: State = { phase: "starting" };
   await registerOperations(app, { state, config, gate, catalog, metrics });
@@ -135,6 +137,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     inFlight.close();
     certificate?.close();
     await gate.close();
+    await reader.close();
     await catalog.close();
     await output?.close(FLUSH_MS);
   };
@@ -151,9 +154,9 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
         await app.listen({ host: await addressOf(config.host), port: config.port });
         if (config.keys === undefined && !isLoopback(config.host)) log.warn("anyone who can reach this address may use the server");
         if (config.metrics && config.metricsPort !== null)
-          metricsPort = await openMetrics(config, config.metricsPort, limits, { gate, metrics, log });
+          metricsPort = await openMetrics(config, config.metricsPort, limits, { gate, metrics, log, reader });
         if (config.grpcPort !== null)
-          grpc = await openGrpc(config, config.grpcPort, certificate?.current ?? null, { context, gate, metrics, log });
+          grpc = await openGrpc(config, config.grpcPort, certificate?.current ?? null, { context, gate, metrics, log, reader });
         await catalog.preload();
         if (state.phase === "starting") {
           state.phase = "ready";
@@ -188,6 +191,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
 }
 
 interface GrpcParts {
+  readonly reader: Reader;
   readonly context: ServerContext;
   readonly gate: Gate;
   readonly metrics: Metrics;
@@ -195,7 +199,12 @@ interface GrpcParts {
 }
 
 /** Serves gRPC behind the same gate as HTTP, with its limits, log and metrics. */
-function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { context, gate, metrics, log }: GrpcParts): Promise<Grpc> {
+function openGrpc(
+  config: ServeConfig,
+  port: number,
+  tls: KeyPair | null,
+  { context, gate, metrics, log, reader }: GrpcParts,
+): Promise<Grpc> {
   return startGrpc({
     host: config.grpcHost ?? config.host,
     port,
@@ -213,9 +222,9 @@ function openGrpc(config: ServeConfig, port: number, tls: KeyPair | null, { cont
         throw error;
       }
     },
+    read: (method, message, owner, signal) => reader.read({ kind: "message", method }, message, owner, signal),
     limits: {
       maxMessageBytes: config.maxBodyBytes,
-      maxJsonDepth: config.maxJsonDepth,
       maxConcurrentStreams: config.maxInProgress + config.maxQueued + SPARE_STREAMS,
       maxConnections: config.maxConnections,
       requestTimeoutSeconds: config.requestTimeoutSeconds,
@@ -243,12 +252,12 @@ async function openMetrics(
   config: ServeConfig,
   port: number,
   limits: ConnectionLimits,
-  { gate, metrics, log }: Omit<GrpcParts, "context">,
+  { gate, metrics, log, reader }: Omit<GrpcParts, "context">,
 ): Promise<MetricsPort> {
   const connections = new Connections(limits);
   const inFlight = new InFlight(config.stallTimeoutSeconds, () => {});
   const own: ServeConfig = { ...config, host: config.metricsHost, docs: false, web: false, corsOrigins: [] };
-  const app = await createHttp({ config: own, log, metrics, inFlight, certificate: null, version });
+  const app = await createHttp({ reader, config: own, log, metrics, inFlight, certificate: null, version });
   followRequests(app.server, connections);
   registerMetrics(app, { config, gate, metrics });
   const close = async () => {

@@ -7,7 +7,7 @@ import type { Caller } from "../access/gate.ts";
 import { within } from "../deadline.ts";
 import { ServerError } from "../errors.ts";
 import { requestId } from "../logs.ts";
-import { type Entrance, MALFORMED, malformed } from "./entrance.ts";
+import type { Entrance } from "./entrance.ts";
 import type { CallReport } from "./report.ts";
 import { failureOf } from "./status.ts";
 
@@ -15,6 +15,8 @@ export interface CallsOptions {
   readonly entrance: Entrance;
   /** Waits for a compute slot. Rejects with ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
   readonly enter: (caller: Caller, signal: AbortSignal) => Promise<{ leave(): void }>;
+  /** The checked request of a method. Rejects with ServerError `invalid_request` or `overloaded`. */
+  readonly read: (method: string, message: Buffer, owner: string, signal: AbortSignal) => Promise<unknown>;
   /** How long a client may read nothing while a response waits, before it is cut off. */
   readonly stallMs: number;
   readonly onEnd: (report: CallReport) => void;
@@ -65,8 +67,8 @@ export class Calls {
       void this.#run(
         call,
         options,
-        async (context) => {
-          answer = await act(call.request as Q, context);
+        async (request, context) => {
+          answer = await act(request as Q, context);
         },
         (failure, metadata) => (failure ? done(failure) : done(null, answer, metadata)),
       );
@@ -79,7 +81,7 @@ export class Calls {
       void this.#run(
         call,
         options,
-        (context) => act(call.request as Q, { ...context, send: (message) => this.#send(call, message, context.signal) }),
+        (request, context) => act(request as Q, { ...context, send: (message) => this.#send(call, message, context.signal) }),
         (failure, metadata) => {
           if (call.cancelled) return;
           if (failure) call.emit("error", failure);
@@ -106,7 +108,7 @@ export class Calls {
   async #run(
     call: Call,
     { computes = true, fieldOf }: MethodOptions,
-    act: (context: Context) => Promise<void>,
+    act: (request: unknown, context: Context) => Promise<void>,
     settle: (failure: ReturnType<typeof failureOf>["failure"] | null, metadata: Metadata) => void,
   ): Promise<void> {
     const start = performance.now();
@@ -124,10 +126,12 @@ export class Calls {
         throw new ServerError("not_ready", "the server is shutting down; another instance may answer", { retryAfterSeconds: 1 });
       // The library passes on calls whose deadline had passed before they arrived, and never cancels them.
       if (call.cancelled || Number(call.getDeadline()) <= Date.now()) throw GONE;
-      if (call.request === MALFORMED) throw malformed();
       if (computes) place = await this.#options.enter(caller, gone.signal);
       if (gone.signal.aborted) throw gone.signal.reason;
-      await act({ caller, signal: gone.signal });
+      // Read after admission: a wrong message costs its sender a place and a part of its rate.
+      const method = call.getPath().slice(call.getPath().lastIndexOf("/") + 1);
+      const request = await this.#options.read(method, call.request as Buffer, caller.id, gone.signal);
+      await act(request, { caller, signal: gone.signal });
       if (gone.signal.aborted) throw gone.signal.reason;
     } catch (error) {
       failed = error;

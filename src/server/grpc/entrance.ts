@@ -15,11 +15,12 @@ import type { Caller } from "../access/gate.ts";
 import { bearerToken } from "../access/gate.ts";
 import { ServerError } from "../errors.ts";
 import { requestId } from "../logs.ts";
+import { malformed } from "./messages.ts";
 import type { CallReport } from "./report.ts";
 import { failureOf } from "./status.ts";
 
 /** Stands for a message that can't be decoded. An object, since reflection's responses repeat the request. */
-export const MALFORMED: object = Object.freeze({});
+const MALFORMED: object = Object.freeze({});
 
 export interface EntranceOptions {
   /** Path prefix of methods that need a key. */
@@ -85,11 +86,25 @@ export class Entrance {
   };
 }
 
-/** The service with decoders that return MALFORMED where the library's throw, which clients would see as a server error. */
-export function lenient(service: ServiceDefinition): ServiceDefinition {
+/** The service with requests left as bytes, for the reader. */
+export function undecoded(service: ServiceDefinition): ServiceDefinition {
+  return Object.fromEntries(
+    Object.entries(service).map(([name, method]) => [name, { ...method, requestDeserialize: (bytes: Buffer) => bytes }]),
+  );
+}
+
+/** The largest message of libraries' services: what these decode blocks the event loop. */
+const MOST_LIBRARY_BYTES = 16_384;
+
+/**
+ * The service with decoders that return MALFORMED for messages that are too large and where the library's throw, which clients would
+ * see as a server error.
+ */
+function lenient(service: ServiceDefinition): ServiceDefinition {
   return Object.fromEntries(
     Object.entries(service).map(([name, method]) => {
       const requestDeserialize = (bytes: Buffer): unknown => {
+        if (bytes.length > MOST_LIBRARY_BYTES) return MALFORMED;
         try {
           return method.requestDeserialize(bytes);
         } catch {
@@ -137,8 +152,4 @@ function hold(handle: (...args: unknown[]) => void): UntypedHandleCall {
         call.once("drain", () => call.resume?.());
       });
   }) as UntypedHandleCall;
-}
-
-export function malformed(): ServerError {
-  return new ServerError("invalid_request", "the message can't be decoded: it does not match the .proto");
 }

@@ -3,7 +3,6 @@
  * and limits as HTTP. Assembles the parts in grpc/; knows no method's content.
  */
 import type { AddressInfo } from "node:net";
-import { fileURLToPath } from "node:url";
 import { Server, type ServiceDefinition } from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 import { ReflectionService } from "@grpc/reflection";
@@ -12,22 +11,18 @@ import type { Caller } from "../access/gate.ts";
 import type { ServerContext } from "../context.ts";
 import type { KeyPair } from "../tls.ts";
 import { Calls } from "./calls.ts";
-import { Entrance, lenient, strict } from "./entrance.ts";
+import { Entrance, strict, undecoded } from "./entrance.ts";
 import { Listener } from "./listener.ts";
+import { LOADING, PROTO, SERVICE } from "./messages.ts";
 import type { CallReport } from "./report.ts";
 import { mixtapeService } from "./service.ts";
 
-/** The path is the same from src/ and from dist/. */
-const PROTO = fileURLToPath(new URL("../../../proto/mixtape/v1/mixtape.proto", import.meta.url));
-const SERVICE = "mixtape.v1.Mixtape";
 /** Time for the last statuses to be sent. */
 const FLUSH_MS = 250;
 
 export interface GrpcLimits {
   /** Largest message from a client. */
   readonly maxMessageBytes: number;
-  /** Deepest nesting of JSON in message fields. */
-  readonly maxJsonDepth: number;
   /** Concurrent calls per connection. */
   readonly maxConcurrentStreams: number;
   readonly maxConnections: number;
@@ -50,6 +45,8 @@ export interface GrpcOptions {
   readonly authenticate: (secret: string | null) => Caller;
   /** Waits for a compute slot. Rejects with ServerError `overloaded`, `rate_limit_exceeded` or `budget_exceeded`. */
   readonly enter: (caller: Caller, signal: AbortSignal) => Promise<{ leave(): void }>;
+  /** The checked request of a method. Rejects with ServerError `invalid_request` or `overloaded`. */
+  readonly read: (method: string, message: Buffer, owner: string, signal: AbortSignal) => Promise<unknown>;
   readonly limits: GrpcLimits;
   /** Called for every call of our own service, rejected ones included. */
   readonly onEnd: (report: CallReport) => void;
@@ -72,10 +69,10 @@ export interface Grpc {
 
 /** Rejects when the address can't be listened on. */
 export async function startGrpc(options: GrpcOptions): Promise<Grpc> {
-  const { context, authenticate, enter, limits, onEnd, onFlood } = options;
-  const definition = loadSync([PROTO, protoPath], { keepCase: true, longs: String, enums: String, defaults: true, oneofs: true });
+  const { context, authenticate, enter, read, limits, onEnd, onFlood } = options;
+  const definition = loadSync([PROTO, protoPath], LOADING);
   const entrance = new Entrance({ guarded: `/${SERVICE}/`, authenticate, arrivalMs: limits.requestTimeoutSeconds * 1000, onEnd });
-  const calls = new Calls({ entrance, enter, stallMs: limits.stallTimeoutSeconds * 1000, onEnd });
+  const calls = new Calls({ entrance, enter, read, stallMs: limits.stallTimeoutSeconds * 1000, onEnd });
   const server = new Server({
     "grpc.max_receive_message_length": limits.maxMessageBytes,
     "grpc.max_concurrent_streams": limits.maxConcurrentStreams,
@@ -86,7 +83,7 @@ export async function startGrpc(options: GrpcOptions): Promise<Grpc> {
     "grpc.enable_channelz": 0,
     interceptors: [entrance.interceptor],
   });
-  server.addService(lenient(definition[SERVICE] as ServiceDefinition), mixtapeService(calls, context, limits.maxJsonDepth));
+  server.addService(undecoded(definition[SERVICE] as ServiceDefinition), mixtapeService(calls, context));
   const health = new HealthImplementation({ "": "NOT_SERVING", [SERVICE]: "NOT_SERVING" });
   const tell = (status: "SERVING" | "NOT_SERVING") => {
     for (const name of ["", SERVICE]) health.setStatus(name, status);

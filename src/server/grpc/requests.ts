@@ -3,15 +3,15 @@
  * both and a field has one meaning. Knows no call.
  */
 import type { z } from "zod";
-import { readFormat } from "../../chat/format.ts";
+import { type ResponseFormat, readFormat } from "../../chat/format.ts";
 import type { Prompt } from "../../chat/prompt.ts";
 import type { NamedModel } from "../catalog.ts";
+import { check } from "../check.ts";
 import type { CompletionRequest } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
-import { type Finding, invalid } from "../finding.ts";
 import { parseBody } from "../http/body.ts";
 import { chatPrompt, chatRequest, completionRequest, messagesOf, promptsOf } from "../http/openai/request.ts";
-import { ChatBody, CompletionBody, MOST_INPUTS, RoutingBody } from "../http/openai/schema.ts";
+import { ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, RoutingBody, TokenizeBody } from "../http/openai/schema.ts";
 
 /** As the loader decodes it: unset fields that are `optional`, in a oneof, or messages are null or absent. */
 export interface Options {
@@ -23,13 +23,16 @@ export interface Options {
   readonly response_format?: { readonly json_object?: object | null; readonly json_schema?: string } | null;
 }
 
+export interface Named {
+  readonly model: string;
+}
+
 interface TextOrTokens {
   readonly text?: string;
   readonly tokens?: { readonly ids: readonly number[] } | null;
 }
 
-export interface GenerateRequest extends TextOrTokens {
-  readonly model: string;
+export interface GenerateRequest extends TextOrTokens, Named {
   readonly options?: Options | null;
 }
 
@@ -42,8 +45,7 @@ export interface Message {
   readonly reasoning: string;
 }
 
-export interface ChatRequest {
-  readonly model: string;
+export interface ChatRequest extends Named {
   readonly messages: readonly Message[];
   readonly tools: readonly { readonly name: string; readonly description: string; readonly parameters: string; readonly strict: boolean }[];
   readonly tool_choice?: { readonly mode?: string | number; readonly tool?: string } | null;
@@ -52,38 +54,54 @@ export interface ChatRequest {
   readonly template_variables: string;
 }
 
-export interface EmbedRequest {
-  readonly model: string;
+export interface EmbedRequest extends Named {
   readonly inputs: readonly TextOrTokens[];
 }
 
-export interface RouteRequest extends TextOrTokens {
-  readonly model: string;
+export interface RouteRequest extends TextOrTokens, Named {
   readonly conversation?: { readonly messages: readonly Message[] } | null;
 }
 
-/** The owner and signal of a request, and how deeply JSON in its fields may be nested. */
-export interface Terms extends Pick<CompletionRequest, "owner" | "signal"> {
-  readonly maxJsonDepth: number;
+export interface TokenizeRequest extends Named {
+  readonly text: string;
+  readonly add_special_tokens?: boolean;
 }
 
-/** Throws ServerError `invalid_request`; `param` is the name in the HTTP body, for `fieldOf`. */
-export function generateRequest(model: NamedModel, request: GenerateRequest, { maxJsonDepth, ...who }: Terms): CompletionRequest {
-  const { options } = request;
-  const prompt = promptIn(request, "prompt");
-  const body = checked(CompletionBody, { model: model.name, prompt: "", ...fieldsOf(options) });
+export interface DetokenizeRequest extends Named {
+  readonly tokens: readonly number[];
+  readonly skip_special_tokens: boolean;
+}
+
+/** Requests as they are read: checked, with JSON in their fields parsed. */
+export interface Generate extends Named {
+  readonly body: CompletionBody;
+  readonly prompt: Prompt;
+  readonly format: ResponseFormat;
+}
+export interface Chat extends Named {
+  readonly body: ChatBody;
+}
+export interface Embed extends Named {
+  readonly prompts: readonly Prompt[];
+}
+export interface Route extends Named {
+  readonly prompt: Prompt;
+}
+
+/** The readers throw ServerError `invalid_request`, whose `param` is the name in the HTTP body, for `fieldOf`. */
+export function readGenerate({ model, options, ...prompt }: GenerateRequest, maxJsonDepth: number): Generate {
   return {
-    ...completionRequest(body, prompt, model.generationConfig, who),
-    maxTokens: body.max_tokens ?? null,
+    model,
+    prompt: promptIn(prompt, "prompt"),
+    body: checked(CompletionBody, { model, prompt: "", ...fieldsOf(options) }),
     format: readFormat(formatOf(options, maxJsonDepth)),
   };
 }
 
-/** Throws ServerError `invalid_request`; `param` is the name in the HTTP body, for `fieldOf`. */
-export function chatCompletionRequest(model: NamedModel, request: ChatRequest, { maxJsonDepth, ...who }: Terms): CompletionRequest {
+export function readChat(request: ChatRequest, maxJsonDepth: number): Chat {
   const { logprobs, ...fields } = fieldsOf(request.options);
   const body = checked(ChatBody, {
-    model: model.name,
+    model: request.model,
     messages: request.messages.map(messageBody),
     tools: request.tools.map(({ name, description, parameters, strict }, i) => ({
       type: "function",
@@ -96,22 +114,39 @@ export function chatCompletionRequest(model: NamedModel, request: ChatRequest, {
     ...fields,
     ...(logprobs === undefined ? {} : { logprobs: true, top_logprobs: logprobs }),
   });
+  return { model: request.model, body };
+}
+
+export function readEmbed({ model, inputs }: EmbedRequest): Embed {
+  const prompts = inputs.map((input, i) => promptIn(input, `input[${i}]`));
+  checked(EmbeddingBody, { model, input: prompts.map(() => "") });
+  return { model, prompts };
+}
+
+export function readRoute({ model, conversation, ...prompt }: RouteRequest): Route {
+  if (!conversation) return { model, prompt: promptIn(prompt, "prompt") };
+  const { messages = [] } = checked(RoutingBody, { model, messages: conversation.messages.map(messageBody) }, routeFieldOf);
+  return { model, prompt: chatPrompt(messagesOf(messages)) };
+}
+
+export function readTokenize({ model, text, add_special_tokens = true }: TokenizeRequest) {
+  return { ...checked(TokenizeBody, { model, text }), add_special_tokens };
+}
+
+export function readDetokenize({ model, tokens, skip_special_tokens }: DetokenizeRequest) {
+  return { ...checked(DetokenizeBody, { model, tokens }), skip_special_tokens };
+}
+
+/** Throws ServerError `invalid_request`, as `chatCompletionRequest` does. */
+export function generateRequest(model: NamedModel, { body, prompt, format }: Generate, who: Who): CompletionRequest {
+  return { ...completionRequest(body, prompt, model.generationConfig, who), maxTokens: body.max_tokens ?? null, format };
+}
+
+export function chatCompletionRequest(model: NamedModel, { body }: Chat, who: Who): CompletionRequest {
   return chatRequest(body, model.generationConfig, who);
 }
 
-/** Throws ServerError `invalid_request`. */
-export function embedPrompts({ inputs }: EmbedRequest): Prompt[] {
-  if (inputs.length < 1 || inputs.length > MOST_INPUTS)
-    throw new ServerError("invalid_request", `there are ${inputs.length} inputs; 1 to ${MOST_INPUTS} are allowed`, { param: "input" });
-  return inputs.map((input, i) => promptIn(input, `input[${i}]`));
-}
-
-/** Throws ServerError `invalid_request`. */
-export function routePrompt({ model, conversation, ...prompt }: RouteRequest): Prompt {
-  if (!conversation) return promptIn(prompt, "prompt");
-  const { messages = [] } = checked(RoutingBody, { model, messages: conversation.messages.map(messageBody) });
-  return chatPrompt(messagesOf(messages));
-}
+type Who = Pick<CompletionRequest, "owner" | "signal">;
 
 /** Fields of the HTTP bodies that have another name here. */
 const RENAMED: readonly (readonly [RegExp, string])[] = [
@@ -202,10 +237,6 @@ function jsonObject(text: string, param: string, maxDepth: number): Record<strin
   throw new ServerError("invalid_request", `${fieldOf(param)} is JSON but not an object`, { param });
 }
 
-function checked<T extends z.ZodType>(schema: T, value: unknown): z.infer<T> {
-  const result = schema.safeParse(value);
-  if (result.success) return result.data;
-  const [issue] = result.error.issues;
-  const { path, code, message } = issue;
-  throw invalid({ keyword: code, instancePath: `/${path.join("/")}`, message, params: issue as Finding["params"] }, fieldOf);
+function checked<T extends z.ZodType>(schema: T, value: unknown, nameOf = fieldOf): z.output<T> {
+  return check(schema, value, { whole: "the message", nameOf });
 }

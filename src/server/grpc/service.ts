@@ -7,25 +7,18 @@ import { answer, type ServerContext, withModel } from "../context.ts";
 import type { Calls, Context, StreamContext } from "./calls.ts";
 import { eventMessage, routingMessage } from "./events.ts";
 import {
-  type ChatRequest,
+  type Chat,
   chatCompletionRequest,
-  type EmbedRequest,
-  embedPrompts,
+  type Embed,
   fieldOf,
-  type GenerateRequest,
+  type Generate,
   generateRequest,
-  type RouteRequest,
+  type Named,
+  type Route,
   routeFieldOf,
-  routePrompt,
-  type Terms,
 } from "./requests.ts";
 
-interface Named {
-  readonly model: string;
-}
-
-/** @param maxJsonDepth deepest nesting of JSON in message fields */
-export function mixtapeService(calls: Calls, server: ServerContext, maxJsonDepth: number): UntypedServiceImplementation {
+export function mixtapeService(calls: Calls, server: ServerContext): UntypedServiceImplementation {
   const unary = <Q extends Named>(act: (model: NamedModel, request: Q, context: Context) => Promise<object>) =>
     calls.unary<Q>((request, context) => withModel(server, context.caller, request.model, (model) => act(model, request, context)), {
       fieldOf,
@@ -38,17 +31,19 @@ export function mixtapeService(calls: Calls, server: ServerContext, maxJsonDepth
     calls.stream<Q>((request, context) => withModel(server, context.caller, request.model, (model) => act(model, request, context)), {
       fieldOf: nameOf,
     });
-  const completion = <Q extends Named>(wanted: (model: NamedModel, request: Q, terms: Terms) => CompletionRequest) =>
+  const completion = <Q extends Named>(
+    wanted: (model: NamedModel, request: Q, who: Pick<CompletionRequest, "owner" | "signal">) => CompletionRequest,
+  ) =>
     stream<Q>(async (model, request, { caller, signal, send }) => {
-      const terms = { owner: caller.id, signal, maxJsonDepth };
-      for await (const event of answer(server, caller, model, wanted(model, request, terms))) await send(eventMessage(event));
+      const wants = wanted(model, request, { owner: caller.id, signal });
+      for await (const event of answer(server, caller, model, wants)) await send(eventMessage(event));
     });
 
   return {
-    Generate: completion<GenerateRequest>(generateRequest),
-    Chat: completion<ChatRequest>(chatCompletionRequest),
-    Tokenize: unary<Named & { text: string; add_special_tokens?: boolean }>(
-      async (model, { text, add_special_tokens = true }, { caller, signal }) => {
+    Generate: completion<Generate>(generateRequest),
+    Chat: completion<Chat>(chatCompletionRequest),
+    Tokenize: unary<Named & { text: string; add_special_tokens: boolean }>(
+      async (model, { text, add_special_tokens }, { caller, signal }) => {
         const { tokens, pieces } = await tokenize(model, text, add_special_tokens, signal, caller.id);
         return { tokens, pieces };
       },
@@ -63,12 +58,12 @@ export function mixtapeService(calls: Calls, server: ServerContext, maxJsonDepth
       { computes: false },
     ),
     GetModel: unary(async (model) => modelInfo(model)),
-    Embed: unary<EmbedRequest>(async (model, request, { caller, signal }) => {
-      const { vectors, tokens } = await embed(server, caller, model, embedPrompts(request), signal);
+    Embed: unary<Embed>(async (model, { prompts }, { caller, signal }) => {
+      const { vectors, tokens } = await embed(server, caller, model, prompts, signal);
       return { embeddings: vectors.map((vector) => ({ values: [...vector] })), prompt_tokens: tokens };
     }),
-    Route: stream<RouteRequest>(async (model, request, { caller, signal, send }) => {
-      const { tokens, layers, chosen } = await route(server, caller, model, routePrompt(request), signal);
+    Route: stream<Route>(async (model, { prompt }, { caller, signal, send }) => {
+      const { tokens, layers, chosen } = await route(server, caller, model, prompt, signal);
       const numbers = layers.map(({ layer }) => layer);
       for (const [t, id] of tokens.entries()) {
         const [experts, weights] = [new Int32Array(layers.length * chosen), new Float32Array(layers.length * chosen)];

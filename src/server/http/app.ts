@@ -6,7 +6,7 @@ import helmet from "@fastify/helmet";
 import swagger from "@fastify/swagger";
 import swaggerUi from "@fastify/swagger-ui";
 import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest, LogController } from "fastify";
-import { jsonSchemaTransform, serializerCompiler, validatorCompiler } from "fastify-type-provider-zod";
+import { jsonSchemaTransform, serializerCompiler } from "fastify-type-provider-zod";
 import { Turns } from "../../grammar/turns.ts";
 import type { Caller } from "../access/gate.ts";
 import { bearerToken, type Gate } from "../access/gate.ts";
@@ -14,10 +14,11 @@ import { isLoopback, type ServeConfig } from "../config.ts";
 import { ERRORS, ServerError } from "../errors.ts";
 import { type Logger, requestId } from "../logs.ts";
 import type { Metrics } from "../metrics.ts";
+import type { Reader } from "../reading/reader.ts";
 import type { Certificate } from "../tls.ts";
-import { parseBody } from "./body.ts";
 import { errorBody } from "./error.ts";
 import type { InFlight } from "./inflight.ts";
+import { receive, whole } from "./receive.ts";
 
 declare module "fastify" {
   interface FastifyRequest {
@@ -27,6 +28,7 @@ declare module "fastify" {
 }
 
 export interface HttpParts {
+  readonly reader: Reader;
   readonly config: ServeConfig;
   readonly log: Logger;
   readonly metrics: Metrics;
@@ -36,7 +38,7 @@ export interface HttpParts {
 }
 
 /** A Fastify instance without routes. */
-export async function createHttp({ config, log, metrics, inFlight, certificate, version }: HttpParts): Promise<FastifyInstance> {
+export async function createHttp({ reader, config, log, metrics, inFlight, certificate, version }: HttpParts): Promise<FastifyInstance> {
   const http = {
     maxHeaderSize: config.maxHeaderBytes,
     headersTimeout: Math.min(config.headersTimeoutSeconds, config.requestTimeoutSeconds) * 1000,
@@ -58,11 +60,11 @@ export async function createHttp({ config, log, metrics, inFlight, certificate, 
     frameworkErrors: answerWith(inFlight),
     ...(certificate ? { https: { ...http, ...certificate.current, minVersion: "TLSv1.2" } } : { http }),
   } as Parameters<typeof Fastify>[0]) as unknown as FastifyInstance;
-  app.setValidatorCompiler(validatorCompiler);
+  app.setValidatorCompiler(whole);
   app.setSerializerCompiler(serializerCompiler);
   app.removeAllContentTypeParsers();
-  app.addContentTypeParser("application/json", { parseAs: "buffer" }, async (_request: FastifyRequest, bytes: Buffer) =>
-    parseBody(bytes, config.maxJsonDepth),
+  app.addContentTypeParser("application/json", (request: FastifyRequest, payload: IncomingMessage) =>
+    receive(request, payload, reader, config),
   );
   app.setErrorHandler(answerWith(inFlight));
   app.decorateRequest("caller");

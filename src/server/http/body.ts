@@ -1,50 +1,81 @@
-/** Parses a request's JSON safely: valid UTF-8, limited nesting, no keys that reach prototypes. Knows no schema. */
+/**
+ * Parses a request's JSON safely: valid UTF-8, limited nesting, limited counts, no keys that reach prototypes. The counts are
+ * taken from the bytes, so that nothing is built of a body that has too much of anything. Knows no schema.
+ */
 import { isUtf8 } from "node:buffer";
 import { ServerError } from "../errors.ts";
 
-const [QUOTE, BACKSLASH] = [0x22, 0x5c];
+const [QUOTE, BACKSLASH, COMMA, COLON] = [0x22, 0x5c, 0x2c, 0x3a];
 const [OPEN_BRACKET, CLOSE_BRACKET, OPEN_BRACE, CLOSE_BRACE] = [0x5b, 0x5d, 0x7b, 0x7d];
+
+/** The most values of a body, at any depth: more than the longest prompts have token ids. */
+export const MOST_VALUES = 2 ** 18;
+/** The most of them that stand in objects, under a name: ten thousand messages with their parts. */
+export const MOST_FIELDS = 2 ** 16;
 
 /**
  * Throws ServerError `invalid_request`; its message quotes nothing of the body, which is private.
  * @param what name of the text, for errors
  */
 export function parseBody(bytes: Buffer, maxDepth: number, what = "the body"): unknown {
-  if (bytes.length === 0) throw new ServerError("invalid_request", `${what} is empty; it must be a JSON object`);
-  if (!isUtf8(bytes)) throw new ServerError("invalid_request", `${what} is not valid UTF-8`);
-  checkDepth(bytes, maxDepth, what);
+  const wrong = (message: string) => new ServerError("invalid_request", `${what} ${message}`);
+  if (bytes.length === 0) throw wrong("is empty; send a JSON object");
+  if (!isUtf8(bytes)) throw wrong("is not valid UTF-8");
+  const fault = faultOf(bytes, maxDepth);
+  if (fault !== null) throw wrong(fault);
+  const text = bytes.toString("utf8");
+  const value = parsed(text, (position) => wrong(`is broken JSON${position === null ? "" : `, from character ${position} on`}`));
+  if (MAY_HOLD_PROTOTYPE.test(text) && holdsPrototype(value)) throw wrong("has a field __proto__, which is not allowed");
+  return value;
+}
+
+function parsed(text: string, broken: (position: string | null) => ServerError): unknown {
   try {
-    const text = bytes.toString("utf8");
-    const value: unknown = JSON.parse(text);
-    if (MAY_HOLD_PROTOTYPE.test(text)) refusePrototype(value, what);
-    return value;
+    return JSON.parse(text);
   } catch (error) {
-    if (error instanceof ServerError) throw error;
-    const position = /at position (\d+)/.exec((error as Error).message)?.[1];
-    throw new ServerError("invalid_request", `${what} is broken JSON${position === undefined ? "" : `, from character ${position} on`}`);
+    throw broken(/at position (\d+)/.exec((error as Error).message)?.[1] ?? null);
   }
 }
 
 /** `__proto__`, plain or with escaped characters. */
 const MAY_HOLD_PROTOTYPE = /__proto__|\\u00[5-7]/i;
 
-function refusePrototype(value: unknown, what: string): void {
-  if (typeof value !== "object" || value === null) return;
-  if (Object.hasOwn(value, "__proto__")) throw new ServerError("invalid_request", `${what} has a field __proto__, which is not allowed`);
-  for (const each of Object.values(value)) refusePrototype(each, what);
+function holdsPrototype(value: unknown): boolean {
+  if (typeof value !== "object" || value === null) return false;
+  return Object.hasOwn(value, "__proto__") || Object.values(value).some(holdsPrototype);
 }
 
-/** Code that walks the parsed value is recursive, so the depth is limited first. */
-function checkDepth(bytes: Buffer, maxDepth: number, what: string): void {
+/** What the JSON has too much of; null: nothing. Code that walks the parsed value is recursive, so the depth is limited too. */
+function faultOf(bytes: Buffer, maxDepth: number): string | null {
   let depth = 0;
+  let values = 1;
+  let fields = 0;
+  let texts = 0; // broken JSON may have them without commas
   for (let i = 0; i < bytes.length; i++) {
-    const byte = bytes[i];
-    if (byte === QUOTE) {
-      i = endOfString(bytes, i + 1);
-    } else if (byte === OPEN_BRACKET || byte === OPEN_BRACE) {
-      if (++depth > maxDepth) throw new ServerError("invalid_request", `${what}: its JSON is nested more than ${maxDepth} levels deep`);
-    } else if (byte === CLOSE_BRACKET || byte === CLOSE_BRACE) depth--;
+    switch (bytes[i]) {
+      case QUOTE:
+        if (++texts > MOST_VALUES + MOST_FIELDS) return `holds more than ${MOST_VALUES + MOST_FIELDS} texts, which is the most`;
+        i = endOfString(bytes, i + 1);
+        break;
+      case OPEN_BRACKET:
+      case OPEN_BRACE:
+        if (++depth > maxDepth) return `is JSON nested more than ${maxDepth} levels deep`;
+        if (++values > MOST_VALUES) return `holds more than ${MOST_VALUES} values, which is the most`;
+        break;
+      case CLOSE_BRACKET:
+      case CLOSE_BRACE:
+        depth--;
+        break;
+      case COMMA:
+        if (++values > MOST_VALUES) return `holds more than ${MOST_VALUES} values, which is the most`;
+        break;
+      case COLON:
+        if (++fields > MOST_FIELDS) return `holds more than ${MOST_FIELDS} fields in its objects, which is the most`;
+        break;
+      default:
+    }
   }
+  return null;
 }
 
 /** Position of the closing quote, found with the platform's fast search: strings are most of a body. */

@@ -1,17 +1,15 @@
 /** Errors as HTTP responses in OpenAI's shape. Knows Fastify's errors, and no route. */
 import { ERRORS, type ErrorCode, ServerError, serverError } from "../errors.ts";
-import { type Finding, invalid } from "../finding.ts";
 
 export interface ErrorBody {
   readonly error: { readonly message: string; readonly type: string; readonly param: string | null; readonly code: ErrorCode };
 }
 
-/** What Fastify and its zod validator throw. */
+/** What Fastify throws. */
 interface FrameworkError {
   readonly code?: string;
   readonly statusCode?: number;
   readonly message: string;
-  readonly validation?: readonly Finding[];
 }
 
 /** Status, body and headers of a failure. Errors not meant for clients become `internal`, without their text. */
@@ -28,16 +26,10 @@ export function errorBody(error: unknown): { status: number; body: ErrorBody; he
 
 function httpError(error: unknown): ServerError {
   if (error instanceof ServerError) return error;
-  const { code, statusCode, message, validation } = error as FrameworkError;
-  if (validation?.length) return invalid(validation[0]);
+  const { code, statusCode, message } = error as FrameworkError;
   switch (code) {
-    case "FST_ERR_CTP_BODY_TOO_LARGE":
-      return new ServerError("request_too_large", "the body is larger than this server accepts");
     case "FST_ERR_CTP_INVALID_MEDIA_TYPE":
       return new ServerError("unsupported_media_type", "the body must be JSON: content-type application/json");
-    case "FST_ERR_CTP_EMPTY_JSON_BODY":
-    case "FST_ERR_CTP_INVALID_JSON_BODY":
-      return new ServerError("invalid_request", "the body is not valid JSON");
     default:
   }
   if (statusCode !== undefined && statusCode >= 400 && statusCode < 500) return new ServerError("invalid_request", message);

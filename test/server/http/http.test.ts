@@ -11,10 +11,11 @@ import { createHttp, guard } from "../../../src/server/http/app.ts";
 import { InFlight } from "../../../src/server/http/inflight.ts";
 import { createLogger } from "../../../src/server/logs.ts";
 import { Metrics } from "../../../src/server/metrics.ts";
+import { Reader } from "../../../src/server/reading/reader.ts";
 import { keptLines, keyFile } from "../harness.ts";
 
 const body = z.object({
-  messages: z.array(z.object({ role: z.string(), content: z.union([z.string(), z.array(z.object({ text: z.string() }))]) })),
+  messages: z.array(z.object({ role: z.string(), content: z.union([z.string(), z.array(z.object({ text: z.string() })).max(9)]) })).max(9),
   held: z.boolean().optional(),
 });
 
@@ -32,8 +33,9 @@ async function start(settings: Readonly<Record<string, unknown>> = {}) {
     queueSeconds: config.queueTimeoutSeconds,
   };
   const gate = await Gate.open({ keyFile: config.keys ?? null, usageFile: config.usageFile ?? null, limits, log });
+  const reader = new Reader({ maxBytes: config.maxBodyBytes, maxJsonDepth: config.maxJsonDepth });
   const metrics = new Metrics({ models: () => [], admission: gate.admission });
-  const app: FastifyInstance = await createHttp({ config, log, metrics, inFlight, certificate: null, version: "0" });
+  const app: FastifyInstance = await createHttp({ reader, config, log, metrics, inFlight, certificate: null, version: "0" });
   let handled = 0;
   let release = () => {};
   const released = new Promise<void>((resolve) => {
@@ -101,7 +103,7 @@ test.each<[string, string | Buffer | object, Record<string, string>, number, str
     400,
     "invalid_request",
     "messages[1].content",
-    "messages[1].content: ",
+    "messages[1].content is ",
   ],
   [
     "part of an alternative",
@@ -110,7 +112,7 @@ test.each<[string, string | Buffer | object, Record<string, string>, number, str
     400,
     "invalid_request",
     "messages[0].content[0].text",
-    "expected string",
+    "must be a text",
   ],
   ["text", "hello", { "content-type": "text/plain" }, 415, "unsupported_media_type", null, "must be JSON"],
   ["form", "a=1", { "content-type": "application/x-www-form-urlencoded" }, 415, "unsupported_media_type", null, "must be JSON"],

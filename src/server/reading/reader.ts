@@ -1,0 +1,126 @@
+/**
+ * Reads what clients send without blocking the event loop: small bodies in turns, large ones in one thread that all routes share.
+ * Owners take turns in both, and the bytes that are held for them have a bound. Knows no connection.
+ */
+import { Turns } from "../../grammar/turns.ts";
+import { ServerError } from "../errors.ts";
+import { Thread, threadScript } from "../thread.ts";
+import { type Reading, read } from "./reading.ts";
+import type { Job, Outcome } from "./worker.ts";
+
+/** Bodies of at least this size may take milliseconds to read, which makes the thread worthwhile. */
+const LARGE_BYTES = 16_384;
+/** The most bytes that are held together for bodies that arrive or wait, beyond one of each owner. */
+const MOST_HELD = 64 * 2 ** 20;
+
+export interface ReaderOptions {
+  /** Largest body. */
+  readonly maxBytes: number;
+  /** Deepest nesting of JSON. */
+  readonly maxJsonDepth: number;
+}
+
+/** A body that arrives in chunks. `release` frees what is held for it and is idempotent. */
+export interface Arrival {
+  readonly bytes: number;
+  /** Throws ServerError `request_too_large` or `overloaded`. @param own the chunk's memory is its own, and nobody else uses it */
+  add(chunk: Uint8Array, own?: boolean): void;
+  /**
+   * The checked value. Rejects with ServerError `invalid_request`, or the signal's reason.
+   * @param reading a function reads here, whatever the size
+   */
+  read(reading: Reading | ((bytes: Buffer) => unknown), signal?: AbortSignal): Promise<unknown>;
+  release(): void;
+}
+
+export class Reader {
+  readonly #options: ReaderOptions;
+  readonly #turns = new Turns();
+  readonly #thread: Thread<Job, Outcome>;
+  /** Bytes held for each owner, and for all. */
+  readonly #owners = new Map<string, number>();
+  #held = 0;
+
+  constructor(options: ReaderOptions) {
+    this.#options = options;
+    this.#thread = new Thread(threadScript(import.meta.url, "worker"), options.maxJsonDepth);
+  }
+
+  /** A body of this owner, still empty. */
+  arrival(owner: string): Arrival {
+    const { maxBytes } = this.#options;
+    // Each chunk gets memory of its own, which moves to the thread: nothing copies a whole body on the event loop.
+    const chunks: Uint8Array<ArrayBuffer>[] = [];
+    let bytes = 0;
+    return {
+      get bytes() {
+        return bytes;
+      },
+      add: (chunk, own = false) => {
+        if (bytes + chunk.length > maxBytes) throw tooLarge(maxBytes);
+        this.#hold(owner, chunk.length);
+        bytes += chunk.length;
+        chunks.push(own ? (chunk as Uint8Array<ArrayBuffer>) : new Uint8Array(chunk));
+      },
+      read: (reading, signal) => this.#read(reading, chunks, bytes, owner, signal),
+      release: () => {
+        this.#hold(owner, -bytes);
+        bytes = 0;
+      },
+    };
+  }
+
+  /** The checked value of bytes that are here already and that the caller no longer uses. Rejects as `Arrival` does. */
+  async read(reading: Reading, bytes: Uint8Array, owner: string, signal?: AbortSignal): Promise<unknown> {
+    const arrival = this.arrival(owner);
+    try {
+      arrival.add(bytes, bytes.length >= LARGE_BYTES && bytes.buffer.byteLength - bytes.length < 64);
+      return await arrival.read(reading, signal);
+    } finally {
+      arrival.release();
+    }
+  }
+
+  /** Ends the thread. */
+  async close(): Promise<void> {
+    await this.#thread.close(new ServerError("not_ready", "the server is shutting down", { retryAfterSeconds: 1 }));
+  }
+
+  async #read(
+    reading: Reading | ((bytes: Buffer) => unknown),
+    chunks: readonly Uint8Array<ArrayBuffer>[],
+    bytes: number,
+    owner: string,
+    signal?: AbortSignal,
+  ): Promise<unknown> {
+    const { maxJsonDepth } = this.#options;
+    if (typeof reading === "function") return this.#turns.take(() => reading(Buffer.concat(chunks)), owner);
+    if (bytes < LARGE_BYTES) return this.#turns.take(() => read(reading, Buffer.concat(chunks), maxJsonDepth), owner);
+    const transfer = chunks.map(({ buffer }) => buffer);
+    const outcome = await this.#thread.run({ reading, chunks }, { owner, signal, transfer });
+    switch (outcome.kind) {
+      case "read":
+        return outcome.value;
+      case "refused":
+        throw new ServerError("invalid_request", outcome.message, { param: outcome.param ?? undefined });
+      case "failed":
+        throw new Error(`reading failed: ${outcome.message}`);
+      default:
+        return outcome satisfies never;
+    }
+  }
+
+  /** One body of each owner is always taken; more only while all of them together are within the bound. */
+  #hold(owner: string, bytes: number): void {
+    const own = (this.#owners.get(owner) ?? 0) + bytes;
+    if (bytes > 0 && own > this.#options.maxBytes && this.#held + bytes > MOST_HELD)
+      throw new ServerError("overloaded", "too many large bodies are being read; try again later", { retryAfterSeconds: 1 });
+    this.#held += bytes;
+    if (own > 0) this.#owners.set(owner, own);
+    else this.#owners.delete(owner);
+  }
+}
+
+export function tooLarge(maxBytes: number): ServerError {
+  return new ServerError("request_too_large", `the body is larger than this server accepts: at most ${maxBytes} bytes`);
+}

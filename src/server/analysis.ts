@@ -2,6 +2,7 @@
 import { kvCacheName } from "../api/kv.ts";
 import type { Prompt } from "../chat/prompt.ts";
 import type { RoutedLayer } from "../engine/engine.ts";
+import { moeLayers } from "../model/config.ts";
 import { measure } from "../model/size.ts";
 import type { Caller } from "./access/gate.ts";
 import type { NamedModel } from "./catalog.ts";
@@ -87,13 +88,17 @@ export async function embed(
   return { vectors, tokens };
 }
 
-/** The experts of each token, layer by layer. Rejects with ServerError `invalid_request` for dense models. */
+/**
+ * The experts of each token, layer by layer. Rejects with ServerError `invalid_request` for dense models and for prompts with more
+ * than `most` uses of an expert.
+ */
 export async function route(
   context: ServerContext,
   caller: Caller,
   model: NamedModel,
   prompt: Prompt,
   signal?: AbortSignal,
+  most = Number.POSITIVE_INFINITY,
 ): Promise<{
   readonly tokens: readonly number[];
   readonly layers: readonly RoutedLayer[];
@@ -103,6 +108,13 @@ export async function route(
   const { name, config, encoder, engine } = model;
   if (!config.moe) throw new ServerError("invalid_request", `the model '${name}' is dense: it has no experts`, { param: "model" });
   const { tokens } = await encoder.encode(prompt, signal, { owner: caller.id, mostTokens: contextLength(model) });
+  const each = moeLayers(config).length * config.moe.chosen;
+  if (tokens.length * each > most)
+    throw new ServerError(
+      "invalid_request",
+      `the prompt has ${tokens.length} tokens; at most ${Math.floor(most / each)} are listed at once: send a part, or use gRPC, which streams them`,
+      { param: prompt.kind === "chat" ? "messages" : "text" },
+    );
   signal?.throwIfAborted();
   const { routing } = await engine.inspect(tokens, { logits: false, routing: true });
   context.account(caller, { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });

@@ -397,8 +397,9 @@ const LONGEST_NAME = 64;
 /** A path as people write it: `messages[2].content`. */
 function pathOf(path: readonly (string | number)[]): string {
   return path.reduce<string>((at, key) => {
-    if (typeof key === "number") return `${at}[${key}]`;
-    const name = key.length > LONGEST_NAME ? `${key.slice(0, LONGEST_NAME)}…` : key;
+    const whole = String(key);
+    const name = whole.length > LONGEST_NAME ? `${whole.slice(0, LONGEST_NAME)}…` : whole;
+    if (/^\d+$/.test(name)) return `${at}[${name}]`;
     return at ? `${at}.${name}` : name;
   }, "");
 }

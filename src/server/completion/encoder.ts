@@ -104,19 +104,21 @@ function longestToken({ vocabulary }: Tokenizer): number {
   return longest;
 }
 
-/** What a message, a part or a tool costs besides its text, in characters. */
-const OVERHEAD = 16;
+/** What a value costs besides its text, in characters: a message, a part, a number in a schema. */
+const OVERHEAD = 8;
 
-/** Whether a value holds much text, at any depth. */
+/** Whether a value holds much text or many values, at any depth. */
 function isLong(value: unknown): boolean {
   let left = LONG_CHARACTERS;
-  const count = (each: unknown): void => {
-    if (left <= 0) return;
+  const count = (each: unknown, name = ""): void => {
+    left -= OVERHEAD + name.length;
     if (typeof each === "string") left -= each.length;
-    else if (typeof each === "object" && each !== null) {
-      left -= OVERHEAD;
-      for (const part of Object.values(each)) count(part);
-    }
+    else if (Array.isArray(each)) for (let i = 0; i < each.length && left > 0; i++) count(each[i]);
+    else if (typeof each === "object" && each !== null)
+      for (const key in each) {
+        if (left <= 0) return;
+        count((each as Readonly<Record<string, unknown>>)[key], key);
+      }
   };
   count(value);
   return left <= 0;

@@ -8,10 +8,10 @@ import { ServerError } from "../errors.ts";
 const [QUOTE, BACKSLASH, COMMA, COLON] = [0x22, 0x5c, 0x2c, 0x3a];
 const [OPEN_BRACKET, CLOSE_BRACKET, OPEN_BRACE, CLOSE_BRACE] = [0x5b, 0x5d, 0x7b, 0x7d];
 
-/** The most values of a body, at any depth: more than the longest prompts have token ids. */
-export const MOST_VALUES = 2 ** 18;
+/** The most values of a body, at any depth: as many as the longest prompts have token ids. */
+export const MOST_VALUES = 2 ** 17;
 /** The most of them that stand in objects, under a name: ten thousand messages with their parts. */
-export const MOST_FIELDS = 2 ** 16;
+export const MOST_FIELDS = 2 ** 15;
 
 /**
  * Throws ServerError `invalid_request`; its message quotes nothing of the body, which is private.

@@ -9,8 +9,6 @@ import { type Reader, tooLarge } from "../reading/reader.ts";
 import { isRoute } from "../reading/reading.ts";
 import { parseBody } from "./body.ts";
 
-/** The largest body of a route whose bodies the reader's thread does not know. */
-const SMALL_BYTES = 16_384;
 /** Bodies that were read, and so checked. */
 const READ = new WeakSet<object>();
 
@@ -28,9 +26,8 @@ export async function receive(request: FastifyRequest, payload: IncomingMessage,
   request.raw.socket.once("close", leave);
   try {
     await arrived(payload, (chunk) => arrival.add(chunk));
-    // Routes that are not listed have small bodies.
+    // The server lists all its routes for the thread; others are read here.
     const here = (bytes: Buffer) => {
-      if (bytes.length > SMALL_BYTES) throw tooLarge(SMALL_BYTES);
       const value = parseBody(bytes, maxJsonDepth);
       return schema?.body ? check(schema.body as z.ZodType, value) : value;
     };

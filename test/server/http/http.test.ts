@@ -89,13 +89,13 @@ const good = { messages: [{ role: "user", content: "hello" }] };
 test.each<[string, string | Buffer | object, Record<string, string>, number, string, string | null, string]>([
   ["empty", "", {}, 400, "invalid_request", null, "empty"],
   ["broken", '{"messages": [}', {}, 400, "invalid_request", null, "broken JSON"],
-  ["no object", "[]", {}, 400, "invalid_request", null, "expected object"],
+  ["no object", "[]", {}, 400, "invalid_request", null, "it must be an object"],
   ["not UTF-8", Buffer.from('{"messages": "\xff\xfe"}', "latin1"), {}, 400, "invalid_request", null, "not valid UTF-8"],
   ["deep", `{"messages":${"[".repeat(100_000)}${"]".repeat(100_000)}}`, {}, 400, "invalid_request", null, "more than 100 levels deep"],
   ["deep and open", '{"a":'.repeat(200_000), {}, 400, "invalid_request", null, "more than 100 levels deep"],
   ["prototype", '{"messages": [], "__proto__": {"x": 1}}', {}, 400, "invalid_request", null, "__proto__"],
   ["hidden prototype", '{"messages": [], "__pr\\u006fto__": {"x": 1}}', {}, 400, "invalid_request", null, "__proto__"],
-  ["missing field", {}, {}, 400, "invalid_request", "messages", "messages: "],
+  ["missing field", {}, {}, 400, "invalid_request", "messages", "messages is missing"],
   [
     "field of an item",
     { messages: [{ role: "user", content: "" }, { role: "user" }] },

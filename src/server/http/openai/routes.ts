@@ -9,6 +9,7 @@ import type { CompletionEvent, CompletionRequest } from "../../completion/reques
 import { answer, type ServerContext, withModel } from "../../context.ts";
 import { ServerError } from "../../errors.ts";
 import { errorBody } from "../error.ts";
+import { jsonList, jsonWith } from "../lists.ts";
 import { signalOf } from "../signal.ts";
 import { EventStream } from "../sse.ts";
 import { ChatChoice, TextChoice, usageOf } from "./choice.ts";
@@ -134,16 +135,14 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
             param: "dimensions",
           });
         const { vectors, tokens } = await embed(context, callerOf(request), model, promptsOf(input), signalOf(reply));
-        return {
-          object: "list",
-          model: model.name,
-          data: vectors.map((v, index) => ({
-            object: "embedding",
-            index,
-            embedding: format === "base64" ? Buffer.from(v.buffer, v.byteOffset, v.byteLength).toString("base64") : [...v],
-          })),
-          usage: { prompt_tokens: tokens, total_tokens: tokens },
-        };
+        const embedding = (v: Float32Array, index: number) => ({
+          object: "embedding",
+          index,
+          embedding: format === "base64" ? Buffer.from(v.buffer, v.byteOffset, v.byteLength).toString("base64") : [...v],
+        });
+        const fields = { object: "list", model: model.name, usage: { prompt_tokens: tokens, total_tokens: tokens } };
+        const data = await jsonList(vectors, embedding, callerOf(request).id);
+        return reply.type("application/json; charset=utf-8").send(jsonWith(fields, { data }));
       }),
   );
 }

@@ -23,8 +23,8 @@ export interface ReaderOptions {
 /** A body that arrives in chunks. `release` frees what is held for it and is idempotent. */
 export interface Arrival {
   readonly bytes: number;
-  /** Throws ServerError `request_too_large` or `overloaded`. @param own the chunk's memory is its own, and nobody else uses it */
-  add(chunk: Uint8Array, own?: boolean): void;
+  /** Takes a chunk, which the caller no longer uses. Throws ServerError `request_too_large` or `overloaded`. */
+  add(chunk: Uint8Array): void;
   /**
    * The checked value. Rejects with ServerError `invalid_request`, or the signal's reason.
    * @param reading a function reads here, whatever the size
@@ -49,18 +49,18 @@ export class Reader {
   /** A body of this owner, still empty. */
   arrival(owner: string): Arrival {
     const { maxBytes } = this.#options;
-    // Each chunk gets memory of its own, which moves to the thread: nothing copies a whole body on the event loop.
+    // Each chunk has memory of its own, which moves to the thread: nothing copies a whole body on the event loop.
     const chunks: Uint8Array<ArrayBuffer>[] = [];
     let bytes = 0;
     return {
       get bytes() {
         return bytes;
       },
-      add: (chunk, own = false) => {
+      add: (chunk) => {
         if (bytes + chunk.length > maxBytes) throw tooLarge(maxBytes);
         this.#hold(owner, chunk.length);
         bytes += chunk.length;
-        chunks.push(own ? (chunk as Uint8Array<ArrayBuffer>) : new Uint8Array(chunk));
+        chunks.push(isWhole(chunk) ? chunk : new Uint8Array(chunk));
       },
       read: (reading, signal) => this.#read(reading, chunks, bytes, owner, signal),
       release: () => {
@@ -74,7 +74,7 @@ export class Reader {
   async read(reading: Reading, bytes: Uint8Array, owner: string, signal?: AbortSignal): Promise<unknown> {
     const arrival = this.arrival(owner);
     try {
-      arrival.add(bytes, bytes.length >= LARGE_BYTES && bytes.buffer.byteLength - bytes.length < 64);
+      arrival.add(bytes);
       return await arrival.read(reading, signal);
     } finally {
       arrival.release();
@@ -119,6 +119,14 @@ export class Reader {
     if (own > 0) this.#owners.set(owner, own);
     else this.#owners.delete(owner);
   }
+}
+
+/** A message's frame in gRPC stands before it in the same memory. */
+const FRAME_BYTES = 5;
+
+/** Whether a chunk fills its memory, as those of sockets do; others are parts of memory that is shared. */
+function isWhole(chunk: Uint8Array): chunk is Uint8Array<ArrayBuffer> {
+  return chunk.buffer instanceof ArrayBuffer && chunk.buffer.byteLength <= chunk.length + FRAME_BYTES;
 }
 
 export function tooLarge(maxBytes: number): ServerError {

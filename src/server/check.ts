@@ -6,7 +6,7 @@
  */
 import { z } from "zod";
 import type * as core from "zod/v4/core";
-import { nearest, suggestion } from "../api/nearest.ts";
+import { nearest, suggestion } from "../tokenizer/nearest.ts";
 import { ServerError } from "./errors.ts";
 
 /** What a schema cannot say by itself. */

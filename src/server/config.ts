@@ -4,6 +4,7 @@ import { parse as parseYaml, YAMLParseError } from "yaml";
 import { z } from "zod";
 import { KV_CACHE_DTYPES } from "../api/kv.ts";
 import { RESIDENCES } from "../api/residence.ts";
+import { suggestion } from "../tokenizer/nearest.ts";
 
 const count = (least: number) => z.int().min(least);
 const seconds = z.number().positive().max(86_400);
@@ -203,8 +204,15 @@ function checkExposure(config: ServeConfig, source: string): void {
 function describeIssue(issue: z.core.$ZodIssue): string {
   const at = issue.path.length ? formatPath(issue.path) : "";
   if (issue.code === "unrecognized_keys")
-    return issue.keys.map((key) => `${formatPath([...issue.path, key])}: there is no such option`).join("; ");
+    return issue.keys
+      .map((key) => `${formatPath([...issue.path, key])}: there is no such option${suggestion(key, optionsAt(issue.path))}`)
+      .join("; ");
   return `${at}: ${issue.message}`;
+}
+
+function optionsAt([first]: readonly PropertyKey[]): readonly string[] {
+  if (first === undefined) return Object.keys(ServeConfig.shape);
+  return first === "models" ? Object.keys(modelSchema.shape) : [];
 }
 
 /** A path into JSON as people write it: `messages[2].content`. */

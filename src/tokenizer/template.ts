@@ -63,6 +63,12 @@ export class ChatTemplate {
     try {
       return this.template.render({ ...variables, messages });
     } catch (cause) {
+      const empty = messages.findIndex(({ content }) => content === undefined || content === null);
+      if (empty >= 0)
+        throw new TokenizerError(
+          `message ${empty} (${messages[empty].role}): the chat template can't render it without content; give it a text, if need be an empty one`,
+          { cause },
+        );
       throw new TokenizerError(`chat template: ${reason(cause)}`, { cause });
     }
   }

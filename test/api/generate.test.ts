@@ -422,6 +422,7 @@ describe("options", () => {
 
   describe("invalid options are errors that say so", () => {
     test("unknown options, with the nearest that is known, or a list of them", async () => {
+      await expect(answer({ topk: 5 } as object)).rejects.toThrow(/^generate has no option 'topk'; did you mean 'top_k'\?$/);
       await expect(answer({ max_tokens: 5 })).rejects.toThrow(/^generate has no option 'max_tokens'; did you mean 'max_new_tokens'\?$/);
       await expect(answer({ zzz: 5 } as object)).rejects.toThrow(
         /^generate has no option 'zzz'; it has input_ids, attention_mask, max_length, .*num_beams$/,

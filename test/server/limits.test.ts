@@ -128,7 +128,7 @@ test("an address that other machines can reach requires keys", () => {
   expect(() => checkServeConfig(metrics)).toThrow(/metricsHost: 0\.0\.0\.0 can be reached from other machines: set metricsToken, or keys/);
   for (const held of [{ keys: "keys.json" }, { metricsToken: "0123456789abcdef" }, { insecureNoAuth: true }, { metrics: false }])
     expect(checkServeConfig({ ...metrics, ...held }).metricsHost).toBe("0.0.0.0");
-  expect(() => checkServeConfig({ prot: 1 }, "my.yaml")).toThrow("my.yaml: prot: there is no such option");
+  expect(() => checkServeConfig({ prot: 1 }, "my.yaml")).toThrow("my.yaml: prot: there is no such option; did you mean 'port'?");
   expect(() => checkServeConfig({ port: "x" }, "my.yaml")).toThrow(/^my\.yaml: port: /);
 });
 

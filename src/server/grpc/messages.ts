@@ -71,7 +71,15 @@ export function malformed(): ServerError {
 /** The part of a message's descriptor that counting needs. */
 interface Descriptor {
   readonly name: string;
-  readonly field: readonly { readonly number: number; readonly label: string; readonly type: string; readonly typeName: string }[];
+  readonly field: readonly Field[];
+}
+
+interface Field {
+  readonly number: number;
+  readonly label: string;
+  readonly type: string;
+  /** Of a field that holds a message. */
+  readonly typeName: string;
 }
 
 /** Wire types (https://protobuf.dev/programming-guides/encoding). */
@@ -83,6 +91,8 @@ class Counter {
   #at = 0;
   #values = 0;
   #messages = 0;
+  /** Fields by number of each type of message. */
+  readonly #types = new Map<string, ReadonlyMap<number, Field>>();
 
   constructor(definition: PackageDefinition) {
     this.#definition = definition;
@@ -91,11 +101,11 @@ class Counter {
   /** Throws ServerError for a message that is malformed or holds too much. */
   count(bytes: Buffer, type: string): void {
     this.#bytes = bytes;
-    this.#message(this.#descriptor(type), bytes.length);
+    this.#message(type, bytes.length);
   }
 
-  #message(descriptor: Descriptor | null, end: number): void {
-    const fields = new Map(descriptor?.field.map((field) => [field.number, field]));
+  #message(type: string, end: number): void {
+    const fields = this.#fields(type);
     while (this.#at < end) {
       const key = this.#varint();
       const field = fields.get(Math.floor(key / 8));
@@ -116,7 +126,7 @@ class Counter {
           if (to > end) throw malformed();
           if (field?.type === "TYPE_MESSAGE") {
             if (++this.#messages > MOST_FIELDS) throw tooMany(MOST_FIELDS);
-            this.#message(this.#descriptor(field.typeName), to);
+            this.#message(field.typeName, to);
           } else if (field?.label === "LABEL_REPEATED" && field.type !== "TYPE_STRING" && field.type !== "TYPE_BYTES") this.#packed(to);
           this.#at = to;
           break;
@@ -149,9 +159,15 @@ class Counter {
     throw malformed();
   }
 
-  #descriptor(name: string): Descriptor | null {
-    const found = this.#definition[`mixtape.v1.${name}`];
-    return found && "type" in found ? (found.type as Descriptor) : null;
+  /** Empty for a type that is nested in another: none of those holds lists. */
+  #fields(type: string): ReadonlyMap<number, Field> {
+    const known = this.#types.get(type);
+    if (known) return known;
+    const found = this.#definition[`mixtape.v1.${type}`];
+    const descriptor = found && "type" in found ? (found.type as Descriptor) : null;
+    const fields = new Map(descriptor?.field.map((field) => [field.number, field]));
+    this.#types.set(type, fields);
+    return fields;
   }
 }
 

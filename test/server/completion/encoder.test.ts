@@ -89,6 +89,56 @@ test("a thread that cannot start fails its requests with the reason; one that wa
   expect((await e.encode(chat(LONG))).tokens.length).toBeGreaterThan(1000);
 });
 
+test("owners take turns: one's many long prompts don't hold up another's", async () => {
+  const e = encoder();
+  const done: string[] = [];
+  const ask = async (owner: string) => {
+    await e.encode({ kind: "text", text: LONG }, undefined, { owner });
+    done.push(owner);
+  };
+  await Promise.all([...Array.from({ length: 6 }, () => ask("many")), ask("one")]);
+  expect(done.indexOf("one")).toBeLessThan(3); // one ran, and one had its turn
+});
+
+test("a running job ends when its client leaves", async () => {
+  const e = encoder();
+  const gone = new AbortController();
+  await e.encode(chat(LONG)); // starts the thread
+  const start = performance.now();
+  await e.encode({ kind: "text", text: LONG });
+  const perCharacter = (performance.now() - start) / LONG.length;
+  const text = "The train leaves at nine. ".repeat(1_500_000);
+  const left = e.encode({ kind: "text", text }, gone.signal);
+  setTimeout(() => gone.abort(new Error("gone")), 200);
+  await expect(left).rejects.toThrow("gone");
+  const since = performance.now();
+  await e.encode({ kind: "text", text: LONG });
+  // Without its end, the other would have waited for all of it.
+  expect(performance.now() - since).toBeLessThan((perCharacter * text.length) / 2);
+}, 60_000);
+
+test.each<[string, Prompt, string]>([
+  ["a text", { kind: "text", text: "word ".repeat(100_000) }, "prompt"],
+  ["a conversation", chat("word ".repeat(100_000)), "messages"],
+  ["parts", chat("", { messages: [{ role: "user", content: [{ type: "text", text: "word ".repeat(100_000) }] }] }), "messages"],
+])("%s that can't fit is refused by its length, and not encoded", async (_name, prompt, param) => {
+  const e = encoder("/no/such/folder"); // its thread can't start
+  await expect(e.encode(prompt, undefined, { mostTokens: 4096 })).rejects.toMatchObject({
+    code: "context_length_exceeded",
+    param,
+    message: expect.stringMatching(/the prompt has 500000 characters; no text of more than \d+ fits the 4096 tokens/),
+  });
+  await expect(e.encode(prompt, undefined, { mostTokens: 500_000 })).rejects.toThrow("/no/such/folder");
+});
+
+test("short jobs of owners take turns as well", async () => {
+  const turns = new Turns();
+  const order: string[] = [];
+  const ask = (owner: string, i: number) => turns.take(() => order.push(`${owner}${i}`), owner);
+  await Promise.all([0, 1, 2, 3].map((i) => ask("a", i)).concat([0, 1].map((i) => ask("b", i))));
+  expect(order).toEqual(["a0", "b0", "a1", "b1", "a2", "a3"]);
+});
+
 test("a burst is handled one by one, each in its own turn of the event loop", async () => {
   const turns = new Turns();
   let turn = 0;

@@ -4,8 +4,8 @@
 const LONGEST = 64;
 
 /**
- * The known name that is spelt like `name`: the same letters in another style (`topK` for `top_k`), or with at most two slips,
- * one in a short name. Null: none is.
+ * The known name that is spelt like `name`: the same letters in another style (`topK` for `top_k`), or with at most three slips,
+ * fewer in a short name. Null: none is.
  */
 export function nearest(name: string, known: readonly string[]): string | null {
   if (name.length > LONGEST) return null;
@@ -13,7 +13,7 @@ export function nearest(name: string, known: readonly string[]): string | null {
   const same = known.find((each) => letters(each) === plain);
   if (same !== undefined) return same;
   let best: string | null = null;
-  let least = Math.min(2, Math.floor(plain.length / 3)) + 1;
+  let least = Math.min(3, Math.floor(plain.length / 3)) + 1;
   for (const each of known) {
     const slips = distance(plain, letters(each), least);
     if (slips < least) [best, least] = [each, slips];

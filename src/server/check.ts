@@ -200,6 +200,7 @@ class Check {
         if (typeof value === "string") throw this.#mismatch(schema, value);
         throw this.#fault(`is ${String(value)}; it must be ${issue.inclusive === false ? "more than" : "at least"} ${issue.minimum}`);
       case "too_big":
+        if (typeof value === "string") throw this.#fault(`has ${value.length} characters; at most ${issue.maximum} are allowed`);
         throw this.#fault(`is ${String(value)}; it must be ${issue.inclusive === false ? "less than" : "at most"} ${issue.maximum}`);
       case "invalid_type":
         throw this.#mismatch(schema, value);

@@ -77,6 +77,8 @@ const WRONG: readonly (readonly [route: keyof typeof BODIES, body: unknown, para
   [CHAT, chat({ n: 0 }), "n", "n is 0; it must be at least 1"],
   [CHAT, chat({ stream: "yes" }), "stream", "stream is a text; it must be true or false"],
   [CHAT, chat({ stop: [1] }), "stop[0]", "stop[0] is a number; it must be a text"],
+  [CHAT, chat({ stop: "a".repeat(2000) }), "stop", "stop has 2000 characters; at most 1024 are allowed"],
+  [CHAT, chat({ model: "a".repeat(2000) }), "model", "model has 2000 characters; at most 1024 are allowed"],
   [CHAT, chat({ stop: ["a", "b", "c", "d", "e"] }), "stop", "stop has 5 elements; at most 4 are allowed"],
   [CHAT, chat({ logit_bias: [1] }), "logit_bias", "logit_bias is a list; it must be an object of token ids and numbers"],
   [CHAT, chat({ logit_bias: { hello: 1 } }), "logit_bias", "logit_bias has an entry with a wrong name: token ids are whole numbers"],

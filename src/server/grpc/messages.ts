@@ -17,6 +17,7 @@ import {
   readDetokenize,
   readEmbed,
   readGenerate,
+  readNamed,
   readRoute,
   readTokenize,
   type TokenizeRequest,
@@ -44,6 +45,7 @@ export function readMessage(method: string, bytes: Buffer, maxJsonDepth: number)
     case "Route":
       return readRoute(message as RouteRequest);
     case "GetModel":
+      return readNamed(message);
     case "ListModels":
       return message;
     default:

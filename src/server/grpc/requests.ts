@@ -11,7 +11,7 @@ import type { CompletionRequest } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
 import { parseBody } from "../http/body.ts";
 import { chatPrompt, chatRequest, completionRequest, messagesOf, promptsOf } from "../http/openai/request.ts";
-import { ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, RoutingBody, TokenizeBody } from "../http/openai/schema.ts";
+import { ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, NamedBody, RoutingBody, TokenizeBody } from "../http/openai/schema.ts";
 
 /** As the loader decodes it: unset fields that are `optional`, in a oneof, or messages are null or absent. */
 export interface Options {
@@ -89,11 +89,12 @@ export interface Route extends Named {
 }
 
 /** The readers throw ServerError `invalid_request`, whose `param` is the name in the HTTP body, for `fieldOf`. */
-export function readGenerate({ model, options, ...prompt }: GenerateRequest, maxJsonDepth: number): Generate {
+export function readGenerate({ model, options, ...given }: GenerateRequest, maxJsonDepth: number): Generate {
+  const prompt = promptIn(given, "prompt");
   return {
     model,
-    prompt: promptIn(prompt, "prompt"),
-    body: checked(CompletionBody, { model, prompt: "", ...fieldsOf(options) }),
+    prompt,
+    body: checked(CompletionBody, { model, prompt: given.text ?? "", ...fieldsOf(options) }),
     format: readFormat(formatOf(options, maxJsonDepth)),
   };
 }
@@ -119,12 +120,15 @@ export function readChat(request: ChatRequest, maxJsonDepth: number): Chat {
 
 export function readEmbed({ model, inputs }: EmbedRequest): Embed {
   const prompts = inputs.map((input, i) => promptIn(input, `input[${i}]`));
-  checked(EmbeddingBody, { model, input: prompts.map(() => "") });
+  checked(EmbeddingBody, { model, input: inputs.map(({ text = "" }) => text) });
   return { model, prompts };
 }
 
 export function readRoute({ model, conversation, ...prompt }: RouteRequest): Route {
-  if (!conversation) return { model, prompt: promptIn(prompt, "prompt") };
+  if (!conversation) {
+    checked(RoutingBody, { model, text: prompt.text || undefined });
+    return { model, prompt: promptIn(prompt, "prompt") };
+  }
   const { messages = [] } = checked(RoutingBody, { model, messages: conversation.messages.map(messageBody) }, routeFieldOf);
   return { model, prompt: chatPrompt(messagesOf(messages)) };
 }
@@ -135,6 +139,10 @@ export function readTokenize({ model, text, add_special_tokens = true }: Tokeniz
 
 export function readDetokenize({ model, tokens, skip_special_tokens }: DetokenizeRequest) {
   return { ...checked(DetokenizeBody, { model, tokens }), skip_special_tokens };
+}
+
+export function readNamed({ model }: Named): Named {
+  return checked(NamedBody, { model });
 }
 
 /** Throws ServerError `invalid_request`, as `chatCompletionRequest` does. */

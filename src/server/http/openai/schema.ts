@@ -20,6 +20,9 @@ const IGNORED = [
 ] as const;
 const ignored = Object.fromEntries(IGNORED.map((name) => [name, noted(z.unknown().optional(), { ignored: true })]));
 
+/** The longest name of a model, which errors repeat, and the longest stop text, in characters. */
+const LONGEST_MODEL = 1024;
+const LONGEST_STOP = 1024;
 /** The most tokens with a bias: each step applies all of them. */
 const MOST_BIASES = 1024;
 const MOST_MESSAGES = 10_000;
@@ -54,7 +57,7 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
   input: "conversations go to 'messages', texts to 'prompt' of /v1/completions",
 };
 
-const model = noted(z.string().min(1), { wanted: "the name of a model, as GET /v1/models lists them" });
+const model = noted(z.string().min(1).max(LONGEST_MODEL), { wanted: "the name of a model, as GET /v1/models lists them" });
 const unit = z.number().min(-2).max(2);
 const answerTokens = z.number().int().min(1);
 /** Sampling controls, of chats and completions alike. */
@@ -87,12 +90,13 @@ export const sampling = {
     .max(2 ** 53)
     .nullish(),
 };
+const stop = z.string().max(LONGEST_STOP);
 const common = {
   ...ignored,
   ...sampling,
   model,
   n: z.number().int().min(1).max(16).nullish(),
-  stop: z.union([z.string(), z.array(z.string()).max(4)]).nullish(),
+  stop: z.union([stop, z.array(stop).max(4)]).nullish(),
   stream: z.boolean().nullish(),
   stream_options: z.strictObject({ include_usage: z.boolean().nullish(), include_obfuscation: z.boolean().nullish() }).nullish(),
   routing: z.boolean().nullish().describe("Also report which experts each token used. An extension of OpenAI's API."),
@@ -253,6 +257,9 @@ export const RoutingBody = z.strictObject({
   text: z.string().min(1).optional(),
   messages: messages.optional(),
 });
+
+/** What names nothing but a model. */
+export const NamedBody = z.strictObject({ model });
 
 /** The body of each route that takes one. */
 export const BODIES = {

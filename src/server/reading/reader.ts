@@ -22,7 +22,6 @@ export interface ReaderOptions {
 
 /** A body that arrives in chunks. `release` frees what is held for it and is idempotent. */
 export interface Arrival {
-  readonly bytes: number;
   /** Takes a chunk, which the caller no longer uses. Throws ServerError `request_too_large` or `overloaded`. */
   add(chunk: Uint8Array): void;
   /**
@@ -49,20 +48,16 @@ export class Reader {
   /** A body of this owner, still empty. */
   arrival(owner: string): Arrival {
     const { maxBytes } = this.#options;
-    // Each chunk has memory of its own, which moves to the thread: nothing copies a whole body on the event loop.
-    const chunks: Uint8Array<ArrayBuffer>[] = [];
+    const chunks = new Chunks();
     let bytes = 0;
     return {
-      get bytes() {
-        return bytes;
-      },
       add: (chunk) => {
         if (bytes + chunk.length > maxBytes) throw tooLarge(maxBytes);
         this.#hold(owner, chunk.length);
         bytes += chunk.length;
-        chunks.push(isWhole(chunk) ? chunk : new Uint8Array(chunk));
+        chunks.add(chunk);
       },
-      read: (reading, signal) => this.#read(reading, chunks, bytes, owner, signal),
+      read: (reading, signal) => this.#read(reading, chunks.take(), bytes, owner, signal),
       release: () => {
         this.#hold(owner, -bytes);
         bytes = 0;
@@ -123,9 +118,48 @@ export class Reader {
 
 /** A message's frame in gRPC stands before it in the same memory. */
 const FRAME_BYTES = 5;
+/** Sizes of the blocks that small chunks are gathered in. */
+const [LEAST_BLOCK, MOST_BLOCK] = [4096, 65_536];
 
-/** Whether a chunk fills its memory, as those of sockets do; others are parts of memory that is shared. */
-function isWhole(chunk: Uint8Array): chunk is Uint8Array<ArrayBuffer> {
+/**
+ * The chunks of a body, in memory of their own that moves to the thread: nothing copies a whole body on the event loop. Small
+ * chunks share blocks, since a client may send a byte at a time.
+ */
+class Chunks {
+  readonly #done: Uint8Array<ArrayBuffer>[] = [];
+  #block = new Uint8Array(0);
+  #filled = 0;
+  #bytes = 0;
+
+  add(chunk: Uint8Array): void {
+    this.#bytes += chunk.length;
+    if (chunk.length >= LARGE_BYTES && fillsItsMemory(chunk)) {
+      this.#flush();
+      this.#done.push(chunk);
+      return;
+    }
+    if (chunk.length > this.#block.length - this.#filled) {
+      this.#flush();
+      this.#block = new Uint8Array(Math.max(chunk.length, Math.min(Math.max(this.#bytes, LEAST_BLOCK), MOST_BLOCK)));
+    }
+    this.#block.set(chunk, this.#filled);
+    this.#filled += chunk.length;
+  }
+
+  take(): readonly Uint8Array<ArrayBuffer>[] {
+    this.#flush();
+    return this.#done;
+  }
+
+  #flush(): void {
+    if (this.#filled > 0) this.#done.push(this.#block.subarray(0, this.#filled));
+    this.#block = new Uint8Array(0);
+    this.#filled = 0;
+  }
+}
+
+/** As chunks of sockets do; others are parts of memory that is shared. */
+function fillsItsMemory(chunk: Uint8Array): chunk is Uint8Array<ArrayBuffer> {
   return chunk.buffer instanceof ArrayBuffer && chunk.buffer.byteLength <= chunk.length + FRAME_BYTES;
 }
 

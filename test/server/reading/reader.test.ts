@@ -46,6 +46,15 @@ test("a fault in the thread costs the body that it is about, and says so", async
   expect(await r.read(BODY, body(20_000), "a")).toMatchObject({ model: "default" });
 });
 
+test.each([1, 7, 5000, 20_000, 70_000])("a body in chunks of %i bytes is read as it was sent", async (size) => {
+  const r = reader();
+  const sent = body(100_000, "añ");
+  const arrival = r.arrival("a");
+  for (let at = 0; at < sent.length; at += size) arrival.add(Buffer.from(sent.subarray(at, at + size)));
+  expect(await arrival.read(BODY)).toEqual({ model: "default", text: "añ".repeat(100_000) });
+  arrival.release();
+});
+
 test("the bytes that are held have a bound; one body of each owner is always taken", () => {
   const r = reader();
   const arrivals = Array.from({ length: 16 }, () => {

@@ -2,6 +2,7 @@
 import { spawn } from "node:child_process";
 import { existsSync, readFileSync } from "node:fs";
 import { request } from "node:http";
+import { setTimeout as sleep } from "node:timers/promises";
 import { Worker } from "node:worker_threads";
 import { Client, credentials, type ServiceError, status } from "@grpc/grpc-js";
 import { expect, onTestFinished, test } from "vitest";
@@ -111,19 +112,20 @@ async function watch(url: string): Promise<{ stop(): Promise<number> }> {
 }
 
 /**
- * Attacks while /health is asked, which must not wait for 100 ms. A busy machine may delay a round; an event loop that is held
- * delays each, by seconds.
+ * Attacks while /health is asked, which must not wait for 100 ms. A busy machine delays answers without any attack, so what those
+ * take is measured too, and delays single rounds; an event loop that is held delays each of them, by seconds.
  */
 async function undisturbed(url: string, attack: () => Promise<void>): Promise<void> {
+  const idle = await watch(url);
+  await sleep(300);
+  const quiet = await idle.stop();
   let least = Number.POSITIVE_INFINITY;
   for (let round = 0; round < 5 && least >= 100; round++) {
     const health = await watch(url);
     await attack();
-    const worst = await health.stop();
-    if (process.env["MIXTAPE_SHOW"]) console.log("worst", worst);
-    least = Math.min(least, worst);
+    least = Math.min(least, await health.stop());
   }
-  expect(least).toBeLessThan(100);
+  expect(least).toBeLessThan(100 + 4 * quiet);
 }
 
 /** The most memory that a process had. */
@@ -140,7 +142,6 @@ test("the heaviest wrong bodies at once: /health does not wait, memory stays und
     expect(BODIES.flatMap(([name], i) => ([400, 429].includes(statuses[i]) ? [] : [[name, statuses[i]]]))).toEqual([]);
     expect(statuses.filter((status) => status === 400).length).toBeGreaterThan(12);
   });
-  if (process.env["MIXTAPE_SHOW"]) console.log("MB", megabytes(pid));
   expect(megabytes(pid)).toBeLessThan(600);
   expect(child.exitCode).toBe(null);
 }, 60_000);
@@ -156,7 +157,6 @@ test("twenty times the same body: /health does not wait, memory stays under 600 
       expect(statuses.filter((code) => code !== 400 && code !== 429)).toEqual([]);
     });
   }
-  if (process.env["MIXTAPE_SHOW"]) console.log("MB", megabytes(pid));
   expect(megabytes(pid)).toBeLessThan(600);
   expect(child.exitCode).toBe(null);
 }, 60_000);
@@ -215,7 +215,6 @@ test("the heaviest wrong messages over gRPC at once: /health does not wait, memo
     const sent = Array.from({ length: 8 }, () => call("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo", repeated(0x78, 1)));
     await Promise.all(sent);
   });
-  if (process.env["MIXTAPE_SHOW"]) console.log("MB", megabytes(pid));
   expect(megabytes(pid)).toBeLessThan(600);
   expect(child.exitCode).toBe(null);
 }, 60_000);

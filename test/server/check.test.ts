@@ -1,11 +1,11 @@
 /** Wrong bodies get errors that say what was seen, what is allowed and what to send; checking stops at the first fault. */
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { z } from "zod";
-import { nearest } from "../../src/tokenizer/nearest.ts";
 import { check, noted } from "../../src/server/check.ts";
 import { ServerError } from "../../src/server/errors.ts";
 import { MOST_FIELDS, MOST_VALUES, parseBody } from "../../src/server/http/body.ts";
 import { BODIES } from "../../src/server/http/openai/schema.ts";
+import { nearest } from "../../src/tokenizer/nearest.ts";
 import { type Running, start } from "./start.ts";
 
 const messages = [{ role: "user", content: "Hi" }];

@@ -1,6 +1,6 @@
 /**
- * Parses one tool call, `{"name": "f", "arguments": {...}}`, while it arrives in pieces: emits the name as soon as it is complete,
- * then the text of the arguments as it arrives. Knows no tags.
+ * Parses one tool call, `{"name": "f", "arguments": {...}}`, while it arrives in pieces: emits the name, and arguments that are
+ * always a JSON object: as they arrive where a grammar holds them, else once they are known to be one. Knows no tags.
  */
 
 /** What a piece of a call revealed. */
@@ -35,10 +35,15 @@ export class CallReader {
   #hasArguments = false;
   #streams = false;
   readonly #names: ReadonlySet<string>;
+  readonly #held: boolean;
 
-  /** @param names of the tools; a call of any other name is malformed */
-  constructor(names: ReadonlySet<string>) {
+  /**
+   * @param names of the tools; a call of any other name is malformed
+   * @param held a grammar holds the call, so that its arguments need no check before they are emitted
+   */
+  constructor(names: ReadonlySet<string>, held: boolean) {
     this.#names = names;
+    this.#held = held;
   }
 
   /** True when the call is complete and well formed. */
@@ -59,6 +64,7 @@ export class CallReader {
       this.#hasArguments = true;
     }
     if (this.#name === null || !this.#hasArguments || this.#broken) return null;
+    if (this.#streams && !this.#held) return null; // not known to be JSON yet
     const piece = { ...(this.#told ? {} : { name: this.#name }), arguments: this.#arguments };
     if (this.#told && piece.arguments === "") return null;
     this.#told = true;
@@ -163,6 +169,7 @@ export class CallReader {
 
   #settle(): void {
     const value = this.#parsed();
+    this.#streams = false;
     if (this.#key === "name") {
       if (typeof value === "string" && this.#name === null && this.#names.has(value)) this.#name = value;
       else this.#broken = true;
@@ -170,8 +177,17 @@ export class CallReader {
     if (!ARGUMENTS.includes(this.#key) || this.#hasArguments) return;
     // Some models write the arguments as a JSON string.
     this.#hasArguments = true;
-    if (typeof value === "string") this.#arguments += value;
+    if (typeof value === "string" && isObjectText(value)) this.#arguments += value;
     else if (value === null) this.#arguments += "{}";
     else this.#broken = true;
+  }
+}
+
+function isObjectText(text: string): boolean {
+  try {
+    const value: unknown = JSON.parse(text);
+    return typeof value === "object" && value !== null && !Array.isArray(value);
+  } catch {
+    return false;
   }
 }

@@ -8,6 +8,7 @@ import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { CallReader } from "./call.ts";
 import { dialectOf, TAGS } from "./dialect.ts";
+import { holdsCalls } from "./format.ts";
 import type { Prompt } from "./prompt.ts";
 import { type Piece, Splitter } from "./splitter.ts";
 
@@ -38,6 +39,8 @@ export class ReplyReader {
   readonly #tags: ReadonlySet<string>;
   readonly #toolNames: ReadonlySet<string>;
   readonly #oneToolCall: boolean;
+  /** A grammar holds all calls. */
+  readonly #callsAreHeld: boolean;
   #call: CallReader | null = null;
   #calls = 0;
   /** UTF-16 units of text so far: of all tokens, and of the answer before and after stop strings. */
@@ -57,6 +60,7 @@ export class ReplyReader {
     this.#tags = new Set([...(thinks ? [...TAGS.think, ...TAGS.response] : []), ...(calls ? TAGS.call : [])]);
     this.#toolNames = new Set(calls ? chat.tools.map((tool) => tool.name) : []);
     this.#oneToolCall = chat?.oneToolCall ?? false;
+    this.#callsAreHeld = chat !== null && holdsCalls(chat);
   }
 
   /** Set once a stop string or the only call has come: what follows is dropped. */
@@ -138,7 +142,7 @@ export class ReplyReader {
   }
 
   #readCall(text: string): ReplyEvent[] {
-    this.#call ??= new CallReader(this.#toolNames);
+    this.#call ??= new CallReader(this.#toolNames, this.#callsAreHeld);
     const progress = this.#call.push(text);
     if (progress === null) return [];
     const first = progress.name === undefined ? {} : { id: `call_${randomUUID().replaceAll("-", "").slice(0, 24)}`, name: progress.name };
@@ -147,7 +151,7 @@ export class ReplyReader {
 
   /** A malformed call becomes answer text, unless it was cut off by the length. A call that has been emitted stays a call. */
   #endCall(whole: boolean, cutOff: boolean): ReplyEvent[] {
-    const call = this.#call ?? new CallReader(this.#toolNames);
+    const call = this.#call ?? new CallReader(this.#toolNames, this.#callsAreHeld);
     this.#call = null;
     if (!call.told && !whole && cutOff) return [];
     if (!call.told) return this.#say(`${TAGS.call[0]}${call.raw}${whole ? TAGS.call[1] : ""}`);

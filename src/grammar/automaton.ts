@@ -4,17 +4,17 @@
  * grammars the work per token is limited by allowing less than the grammar does, never more. Knows no tokenizer.
  */
 import { type Expression, MANY } from "./expression.ts";
+import { deadParts } from "./productive.ts";
 import type { Trie } from "./trie.ts";
-import type { Turns } from "./turns.ts";
+import { run, type Steps } from "./work.ts";
 
 /** Most frames of one state, and most frames stepped for one mask. */
 const MAX_FRAMES = 1024;
 const MAX_WORK = 200_000;
-/** Frames stepped, and nodes of the trie visited, before others get their turn: one or two milliseconds. */
-const WORK_A_TURN = 1000;
-const NODES_A_TURN = 10_000;
 /** Most cached frames, counting frames in states; beyond it the cache is cleared. */
 const MAX_KEPT = 100_000;
+/** Nodes of the vocabulary and frames that are looked at between two pauses. */
+const SLICE = 4000;
 
 /** What is expected (null: the end), with counters of its kind, and what comes after it. Equal frames are one object. */
 class Frame {
@@ -24,6 +24,8 @@ class Frame {
   readonly a: number;
   readonly b: number;
   readonly next: Frame | null;
+  /** The same with counters clamped; null: not known yet. */
+  clamped: Frame | null = null;
 
   constructor(id: number, expression: Expression | null, a: number, b: number, next: Frame | null) {
     this.id = id;
@@ -68,11 +70,10 @@ const LEAVES = 0xffff;
 /** Insides by their kind of character, shared by all grammars of one vocabulary. */
 export type Insides = Map<Expression, Inside>;
 
-/** Work in pieces: it stops after each, and goes on when it is asked to. */
-type Pieces<T> = Generator<undefined, T, undefined>;
-
 export class Automaton {
   readonly #grammar: Expression;
+  /** Parts of the grammar that lead nowhere. */
+  readonly #dead: ReadonlySet<Expression>;
   readonly #trie: Trie;
   readonly #endIds: readonly number[];
   readonly #insides: Insides;
@@ -86,9 +87,19 @@ export class Automaton {
   /** Frames stepped so far. */
   #work = 0;
 
-  /** @param endIds tokens that end an answer: allowed where the grammar may end, and only there */
-  constructor(grammar: Expression, trie: Trie, endIds: readonly number[], insides: Insides) {
+  /**
+   * @param endIds tokens that end an answer: allowed where the grammar may end, and only there
+   * @param dead parts of the grammar that lead nowhere
+   */
+  constructor(
+    grammar: Expression,
+    trie: Trie,
+    endIds: readonly number[],
+    insides: Insides,
+    dead: ReadonlySet<Expression> = run(deadParts(grammar)),
+  ) {
     this.#grammar = grammar;
+    this.#dead = dead;
     this.#trie = trie;
     this.#endIds = endIds;
     this.#insides = insides;
@@ -128,30 +139,19 @@ export class Automaton {
 
   /** Tokens that may come next, as bits by id. If there are none, only end tokens are set. Do not modify. */
   mask(state: State): Int32Array {
-    const pieces = this.#mask(state);
-    for (;;) {
-      const { done, value } = pieces.next();
-      if (done) return value;
-    }
+    return state.mask ?? run(this.maskSteps(state));
   }
 
-  /** The same, without blocking the event loop for more than a few milliseconds at a time. */
-  async maskInTurns(state: State, turns: Turns): Promise<Int32Array> {
-    const pieces = this.#mask(state);
-    for (;;) {
-      const { done, value } = await turns.take(() => pieces.next());
-      if (done) return value;
-    }
-  }
-
-  *#mask(state: State): Pieces<Int32Array> {
+  /** The same, with pauses: the first mask of a state looks at much of the vocabulary. */
+  *maskSteps(state: State): Steps<Int32Array> {
     if (state.mask) return state.mask;
     const counted = this.#clamped(state);
-    state.mask = counted === state ? yield* this.#allowed(state) : yield* this.#mask(counted);
-    return state.mask;
+    const mask = counted === state ? yield* this.#allowed(state) : yield* this.maskSteps(counted);
+    state.mask = mask;
+    return mask;
   }
 
-  *#allowed(state: State): Pieces<Int32Array> {
+  *#allowed(state: State): Steps<Int32Array> {
     const mask = new Int32Array(this.#trie.words);
     this.#kept += 1 + (this.#trie.words >> 6);
     const found = (_: State, node: number): void => {
@@ -185,29 +185,32 @@ export class Automaton {
    * Visits every node below some nodes of the trie that a state allows, with the state there. Breadth first, so that at the limit
    * of its work the short tokens have been found.
    */
-  *#search(start: State, nodes: readonly number[], visit: (state: State, node: number, from: number) => void): Pieces<void> {
+  *#search(start: State, nodes: readonly number[], visit: (state: State, node: number, from: number) => void): Steps<void> {
     const { child, sibling, byte } = this.#trie;
     const states: State[] = nodes.map(() => start);
     const open = [...nodes];
     const limit = this.#work + MAX_WORK;
-    let [turn, steps] = [this.#work + WORK_A_TURN, 0];
+    let since = 0;
     for (let i = 0; i < open.length && this.#work < limit; i++) {
+      const before = this.#work;
       for (let at = child[open[i]]; at !== 0; at = sibling[at]) {
         const next = this.#step(states[i], byte[at]);
+        since++;
         if (next === null) continue;
         visit(next, at, open[i]);
         if (child[at] === 0) continue;
         states.push(next);
         open.push(at);
       }
-      if (this.#work < turn && ++steps < NODES_A_TURN) continue;
+      since += this.#work - before;
+      if (since < SLICE) continue;
+      since = 0;
       yield;
-      [turn, steps] = [this.#work + WORK_A_TURN, 0];
     }
   }
 
   /** What may follow in a string of these characters. No character's encoding begins another's. */
-  *#inside(character: Expression): Pieces<Inside> {
+  *#inside(character: Expression): Steps<Inside> {
     const known = this.#insides.get(character);
     if (known) return known;
     const inside = { characters: new Uint16Array(this.#trie.bytes.length).fill(LEAVES), exits: [] as [number, number][], masks: new Map() };
@@ -303,52 +306,57 @@ export class Automaton {
     return state;
   }
 
-  /** Expands a frame down to expressions that take a byte or a token, or the end. */
-  #expand(frame: Frame, found: Map<number, Frame>, seen: Set<Frame>): void {
-    if (seen.has(frame) || found.size >= MAX_FRAMES) return;
-    seen.add(frame);
-    const { expression: e, a, b, next } = frame;
-    if (e === null || next === null) {
-      found.set(frame.id, frame);
-      return;
-    }
-    switch (e.kind) {
-      case "bytes":
-        if (e.bytes.length > 0) found.set(frame.id, frame);
-        else this.#expand(next, found, seen);
-        return;
-      case "byte":
-      case "token":
+  /** Expands a frame down to expressions that take a byte or a token, or the end. Not recursive: choices may be deep. */
+  #expand(start: Frame, found: Map<number, Frame>, seen: Set<Frame>): void {
+    const pending = [start];
+    for (let frame = pending.pop(); frame !== undefined && found.size < MAX_FRAMES; frame = pending.pop()) {
+      if (seen.has(frame)) continue;
+      seen.add(frame);
+      const { expression: e, a, b, next } = frame;
+      if (e === null || next === null) {
         found.set(frame.id, frame);
-        return;
-      case "until": {
-        found.set(frame.id, frame);
-        let end: Frame = frame;
-        while (end.next) end = end.next;
-        if (e.mayEnd) found.set(end.id, end);
-        return;
+        continue;
       }
-      case "sequence":
-        if (e.items.length === 0) this.#expand(next, found, seen);
-        else this.#expand(this.#enter(e.items[a], a + 1 < e.items.length ? this.#frame(e, a + 1, 0, next) : next), found, seen);
-        return;
-      case "choice":
-        for (const item of e.items) this.#expand(this.#enter(item, next), found, seen);
-        return;
-      case "repeat":
-      case "text": {
-        const end = e.kind === "repeat" ? next : this.#frame(QUOTE, 0, 0, next);
-        if (a === 0) this.#expand(end, found, seen);
-        if (b === 0) return;
-        const rest = e.kind === "repeat" && b === 1 && a <= 1 ? next : this.#frame(e, Math.max(a - 1, 0), b === MANY ? b : b - 1, next);
-        this.#expand(this.#enter(e.kind === "repeat" ? e.item : e.character, rest), found, seen);
-        return;
+      switch (e.kind) {
+        case "bytes":
+          if (e.bytes.length > 0) found.set(frame.id, frame);
+          else pending.push(next);
+          break;
+        case "byte":
+        case "token":
+          found.set(frame.id, frame);
+          break;
+        case "until": {
+          found.set(frame.id, frame);
+          let end: Frame = frame;
+          while (end.next) end = end.next;
+          if (e.mayEnd) found.set(end.id, end);
+          break;
+        }
+        case "sequence":
+          if (e.items.length === 0) pending.push(next);
+          else pending.push(this.#enter(e.items[a], a + 1 < e.items.length ? this.#frame(e, a + 1, 0, next) : next));
+          break;
+        case "choice":
+          for (let i = e.items.length - 1; i >= 0; i--) if (!this.#dead.has(e.items[i])) pending.push(this.#enter(e.items[i], next));
+          break;
+        case "repeat":
+        case "text": {
+          const end = e.kind === "repeat" ? next : this.#frame(QUOTE, 0, 0, next);
+          const item = e.kind === "repeat" ? e.item : e.character;
+          if (b > 0 && !this.#dead.has(item)) {
+            const last = e.kind === "repeat" && b === 1 && a <= 1;
+            pending.push(this.#enter(item, last ? next : this.#frame(e, Math.max(a - 1, 0), b === MANY ? b : b - 1, next)));
+          }
+          if (a === 0) pending.push(end);
+          break;
+        }
+        case "rule":
+          if (e.to) pending.push(this.#enter(e.to, next));
+          break;
+        default:
+          e satisfies never;
       }
-      case "rule":
-        if (e.to) this.#expand(this.#enter(e.to, next), found, seen);
-        return;
-      default:
-        e satisfies never;
     }
   }
 
@@ -379,22 +387,33 @@ export class Automaton {
    * tokens after 10 characters as after 20, and as one without a limit, so their mask is computed once, and without counting.
    */
   #clamped(state: State): State {
-    const most = this.#trie.depth + 1;
-    const clamp = (frame: Frame): Frame => {
-      const { expression: e, next } = frame;
-      if (e === null || next === null) return frame;
-      const below = clamp(next);
-      const counts = e.kind === "repeat" || e.kind === "text";
-      const a = counts ? Math.min(frame.a, most) : frame.a;
-      const b = counts && frame.b >= most && a <= frame.b ? MANY : frame.b;
-      return below === next && a === frame.a && b === frame.b ? frame : this.#frame(e, a, b, below);
-    };
     if (state.text) {
-      const text = clamp(state.text);
+      const text = this.#clamp(state.text);
       return text === state.text ? state : (this.#state([text]) ?? state);
     }
-    const frames = state.frames.map(clamp);
+    const frames = state.frames.map((frame) => this.#clamp(frame));
     return frames.every((frame, i) => frame === state.frames[i]) ? state : (this.#state(frames) ?? state);
+  }
+
+  /** Not recursive: a frame continues with as many others as the answer has open brackets. */
+  #clamp(frame: Frame): Frame {
+    const most = this.#trie.depth + 1;
+    const open: Frame[] = [];
+    let at: Frame | null = frame;
+    for (; at !== null && at.clamped === null; at = at.next) open.push(at);
+    let below = at?.clamped ?? null;
+    for (let each = open.pop(); each !== undefined; each = open.pop()) {
+      const { expression: e, next } = each;
+      if (e === null || next === null || below === null) below = each.clamped = each;
+      else {
+        const counts = e.kind === "repeat" || e.kind === "text";
+        const a = counts ? Math.min(each.a, most) : each.a;
+        const b = counts && each.b >= most ? MANY : each.b;
+        const same = below === next && a === each.a && b === each.b;
+        below = each.clamped = same ? each : this.#frame(e, a, b, below);
+      }
+    }
+    return below ?? frame;
   }
 }
 

@@ -1,4 +1,4 @@
-/** The error of this room: an answer format that cannot be enforced. */
+/** The errors of this room: an answer format that cannot be enforced, and the part of a schema that is the reason. */
 
 export class GrammarError extends RangeError {
   /** The field that asks for it, like `response_format.json_schema.schema`. */
@@ -9,4 +9,25 @@ export class GrammarError extends RangeError {
     this.name = "GrammarError";
     this.param = param;
   }
+}
+
+/** Longest JSON pointer in an error. */
+const MAX_SHOWN = 200;
+
+/** Says what in a schema can't be enforced, and where: a JSON pointer. */
+export class SchemaError extends Error {
+  constructor(path: string, what: string) {
+    const shown = path.length > MAX_SHOWN ? `${path.slice(0, MAX_SHOWN)}…` : path;
+    super(path === "" ? what : `at ${shown}: ${what}`);
+    this.name = "SchemaError";
+  }
+}
+
+/** Compiling takes too much work, whatever the schema means. */
+export class WorkError extends SchemaError {}
+
+/** A value for a one-line error. */
+export function show(value: unknown): string {
+  const text = JSON.stringify(value) ?? "missing";
+  return text.length > 80 ? `${text.slice(0, 80)}…` : text;
 }

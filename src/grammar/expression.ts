@@ -49,13 +49,17 @@ export function oneOf(texts: readonly string[]): Expression {
   const all = [...new Set(texts)].map((text) => new TextEncoder().encode(text));
   const branch = (rest: readonly Uint8Array[]): Expression => {
     const byFirst = new Map<number, Uint8Array[]>();
-    for (const text of rest) if (text.length > 0) byFirst.set(text[0], [...(byFirst.get(text[0]) ?? []), text]);
+    for (const text of rest) {
+      const group = byFirst.get(text[0]);
+      if (group) group.push(text);
+      else if (text.length > 0) byFirst.set(text[0], [text]);
+    }
     const items = [...byFirst.values()].map((group): Expression => {
       let shared = 1;
       const [first] = group;
       while (shared < first.length && group.every((text) => text[shared] === first[shared])) shared++;
       const head: Expression = { kind: "bytes", bytes: first.slice(0, shared) };
-      return group.length === 1 ? head : sequence(head, branch(group.map((text) => text.slice(shared))));
+      return group.length === 1 ? head : sequence(head, branch(group.map((text) => text.subarray(shared))));
     });
     return rest.some((text) => text.length === 0) ? choice(EMPTY, ...items) : choice(...items);
   };

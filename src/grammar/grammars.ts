@@ -6,14 +6,15 @@ import { createHash } from "node:crypto";
 import type { Constraint } from "../engine/sequence.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { Automaton, type Insides, type State } from "./automaton.ts";
-import { GrammarError } from "./error.ts";
+import { GrammarError, SchemaError } from "./error.ts";
 import { choice, EMPTY, type Expression, literal, optional, repeat, sequence } from "./expression.ts";
 import { COLON, COMMA, OBJECT, SPACE } from "./json.ts";
-import { SchemaError } from "./keywords.ts";
 import { patternText } from "./pattern.ts";
-import { schemaGrammar } from "./schema.ts";
+import { deadParts } from "./productive.ts";
+import { schemaSteps } from "./schema.ts";
 import { Trie } from "./trie.ts";
 import { Turns } from "./turns.ts";
+import { run, type Steps, Work } from "./work.ts";
 
 /** A function whose call an answer may be. */
 export interface Callable {
@@ -52,8 +53,9 @@ export interface ConstraintOptions {
   readonly after?: string | null;
 }
 
-/** Of a shape's JSON text, in UTF-16 units. */
+/** Of a shape's JSON text without escapes, in UTF-16 units, and the nesting of its values. */
 const MAX_SHAPE_LENGTH = 64 * 1024;
+const MAX_DEPTH = 250;
 const MAX_CALLS = 16;
 /** Grammars kept, and the states they remember together. */
 const KEPT = 64;
@@ -83,10 +85,13 @@ export class Grammars {
   async constraint(shape: Shape, { param, after = null }: ConstraintOptions): Promise<Constraint> {
     this.#trie ??= Trie.build(this.#tokenizer.vocabulary, this.#vocabSize);
     const trie = await this.#trie;
-    const automaton = await this.#turns.take(() => this.#find(shape, param, after, trie));
+    const text = JSON.stringify([plainJson(shape, param), after]);
+    const key = createHash("sha256").update(text).digest("base64");
+    const automaton = this.#kept.get(key) ?? (await this.#inTurns(this.#compile((JSON.parse(text) as [Shape])[0], param, after, trie)));
+    this.#keep(key, automaton);
     let state: State = automaton.start;
     return {
-      next: () => state.mask ?? automaton.maskInTurns(state, this.#turns),
+      next: () => state.mask ?? this.#inTurns(automaton.maskSteps(state)),
       accept: (id) => {
         if (this.#endIds.includes(id)) return; // nothing follows
         const next = automaton.accept(state, id);
@@ -96,13 +101,22 @@ export class Grammars {
     };
   }
 
-  #find(shape: Shape, param: string, after: string | null, trie: Trie): Automaton {
-    const text = JSON.stringify([shape, after]);
-    checkSize(text, param);
-    const key = createHash("sha256").update(text).digest("base64");
-    const known = this.#kept.get(key);
+  /** Runs work a slice a turn. */
+  async #inTurns<T>(steps: Steps<T>): Promise<T> {
+    for (;;) {
+      const { done, value } = await this.#turns.take(() => steps.next());
+      if (done) return value;
+    }
+  }
+
+  *#compile(shape: Shape, param: string, after: string | null, trie: Trie): Steps<Automaton> {
+    const answer = shape.kind === "calls" ? yield* this.#calls(shape, param) : yield* plain(shape, param);
+    const grammar = after === null ? answer : sequence(this.#until(after, false), repeat(literal("\n"), 0, 2), answer);
+    return new Automaton(grammar, trie, this.#endIds, this.#insides, yield* deadParts(grammar));
+  }
+
+  #keep(key: string, automaton: Automaton): void {
     this.#kept.delete(key);
-    const automaton = known ?? new Automaton(this.#grammar(shape, param, after), trie, this.#endIds, this.#insides);
     this.#kept.set(key, automaton);
     let remembered = 0;
     for (const each of this.#kept.values()) remembered += each.kept;
@@ -111,22 +125,13 @@ export class Grammars {
       this.#kept.delete(oldest);
       remembered -= kept;
     }
-    return automaton;
   }
 
-  #grammar(shape: Shape, param: string, after: string | null): Expression {
-    const answer = this.#answer(shape, param);
-    if (after === null) return answer;
-    return sequence(this.#until(after, false), repeat(literal("\n"), 0, 2), answer);
-  }
-
-  #answer(shape: Shape, param: string): Expression {
-    return shape.kind === "calls" ? this.#calls(shape, param) : plain(shape, param);
-  }
-
-  #calls({ tools, tags, several, free }: Calls, param: string): Expression {
+  *#calls({ tools, tags, several, free }: Calls, param: string): Steps<Expression> {
     const [open, close] = tags.map((tag) => this.#mark(tag));
-    const bodies = tools.map((tool, i) => callOf(tool, `${param}[${i}].function.parameters`));
+    const work = new Work();
+    const bodies: Expression[] = [];
+    for (const [i, tool] of tools.entries()) bodies.push(yield* callOf(tool, `${param}[${i}].function.parameters`, work));
     const body = sequence(SPACE, choice(...bodies), SPACE, close);
     if (!free) {
       const call = sequence(open, body);
@@ -156,21 +161,35 @@ export class Grammars {
 
 /** Throws GrammarError, naming `param`, for a shape that can't be enforced. Needs no tokenizer and no model. */
 export function checkShape(shape: Exclude<Shape, Calls>, param: string): void {
-  checkSize(JSON.stringify(shape), param);
-  plain(shape, param);
+  run(plain(JSON.parse(JSON.stringify(plainJson(shape, param))) as typeof shape, param));
 }
 
-function checkSize(text: string, param: string): void {
-  if (text.length > MAX_SHAPE_LENGTH)
-    throw new GrammarError(param, `the schema has ${text.length} characters; ${MAX_SHAPE_LENGTH} are allowed`);
+/** The value, once it is known to be small enough to be written and read without overflowing the stack. */
+function plainJson(value: unknown, param: string): unknown {
+  const pending: { readonly value: unknown; readonly depth: number }[] = [{ value, depth: 0 }];
+  let length = 0;
+  for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
+    length += typeof next.value === "string" ? next.value.length : 1;
+    if (next.depth > MAX_DEPTH) throw new GrammarError(param, `the schema is nested more than ${MAX_DEPTH} deep`);
+    if (typeof next.value === "bigint") throw new GrammarError(param, `the schema has the bigint ${next.value}: JSON has numbers only`);
+    if (Array.isArray(next.value)) length += next.value.length;
+    if (length <= MAX_SHAPE_LENGTH && typeof next.value === "object" && next.value !== null)
+      for (const [key, inner] of Object.entries(next.value)) {
+        length += Array.isArray(next.value) ? 0 : key.length + 3;
+        pending.push({ value: inner, depth: next.depth + 1 });
+      }
+    if (length > MAX_SHAPE_LENGTH)
+      throw new GrammarError(param, `the schema has more than the ${MAX_SHAPE_LENGTH} characters that are allowed`);
+  }
+  return value;
 }
 
-function plain(shape: Exclude<Shape, Calls>, param: string): Expression {
+function* plain(shape: Exclude<Shape, Calls>, param: string): Steps<Expression> {
   switch (shape.kind) {
     case "json":
       return OBJECT;
     case "schema":
-      return enforced(shape.schema, param);
+      return yield* enforced(shape.schema, param);
     case "regex":
       return matching(shape.pattern, param);
     default:
@@ -178,24 +197,26 @@ function plain(shape: Exclude<Shape, Calls>, param: string): Expression {
   }
 }
 
-/** One call as JSON. A schema that is not strict and can't be enforced asks for an object only. */
-function callOf({ name, parameters, strict }: Callable, param: string): Expression {
-  const values = (): Expression => {
-    if (parameters === undefined) return OBJECT;
-    if (strict) return enforced(parameters, param);
-    try {
-      return schemaGrammar(parameters);
-    } catch {
-      return OBJECT;
-    }
-  };
+/** One call as JSON. Arguments are an object, whatever the schema says; of any members where it is not strict and can't be enforced. */
+function* callOf({ name, parameters, strict }: Callable, param: string, work: Work): Steps<Expression> {
+  const values = parameters === undefined ? OBJECT : yield* argumentsOf(parameters, strict ?? false, param, work);
   const key = (text: string) => sequence(literal(JSON.stringify(text)), COLON);
-  return sequence(literal("{"), key("name"), literal(JSON.stringify(name)), COMMA, key("arguments"), values(), literal("}"));
+  return sequence(literal("{"), key("name"), literal(JSON.stringify(name)), COMMA, key("arguments"), values, literal("}"));
 }
 
-function enforced(schema: unknown, param: string): Expression {
+function* argumentsOf(schema: unknown, strict: boolean, param: string, work: Work): Steps<Expression> {
+  if (strict) return yield* enforced(schema, param, work, "object");
   try {
-    return schemaGrammar(schema);
+    return yield* schemaSteps(schema, work, "object");
+  } catch (cause) {
+    if (cause instanceof SchemaError) return OBJECT;
+    throw cause;
+  }
+}
+
+function* enforced(schema: unknown, param: string, work = new Work(), type?: "object"): Steps<Expression> {
+  try {
+    return yield* schemaSteps(schema, work, type);
   } catch (cause) {
     if (!(cause instanceof SchemaError)) throw cause;
     throw new GrammarError(param, `the schema can't be enforced: ${cause.message}`, { cause });

@@ -112,7 +112,7 @@ describe("generate with response_format", () => {
       "a schema that can't be enforced",
       { response_format: { type: "json_schema", json_schema: { schema: { properties: { a: { type: "string", format: "odd" } } } } } },
       "response_format.json_schema.schema",
-      /^the schema can't be enforced: at \/properties\/a: format "odd" is not supported/,
+      /^the schema can't be enforced: at \/properties\/a: 'format' "odd" is not supported/,
     ],
   ])("%s is an error that names the field", async (_name, options, param, message) => {
     const error: unknown = await model.generate({ input_ids: [ids], tokenizer, max_new_tokens: 5, ...options }).catch((e: unknown) => e);

@@ -109,8 +109,8 @@ test("any text at all, in any pieces as in one", () => {
 
 describe("a call's JSON", () => {
   const names = new Set(["f", "weather"]);
-  const read = (text: string, sizes: readonly number[]) => {
-    const reader = new CallReader(names);
+  const read = (text: string, sizes: readonly number[], held = false) => {
+    const reader = new CallReader(names, held);
     const pieces: { name?: string; arguments: string }[] = [];
     for (let at = 0, i = 0; at < text.length; i++) {
       const size = Math.max(1, sizes[i % sizes.length]);
@@ -131,9 +131,10 @@ describe("a call's JSON", () => {
         fc.boolean(),
         fc.constantFrom(undefined, 1),
         fc.array(fc.integer({ min: 1, max: 7 }), { minLength: 1 }),
-        (args, k, swapped, indent, sizes) => {
+        fc.boolean(),
+        (args, k, swapped, indent, sizes, held) => {
           const call = swapped ? { [k]: args, name: "f", extra: [1, { name: "no" }] } : { extra: "}", name: "f", [k]: args };
-          const { pieces, complete } = read(`\n${JSON.stringify(call, null, indent)} \n`, sizes);
+          const { pieces, complete } = read(`\n${JSON.stringify(call, null, indent)} \n`, sizes, held);
           expect(complete).toBe(true);
           expect(pieces.map((piece) => piece.name)).toEqual(["f", ...pieces.slice(1).map(() => undefined)]);
           expect(JSON.parse(pieces.map((piece) => piece.arguments).join(""))).toEqual(JSON.parse(JSON.stringify(args)));
@@ -162,12 +163,21 @@ describe("a call's JSON", () => {
     "",
     '{"arguments": {"a": 1}}',
     '{name: "f"}',
+    // Arguments that are no JSON object.
+    '{"name": "f", "arguments": {a: 1}}',
+    '{"name": "f", "arguments": {"a": 1,}}',
+    '{"name": "f", "arguments": "two"}',
+    '{"name": "f", "arguments": "[1]"}',
+    '{"name": "f", "arguments": "null"}',
+    '{"name": "f", "arguments": 2}',
+    '{"name": "f", "arguments": [{}]}',
+    '{"name": "f", "arguments": {"a": {"b": 1}',
   ])("%j is none", (text) => {
     expect(read(text, [2])).toEqual({ pieces: [], complete: false, told: false });
   });
 
-  test("arguments arrive before the call is over", () => {
-    const reader = new CallReader(names);
+  test("arguments arrive before the call is over where a grammar holds them", () => {
+    const reader = new CallReader(names, true);
     expect(reader.push('{"name": "f", "arguments": {"text": "on')).toEqual({ name: "f", arguments: '{"text": "on' });
     expect(reader.push("ce up")).toEqual({ arguments: "ce up" });
     expect(reader.complete).toBe(false);

@@ -258,40 +258,43 @@ describe("the grammar accepts what is valid", () => {
 
 test.each([
   [{ type: "banana" }, 'type "banana" is not known'],
-  [{ type: "string", minLength: 5, maxLength: 2 }, "'minLength' is 5"],
+  [{ type: "string", minLength: 5, maxLength: 2 }, "no text satisfies the lengths"],
   [{ type: "integer", minimum: 5, maximum: 4 }, "no number lies between"],
-  [{ type: "integer", multipleOf: 3 }, "'multipleOf' is not supported"],
+  [{ type: "number", multipleOf: 0.3 }, "'multipleOf' 0.3 is not supported"],
   [{ type: "array", uniqueItems: true }, "'uniqueItems' is not supported"],
-  [{ not: { type: "null" } }, "'not' is not supported"],
-  [{ type: "object", patternProperties: {} }, "'patternProperties' is not supported"],
-  [{ type: "object", properties: { a: { if: {} } } }, "at /properties/a: 'if' is not supported"],
-  [{ type: "string", pattern: "(?=a)b" }, "look-around, which is not supported"],
+  [{ not: {} }, "no value is valid"],
+  [{ not: { format: "date" } }, "'format' within 'not' can't be enforced"],
+  [{ type: "object", properties: { a: { if: { format: "date" }, else: true } } }, "at /properties/a/if: 'format' within 'if'"],
+  [{ type: "array", contains: {}, maxContains: 2 }, "'maxContains' is not supported"],
+  [{ type: "string", pattern: "(?<=a)b" }, "look-around, which is not supported"],
   [{ type: "string", pattern: "(a" }, "is not a regular expression"],
   [{ type: "string", pattern: "\\bword" }, "\\b, which is not supported"],
-  [{ type: "string", format: "regex" }, 'format "regex" is not supported'],
-  [{ type: "string", pattern: "^a", maxLength: 3 }, "put the length into a pattern"],
+  [{ type: "string", format: "regex" }, `'format' "regex" is not supported`],
   [{ $ref: "#/$defs/none" }, "leads nowhere"],
+  [{ $ref: "#/%" }, `'$ref' "#/%" is not a valid reference`],
   [{ $ref: "#" }, "refers to itself"],
   [{ $ref: "https://example.com/s" }, "only references within the schema"],
   [{ anyOf: [{ $ref: "#" }] }, "refers to itself"],
-  [{ oneOf: [{ type: "object" }, { type: "object" }] }, "branches that may overlap"],
-  [{ allOf: [{ type: "string" }, { type: "null" }] }, "no value is of type"],
-  [{ type: "object", required: ["a"], additionalProperties: false }, "'a' is required, but no such property is allowed"],
-  [{ type: "object", properties: 3 }, "properties must be an object"],
+  [{ type: "object", properties: { a: { $ref: "#" } }, required: ["a"] }, "every value would have to hold another"],
+  [{ oneOf: [{ type: "object" }, { type: "object" }] }, "no value is valid"],
+  [{ oneOf: [{ format: "date" }, { format: "time" }] }, "'format' within 'oneOf' can't be enforced"],
+  [{ allOf: [{ type: "string" }, { type: "null" }] }, "no value is valid"],
+  [{ type: "object", required: ["a"], additionalProperties: false }, "no value is valid"],
+  [{ type: "object", properties: 3 }, "'properties' must be an object"],
   [{ enum: [] }, "no value is valid"],
-  [{ properties: { a: false } }, "no value is valid"],
-  [{ description: "x".repeat(70_000) }, "65536 are allowed"],
+  [{ properties: { a: false }, required: ["a"] }, "no value is valid"],
+  [{ description: "x".repeat(70_000) }, "more than the 65536 characters"],
   [{ const: 3, enum: [1, 2] }, "no value is valid"],
   [{ enum: [1, 2, 3], anyOf: [{ const: 4 }] }, "no value is valid"],
   [{ type: "string", pattern: "a".repeat(9000) }, "8192 are supported"],
   [{ type: "string", pattern: "a{99999999999999999999999999}" }, "which is not supported"],
-  [{ oneOf: [{ const: { a: 1, b: 2 } }, { const: { b: 2, a: 1 } }] }, "branches that may overlap"],
-  [{ oneOf: Array.from({ length: 4000 }, (_, i) => ({ const: i })) }, "at most 200 are supported"],
-  [{ allOf: [{ properties: { a: { type: "integer" } } }, { additionalProperties: { type: "string" } }] }, "that add properties"],
-  [{ additionalProperties: { type: "integer" }, anyOf: [{ properties: { b: { type: "string" } } }] }, "that add properties"],
-  [{ allOf: [{ prefixItems: [{ type: "string" }] }, { items: { type: "integer" } }] }, "'prefixItems' in another"],
+  [{ oneOf: [{ const: { a: 1, b: 2 } }, { const: { b: 2, a: 1 } }] }, "no value is valid"],
+  [{ oneOf: Array.from({ length: 400 }, (_, i) => ({ minLength: i })) }, "at most 200 are supported"],
+  [{ $schema: "http://json-schema.org/draft-07/schema#", prefixItems: [{}] }, "'prefixItems' is not supported: draft-07"],
+  [{ $schema: "http://example.com/own" }, "'$schema' \"http://example.com/own\" is not supported"],
+  [{ nullable: true }, "'nullable' is not supported"],
   // Small enough to be sent, but each branch would read again what stands beside it.
-  [{ enum: Array.from({ length: 3000 }, (_, i) => i), anyOf: new Array(5000).fill({}) }, "the schema is too large"],
+  [{ enum: Array.from({ length: 3000 }, (_, i) => i), anyOf: new Array(5000).fill({}) }, "too complex"],
 ])("%j is rejected: %s", async (schema, message) => {
   const refused = grammars.constraint(
     { kind: "schema", schema: schema as Record<string, unknown> },
@@ -304,11 +307,21 @@ test.each([
   });
 });
 
+test("what JSON can't hold is rejected: a bigint, a schema that contains itself", async () => {
+  const self: Record<string, unknown> = { type: "array" };
+  self["items"] = self;
+  for (const [schema, message] of [
+    [{ minimum: 1n }, "the schema has the bigint 1"],
+    [self, "nested more than 250 deep"],
+  ] as const)
+    await expect(grammars.constraint({ kind: "schema", schema }, { param: "x" })).rejects.toThrow(message);
+});
+
 test("deeply nested schemas are rejected rather than overflowing the stack", async () => {
   let schema: object = { type: "null" };
   for (let depth = 0; depth < 500; depth++) schema = { type: "array", items: schema };
   await expect(grammars.constraint({ kind: "schema", schema: schema as Record<string, unknown> }, { param: "x" })).rejects.toThrow(
-    "too large",
+    "nested more than 250 deep",
   );
 });
 
@@ -402,6 +415,47 @@ describe("calls of tools", () => {
       expect(several.replace(CALL, "").trim()).toBe("");
     }
   });
+
+  test.each([
+    ["no schema", undefined],
+    ["an empty schema", {}],
+    ["a title only", { title: "T" }],
+    ["any of several types", { type: ["string", "object", "null"] }],
+    ["a choice with other types", { anyOf: [{ type: "string" }, { type: "object", properties: { a: { const: 1 } }, required: ["a"] }] }],
+    ["a reference to such a choice", { $ref: "#/$defs/x", $defs: { x: { oneOf: [{ type: "null" }, { type: "object" }] } } }],
+    ["keywords of other types beside", { minLength: 3, properties: { a: { type: "null" } } }],
+    ["constants", { enum: ["two", 2, { a: 1 }] }],
+    ["a negation", { not: { type: "string" } }],
+  ])("arguments are an object under %s, strict or not, required or free", async (_name, parameters) => {
+    for (const [strict, free] of [
+      [true, false],
+      [false, false],
+      [true, true],
+    ]) {
+      const tool = { name: "t", strict, ...(parameters ? { parameters } : {}) };
+      for (let seed = 1; seed <= 4; seed++) {
+        const shape = { kind: "calls", tools: [tool], tags: ["<tool_call>", "</tool_call>"], several: false, free } as const;
+        const text = await drawn(shape, seeded(seed), { patience: free ? 1 : 25 });
+        for (const [, body] of text.matchAll(CALL))
+          expect(JSON.parse(body)).toEqual({ name: "t", arguments: expect.objectContaining({}) as unknown });
+        for (const [, body] of text.matchAll(CALL))
+          expect(Object.prototype.toString.call((JSON.parse(body) as { arguments: unknown }).arguments)).toBe("[object Object]");
+        if (!free) expect([...text.matchAll(CALL)]).toHaveLength(1);
+      }
+    }
+  });
+
+  test.each([[{ type: "string" }], [{ enum: ["two"] }], [{ type: "array", items: {} }]])(
+    "strict parameters that no object satisfies are refused: %j",
+    async (parameters) => {
+      const tools = [{ name: "t", strict: true, parameters }];
+      const asked = grammars.constraint({ kind: "calls", tools, tags: ["<a>", "</a>"], several: false, free: false }, { param: "tools" });
+      await expect(asked).rejects.toMatchObject({
+        param: "tools[0].function.parameters",
+        message: expect.stringContaining("no value is valid"),
+      });
+    },
+  );
 
   test("among text: free until a call begins, then held to its schema; an incomplete call cannot end the answer", async () => {
     const { vocabulary } = tokenizer;

@@ -162,12 +162,15 @@ const tool = noted(
 );
 const responseFormat = noted(
   z.discriminatedUnion("type", [
-    z.object({ type: z.literal("text") }),
-    z.object({ type: z.literal("json_object") }),
-    z.object({
+    z.strictObject({ type: z.literal("text") }),
+    z.strictObject({
+      type: z.literal("json_object"),
+      schema: schemaObject.optional().describe("The object satisfies it. An extension of OpenAI's API."),
+    }),
+    z.strictObject({
       type: z.literal("json_schema"),
       json_schema: noted(
-        z.object({
+        z.strictObject({
           name: z.string(),
           description: z.string().optional(),
           schema: schemaObject,

@@ -9,7 +9,7 @@ import { idNumber, idNumbers, idRows, type TokenIds, type TokenRows } from "./id
 import { readJson } from "./json.ts";
 import { optionFault } from "./options.ts";
 import { type PieceModel, readPieces } from "./pieces.ts";
-import { ChatTemplate, type Message, openEnd } from "./template.ts";
+import { ChatTemplate, type Message } from "./template.ts";
 import { type Role, Vocabulary } from "./vocabulary.ts";
 
 export interface EncodeOptions {
@@ -189,8 +189,8 @@ export class PreTrainedTokenizer {
     const template = this.template(chat_template, tools !== null);
     const shield = tokenize && split_special_tokens ? unusedNoncharacter(messages) : null;
     const sent = shield === null ? messages : this.shielded(messages, shield);
-    const rendered = template.render(sent, { ...this.special_tokens_map, ...variables, tools, documents, add_generation_prompt });
-    const text = continue_final_message ? openEnd(rendered, sent) : rendered;
+    const given = { ...this.special_tokens_map, ...variables, tools, documents, add_generation_prompt };
+    const text = continue_final_message ? template.renderOpen(sent, given) : template.render(sent, given);
     if (!tokenize) return text;
     const ids = this.vocabulary.encode(text, false, shield);
     if (return_dict) return this.batch([ids], { padding, padding_side, truncation, max_length }, add_special_tokens);

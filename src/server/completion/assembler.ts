@@ -14,8 +14,8 @@ export class Assembler {
   readonly #request: CompletionRequest;
   readonly #reply: ReplyReader;
   readonly #layers: readonly number[];
-  /** Events about text that is held back, and where that text begins. */
-  #waiting: { readonly event: CompletionEvent; readonly from: number }[] = [];
+  /** Events about text that is held back, and where that text begins, in order. */
+  readonly #waiting: { readonly event: CompletionEvent; readonly from: number }[] = [];
   #finish: "stop" | "length" | null = null;
   readonly #usage: { -readonly [K in keyof Usage]: number };
 
@@ -85,8 +85,8 @@ export class Assembler {
   #due(): CompletionEvent[] {
     const held = this.#reply.heldLength;
     const out = this.#reply.length - held;
-    const due = this.#waiting.filter(({ from }) => held === 0 || from < out);
-    this.#waiting = this.#waiting.slice(due.length);
-    return due.map(({ event }) => event);
+    let due = 0;
+    while (due < this.#waiting.length && (held === 0 || this.#waiting[due].from < out)) due++;
+    return due === 0 ? [] : this.#waiting.splice(0, due).map(({ event }) => event);
   }
 }

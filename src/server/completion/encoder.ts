@@ -105,7 +105,7 @@ function longestToken({ vocabulary }: Tokenizer): number {
 }
 
 /** What a value costs besides its text, in characters: a message, a part, a number in a schema. */
-const OVERHEAD = 8;
+const OVERHEAD = 24;
 
 /** Whether a value holds much text or many values, at any depth. */
 function isLong(value: unknown): boolean {

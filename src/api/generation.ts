@@ -1,11 +1,11 @@
 /** Options of `generate`, named as in transformers: their defaults, validation, and conversion to requests. Runs nothing. */
-import { randomInt } from "node:crypto";
 import { type ResponseFormat, type ResponseFormatOption, readFormat } from "../chat/format.ts";
-import { GREEDY, type Sampling } from "../engine/sampling.ts";
+import type { Sampling } from "../engine/sampling.ts";
 import { type ErnieConfig, readIds } from "../model/config.ts";
 import { idRows, type TokenRows } from "../tokenizer/ids.ts";
 import { optionFault } from "../tokenizer/options.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { samplingOf } from "./sampling.ts";
 import type { Streamer } from "./streamers.ts";
 
 /** The model's generation_config.json may set any default; those given here apply otherwise. */
@@ -131,18 +131,7 @@ export function resolveGeneration(options: GenerationOptions, defaults: Record<s
   if (stopStrings.length && !options.tokenizer)
     throw new RangeError("stop_strings needs the option 'tokenizer' as well, to read the answer");
 
-  const bias = options.logit_bias ?? {};
-  const entries = bias instanceof Map ? [...bias] : Object.entries(bias);
-  const sampling: Sampling = {
-    ...GREEDY,
-    ...(samples ? { temperature, topK: pick("top_k") ?? 0, topP: pick("top_p") ?? 1, minP: pick("min_p") ?? 0 } : {}),
-    repetitionPenalty: pick("repetition_penalty") ?? 1,
-    presencePenalty: pick("presence_penalty") ?? 0,
-    frequencyPenalty: pick("frequency_penalty") ?? 0,
-    noRepeatNgram: pick("no_repeat_ngram_size") ?? 0,
-    logitBias: new Map(entries.map(([id, value]) => [Number(id), value as number])),
-    seed: pick("seed") ?? randomInt(2 ** 47),
-  };
+  const sampling = samplingOf({ ...options, do_sample: samples }, defaults);
   const eos =
     options.eos_token_id === null ? [] : options.eos_token_id !== undefined ? readIds(options.eos_token_id, "eos_token_id") : undefined;
   const maxNew = whole(

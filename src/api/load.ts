@@ -12,6 +12,7 @@ import type { Dtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
 import { KV_CACHE_DTYPES, KV_DTYPES, type KvCacheDtype } from "./kv.ts";
 import { thisMachine, warningsFor } from "./room.ts";
+import { checkDefaults } from "./sampling.ts";
 
 /** Formats of the weight matrices; `auto` uses each in its stored format. Norms, biases and the router are always float32. */
 export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8" | "int4";
@@ -102,6 +103,8 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
     const unused = unusedText(located);
     if (unused) warn(`${folder}: ${unused}`);
+    const unread = checkDefaults(checkpoint.generationConfig ?? {}, config.vocabSize);
+    if (unread) warn(`${folder}: ${unread}`);
     for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
     const engine = new Engine({

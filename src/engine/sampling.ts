@@ -38,23 +38,31 @@ export const GREEDY: Sampling = {
   seed: 0,
 };
 
+/** Beyond this, sums and quotients of logits would overflow float32, in which they are computed. */
+const LARGEST = 1_000_000;
+/** Quotients by less than this overflow too, and the likeliest token has all of the probability long before. */
+const LEAST_TEMPERATURE = 1e-5;
+/** Controls are passed as 32-bit integers; a larger count is no limit in any case. */
+const LARGEST_COUNT = 2 ** 31 - 1;
+
 /** Throws a RangeError that names the control, the value given and the values allowed. */
 export function checkSampling(s: Sampling, vocabSize: number): void {
   const check = (name: string, value: number, ok: boolean, allowed: string) => {
-    if (!ok) throw new RangeError(`${name} is ${value}; it must be ${allowed}`);
+    if (!ok || typeof value !== "number") throw new RangeError(`${name} is ${value}; it must be ${allowed}`);
   };
-  check("temperature", s.temperature, s.temperature >= 0 && s.temperature < Number.POSITIVE_INFINITY, "a number of at least 0");
+  check("temperature", s.temperature, s.temperature >= 0 && s.temperature <= LARGEST, `from 0 to ${LARGEST}`);
   check("top_k", s.topK, Number.isInteger(s.topK) && s.topK >= 0, "a whole number of at least 0");
   check("top_p", s.topP, s.topP > 0 && s.topP <= 1, "above 0 and at most 1");
   check("min_p", s.minP, s.minP >= 0 && s.minP <= 1, "from 0 to 1");
   check(
     "repetition_penalty",
     s.repetitionPenalty,
-    s.repetitionPenalty >= 0.01 && s.repetitionPenalty <= 1e6, // beyond these, quotients overflow float32
-    "from 0.01 to 1000000",
+    s.repetitionPenalty >= 0.01 && s.repetitionPenalty <= LARGEST,
+    `from 0.01 to ${LARGEST}`,
   );
-  check("presence_penalty", s.presencePenalty, Number.isFinite(s.presencePenalty), "a number");
-  check("frequency_penalty", s.frequencyPenalty, Number.isFinite(s.frequencyPenalty), "a number");
+  const [small, near] = [(value: number) => Math.abs(value) <= LARGEST, `from ${-LARGEST} to ${LARGEST}`];
+  check("presence_penalty", s.presencePenalty, small(s.presencePenalty), near);
+  check("frequency_penalty", s.frequencyPenalty, small(s.frequencyPenalty), near);
   check("no_repeat_ngram_size", s.noRepeatNgram, Number.isInteger(s.noRepeatNgram) && s.noRepeatNgram >= 0, "a whole number of at least 0");
   check("seed", s.seed, Number.isSafeInteger(s.seed) && s.seed >= 0, "a whole number from 0 to 2^53 - 1");
   for (const [id, bias] of s.logitBias) {
@@ -62,8 +70,8 @@ export function checkSampling(s: Sampling, vocabSize: number): void {
     check(
       `logit_bias: the bias of token ${id}`,
       bias,
-      !Number.isNaN(bias) && bias < Number.POSITIVE_INFINITY,
-      "a number, or -Infinity to forbid the token",
+      small(bias) || bias === Number.NEGATIVE_INFINITY,
+      `${near}, or -Infinity to forbid the token`,
     );
   }
 }
@@ -105,8 +113,8 @@ export function layOut(rows: readonly SampledRow[]): Controls {
   rows.forEach(({ sampling: s, tokens, promptCount, mask }, r) => {
     const seen = looksBack(s) ? tokens.length : 0;
     const row: Record<(typeof SAMPLING_INTS)[number], number> = {
-      topK: s.topK,
-      noRepeatNgram: s.noRepeatNgram,
+      topK: Math.min(s.topK, LARGEST_COUNT),
+      noRepeatNgram: Math.min(s.noRepeatNgram, LARGEST_COUNT),
       seedLow: (s.seed % 2 ** 32) | 0,
       seedHigh: Math.floor(s.seed / 2 ** 32),
       step: tokens.length,
@@ -118,7 +126,7 @@ export function layOut(rows: readonly SampledRow[]): Controls {
       mask: mask ? maskCount++ : -1,
     };
     SAMPLING_FLOATS.forEach((name, i) => {
-      floats[r * SAMPLING_FLOATS.length + i] = s[name];
+      floats[r * SAMPLING_FLOATS.length + i] = name === "temperature" && s[name] < LEAST_TEMPERATURE ? 0 : s[name];
     });
     SAMPLING_INTS.forEach((name, i) => {
       ints[r * SAMPLING_INTS.length + i] = row[name];

@@ -435,7 +435,7 @@ describe("options", () => {
       [{ max_length: -1 }, "max_length is -1; it must be a whole number"],
       [{ num_return_sequences: 0 }, "num_return_sequences is 0; it must be a whole number of at least 1"],
       [{ num_beams: 4 }, "num_beams is 4; beam search is not supported"],
-      [{ do_sample: true, temperature: -1 }, "temperature is -1; it must be a number of at least 0"],
+      [{ do_sample: true, temperature: -1 }, "temperature is -1; it must be from 0 to 1000000"],
       [{ do_sample: true, temperature: Number.NaN }, "temperature is NaN"],
       [{ do_sample: true, top_k: -1 }, "top_k is -1; it must be a whole number of at least 0"],
       [{ do_sample: true, top_k: 1.5 }, "top_k is 1.5"],

@@ -1,9 +1,9 @@
 /** From the bodies of OpenAI's clients to requests for answers. Throws ServerError for fields that contradict each other. Knows no HTTP. */
-import { randomInt } from "node:crypto";
 import type { z } from "zod";
+import { samplingOf } from "../../../api/sampling.ts";
 import { readConversation } from "../../../chat/conversation.ts";
 import type { Prompt } from "../../../chat/prompt.ts";
-import { GREEDY, type Sampling } from "../../../engine/sampling.ts";
+import type { Sampling } from "../../../engine/sampling.ts";
 import type { Message } from "../../../tokenizer/template.ts";
 import type { CompletionRequest } from "../../completion/request.ts";
 import { ServerError } from "../../errors.ts";
@@ -38,7 +38,7 @@ export function chatRequest(
   });
   return {
     prompt,
-    sampling: samplingOf(body, defaults),
+    sampling: samplingFor(body, defaults),
     maxTokens: body.max_completion_tokens ?? body.max_tokens ?? null,
     stop: stopsOf(body.stop),
     format,
@@ -60,7 +60,7 @@ export function completionRequest(
     });
   return {
     prompt,
-    sampling: samplingOf(body, defaults),
+    sampling: samplingFor(body, defaults),
     maxTokens: body.max_tokens ?? 16,
     stop: stopsOf(body.stop),
     format: { kind: "text" },
@@ -110,32 +110,21 @@ export function messagesOf(messages: z.infer<typeof message>[]): Message[] {
   return messages.map((m) => ({ ...m, role: m.role === "developer" ? "system" : m.role }) as Message);
 }
 
-function samplingOf(body: Pick<ChatBody, keyof typeof sampling>, defaults: Readonly<Record<string, unknown>>): Sampling {
-  const or = (value: number | null | undefined, key: string, fallback: number): number =>
-    value ?? (typeof defaults[key] === "number" ? (defaults[key] as number) : fallback);
-  // A model whose generation_config does not sample is greedy unless the request gives a temperature.
-  const samples =
-    body.temperature !== undefined && body.temperature !== null
-      ? body.temperature > 0
-      : defaults["do_sample"] === true || body.top_p != null;
-  const controls = samples
-    ? {
-        temperature: or(body.temperature, "temperature", 1),
-        topP: or(body.top_p, "top_p", 1) || Number.EPSILON, // at 0 only the likeliest token
-        topK: or(body.top_k, "top_k", 0),
-        minP: or(body.min_p, "min_p", 0),
-      }
-    : {};
-  const seed = body.seed ?? randomInt(2 ** 47);
-  return {
-    ...GREEDY,
-    ...controls,
-    repetitionPenalty: or(body.repetition_penalty, "repetition_penalty", 1),
-    presencePenalty: or(body.presence_penalty, "presence_penalty", 0),
-    frequencyPenalty: or(body.frequency_penalty, "frequency_penalty", 0),
-    logitBias: new Map(Object.entries(body.logit_bias ?? {}).map(([id, bias]) => [Number(id), bias])),
-    seed: seed < 0 ? seed + 2 ** 53 : Math.min(seed, 2 ** 53 - 1),
-  };
+function samplingFor(
+  { top_p, seed, ...body }: Pick<ChatBody, keyof typeof sampling>,
+  defaults: Readonly<Record<string, unknown>>,
+): Sampling {
+  // A model whose generation_config does not sample is greedy unless the request asks for a distribution.
+  const samples = body.temperature != null ? body.temperature > 0 : top_p != null ? true : null;
+  return samplingOf(
+    {
+      ...body,
+      do_sample: samples,
+      top_p: top_p === 0 ? Number.EPSILON : top_p, // only the likeliest token
+      seed: seed == null ? null : seed < 0 ? seed + 2 ** 53 : Math.min(seed, 2 ** 53 - 1),
+    },
+    defaults,
+  );
 }
 
 function stopsOf(stop: string | string[] | null | undefined): string[] {

@@ -3,7 +3,7 @@
  * the results. Knows no text.
  */
 import { setImmediate as turn } from "node:timers/promises";
-import type { Backend, Weights } from "../backend/backend.ts";
+import type { Backend, Placement, Weights } from "../backend/backend.ts";
 import { NOT_FINITE } from "../graph/ops/sampling.ts";
 import { bytesOf } from "../graph/plan.ts";
 import { type Content, checkContent } from "../model/content.ts";
@@ -79,7 +79,8 @@ export class Engine {
     this.kvDtype = kvDtype;
     this.kvBytesPerToken = kvBytesPerToken(model, kvDtype);
     const available = backend.memory().free; // the page cache counts as free, including pages of mapped weights
-    const left = Math.max(available - weights.mappedBytes, available / 16); // a model larger than memory is paged in from disk
+    const mapped = weights.mappedBytes - weights.placement().movedBytes; // moved bytes are no longer available
+    const left = Math.max(available - mapped, available / 16); // a model larger than memory is paged in from disk
     const fits = Math.floor(left / 2 / this.kvBytesPerToken);
     const sequences = Math.max(model.maxPositions, Math.min(16 * model.maxPositions, MOST_KV_TOKENS));
     const kvTokens = options.kvTokens ?? Math.min(sequences, Math.max(fits, BLOCK_TOKENS));
@@ -150,6 +151,11 @@ export class Engine {
   /** Seconds by op over all steps so far, and its number of calls in the prepared programs; with `rows`, only for steps of about that many rows. */
   profile(rows?: number): ReadonlyMap<string, { readonly seconds: number; readonly calls: number }> {
     return this.#programs.profile(rows);
+  }
+
+  /** Where the weights are; `ownedBytes` are copies in another format than the file's. */
+  placement(): Placement & { readonly ownedBytes: number } {
+    return { ...this.#weights.placement(), ownedBytes: this.#weights.ownedBytes };
   }
 
   /** Names of the weights that each op reads. Empty before the first step. */

@@ -148,6 +148,20 @@ export class Metrics implements Observer {
     gauge("mixtape_kv_blocks_remembered", "KV cache blocks that no request holds and the prefix cache keeps.", (s) => s.blocks.remembered);
     gauge("mixtape_preemptions", "Preemptions so far: requests that lost their cache blocks to others.", (s) => s.preemptions);
     new Gauge({
+      name: "mixtape_weight_bytes",
+      help: "Bytes of weights, by where they are: resident in anonymous memory, or mapped from their file.",
+      labelNames: ["model", "where"],
+      registers,
+      collect() {
+        this.reset();
+        for (const { name: model, engine } of models()) {
+          const { movedBytes, mappedBytes, ownedBytes } = engine.placement();
+          this.set({ model, where: "resident" }, movedBytes + ownedBytes);
+          this.set({ model, where: "mapped" }, mappedBytes - movedBytes);
+        }
+      },
+    });
+    new Gauge({
       name: "mixtape_expert_load",
       help: "How often an expert was chosen, in sampled steps (every sixteenth).",
       labelNames: ["model", "layer", "expert"],

@@ -1,5 +1,6 @@
 /** Runs the engine for each prompt of a call and each answer to it. Knows no text: what reads it is handed in. */
 import type { Engine } from "../engine/engine.ts";
+import { seedOf } from "../engine/sampling.ts";
 import type { GeneratedToken, Request } from "../engine/sequence.ts";
 import type { Constrain } from "./constraint.ts";
 import type { GenerationOptions, ResolvedGeneration, Row } from "./generation.ts";
@@ -61,7 +62,7 @@ async function answerRow(engine: Engine, row: Row, index: number, parts: AnswerP
   let finish: "stop" | "length" = "length";
   const stream = engine.submit({
     tokens: row.tokens,
-    sampling: { ...sampling, seed: index === 0 ? sampling.seed : (sampling.seed + index) % 2 ** 53 },
+    sampling: index === 0 ? sampling : { ...sampling, seed: seedOf(sampling.seed, index) },
     maxNewTokens: settings.maxNewTokens(row.given.length),
     stopIds: settings.stopIds,
     topLogprobs,

@@ -1,11 +1,12 @@
 /** Options of `generate`, named as in transformers: their defaults, validation, and conversion to requests. Runs nothing. */
+import { randomInt } from "node:crypto";
 import { type ResponseFormat, type ResponseFormatOption, readFormat } from "../chat/format.ts";
-import type { Sampling } from "../engine/sampling.ts";
+import { inRange, type Range, rangeText, type Sampling } from "../engine/sampling.ts";
 import { type ErnieConfig, readIds } from "../model/config.ts";
 import { idRows, type TokenRows } from "../tokenizer/ids.ts";
 import { optionFault } from "../tokenizer/options.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
-import { samplingOf } from "./sampling.ts";
+import { COUNTS, endTokenIds, type GenerationDefaults, resolveSampling } from "./defaults.ts";
 import type { Streamer } from "./streamers.ts";
 
 /** The model's generation_config.json may set any default; those given here apply otherwise. */
@@ -106,43 +107,45 @@ const KNOWN = new Set<string>([
 ]);
 
 /**
- * Fills in defaults. Throws RangeError for options that are unknown or contradict each other, GrammarError for a malformed
+ * Fills in defaults. Throws RangeError for options that are unknown, out of range or contradict each other, GrammarError for a malformed
  * `response_format`. The ranges of the sampling controls are checked when a request is submitted.
  */
-export function resolveGeneration(options: GenerationOptions, defaults: Record<string, unknown>, config: ErnieConfig): ResolvedGeneration {
+export function resolveGeneration(options: GenerationOptions, defaults: GenerationDefaults, config: ErnieConfig): ResolvedGeneration {
   const fault = optionFault("generate", options, KNOWN);
   if (fault !== null) throw new RangeError(fault);
-  const pick = <K extends keyof GenerationOptions>(key: K): GenerationOptions[K] =>
-    options[key] ?? (defaults[key] as GenerationOptions[K]) ?? undefined;
-  const whole = (key: keyof GenerationOptions, value: number | undefined, least: number) => {
-    if (value !== undefined && (!Number.isInteger(value) || value < least))
-      throw new RangeError(`${key} is ${value}; it must be a whole number of at least ${least}`);
-    return value;
+  const count = (name: keyof typeof COUNTS): number | undefined => {
+    const value = options[name];
+    const range: Range = COUNTS[name];
+    if (value !== undefined && !inRange(value, range)) throw new RangeError(`${name} is ${String(value)}; it must be ${rangeText(range)}`);
+    return value ?? defaults[name];
   };
-  if ((pick("num_beams") ?? 1) !== 1) throw new RangeError(`num_beams is ${pick("num_beams")}; beam search is not supported, only 1`);
+  const beams = options.num_beams ?? defaults.num_beams ?? 1;
+  if (beams !== 1) throw new RangeError(`num_beams is ${beams}; beam search is not supported, only 1`);
 
-  const temperature = pick("temperature") ?? 1;
-  const samples = (pick("do_sample") ?? false) && temperature !== 0;
-  const answers = whole("num_return_sequences", pick("num_return_sequences") ?? 1, 1) as number;
+  const samples = (options.do_sample ?? defaults.do_sample ?? false) && (options.temperature ?? defaults.temperature) !== 0;
+  const answers = count("num_return_sequences") ?? 1;
   if (answers > 1 && !samples)
     throw new RangeError(`num_return_sequences is ${answers}, but without do_sample all answers would be the same`);
-  const stopStrings = [options.stop_strings ?? []].flat();
+  const stopStrings = [options.stop_strings ?? defaults.stop_strings ?? []].flat();
   if (stopStrings.some((s) => typeof s !== "string" || s === "")) throw new RangeError("stop_strings must be non-empty strings");
   if (stopStrings.length && !options.tokenizer)
-    throw new RangeError("stop_strings needs the option 'tokenizer' as well, to read the answer");
+    throw new RangeError(
+      `stop_strings${options.stop_strings ? "" : " of generation_config.json"} needs the option 'tokenizer' as well, to read the answer`,
+    );
 
-  const sampling = samplingOf({ ...options, do_sample: samples }, defaults);
-  const eos =
-    options.eos_token_id === null ? [] : options.eos_token_id !== undefined ? readIds(options.eos_token_id, "eos_token_id") : undefined;
-  const maxNew = whole(
-    "max_new_tokens",
-    options.max_new_tokens ?? (options.max_length === undefined ? pick("max_new_tokens") : undefined),
-    1,
+  const { logit_bias: bias = {}, seed = randomInt(2 ** 47) } = options;
+  const entries = bias instanceof Map ? [...bias] : Object.entries(bias).map(([id, value]) => [idOf(id), value] as const);
+  const sampling = resolveSampling(
+    { ...options, logit_bias: new Map(entries.map(([id, value]) => [Number(id), value])), seed },
+    defaults,
+    samples,
   );
-  const maxLength = whole("max_length", pick("max_length"), 1);
+  const maxLength = count("max_length");
+  const own = count("max_new_tokens");
+  const maxNew = options.max_new_tokens === undefined && options.max_length !== undefined ? undefined : own;
   return {
     sampling,
-    stopIds: eos ?? endTokenIds(defaults, config),
+    stopIds: options.eos_token_id === undefined ? endTokenIds(defaults, config) : stopIdsOf(options.eos_token_id, config),
     stopStrings,
     answers,
     format: readFormat(options.response_format),
@@ -156,10 +159,16 @@ export function resolveGeneration(options: GenerationOptions, defaults: Record<s
   };
 }
 
-/** Ids that end an answer: those of generation_config.json, else of config.json. */
-export function endTokenIds(defaults: Readonly<Record<string, unknown>>, config: ErnieConfig): readonly number[] {
-  const eos = defaults["eos_token_id"];
-  return eos == null ? config.eosTokenIds : readIds(eos, "generation_config.json: eos_token_id");
+function idOf(text: string): number {
+  if (!/^\d+$/.test(text)) throw new RangeError(`logit_bias: the token id is '${text}'; it must be a whole number`);
+  return Number(text);
+}
+
+function stopIdsOf(given: NonNullable<GenerationOptions["eos_token_id"]> | null, { vocabSize }: ErnieConfig): readonly number[] {
+  const ids = given === null ? [] : readIds(given, "eos_token_id");
+  const wrong = ids.find((id) => id >= vocabSize);
+  if (wrong !== undefined) throw new RangeError(`eos_token_id: ${wrong} is outside the vocabulary of ${vocabSize}`);
+  return ids;
 }
 
 /** Prompts for `generate` and `forward`: rows of ids, and which of them are padding. */

@@ -10,9 +10,9 @@ import { ernie, parameterDtype } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
+import { type GenerationDefaults, readDefaults } from "./defaults.ts";
 import { KV_CACHE_DTYPES, KV_DTYPES, type KvCacheDtype } from "./kv.ts";
 import { thisMachine, warningsFor } from "./room.ts";
-import { checkDefaults } from "./sampling.ts";
 
 /** Formats of the weight matrices; `auto` uses each in its stored format. Norms, biases and the router are always float32. */
 export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8" | "int4";
@@ -60,13 +60,15 @@ export interface LoadOptions {
    * in the file's pages, which several processes share. Default `auto`.
    */
   readonly weights?: Residence;
-  /** Called with what may not be as intended: tensors that the model does not use, weights larger than memory, more threads than cores. Default: a process warning. */
+  /** Called with what may not be as intended: tensors that the model does not use, fields of generation_config.json without effect, weights larger than memory, more threads than cores. Default: a process warning. */
   readonly warning_callback?: (message: string) => void;
 }
 
 export interface LoadedModel {
   readonly config: ErnieConfig;
   readonly checkpoint: Checkpoint;
+  /** Of generation_config.json. */
+  readonly defaults: GenerationDefaults;
   readonly engine: Engine;
   readonly backend: Backend;
   /** The parameters as loaded, with the formats used in computation. */
@@ -87,6 +89,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     throw new RangeError(`weights '${options.weights}' is not known; known are ${RESIDENCES.join(", ")}`);
   const checkpoint = await openCheckpoint(folder);
   const config = configFor(checkpoint);
+  const generation = readDefaults(checkpoint.generationConfig ?? {}, config);
   const model = ernie(config);
   const located = locate(model.parameters, checkpoint);
   await checkTiedHead(located, checkpoint);
@@ -103,8 +106,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
     const unused = unusedText(located);
     if (unused) warn(`${folder}: ${unused}`);
-    const unread = checkDefaults(checkpoint.generationConfig ?? {}, config.vocabSize);
-    if (unread) warn(`${folder}: ${unread}`);
+    for (const message of generation.warnings) warn(`${folder}: ${message}`);
     for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
     const engine = new Engine({
@@ -118,7 +120,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
       prefixCache: options.prefix_cache,
       maxSequences: options.max_sequences,
     });
-    return { config, checkpoint, engine, backend, weights };
+    return { config, checkpoint, defaults: generation.defaults, engine, backend, weights };
   } catch (error) {
     backend.dispose();
     throw error;

@@ -9,6 +9,7 @@ import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { answerRows } from "./answers.ts";
 import { constrainBy } from "./constraint.ts";
+import type { GenerationDefaults } from "./defaults.ts";
 import { type GenerationOptions, type ModelInputs, readRows, resolveGeneration } from "./generation.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "./load.ts";
 
@@ -153,17 +154,20 @@ export class CausalLM {
   /** The model's folder. */
   readonly folder: string;
   readonly config: ErnieConfig;
-  /** generation_config.json: defaults of `generate`. */
+  /** generation_config.json as it is. */
   readonly generation_config: Readonly<Record<string, unknown>>;
+  /** What generation_config.json sets for `generate`. */
+  readonly defaults: GenerationDefaults;
   /** Instruction set and threads, for display. */
   readonly device: string;
   /** The underlying engine: `submit` streams tokens of many concurrent requests. */
   readonly engine: LoadedModel["engine"];
 
-  constructor({ config, checkpoint, engine, backend }: LoadedModel) {
+  constructor({ config, checkpoint, defaults, engine, backend }: LoadedModel) {
     this.folder = checkpoint.folder;
     this.config = config;
     this.generation_config = checkpoint.generationConfig ?? {};
+    this.defaults = defaults;
     this.engine = engine;
     this.device = `${backend.name}, ${backend.threads} thread${backend.threads === 1 ? "" : "s"}`;
   }
@@ -176,7 +180,7 @@ export class CausalLM {
   generate(options: ModelInputs & GenerationOptions & { readonly return_dict_in_generate: true }): Promise<GenerateOutput>;
   generate(options: ModelInputs & GenerationOptions): Promise<number[][]>;
   async generate(options: ModelInputs & GenerationOptions): Promise<number[][] | GenerateOutput> {
-    const settings = resolveGeneration(options, this.generation_config, this.config);
+    const settings = resolveGeneration(options, this.defaults, this.config);
     const rows = readRows(options);
     const { tokenizer } = options;
     const answers = await answerRows(this.engine, this.config.vocabSize, rows, {

@@ -78,7 +78,7 @@ async function answerMessages(
   const { prompt } = readConversation({ messages, tools, tool_choice, parallel_tool_calls, response_format });
   const { tokens, insideReasoning } = encodePrompt(tokenizer, prompt);
   const options = { tokenizer, ...generation };
-  const settings = resolveGeneration(options, model.generation_config, model.config);
+  const settings = resolveGeneration(options, model.defaults, model.config);
   const reader = () => new ReplyReader(tokenizer, { prompt, insideReasoning, stop: settings.stopStrings });
   const answers = await answerRows(model.engine, model.config.vocabSize, readRows({ input_ids: [tokens] }), {
     settings,

@@ -1,5 +1,6 @@
 /** `mixtape generate`: continues a text, or answers it, once. Knows neither conversations nor formats. */
 import type { Command } from "commander";
+import { COUNTS } from "../api/defaults.ts";
 import type { Answer } from "./answer.ts";
 import { Interrupted, onInterrupt, UsageError } from "./failure.ts";
 import { addFormatOptions, type FormatFlags, readFormatFlags } from "./format.ts";
@@ -11,7 +12,7 @@ import {
   type ModelFlags,
   type SamplingFlags,
   tokenIds,
-  whole,
+  within,
 } from "./options.ts";
 import { encodePrompt, type Prompt, type PromptFlags, readPrompt } from "./prompt.ts";
 import { notice } from "./terminal.ts";
@@ -32,7 +33,7 @@ export function addGenerate(program: Command): void {
     .option("--text", "with --ids: print text")
     .option("--chat", "send the prompt as a user message, with the model's chat template")
     .option("--json", "print one JSON object when the answer is complete")
-    .option("--num-return-sequences <n>", "answers to the prompt; more than one are sampled", whole(1), 1);
+    .option("--num-return-sequences <n>", "answers to the prompt; more than one are sampled", within(COUNTS.num_return_sequences), 1);
   addFormatOptions(command);
   addSamplingOptions(addModelOptions(command))
     .addHelpText(

@@ -1,10 +1,12 @@
 /** Options shared by several commands: strict parsing, and conversion to the library's options. Knows no command. */
 import { randomInt } from "node:crypto";
 import { type Command, InvalidArgumentError, Option } from "commander";
+import { COUNTS } from "../api/defaults.ts";
 import type { GenerationOptions } from "../api/generation.ts";
 import { KV_CACHE_DTYPES, type KvCacheDtype } from "../api/kv.ts";
 import type { LoadOptions } from "../api/load.ts";
 import { RESIDENCES, type Residence } from "../api/residence.ts";
+import { BIAS_RANGE, inRange, RANGES, type Range, rangeText } from "../engine/sampling.ts";
 import { displayWidth, padEnd } from "./terminal.ts";
 
 /** Which model to use and how to run it. */
@@ -96,20 +98,26 @@ export function loadOptions(flags: ModelFlags): LoadOptions {
 
 /** Adds the sampling options. Defaults come from the model's generation_config.json. */
 export function addSamplingOptions(command: Command): Command {
-  const noRepeat = new Option("--no-repeat-ngram-size <n>", "never repeat a sequence of n tokens; 0: off").argParser(whole(0));
+  const noRepeat = new Option("--no-repeat-ngram-size <n>", "never repeat a sequence of n tokens; 0: off").argParser(
+    within(RANGES.no_repeat_ngram_size),
+  );
   noRepeat.negate = false; // otherwise `--no-` would negate an option --repeat-ngram-size
   return command
     .optionsGroup("Sampling options (defaults: the model's generation_config.json):")
-    .option("--max-new-tokens <n>", "longest answer in tokens", whole(1))
-    .option("--temperature <x>", "below 1 sharpens, above 1 flattens, 0 is greedy", real(0))
-    .option("--top-k <n>", "sample from the n likeliest tokens; 0: all", whole(0))
-    .option("--top-p <x>", "sample from the likeliest tokens whose probabilities add up to this", real(0, 1))
-    .option("--min-p <x>", "sample from tokens at least this fraction as likely as the likeliest", real(0, 1))
-    .option("--repetition-penalty <x>", "above 1: avoid tokens that have occurred, prompt included", real(0))
-    .option("--presence-penalty <x>", "above 0: avoid tokens that have occurred in the answer", real())
-    .option("--frequency-penalty <x>", "above 0: avoid tokens the more often they have occurred in the answer", real())
+    .option("--max-new-tokens <n>", "longest answer in tokens", within(COUNTS.max_new_tokens))
+    .option("--temperature <x>", "below 1 sharpens, above 1 flattens, 0 is greedy", within(RANGES.temperature))
+    .option("--top-k <n>", "sample from the n likeliest tokens; 0: all", within(RANGES.top_k))
+    .option("--top-p <x>", "sample from the likeliest tokens whose probabilities add up to this", within(RANGES.top_p))
+    .option("--min-p <x>", "sample from tokens at least this fraction as likely as the likeliest", within(RANGES.min_p))
+    .option("--repetition-penalty <x>", "above 1: avoid tokens that have occurred, prompt included", within(RANGES.repetition_penalty))
+    .option("--presence-penalty <x>", "above 0: avoid tokens that have occurred in the answer", within(RANGES.presence_penalty))
+    .option(
+      "--frequency-penalty <x>",
+      "above 0: avoid tokens the more often they have occurred in the answer",
+      within(RANGES.frequency_penalty),
+    )
     .addOption(noRepeat)
-    .option("--seed <n>", "make sampling repeatable", whole(0))
+    .option("--seed <n>", "make sampling repeatable", within(RANGES.seed))
     .addOption(new Option("--greedy", "always take the likeliest token").conflicts([...SAMPLERS]))
     .option("--stop <text>", "end the answer before this text (repeatable)", collectText)
     .option("--logit-bias <id=value>", "add to a token's logit, -inf forbids it (repeatable)", collectBias);
@@ -146,12 +154,11 @@ export function whole(least: number): (text: string) => number {
   };
 }
 
-/** Parses a number, strictly: neither trailing text nor infinity. */
-export function real(least = Number.NEGATIVE_INFINITY, most = Number.POSITIVE_INFINITY): (text: string) => number {
-  const range = Number.isFinite(most) ? ` from ${least} to ${most}` : Number.isFinite(least) ? ` of at least ${least}` : "";
+/** Parses a number of a range, strictly: no trailing text, and whole numbers as digits only. */
+export function within(range: Range): (text: string) => number {
   return (text) => {
-    const value = parseReal(text);
-    if (!Number.isFinite(value) || value < least || value > most) throw new InvalidArgumentError(`It must be a number${range}.`);
+    const value = range.whole && !/^\+?\d+$/.test(text) ? Number.NaN : parseReal(text);
+    if (!inRange(value, range)) throw new InvalidArgumentError(`It must be ${rangeText(range)}.`);
     return value;
   };
 }
@@ -183,7 +190,9 @@ function collectText(text: string, before: readonly string[] = []): readonly str
 
 function collectBias(text: string, before: ReadonlyMap<number, number> = new Map()): ReadonlyMap<number, number> {
   const [, id, amount] = /^(\d+)=(.+)$/.exec(text) ?? [];
-  const value = /^-inf(inity)?$/i.test(amount ?? "") ? Number.NEGATIVE_INFINITY : parseReal(amount ?? "");
-  if (id === undefined || Number.isNaN(value)) throw new InvalidArgumentError("It must be like 42=-1.5, or 42=-inf to forbid token 42.");
+  if (id === undefined || amount === undefined) throw new InvalidArgumentError("It must be like 42=-1.5, or 42=-inf to forbid token 42.");
+  const value = /^-inf(inity)?$/i.test(amount) ? Number.NEGATIVE_INFINITY : parseReal(amount);
+  if (value !== Number.NEGATIVE_INFINITY && !inRange(value, BIAS_RANGE))
+    throw new InvalidArgumentError(`The bias must be ${rangeText(BIAS_RANGE)}, or -inf to forbid the token.`);
   return new Map([...before, [Number(id), value]]);
 }

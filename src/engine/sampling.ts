@@ -1,4 +1,4 @@
-/** How a token is sampled from logits: the controls, their validation, and their layout for the kernels. Does not sample. */
+/** How a token is sampled from logits: the controls, their ranges, and their layout for the kernels. Does not sample. */
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
 
 /** Controls of one sequence. Applied in transformers' order: bias, penalties, n-grams, temperature, top-k, top-p, min-p. */
@@ -7,7 +7,7 @@ export interface Sampling {
   readonly temperature: number;
   /** 0: no limit. */
   readonly topK: number;
-  /** 1: no limit. */
+  /** 1: no limit; 0: only the likeliest token. */
   readonly topP: number;
   /** 0: no limit. */
   readonly minP: number;
@@ -38,42 +38,79 @@ export const GREEDY: Sampling = {
   seed: 0,
 };
 
-/** Beyond this, sums and quotients of logits would overflow float32, in which they are computed. */
-const LARGEST = 1_000_000;
-/** Quotients by less than this overflow too, and the likeliest token has all of the probability long before. */
-const LEAST_TEMPERATURE = 1e-5;
-/** Controls are passed as 32-bit integers; a larger count is no limit in any case. */
-const LARGEST_COUNT = 2 ** 31 - 1;
+/** The numbers that a control may have. */
+export interface Range {
+  readonly least: number;
+  readonly most: number;
+  /** Only whole numbers. */
+  readonly whole?: true;
+}
+
+/**
+ * The ranges of the controls, by the names that users know: for the library, the server, the command line and generation_config.json.
+ * Products of all the largest still fit float32.
+ */
+export const RANGES = {
+  temperature: { least: 0, most: 1e6 },
+  top_k: { least: 0, most: Number.MAX_SAFE_INTEGER, whole: true },
+  top_p: { least: 0, most: 1 },
+  min_p: { least: 0, most: 1 },
+  repetition_penalty: { least: 0.01, most: 1e6 },
+  presence_penalty: { least: -1e6, most: 1e6 },
+  frequency_penalty: { least: -1e6, most: 1e6 },
+  no_repeat_ngram_size: { least: 0, most: Number.MAX_SAFE_INTEGER, whole: true },
+  seed: { least: 0, most: Number.MAX_SAFE_INTEGER, whole: true },
+} as const satisfies Record<string, Range>;
+export type Control = keyof typeof RANGES;
+
+/** Of a bias; minus infinity, which forbids a token, is allowed as well. */
+export const BIAS_RANGE: Range = { least: -1e6, most: 1e6 };
+
+/** Lower temperatures are greedy: float32 cannot hold logits divided by them. */
+const LOWEST_TEMPERATURE = 1e-5;
+/** Larger numbers of tokens mean the same as this one, which no vocabulary and no context exceeds. */
+const MOST_INT32 = 2 ** 31 - 1;
+
+export function inRange(value: unknown, { least, most, whole }: Range): value is number {
+  return typeof value === "number" && value >= least && value <= most && (!whole || Number.isInteger(value));
+}
+
+/** `a number from 0 to 1`. */
+export function rangeText({ least, most, whole }: Range): string {
+  const end = most === Number.MAX_SAFE_INTEGER ? "2^53 - 1" : String(most);
+  return `a ${whole ? "whole " : ""}number from ${least} to ${end}`;
+}
 
 /** Throws a RangeError that names the control, the value given and the values allowed. */
 export function checkSampling(s: Sampling, vocabSize: number): void {
-  const check = (name: string, value: number, ok: boolean, allowed: string) => {
-    if (!ok || typeof value !== "number") throw new RangeError(`${name} is ${value}; it must be ${allowed}`);
+  const values: Record<Control, unknown> = {
+    temperature: s.temperature,
+    top_k: s.topK,
+    top_p: s.topP,
+    min_p: s.minP,
+    repetition_penalty: s.repetitionPenalty,
+    presence_penalty: s.presencePenalty,
+    frequency_penalty: s.frequencyPenalty,
+    no_repeat_ngram_size: s.noRepeatNgram,
+    seed: s.seed,
   };
-  check("temperature", s.temperature, s.temperature >= 0 && s.temperature <= LARGEST, `from 0 to ${LARGEST}`);
-  check("top_k", s.topK, Number.isInteger(s.topK) && s.topK >= 0, "a whole number of at least 0");
-  check("top_p", s.topP, s.topP > 0 && s.topP <= 1, "above 0 and at most 1");
-  check("min_p", s.minP, s.minP >= 0 && s.minP <= 1, "from 0 to 1");
-  check(
-    "repetition_penalty",
-    s.repetitionPenalty,
-    s.repetitionPenalty >= 0.01 && s.repetitionPenalty <= LARGEST,
-    `from 0.01 to ${LARGEST}`,
-  );
-  const [small, near] = [(value: number) => Math.abs(value) <= LARGEST, `from ${-LARGEST} to ${LARGEST}`];
-  check("presence_penalty", s.presencePenalty, small(s.presencePenalty), near);
-  check("frequency_penalty", s.frequencyPenalty, small(s.frequencyPenalty), near);
-  check("no_repeat_ngram_size", s.noRepeatNgram, Number.isInteger(s.noRepeatNgram) && s.noRepeatNgram >= 0, "a whole number of at least 0");
-  check("seed", s.seed, Number.isSafeInteger(s.seed) && s.seed >= 0, "a whole number from 0 to 2^53 - 1");
+  for (const name of Object.keys(RANGES) as Control[])
+    if (!inRange(values[name], RANGES[name]))
+      throw new RangeError(`${name} is ${String(values[name])}; it must be ${rangeText(RANGES[name])}`);
   for (const [id, bias] of s.logitBias) {
-    check("logit_bias: the token id", id, Number.isInteger(id) && id >= 0 && id < vocabSize, `a whole number below ${vocabSize}`);
-    check(
-      `logit_bias: the bias of token ${id}`,
-      bias,
-      small(bias) || bias === Number.NEGATIVE_INFINITY,
-      `${near}, or -Infinity to forbid the token`,
-    );
+    if (!inRange(id, { least: 0, most: vocabSize - 1, whole: true }))
+      throw new RangeError(`logit_bias: the token id is ${id}; it must be a whole number below ${vocabSize}`);
+    if (bias !== Number.NEGATIVE_INFINITY && !inRange(bias, BIAS_RANGE))
+      throw new RangeError(
+        `logit_bias: the bias of token ${id} is ${bias}; it must be ${rangeText(BIAS_RANGE)}, or -Infinity to forbid the token`,
+      );
   }
+}
+
+/** The seed of an answer among several to one prompt: they count up, from the largest on to 0. */
+export function seedOf(seed: number, index: number): number {
+  const left = RANGES.seed.most - seed;
+  return index <= left ? seed + index : index - left - 1;
 }
 
 /** What the controls of one output row need to know about its sequence. */
@@ -113,8 +150,8 @@ export function layOut(rows: readonly SampledRow[]): Controls {
   rows.forEach(({ sampling: s, tokens, promptCount, mask }, r) => {
     const seen = looksBack(s) ? tokens.length : 0;
     const row: Record<(typeof SAMPLING_INTS)[number], number> = {
-      topK: Math.min(s.topK, LARGEST_COUNT),
-      noRepeatNgram: Math.min(s.noRepeatNgram, LARGEST_COUNT),
+      topK: Math.min(s.topK, MOST_INT32),
+      noRepeatNgram: Math.min(s.noRepeatNgram, MOST_INT32),
       seedLow: (s.seed % 2 ** 32) | 0,
       seedHigh: Math.floor(s.seed / 2 ** 32),
       step: tokens.length,
@@ -126,7 +163,7 @@ export function layOut(rows: readonly SampledRow[]): Controls {
       mask: mask ? maskCount++ : -1,
     };
     SAMPLING_FLOATS.forEach((name, i) => {
-      floats[r * SAMPLING_FLOATS.length + i] = name === "temperature" && s[name] < LEAST_TEMPERATURE ? 0 : s[name];
+      floats[r * SAMPLING_FLOATS.length + i] = name === "temperature" && s.temperature < LOWEST_TEMPERATURE ? 0 : s[name];
     });
     SAMPLING_INTS.forEach((name, i) => {
       ints[r * SAMPLING_INTS.length + i] = row[name];

@@ -220,7 +220,7 @@ function readMoe(whole: ReadNumber, real: ReadNumber, layers: number): MoeConfig
   };
 }
 
-function show(value: unknown): string {
+export function show(value: unknown): string {
   return value === undefined ? "missing" : shortened(value === Number.POSITIVE_INFINITY ? "infinite" : JSON.stringify(value));
 }
 

@@ -1,5 +1,5 @@
 /** Models by name: loaded on first use, shared by all requests, unloaded when idle or when memory is needed. Knows no request. */
-import { endTokenIds } from "../api/generation.ts";
+import { endTokenIds, type GenerationDefaults } from "../api/defaults.ts";
 import { KV_DTYPES } from "../api/kv.ts";
 import { type LoadedModel, loadModel } from "../api/load.ts";
 import { isBundled, resolvePretrained } from "../api/model.ts";
@@ -30,8 +30,8 @@ export interface NamedModel {
   readonly dtype: string;
   readonly encoder: Encoder;
   readonly grammars: Grammars;
-  /** generation_config.json: defaults of the sampling controls. */
-  readonly generationConfig: Readonly<Record<string, unknown>>;
+  /** Of generation_config.json. */
+  readonly defaults: GenerationDefaults;
 }
 
 export interface CatalogOptions {
@@ -153,7 +153,7 @@ export class Catalog {
       const folder = await resolvePretrained(path, { local_files_only: this.#options.offline || undefined });
       const { weightBytes, kvTokens } = await this.#reserve(entry, folder);
       const tokenizer = await openTokenizer(folder);
-      const { config, checkpoint, engine, weights } = await loadModel(folder, {
+      const { config, defaults, engine, weights } = await loadModel(folder, {
         dtype,
         threads,
         kv_cache_dtype: kvCacheDtype,
@@ -164,7 +164,6 @@ export class Catalog {
         warning_callback: (warning) => onEvent("loading", name, { warning }),
       });
       entry.bytes = weightBytes + engine.cache.count * BLOCK_TOKENS * engine.kvBytesPerToken;
-      const generationConfig = checkpoint.generationConfig ?? {};
       entry.model = {
         name,
         created: entry.created,
@@ -172,9 +171,9 @@ export class Catalog {
         tokenizer,
         engine,
         dtype: mainFormat(weights),
-        generationConfig,
+        defaults,
         encoder: new Encoder(folder, tokenizer, this.#turns),
-        grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(generationConfig, config), this.#turns),
+        grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(defaults, config), this.#turns),
       };
       onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes });
       return entry.model;

@@ -1,6 +1,6 @@
 /** Numbers at their extremes, from every side: each is honoured, or refused by name. And the defaults of generation_config.json. */
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { checkDefaults, samplingOf } from "../../src/api/sampling.ts";
+import { readDefaults, resolveSampling } from "../../src/api/defaults.ts";
 import { checkSampling } from "../../src/engine/sampling.ts";
 import { AutoModelForCausalLM, type CausalLM } from "../../src/index.ts";
 import { chatRequest, completionRequest } from "../../src/server/http/openai/request.ts";
@@ -54,7 +54,7 @@ describe("extremes", () => {
   test.each([
     ["temperature", [-1, -1e-45, 1e39, 1_000_001, Number.NaN, Number.POSITIVE_INFINITY, "1"]],
     ["top_k", [-1, 1.5, Number.NaN, "4"]],
-    ["top_p", [0, -0, 1.1, Number.NaN]],
+    ["top_p", [-1e-9, 1.1, Number.NaN]],
     ["min_p", [-1e-9, 1.1, Number.NaN]],
     ["repetition_penalty", [0, 1e-3, 1e39, Number.NaN]],
     ["presence_penalty", [1e39, -1e39, Number.NaN, Number.NEGATIVE_INFINITY]],
@@ -87,7 +87,7 @@ describe("the defaults of generation_config.json", () => {
   const body = { model: "m", messages: [{ role: "user", content: "x" }], seed: 1 } as unknown as ChatBody;
 
   test("mean the same to the library and to the server's chats and completions", () => {
-    const library = samplingOf({ seed: 1 }, DEFAULTS);
+    const library = resolveSampling({ seed: 1 }, DEFAULTS, true);
     expect(library).toMatchObject({ temperature: 0.7, topK: 20, topP: 0.8, minP: 0.05, repetitionPenalty: 1.1, noRepeatNgram: 3 });
     expect(library).toMatchObject({ presencePenalty: 0.2, frequencyPenalty: 0.1 });
     expect(chatRequest(body, DEFAULTS, who).sampling).toEqual(library);
@@ -100,7 +100,7 @@ describe("the defaults of generation_config.json", () => {
     expect(chatRequest(asked, DEFAULTS, who).sampling).toMatchObject({
       temperature: 1.5,
       topK: 20,
-      topP: Number.EPSILON,
+      topP: 0,
       noRepeatNgram: 3,
     });
     expect(chatRequest({ ...body, temperature: 0 } as ChatBody, DEFAULTS, who).sampling).toMatchObject({ temperature: 0, topK: 0 });
@@ -110,24 +110,20 @@ describe("the defaults of generation_config.json", () => {
   test.each([
     [{ temperature: "hot" }, 'generation_config.json: temperature is "hot"; it must be a number'],
     [{ do_sample: "yes" }, 'generation_config.json: do_sample is "yes"; it must be true or false'],
-    [{ top_p: 1.5 }, "generation_config.json: top_p is 1.5; it must be above 0 and at most 1"],
-    [{ top_k: -1 }, "generation_config.json: top_k is -1; it must be a whole number of at least 0"],
-    [{ repetition_penalty: 0 }, "generation_config.json: repetition_penalty is 0; it must be from 0.01 to 1000000"],
+    [{ top_p: 1.5 }, "generation_config.json: top_p is 1.5; it must be a number from 0 to 1"],
+    [{ top_k: -1 }, "generation_config.json: top_k is -1; it must be a whole number from 0 to 2^53 - 1"],
+    [{ repetition_penalty: 0 }, "generation_config.json: repetition_penalty is 0; it must be a number from 0.01 to 1000000"],
   ])("%j is an error that names file and field", (defaults, message) => {
-    expect(() => checkDefaults(defaults, 100)).toThrow(message);
+    expect(() => readDefaults(defaults, { vocabSize: 100 })).toThrow(message);
   });
 
-  test("that nothing reads are named", () => {
-    expect(
-      checkDefaults({ ...DEFAULTS, num_beams: 1, min_length: 0, bad_words_ids: null, suppress_tokens: [], typical_p: 1 }, 100),
-    ).toBeNull();
-    expect(checkDefaults({ bad_words_ids: [[1]] }, 100)).toBe("generation_config.json sets bad_words_ids, which has no effect here");
-    expect(checkDefaults({ min_new_tokens: 5, num_beams: 4 }, 100)).toBe(
-      "generation_config.json sets min_new_tokens, num_beams, which have no effect here",
-    );
+  test("that have no effect are named", () => {
+    const warnings = (raw: object) => readDefaults({ ...raw }, { vocabSize: 100 }).warnings.join("; ");
+    expect(warnings({ ...DEFAULTS, num_beams: 1, min_length: 0, bad_words_ids: null, suppress_tokens: [], typical_p: 1 })).toBe("");
+    expect(warnings({ min_new_tokens: 5, num_beams: 4 })).toMatch(/min_new_tokens has no effect.*num_beams has no effect/);
   });
 
   test("are within the engine's ranges for the bundled model", () => {
-    expect(() => checkSampling(samplingOf({ seed: 0 }, DEFAULTS), 20_480)).not.toThrow();
+    expect(() => checkSampling(resolveSampling({ seed: 0 }, DEFAULTS, true), 20_480)).not.toThrow();
   });
 });

@@ -2,7 +2,7 @@
  * From a request to the events of its answer: encodes the prompt, constrains the answer to its format, and submits it to the
  * engine. HTTP and gRPC both build on it. Knows no protocol.
  */
-import { endTokenIds } from "../../api/generation.ts";
+import { endTokenIds } from "../../api/defaults.ts";
 import { anyOf } from "../../api/signal.ts";
 import { TAGS } from "../../chat/dialect.ts";
 import { shapeOf } from "../../chat/format.ts";
@@ -25,7 +25,7 @@ export async function* complete(
   request: CompletionRequest,
   onUsage: (usage: Usage) => void,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
-  const { config, generationConfig } = model;
+  const { config, defaults } = model;
   const prompt = await encoded(model, request);
   if (prompt === null) return;
   const maxNewTokens = roomFor(model, prompt.tokens.length, request);
@@ -36,7 +36,7 @@ export async function* complete(
     tokens: prompt.tokens,
     sampling: request.sampling,
     maxNewTokens,
-    stopIds: endTokenIds(generationConfig, config),
+    stopIds: endTokenIds(defaults, config),
     topLogprobs: request.logprobs ?? 0,
     wantRouting: request.routing && config.moe !== null,
     owner: request.owner,

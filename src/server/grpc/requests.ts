@@ -147,11 +147,12 @@ export function readNamed({ model }: Named): Named {
 
 /** Throws ServerError `invalid_request`, as `chatCompletionRequest` does. */
 export function generateRequest(model: NamedModel, { body, prompt, format }: Generate, who: Who): CompletionRequest {
-  return { ...completionRequest(body, prompt, model.generationConfig, who), maxTokens: body.max_tokens ?? null, format };
+  const { defaults } = model;
+  return { ...completionRequest(body, prompt, defaults, who), maxTokens: body.max_tokens ?? defaults.max_new_tokens ?? null, format };
 }
 
 export function chatCompletionRequest(model: NamedModel, { body }: Chat, who: Who): CompletionRequest {
-  return chatRequest(body, model.generationConfig, who);
+  return chatRequest(body, model.defaults, who);
 }
 
 type Who = Pick<CompletionRequest, "owner" | "signal">;

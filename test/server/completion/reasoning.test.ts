@@ -64,7 +64,7 @@ async function replaying(tokenizer: Tokenizer, tokens: readonly number[]): Promi
   } as unknown as NamedModel["engine"];
   const grammars = new Grammars(tokenizer, config.vocabSize, config.eosTokenIds);
   const encoder = new Encoder(SOURCE, tokenizer);
-  return { model: { name: "m", created: 0, config, tokenizer, engine, dtype: "bf16", encoder, grammars, generationConfig: {} }, asked };
+  return { model: { name: "m", created: 0, config, tokenizer, engine, dtype: "bf16", encoder, grammars, defaults: {} }, asked };
 }
 
 const WEATHER = { name: "weather", parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] } };

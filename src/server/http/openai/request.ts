@@ -1,9 +1,10 @@
 /** From the bodies of OpenAI's clients to requests for answers. Throws ServerError for fields that contradict each other. Knows no HTTP. */
+import { randomInt } from "node:crypto";
 import type { z } from "zod";
-import { samplingOf } from "../../../api/sampling.ts";
+import { type GenerationDefaults, resolveSampling } from "../../../api/defaults.ts";
 import { readConversation } from "../../../chat/conversation.ts";
 import type { Prompt } from "../../../chat/prompt.ts";
-import type { Sampling } from "../../../engine/sampling.ts";
+import { type Sampling, seedOf } from "../../../engine/sampling.ts";
 import type { Message } from "../../../tokenizer/template.ts";
 import type { CompletionRequest } from "../../completion/request.ts";
 import { ServerError } from "../../errors.ts";
@@ -23,7 +24,7 @@ const TEMPLATE_OPTIONS = [
 /** The request for one answer. Throws ServerError `invalid_request`, PromptError or GrammarError for fields that contradict each other. */
 export function chatRequest(
   body: ChatBody,
-  defaults: Readonly<Record<string, unknown>>,
+  defaults: GenerationDefaults,
   who: Pick<CompletionRequest, "owner" | "signal">,
 ): CompletionRequest {
   if (body.top_logprobs && !body.logprobs)
@@ -38,9 +39,9 @@ export function chatRequest(
   });
   return {
     prompt,
-    sampling: samplingFor(body, defaults),
-    maxTokens: body.max_completion_tokens ?? body.max_tokens ?? null,
-    stop: stopsOf(body.stop),
+    sampling: samplingOf(body, defaults),
+    maxTokens: body.max_completion_tokens ?? body.max_tokens ?? defaults.max_new_tokens ?? null,
+    stop: stopsOf(body.stop ?? defaults.stop_strings),
     format,
     logprobs: body.logprobs ? (body.top_logprobs ?? 0) : null,
     routing: body.routing ?? false,
@@ -51,7 +52,7 @@ export function chatRequest(
 export function completionRequest(
   body: CompletionBody,
   prompt: Prompt,
-  defaults: Readonly<Record<string, unknown>>,
+  defaults: GenerationDefaults,
   who: Pick<CompletionRequest, "owner" | "signal">,
 ): CompletionRequest {
   if (body.echo && body.logprobs != null)
@@ -60,9 +61,9 @@ export function completionRequest(
     });
   return {
     prompt,
-    sampling: samplingFor(body, defaults),
+    sampling: samplingOf(body, defaults),
     maxTokens: body.max_tokens ?? 16,
-    stop: stopsOf(body.stop),
+    stop: stopsOf(body.stop ?? defaults.stop_strings),
     format: { kind: "text" },
     logprobs: body.logprobs ?? null,
     routing: body.routing ?? false,
@@ -73,7 +74,7 @@ export function completionRequest(
 /** One request per answer: `n` for each prompt. Throws ServerError `invalid_request`. */
 export function completionRequests(
   body: CompletionBody,
-  defaults: Readonly<Record<string, unknown>>,
+  defaults: GenerationDefaults,
   who: Pick<CompletionRequest, "owner" | "signal">,
 ): CompletionRequest[] {
   const prompts = promptsOf(body.prompt);
@@ -89,7 +90,7 @@ export function completionRequests(
 export function several(request: CompletionRequest, n: number): CompletionRequest[] {
   return Array.from({ length: n }, (_, i) => ({
     ...request,
-    sampling: { ...request.sampling, seed: (request.sampling.seed + i) % (2 ** 53 - 1) },
+    sampling: { ...request.sampling, seed: seedOf(request.sampling.seed, i) },
   }));
 }
 
@@ -110,23 +111,15 @@ export function messagesOf(messages: z.infer<typeof message>[]): Message[] {
   return messages.map((m) => ({ ...m, role: m.role === "developer" ? "system" : m.role }) as Message);
 }
 
-function samplingFor(
-  { top_p, seed, ...body }: Pick<ChatBody, keyof typeof sampling>,
-  defaults: Readonly<Record<string, unknown>>,
-): Sampling {
-  // A model whose generation_config does not sample is greedy unless the request asks for a distribution.
-  const samples = body.temperature != null ? body.temperature > 0 : top_p != null ? true : null;
-  return samplingOf(
-    {
-      ...body,
-      do_sample: samples,
-      top_p: top_p === 0 ? Number.EPSILON : top_p, // only the likeliest token
-      seed: seed == null ? null : seed < 0 ? seed + 2 ** 53 : Math.min(seed, 2 ** 53 - 1),
-    },
-    defaults,
-  );
+function samplingOf(body: Pick<ChatBody, keyof typeof sampling>, defaults: GenerationDefaults): Sampling {
+  // A model whose generation_config does not sample is greedy unless the request gives a temperature.
+  const samples = body.temperature != null ? body.temperature > 0 : defaults.do_sample === true || body.top_p != null;
+  const seed = body.seed ?? randomInt(2 ** 47);
+  const bias = Object.entries(body.logit_bias ?? {}).map(([id, value]) => [Number(id), value] as const);
+  // Negative seeds count back from 2^53.
+  return resolveSampling({ ...body, logit_bias: new Map(bias), seed: seed < 0 ? seed + 2 ** 53 : seed }, defaults, samples);
 }
 
-function stopsOf(stop: string | string[] | null | undefined): string[] {
+function stopsOf(stop: string | readonly string[] | undefined): string[] {
   return [stop ?? []].flat().filter((s) => s !== "");
 }

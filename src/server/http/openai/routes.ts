@@ -28,7 +28,7 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
       withModel(context, callerOf(request), request.body.model, async (model) => {
         const { body } = request;
         const who = { owner: callerOf(request).id, signal: signalOf(reply) };
-        const base = chatRequest(body, model.generationConfig, who);
+        const base = chatRequest(body, model.defaults, who);
         const requests = several(base, body.n ?? 1);
         const head = { id: `chatcmpl-${randomUUID()}`, created: now(), model: model.name };
         const answers = requests.map(() => new ChatChoice());
@@ -67,7 +67,7 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
     withModel(context, callerOf(request), request.body.model, async (model) => {
       const { body } = request;
       const who = { owner: callerOf(request).id, signal: signalOf(reply) };
-      const requests = completionRequests(body, model.generationConfig, who);
+      const requests = completionRequests(body, model.defaults, who);
       const echo = async ({ prompt, signal, owner }: CompletionRequest) => {
         const { tokens } = await model.encoder.encode(prompt, signal, { owner, mostTokens: contextLength(model) });
         return detokenize(model, tokens, false, "prompt", signal, owner);

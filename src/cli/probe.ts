@@ -5,6 +5,7 @@
 import { readFileSync } from "node:fs";
 import { kvCacheName } from "../api/kv.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "../api/load.ts";
+import type { Placement } from "../backend/backend.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { GREEDY } from "../engine/sampling.ts";
 import { oneLine } from "./failure.ts";
@@ -43,6 +44,10 @@ export interface MemoryUse {
   readonly privateBytes: number | null;
   /** File-backed pages, which the system can drop and share. */
   readonly mappedBytes: number | null;
+  /** Where the weights are. */
+  readonly weights: Placement["state"];
+  /** Memory behind the weights on huge pages; 0 where the system does not tell. */
+  readonly hugeBytes: number;
 }
 
 export interface OpTime {
@@ -88,7 +93,7 @@ async function answer(request: Request): Promise<unknown> {
     case "profile":
       return profile(request);
     case "memory":
-      return memory();
+      return { ...memory(), ...(await pages()) };
     default:
       return request satisfies never;
   }
@@ -166,7 +171,12 @@ function stepsOf(tokens: number): number[] {
   return Array.from({ length: Math.ceil(tokens / STEP_ROWS) }, (_, i) => Math.min(STEP_ROWS, tokens - i * STEP_ROWS));
 }
 
-function memory(): MemoryUse {
+async function pages(): Promise<Pick<MemoryUse, "weights" | "hugeBytes">> {
+  const { engine } = loaded();
+  return { weights: engine.placement().state, hugeBytes: (await engine.pages()).huge };
+}
+
+function memory(): Omit<MemoryUse, "weights" | "hugeBytes"> {
   try {
     const status = readFileSync("/proc/self/status", "utf8");
     const bytes = (name: string) => Number(new RegExp(`^${name}:\\s*(\\d+) kB`, "m").exec(status)?.[1] ?? Number.NaN) * 1024;

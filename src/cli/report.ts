@@ -64,6 +64,7 @@ function describe(m: Measured): string[] {
     row("parameters", `${formatCount(total)}, ${formatCount(active)} active`),
     row("weights", formatBytes(m.weight_bytes), dim(`${formatBytes(m.weight_bytes_per_token)} read per token`)),
     row("peak memory", formatBytes(memory.peak_bytes), parts),
+    row("weights' pages", memory.weights, dim(memory.huge_page_bytes > 0 ? `${formatBytes(memory.huge_page_bytes)} on huge pages` : "")),
     row("ready", spreadOf(load.ready_seconds, seconds)),
     row("first token", spreadOf(load.first_token_seconds, seconds)),
     "",

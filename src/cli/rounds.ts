@@ -3,6 +3,7 @@
  * limits, so that a temporary slowdown of the machine affects all alike. Every prompt is new, warm-up included; within a round
  * all models get the same ones. The models have no prefix cache.
  */
+import { setTimeout as sleep } from "node:timers/promises";
 import { instructionSets, type MachineLimits, machineLimits } from "../backend/native.ts";
 import { UsageError } from "./failure.ts";
 import type { Loaded, MemoryUse, Profile } from "./probe.ts";
@@ -36,7 +37,15 @@ export interface Measured {
     readonly float_ops_per_second: Spread;
   };
   readonly load: { readonly ready_seconds: Spread; readonly first_token_seconds: Spread };
-  readonly memory: { readonly peak_bytes: number; readonly private_bytes: number | null; readonly mapped_bytes: number | null };
+  readonly memory: {
+    readonly peak_bytes: number;
+    readonly private_bytes: number | null;
+    readonly mapped_bytes: number | null;
+    /** Where the weights were: `mapped` or `resident`. */
+    readonly weights: MemoryUse["weights"];
+    /** Memory behind the weights on huge pages. */
+    readonly huge_page_bytes: number;
+  };
   readonly prompt: readonly Rate[];
   readonly generation: readonly (Rate & { readonly new_tokens: number })[];
   readonly profile?: readonly ProfiledPhase[];
@@ -73,6 +82,8 @@ export interface ProfiledOp {
 
 const LOADS = 3;
 const WARM_UPS = 8;
+/** How often weights that move to huge pages are asked how far they are. */
+const MOVING_MS = 200;
 
 /** Measures settings in turns: A B A B. Throws when a model cannot be loaded or has no room for the lengths. */
 export async function measureInTurns(
@@ -118,10 +129,11 @@ function seeds(): () => number {
   return () => ++last;
 }
 
-/** Prepares programs, and processes prompts until hardly any page of the weights is new to the process. */
+/** Prepares programs, and processes prompts until hardly any page of the weights is new to the process, and none moves to huge pages. */
 async function warmUp(subject: Subject, { promptLengths, contexts }: Schedule, seed: () => number): Promise<void> {
   for (const tokens of promptLengths) await subject.ask({ kind: "prompt", tokens, seed: seed() });
   await subject.ask({ kind: "generate", context: contexts[0], newTokens: 1, seed: seed() });
+  while ((await subject.ask({ kind: "memory" })).weights === "moving") await sleep(MOVING_MS);
   let mapped = (await subject.ask({ kind: "memory" })).mappedBytes;
   for (let i = 1; mapped !== null && i <= WARM_UPS; i++) {
     await subject.ask({ kind: "prompt", tokens: Math.max(...promptLengths), seed: seed() });
@@ -220,7 +232,13 @@ class Run {
         ready_seconds: spread(this.#loads.map((l) => l.readySeconds)),
         first_token_seconds: spread(this.#loads.map((l) => l.firstTokenSeconds)),
       },
-      memory: { peak_bytes: memory.peakBytes, private_bytes: memory.privateBytes, mapped_bytes: memory.mappedBytes },
+      memory: {
+        peak_bytes: memory.peakBytes,
+        private_bytes: memory.privateBytes,
+        mapped_bytes: memory.mappedBytes,
+        weights: memory.weights,
+        huge_page_bytes: memory.hugeBytes,
+      },
       prompt: promptLengths.map((tokens) => rate("prompt", tokens, promptLimit(work, machine, tokens))),
       generation: contexts.map((tokens) => ({
         ...rate("generation", tokens, generationLimit(work, machine)),

@@ -158,6 +158,11 @@ export class Engine {
     return { ...this.#weights.placement(), ownedBytes: this.#weights.ownedBytes };
   }
 
+  /** Bytes of memory behind the weights, by kind of page. */
+  pages(): ReturnType<Weights["pages"]> {
+    return this.#weights.pages();
+  }
+
   /** Names of the weights that each op reads. Empty before the first step. */
   weightsByOp(): ReadonlyMap<string, ReadonlySet<string>> {
     return this.#programs.weightsByOp();

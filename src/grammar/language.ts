@@ -5,7 +5,7 @@
  */
 import { choice, type Expression, literal, MANY, type Ranges, sequence } from "./expression.ts";
 import { CHARACTER, stringCharacters } from "./json.ts";
-import { ALL, type Pattern } from "./pattern.ts";
+import { ALL, type Pattern } from "./regex.ts";
 import type { Steps } from "./work.ts";
 
 export type Language = { readonly id: number /** The empty text is in it. */; readonly nullable: boolean } & (

@@ -2,7 +2,7 @@
 import { SchemaError, show } from "./error.ts";
 import { FORMATS, type Form, HINTS, OTHERS } from "./formats.ts";
 import { type Language, Languages } from "./language.ts";
-import { type Pattern, readPattern } from "./pattern.ts";
+import { type Pattern, readPattern } from "./regex.ts";
 import type { Work } from "./work.ts";
 
 export class Patterns {

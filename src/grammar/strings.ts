@@ -6,8 +6,8 @@ import { string, stringCharacters } from "./json.ts";
 import { count, type Negated, NOT_PATTERN, NOT_TEXTS } from "./keywords.ts";
 import type { Language } from "./language.ts";
 import type { Alternative } from "./logic.ts";
-import { hasAhead, type Pattern, written } from "./pattern.ts";
 import type { Patterns } from "./patterns.ts";
+import { hasAhead, type Pattern, written } from "./regex.ts";
 import type { Steps } from "./work.ts";
 
 interface Demands {

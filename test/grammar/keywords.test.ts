@@ -5,7 +5,7 @@
 import { describe, expect, test } from "vitest";
 import { FORMATS } from "../../src/grammar/formats.ts";
 import { Languages } from "../../src/grammar/language.ts";
-import { readPattern } from "../../src/grammar/pattern.ts";
+import { readPattern } from "../../src/grammar/regex.ts";
 import { schemaGrammar } from "../../src/grammar/schema.ts";
 import { Sampler, seeded } from "./sampling.ts";
 import { type Draft, validators } from "./validators.ts";

@@ -12,7 +12,7 @@ import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { isBlockDtype } from "../tensor/quantized.ts";
 import { type Drawn, drawBatch } from "./batch.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
-import { type Inspection, inspect, meanHidden, notFinite, type Wanted } from "./inspection.ts";
+import { type Inspection, inspect, meanHidden, notFinite, type Wanted, type Watch } from "./inspection.ts";
 import { Programs } from "./programs.ts";
 import { checkSampling } from "./sampling.ts";
 import { type BatchEntry, Scheduler } from "./scheduler.ts";
@@ -20,7 +20,7 @@ import { type GeneratedToken, type Request, Sequence } from "./sequence.ts";
 import { type EngineStats, type StepReport, Tally } from "./stats.ts";
 import { Steps } from "./steps.ts";
 
-export type { Inspection, RoutedLayer } from "./inspection.ts";
+export type { Inspection, RoutedLayer, Watch } from "./inspection.ts";
 export type { EngineStats, StepReport } from "./stats.ts";
 
 export interface EngineOptions {
@@ -117,7 +117,7 @@ export class Engine {
    * prompt longer than the model's positions or the cache, or invalid controls. Leaving the loop or aborting the signal cancels it.
    */
   submit(request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
-    this.#check(request);
+    this.check(request);
     checkSampling(request.sampling, this.model.vocabSize);
     if (!Number.isInteger(request.maxNewTokens) || request.maxNewTokens < 0)
       throw new RangeError(`maxNewTokens is ${request.maxNewTokens}; it must be a whole number of at least 0`);
@@ -135,17 +135,19 @@ export class Engine {
 
   /**
    * Runs `tokens` through the model and returns what is wanted for every position: logits by default, hidden states, routing.
-   * Waits for room in the cache.
+   * Waits for room in the cache. Rejects with the signal's reason between two steps once it is aborted.
    */
-  async inspect(tokens: readonly number[], want: Wanted = {}): Promise<Inspection> {
-    this.#check({ tokens });
-    return this.#withPages(tokens.length, (pages) => inspect(this.#steps, this.model, tokens, pages, this.#inspectedRows, want));
+  async inspect(tokens: readonly number[], want: Wanted = {}, watch: Watch = {}): Promise<Inspection> {
+    this.check({ tokens });
+    const rows = this.#inspectedRows;
+    return this.#withPages(tokens.length, (pages) => inspect(this.#steps, this.model, { tokens, pages, rows, watch }, want));
   }
 
-  /** The mean over all positions of the hidden state after the final norm, [hidden]: an embedding of the text. */
-  async embed(tokens: readonly number[]): Promise<Float32Array> {
-    this.#check({ tokens });
-    return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.model, tokens, pages, this.#inspectedRows));
+  /** The mean over all positions of the hidden state after the final norm, [hidden]: an embedding of the text. Ends early as `inspect` does. */
+  async embed(tokens: readonly number[], watch: Watch = {}): Promise<Float32Array> {
+    this.check({ tokens });
+    const rows = this.#inspectedRows;
+    return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.model, { tokens, pages, rows, watch }));
   }
 
   /** Seconds by op over all steps so far, and its number of calls in the prepared programs; with `rows`, only for steps of about that many rows. */
@@ -261,6 +263,7 @@ export class Engine {
       promptTokens += reading;
       const first = samples && sequence.tokens.length === sequence.promptCount;
       this.#scheduler.settle(sequence, count);
+      if (reading > 0) sequence.request.onPrompt?.(Math.min(sequence.cached, sequence.promptCount), sequence.reused ?? 0);
       if (!samples) continue;
       const token = tokens[next++];
       if (first) cachedTokens += sequence.reused ?? 0;
@@ -324,7 +327,8 @@ export class Engine {
     }
   }
 
-  #check(content: Content): void {
+  /** Throws a RangeError for a prompt that cannot be computed: an empty one, ids outside the vocabulary, one that is too long. */
+  check(content: Content): void {
     if (this.#steps.disposed) throw new Error("the model has been disposed of");
     const { vocabSize, maxPositions, positionAxes, hiddenSize } = this.model;
     const { tokens } = content;

@@ -2,6 +2,7 @@
 import type { Numbers } from "../backend/backend.ts";
 import type { Model } from "../model/model.ts";
 import { OUTPUTS } from "./programs.ts";
+import type { Request } from "./sequence.ts";
 import type { Steps } from "./steps.ts";
 
 export interface Wanted {
@@ -41,15 +42,25 @@ function checkFinite(values: Numbers): void {
   if (zero !== 0) throw notFinite();
 }
 
-/** @param pages blocks for all tokens @param rows returns the next step's row limit; called before each step */
-export async function inspect(
-  steps: Steps,
-  model: Model,
-  tokens: readonly number[],
-  pages: readonly number[],
-  rows: () => number,
-  want: Wanted,
-): Promise<Inspection> {
+/** Who waits for the result. */
+export interface Watch {
+  /** Aborting it ends the work before the next step. */
+  readonly signal?: Request["signal"];
+  /** Called after each step with how many tokens have been computed; it must not throw. */
+  readonly onPrompt?: (read: number) => void;
+}
+
+/** The tokens of one text, and how they are computed. */
+interface Task {
+  readonly tokens: readonly number[];
+  /** Blocks for all tokens. */
+  readonly pages: readonly number[];
+  /** Returns the next step's row limit; called before each step. */
+  readonly rows: () => number;
+  readonly watch: Watch;
+}
+
+export async function inspect(steps: Steps, model: Model, { tokens, pages, rows, watch }: Task, want: Wanted): Promise<Inspection> {
   const { logits: wantLogits = true, hiddenStates: wantHidden = false, routing: wantRouting = false } = want;
   const { layers, experts, chosen } = model.mixtures;
   const n = tokens.length;
@@ -63,6 +74,7 @@ export async function inspect(
   }));
   let next = 0;
   while (next < n) {
+    if (watch.signal?.aborted) throw watch.signal.reason;
     const from = next;
     const to = Math.min(n, from + rows());
     const part = (all: Numbers, width: number) => all.subarray(from * width, to * width);
@@ -79,6 +91,7 @@ export async function inspect(
     }
     const picked = Int32Array.from({ length: wantLogits ? to - from : 0 }, (_, i) => i);
     await steps.run([{ ids: tokens.slice(from, to), start: from, pages }], picked, null, outputs);
+    watch.onPrompt?.(to);
     for (const values of Object.values(outputs)) checkFinite(values);
     next = to;
   }
@@ -86,19 +99,15 @@ export async function inspect(
 }
 
 /** The mean over all positions of the hidden state after the final norm, [hidden]. */
-export async function meanHidden(
-  steps: Steps,
-  { hiddenSize, layers }: Model,
-  tokens: readonly number[],
-  pages: readonly number[],
-  rows: () => number,
-): Promise<Float32Array> {
+export async function meanHidden(steps: Steps, { hiddenSize, layers }: Model, { tokens, pages, rows, watch }: Task): Promise<Float32Array> {
   const sum = new Float64Array(hiddenSize);
   let from = 0;
   while (from < tokens.length) {
+    if (watch.signal?.aborted) throw watch.signal.reason;
     const ids = tokens.slice(from, from + rows());
     const states = new Float32Array(ids.length * hiddenSize);
     await steps.run([{ ids, start: from, pages }], new Int32Array(), null, { [OUTPUTS.hidden(layers)]: states });
+    watch.onPrompt?.(from + ids.length);
     checkFinite(states);
     states.forEach((x, i) => {
       sum[i % hiddenSize] += x;

@@ -23,6 +23,8 @@ export interface Request extends Content {
   /** Return the experts that each token used. Default false. */
   readonly wantRouting?: boolean;
   readonly constraint?: Constraint;
+  /** Called after each step with how many of the prompt's tokens have been read, those found in the prefix cache included, and with those found; it must not throw. */
+  readonly onPrompt?: (read: number, cached: number) => void;
   /** Owners take turns. Default: one owner for all requests. */
   readonly owner?: string;
   /** Aborting it ends the request before the next step. */

@@ -78,14 +78,14 @@ export async function embed(
 ): Promise<{ readonly vectors: readonly Float32Array[]; readonly tokens: number }> {
   const terms = { owner: caller.id, mostTokens: contextLength(model) };
   const encoded = (await Promise.all(prompts.map((prompt) => model.encoder.encode(prompt, signal, terms)))).map(({ tokens }) => tokens);
+  for (const [i, tokens] of encoded.entries()) checkTokens(model, tokens, `input[${i}]`); // before any is computed
+  const meter = context.meter(caller, model);
   const vectors: Float32Array[] = [];
-  for (const tokens of encoded) {
-    signal?.throwIfAborted();
-    vectors.push(unitLength(await model.engine.embed(tokens)));
+  for (const [i, tokens] of encoded.entries()) {
+    const { read } = meter.answerTo(i);
+    vectors.push(unitLength(await model.engine.embed(tokens, { signal, onPrompt: (count) => read(count, 0) })));
   }
-  const tokens = encoded.reduce((sum, ids) => sum + ids.length, 0);
-  context.account(caller, { promptTokens: tokens, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
-  return { vectors, tokens };
+  return { vectors, tokens: meter.usage.promptTokens };
 }
 
 /**
@@ -115,10 +115,21 @@ export async function route(
       `the prompt has ${tokens.length} tokens; at most ${Math.floor(most / each)} are listed at once: send a part, or use gRPC, which streams them`,
       { param: prompt.kind === "chat" ? "messages" : "text" },
     );
-  signal?.throwIfAborted();
-  const { routing } = await engine.inspect(tokens, { logits: false, routing: true });
-  context.account(caller, { promptTokens: tokens.length, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 });
+  checkTokens(model, tokens, prompt.kind === "chat" ? "messages" : "text");
+  const { read } = context.meter(caller, model).answerTo(0);
+  const { routing } = await engine.inspect(tokens, { logits: false, routing: true }, { signal, onPrompt: (count) => read(count, 0) });
   return { tokens, layers: routing, experts: config.moe.experts, chosen: config.moe.chosen };
+}
+
+/** Throws ServerError `context_length_exceeded` or `invalid_request` for tokens that the model cannot compute. */
+function checkTokens(model: NamedModel, tokens: readonly number[], param: string): void {
+  try {
+    model.engine.check({ tokens });
+  } catch (cause) {
+    if (!(cause instanceof RangeError)) throw cause;
+    const code = tokens.length > contextLength(model) ? "context_length_exceeded" : "invalid_request";
+    throw new ServerError(code, cause.message, { param, cause });
+  }
 }
 
 function unitLength(v: Float32Array): Float32Array {

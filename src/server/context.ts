@@ -3,15 +3,17 @@
 import type { Caller } from "./access/gate.ts";
 import type { Catalog, NamedModel } from "./catalog.ts";
 import { complete } from "./completion/complete.ts";
-import type { CompletionEvent, CompletionRequest, Usage } from "./completion/request.ts";
+import type { CompletionEvent, CompletionRequest, Progress } from "./completion/request.ts";
 import { ServerError } from "./errors.ts";
+import type { Meter, TokenKind } from "./meter.ts";
 
 /** Records what happens, for metrics. */
 export interface Observer {
-  /** An answer's first token, each following token, and its end. */
+  /** An answer's first token, and each following token. */
   firstToken(model: string, seconds: number): void;
   nextToken(model: string, seconds: number): void;
-  answered(model: string, usage: Usage): void;
+  /** Tokens used. */
+  used(model: string, kind: TokenKind, tokens: number): void;
 }
 
 export interface ServerContext {
@@ -21,8 +23,8 @@ export interface ServerContext {
   readonly maxTokens: number | null;
   /** The longest prompt in tokens; null: as long as the model allows. */
   readonly maxPromptTokens: number | null;
-  /** Charges usage to the caller's budget. */
-  account(caller: Caller, usage: Usage): void;
+  /** Counts what a request uses, and charges it to the caller's budget as it is computed. */
+  meter(caller: Caller, model: NamedModel): Meter;
 }
 
 /** Runs `use` with a model that stays loaded meanwhile. Throws ServerError when the caller may not use it, or it does not exist. */
@@ -44,12 +46,12 @@ export async function withModel<T>(
   }
 }
 
-/** Generates an answer within the server's limits; records metrics and charges the caller. */
+/** Generates an answer within the server's limits, and records metrics. @param progress of the request's meter */
 export async function* answer(
   context: ServerContext,
-  caller: Caller,
   model: NamedModel,
   request: CompletionRequest,
+  progress: Progress,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
   const { observer, maxTokens, maxPromptTokens } = context;
   const limited: CompletionRequest = {
@@ -59,11 +61,7 @@ export async function* answer(
   };
   let last = performance.now();
   let first = true;
-  const settle = (usage: Usage) => {
-    context.account(caller, usage);
-    observer.answered(model.name, usage);
-  };
-  for await (const event of complete(model, limited, settle)) {
+  for await (const event of complete(model, limited, progress)) {
     if (event.kind === "text" || event.kind === "toolCall") {
       const now = performance.now();
       if (first) observer.firstToken(model.name, (now - last) / 1000);

@@ -2,9 +2,9 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import type { Engine } from "../engine/engine.ts";
 import type { NamedModel } from "./catalog.ts";
-import type { Usage } from "./completion/request.ts";
 import type { Observer } from "./context.ts";
 import type { ErrorCode } from "./errors.ts";
+import type { TokenKind } from "./meter.ts";
 
 const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60];
 const ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
@@ -210,9 +210,7 @@ export class Metrics implements Observer {
     this.#nextToken.observe({ model }, seconds);
   }
 
-  answered(model: string, { promptTokens, cachedTokens, completionTokens }: Usage): void {
-    this.#tokens.inc({ model, kind: "prompt" }, promptTokens);
-    this.#tokens.inc({ model, kind: "cached" }, cachedTokens);
-    this.#tokens.inc({ model, kind: "completion" }, completionTokens);
+  used(model: string, kind: TokenKind, tokens: number): void {
+    this.#tokens.inc({ model, kind }, tokens);
   }
 }

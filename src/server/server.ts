@@ -19,6 +19,7 @@ import { registerOpenAi } from "./http/openai/routes.ts";
 import { registerMetrics, registerOperations, type State } from "./http/ops.ts";
 import { registerPage } from "./http/page.ts";
 import { createLogger, type Logger } from "./logs.ts";
+import { Meter } from "./meter.ts";
 import { Metrics } from "./metrics.ts";
 import { type LogOutput, standardOutput } from "./output.ts";
 import { Reader } from "./reading/reader.ts";
@@ -99,7 +100,11 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     observer: metrics,
     maxTokens: config.maxTokens,
     maxPromptTokens: config.maxPromptTokens,
-    account: (caller, { promptTokens, completionTokens }) => gate.charge(caller.id, promptTokens + completionTokens),
+    meter: (caller, { name }) =>
+      new Meter((kind, tokens) => {
+        if (kind !== "cached") gate.charge(caller.id, tokens); // cached tokens are part of the prompt
+        metrics.used(name, kind, tokens);
+      }),
   };
   const inFlight = new InFlight(config.stallTimeoutSeconds, () => log.warn("disconnected a client that stopped reading its response"));
   const reader = new Reader({ maxBytes: config.maxBodyBytes, maxJsonDepth: config.maxJsonDepth });

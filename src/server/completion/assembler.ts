@@ -7,7 +7,7 @@ import { ReplyReader } from "../../chat/reply.ts";
 import type { GeneratedToken } from "../../engine/sequence.ts";
 import { moeLayers } from "../../model/config.ts";
 import type { NamedModel } from "../catalog.ts";
-import type { CompletionEvent, CompletionRequest, FinishReason, ScoredToken, Usage } from "./request.ts";
+import type { CompletionEvent, CompletionRequest, FinishReason, Progress, ScoredToken, Usage } from "./request.ts";
 
 export class Assembler {
   readonly #model: NamedModel;
@@ -18,8 +18,10 @@ export class Assembler {
   readonly #waiting: { readonly event: CompletionEvent; readonly from: number }[] = [];
   #finish: "stop" | "length" | null = null;
   readonly #usage: { -readonly [K in keyof Usage]: number };
+  readonly #progress: Progress;
 
-  constructor(model: NamedModel, request: CompletionRequest, { tokens, insideReasoning }: EncodedPrompt) {
+  constructor(model: NamedModel, request: CompletionRequest, { tokens, insideReasoning }: EncodedPrompt, progress: Progress) {
+    this.#progress = progress;
     this.#model = model;
     this.#request = request;
     this.#reply = new ReplyReader(model.tokenizer, { prompt: request.prompt, insideReasoning, stop: request.stop });
@@ -32,11 +34,6 @@ export class Assembler {
     return this.#finish !== null || this.#reply.ended !== null;
   }
 
-  /** What has been computed so far. */
-  get usage(): Usage {
-    return this.#usage;
-  }
-
   /** Takes the next token. */
   take(token: GeneratedToken): CompletionEvent[] {
     const reply = this.#reply;
@@ -46,7 +43,9 @@ export class Assembler {
     const ends = token.finish === "stop"; // an end token is no text
     if (!ends) this.#waiting.push(...this.#details(token).map((event) => ({ event, from: reply.length })));
     const told = ends ? [] : reply.take(token.id);
-    if (reasoned || reply.insideReasoning) this.#usage.reasoningTokens++;
+    const reasons = reasoned || reply.insideReasoning;
+    if (reasons) this.#usage.reasoningTokens++;
+    this.#progress.wrote(reasons);
     if (token.finish) this.#finish = token.finish;
     return [...this.#due(), ...told];
   }

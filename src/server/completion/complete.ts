@@ -12,24 +12,27 @@ import type { Constraint, GeneratedToken, Request } from "../../engine/sequence.
 import type { NamedModel } from "../catalog.ts";
 import { ServerError } from "../errors.ts";
 import { Assembler } from "./assembler.ts";
-import type { CompletionEvent, CompletionRequest, Usage } from "./request.ts";
+import type { CompletionEvent, CompletionRequest, Progress } from "./request.ts";
 
 /**
  * Answers a request. Nothing runs before the first event is requested; leaving the loop ends the request in the engine. Once
  * the signal is aborted there are no more events, not even `end`. Throws ServerError `context_length_exceeded` or
  * `invalid_request` with the field, PromptError, or GrammarError.
- * @param onUsage called once with what was computed, even when the answer did not reach its end
+ *
+ * Tokens are read as they are computed, not at the pace of the client: an answer that ends at a stop text ends in the engine then,
+ * and what was computed is counted when the client reads nothing.
+ * @param progress told what is computed, even when the answer does not reach its end
  */
 export async function* complete(
   model: NamedModel,
   request: CompletionRequest,
-  onUsage: (usage: Usage) => void,
+  progress: Progress,
 ): AsyncGenerator<CompletionEvent, void, undefined> {
   const { config, defaults } = model;
   const prompt = await encoded(model, request);
   if (prompt === null) return;
   const maxNewTokens = roomFor(model, prompt.tokens.length, request);
-  const answer = new Assembler(model, request, prompt);
+  const answer = new Assembler(model, request, prompt, progress);
   const constraint = await constraintOf(model, request, prompt.insideReasoning);
   const leave = new AbortController();
   const stream = submit(model, {
@@ -40,21 +43,48 @@ export async function* complete(
     topLogprobs: request.logprobs ?? 0,
     wantRouting: request.routing && config.moe !== null,
     owner: request.owner,
+    onPrompt: progress.read,
     ...(constraint ? { constraint } : {}),
     signal: anyOf(request.signal, leave.signal),
   });
-  try {
-    for await (const token of stream) {
-      if (request.signal.aborted) return;
-      yield* answer.take(token);
-      if (answer.over) break;
+  const left = () => request.signal.aborted || leave.signal.aborted;
+  const events: CompletionEvent[] = [];
+  let state: { readonly over: boolean; readonly failure?: unknown } = { over: false };
+  let wake = () => {};
+  const read = async (): Promise<void> => {
+    try {
+      for await (const token of stream) {
+        if (left()) return;
+        events.push(...answer.take(token));
+        wake();
+        if (answer.over) break;
+      }
+      if (!left()) events.push(...answer.finish());
+      state = { over: true };
+    } catch (failure) {
+      state = { over: true, failure };
     }
-    if (!request.signal.aborted) yield* answer.finish();
-  } catch (error) {
-    if (!request.signal.aborted) throw error;
+  };
+  void read().finally(() => {
+    state = { ...state, over: true };
+    wake();
+  });
+  try {
+    for (;;) {
+      for (const event of events.splice(0)) {
+        if (request.signal.aborted) return;
+        yield event;
+      }
+      if (request.signal.aborted) return;
+      if (events.length > 0) continue;
+      if (state.failure !== undefined) throw state.failure;
+      if (state.over) return;
+      await new Promise<void>((resolve) => {
+        wake = resolve;
+      });
+    }
   } finally {
     leave.abort();
-    onUsage(answer.usage);
   }
 }
 

@@ -50,6 +50,14 @@ export interface Usage {
   readonly reasoningTokens: number;
 }
 
+/** Told what one answer costs, while it is computed. */
+export interface Progress {
+  /** How many of the prompt's tokens have been read so far, and how many of those were found in the prefix cache. */
+  read(tokens: number, cached: number): void;
+  /** Another token of the answer. */
+  wrote(reasoning: boolean): void;
+}
+
 export type FinishReason = "stop" | "length" | "toolCalls";
 
 /** An answer while it is generated, in whole characters. `end` comes last and exactly once; failures are thrown. */

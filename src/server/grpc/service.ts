@@ -36,7 +36,7 @@ export function mixtapeService(calls: Calls, server: ServerContext): UntypedServ
   ) =>
     stream<Q>(async (model, request, { caller, signal, send }) => {
       const wants = wanted(model, request, { owner: caller.id, signal });
-      for await (const event of answer(server, caller, model, wants)) await send(eventMessage(event));
+      for await (const event of answer(server, model, wants, server.meter(caller, model).answerTo(0))) await send(eventMessage(event));
     });
 
   return {

@@ -14,7 +14,8 @@ import { readConfig } from "../../../src/model/config.ts";
 import type { NamedModel } from "../../../src/server/catalog.ts";
 import { complete } from "../../../src/server/completion/complete.ts";
 import { Encoder } from "../../../src/server/completion/encoder.ts";
-import type { CompletionEvent, CompletionRequest, Usage } from "../../../src/server/completion/request.ts";
+import type { CompletionEvent, CompletionRequest } from "../../../src/server/completion/request.ts";
+import { Meter } from "../../../src/server/meter.ts";
 import type { Tokenizer } from "../../../src/tokenizer/tokenizer.ts";
 import { scratch } from "../../checkpoint/craft.ts";
 
@@ -97,7 +98,7 @@ async function answer(tokenizer: Tokenizer, text: string, prompt: Prompt, more: 
     ...more,
   };
   const events: CompletionEvent[] = [];
-  for await (const event of complete(model, request, () => {})) events.push(event);
+  for await (const event of complete(model, request, { read() {}, wrote() {} })) events.push(event);
   const said = (channel: string) => events.flatMap((e) => (e.kind === "text" && e.channel === channel ? [e.text] : [])).join("");
   const calls: { id?: string; name?: string; arguments: string }[] = [];
   for (const event of events)
@@ -261,13 +262,12 @@ test("an abort ends the events, and the engine's request", async () => {
   const events: CompletionEvent[] = [];
   const prompt: Prompt = { kind: "text", text: "x" };
   const request = { prompt, sampling: GREEDY, maxTokens: 6, stop: [], format: { kind: "text" }, logprobs: null, routing: false } as const;
-  const used: Usage[] = [];
-  for await (const event of complete(model, { ...request, owner: "x", signal: gone.signal }, (usage) => used.push(usage))) {
+  const meter = new Meter(() => {});
+  for await (const event of complete(model, { ...request, owner: "x", signal: gone.signal }, meter.answerTo(0))) {
     events.push(event);
     gone.abort();
   }
   expect(events).toHaveLength(1);
   expect(asked[0].signal?.aborted).toBe(true);
-  expect(used).toHaveLength(1); // what was computed is charged
-  expect(used[0].completionTokens).toBeGreaterThan(0);
+  expect(meter.usage.completionTokens).toBeGreaterThan(0); // what was computed is charged
 });

@@ -3,26 +3,20 @@ import { MessageBuilder } from "../../../chat/message.ts";
 import type { CompletionEvent, FinishReason, RoutedToken, ScoredToken, Usage } from "../../completion/request.ts";
 
 const FINISH: Readonly<Record<FinishReason, string>> = { stop: "stop", length: "length", toolCalls: "tool_calls" };
-const NONE: Usage = { promptTokens: 0, cachedTokens: 0, completionTokens: 0, reasoningTokens: 0 };
 
-/** The usage of a whole response. @param n answers to each prompt, which are consecutive: the prompt counts once */
-export function usageOf(answers: readonly { readonly usage: Usage }[], n: number) {
-  const all = answers.map((answer) => answer.usage);
-  const sum = (key: keyof Usage, of = all) => of.reduce((total, u) => total + u[key], 0);
-  const prompts = all.filter((_, i) => i % n === 0);
-  const [prompt, completion] = [sum("promptTokens", prompts), sum("completionTokens")];
+/** The usage of a whole response. */
+export function usageOf({ promptTokens, cachedTokens, completionTokens, reasoningTokens }: Usage) {
   return {
-    prompt_tokens: prompt,
-    completion_tokens: completion,
-    total_tokens: prompt + completion,
-    prompt_tokens_details: { cached_tokens: sum("cachedTokens", prompts) },
-    completion_tokens_details: { reasoning_tokens: sum("reasoningTokens") },
+    prompt_tokens: promptTokens,
+    completion_tokens: completionTokens,
+    total_tokens: promptTokens + completionTokens,
+    prompt_tokens_details: { cached_tokens: cachedTokens },
+    completion_tokens_details: { reasoning_tokens: reasoningTokens },
   };
 }
 
 /** One chat answer, collected from its events: whole or as deltas. */
 export class ChatChoice {
-  usage = NONE;
   readonly #message = new MessageBuilder();
   readonly #logprobs: object[] = [];
   readonly #routing: object[] = [];
@@ -42,7 +36,6 @@ export class ChatChoice {
         this.#routing.push(routed(event.token));
         break;
       case "end":
-        this.usage = event.usage;
         this.#finish = FINISH[event.reason];
         break;
       default:
@@ -84,7 +77,6 @@ function deltaOf(event: Extract<CompletionEvent, { kind: "text" | "toolCall" | "
 
 /** One text completion, in OpenAI's older format. */
 export class TextChoice {
-  usage = NONE;
   #text: string;
   #offset: number;
   readonly #logprobs: { token: ScoredToken; top: readonly ScoredToken[]; offset: number }[] = [];
@@ -105,7 +97,6 @@ export class TextChoice {
     }
     if (event.kind === "routing") this.#routing.push(routed(event.token));
     if (event.kind === "end") {
-      this.usage = event.usage;
       this.#finish = FINISH[event.reason];
     }
   }

@@ -32,8 +32,9 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
         const requests = several(base, body.n ?? 1);
         const head = { id: `chatcmpl-${randomUUID()}`, created: now(), model: model.name };
         const answers = requests.map(() => new ChatChoice());
-        const usage = () => usageOf(answers, body.n ?? 1);
-        const events = (i: number) => answer(context, callerOf(request), model, requests[i]);
+        const meter = context.meter(callerOf(request), model);
+        const usage = () => usageOf(meter.usage);
+        const events = (i: number) => answer(context, model, requests[i], meter.answerTo(0));
         if (!body.stream) {
           await each(requests, events, (i, event) => answers[i].take(event));
           return reply.send({
@@ -75,8 +76,9 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
       const echoes = body.echo ? await Promise.all(requests.map(echo)) : requests.map(() => "");
       const head = { id: `cmpl-${randomUUID()}`, object: "text_completion", created: now(), model: model.name };
       const answers = requests.map((_, i) => new TextChoice(echoes[i]));
-      const usage = () => usageOf(answers, body.n ?? 1);
-      const events = (i: number) => answer(context, callerOf(request), model, requests[i]);
+      const meter = context.meter(callerOf(request), model);
+      const usage = () => usageOf(meter.usage);
+      const events = (i: number) => answer(context, model, requests[i], meter.answerTo(Math.floor(i / (body.n ?? 1))));
       if (!body.stream) {
         await each(requests, events, (i, event) => answers[i].take(event));
         return reply.send({

@@ -60,7 +60,7 @@ const BODIES: readonly (readonly [name: string, path: string, body: string])[] =
 /** The command, ready; it ends with the test. */
 async function serve(more: readonly string[] = []) {
   if (!existsSync(binary)) throw new Error("dist is not built; run npm run build");
-  const child = spawn(process.execPath, [binary, "serve", "--port", "0", "--log-level", "warn", ...more], {
+  const child = spawn(process.execPath, [binary, "serve", "--port", "0", "--threads", "1", "--log-level", "warn", ...more], {
     stdio: ["ignore", "ignore", "pipe"],
   });
   onTestFinished(() => void child.kill("SIGKILL"));

@@ -9,7 +9,7 @@ import { binary, run } from "../cli/run.ts";
 
 /** The command, serving; its standard error is read until `url` is known. */
 async function serve(stdout: "pipe" | number): Promise<{ child: ChildProcess; url: string }> {
-  const child = spawn(process.execPath, [binary, "serve", "--port", "0"], { stdio: ["ignore", stdout, "pipe"] });
+  const child = spawn(process.execPath, [binary, "serve", "--port", "0", "--threads", "1"], { stdio: ["ignore", stdout, "pipe"] });
   onTestFinished(() => void child.kill("SIGKILL"));
   let text = "";
   child.stderr?.setEncoding("utf8").on("data", (part: string) => (text += part));

@@ -190,7 +190,7 @@ test("a reader that does not read makes the server wait, not buffer", async () =
 /** The command itself, once it is ready; its output so far. */
 async function serve(args: readonly string[]) {
   if (!existsSync(binary)) throw new Error("dist is not built; run npm run build");
-  const child = spawn(process.execPath, [binary, "serve", "--port", "0", ...args], { stdio: ["ignore", "pipe", "pipe"] });
+  const child = spawn(process.execPath, [binary, "serve", "--port", "0", "--threads", "1", ...args], { stdio: ["ignore", "pipe", "pipe"] });
   onTestFinished(() => void child.kill("SIGKILL"));
   let output = "";
   for (const stream of [child.stdout, child.stderr])

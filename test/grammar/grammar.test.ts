@@ -1,4 +1,4 @@
-/** Grammars alone: tokens drawn at random from their masks, without a model, still satisfy the schema. */
+/** Grammars alone: tokens drawn at random from their masks, without a model, still satisfy the schema. Long because all parts share its walker. */
 import { isIPv4, isIPv6 } from "node:net";
 import { Ajv2020 } from "ajv/dist/2020.js";
 import fc from "fast-check";

@@ -61,10 +61,9 @@ void Residence::work(bool quietly, bool drop_cached) {
       fail("out of memory, or the file could not be read");
       break;
     }
-    moved_ += piece.count * HUGE_PAGE;
-  }
-  if (running_ == 1 && moved_ == bytes_) {
-    try {
+    const size_t bytes = piece.count * HUGE_PAGE;
+    if (moved_.fetch_add(bytes) + bytes < bytes_) continue;
+    try {  // the last piece of all
       for (Mapping* mapping : mappings_) mapping->settle();
     } catch (const std::exception& e) {
       fail(e.what());

@@ -10,7 +10,7 @@ import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
 import { fitting } from "./arrays.ts";
-import type { Backend, Placement, Program, Residence, Slice, State, WeightSource, Weights } from "./backend.ts";
+import type { Backend, Program, Residence, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
 import { CPU } from "./cpu.ts";
 import { hostMemory } from "./memory.ts";
@@ -59,9 +59,9 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
     async load(sources: readonly WeightSource[], residence: Residence = "auto"): Promise<Held<Weights>> {
       const handle = await addon.load(sources.map((s) => ({ ...s, stored: STORED_CODES[s.stored], dtype: DTYPE_CODES[s.dtype] })));
       const { mapped, owned } = addon.weightBytes(handle);
-      let placement: () => Placement;
+      let settled: Awaited<ReturnType<typeof settle>>;
       try {
-        placement = await settle(addon, handle, residence, hostMemory, threads);
+        settled = await settle(addon, handle, residence, hostMemory, threads);
       } catch (error) {
         addon.disposeWeights(handle);
         throw error;
@@ -71,10 +71,13 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
         mappedBytes: mapped,
         ownedBytes: owned,
         handle,
-        placement,
+        placement: settled.placement,
         pages: () => addon.weightPages(handle),
         lost: () => addon.weightsLost(handle),
-        dispose: () => addon.disposeWeights(handle),
+        dispose() {
+          settled.unwatch();
+          addon.disposeWeights(handle);
+        },
       };
     },
 

@@ -25,7 +25,7 @@ export function noHugePages(read: (path: string) => string | null = readText): s
 /**
  * Starts to move weights, if that is wanted and possible; with `resident`, resolves when it is done.
  * @throws RangeError with `resident`, if memory or huge pages are lacking
- * @returns where the weights are, now and later
+ * @returns where the weights are, now and later; `unwatch` must be called before they are disposed of
  */
 export async function settle(
   addon: Addon,
@@ -33,7 +33,7 @@ export async function settle(
   wanted: Residence,
   memory: () => Memory,
   threads: number,
-): Promise<() => Placement> {
+): Promise<{ readonly placement: () => Placement; readonly unwatch: () => void }> {
   const { bytes } = addon.movedWeights(handle);
   let refused = "";
   const placement = (): Placement => {
@@ -41,7 +41,7 @@ export async function settle(
     const state = moving ? "moving" : moved === bytes && bytes > 0 ? "resident" : "mapped";
     return { state, movedBytes: moved, mappedBytes: bytes, why: refused || why };
   };
-  if (wanted === "mapped" || bytes === 0 || (wanted === "auto" && bytes < LEAST_BYTES)) return placement;
+  if (wanted === "mapped" || bytes === 0 || (wanted === "auto" && bytes < LEAST_BYTES)) return { placement, unwatch: () => {} };
   const { free, total } = memory();
   refused =
     noHugePages() ??
@@ -50,12 +50,13 @@ export async function settle(
       : "");
   if (refused) {
     if (wanted === "resident") throw new RangeError(`weights 'resident' is not possible: ${refused}; use 'auto' or 'mapped'`);
-    return placement;
+    return { placement, unwatch: () => {} };
   }
   // Where file and copy do not fit memory together, what has moved leaves the page cache.
   addon.moveWeights(handle, wanted === "resident" ? threads : 1, wanted === "auto", 2 * bytes + MARGIN_BYTES > total);
+  let watch: NodeJS.Timeout | undefined;
   const done = new Promise<void>((resolve) => {
-    const watch = setInterval(() => {
+    watch = setInterval(() => {
       if (!addon.movedWeights(handle).moving) {
         clearInterval(watch);
         resolve();
@@ -68,7 +69,7 @@ export async function settle(
     const { state, why } = placement();
     if (state !== "resident") throw new RangeError(`weights 'resident' is not possible: ${why}; use 'auto' or 'mapped'`);
   }
-  return placement;
+  return { placement, unwatch: () => clearInterval(watch) };
 }
 
 function gib(bytes: number): string {

@@ -51,10 +51,26 @@ describe.skipIf(noHugePages() !== null)("the policy", () => {
     ["resident moves with all threads", "resident", 2 ** 27, 8 * GIB, ["2 at once"], ""],
   ])("%s", async (_, wanted, bytes, free, calls, why) => {
     const { addon, calls: made } = fake(bytes);
-    const placement = await settle(addon, HANDLE, wanted, memory(free), 2);
+    const { placement, unwatch } = await settle(addon, HANDLE, wanted, memory(free), 2);
     expect(made).toEqual(calls);
     expect(placement().why).toBe(why);
     expect(placement().state).toBe(calls.length === 0 ? "mapped" : wanted === "resident" ? "resident" : "moving");
+    unwatch();
+  });
+
+  test("nothing asks about weights that were disposed of while they moved", async () => {
+    const { addon } = fake(64 * GIB);
+    let asked = 0;
+    const movedWeights: Addon["movedWeights"] = (handle) => {
+      asked++;
+      return addon.movedWeights(handle);
+    };
+    const counting = { ...addon, movedWeights };
+    const { unwatch } = await settle(counting, HANDLE, "auto", memory(100 * GIB), 2);
+    unwatch();
+    const before = asked;
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    expect(asked).toBe(before);
   });
 
   test("resident without the memory for it is an error that says how much is missing", async () => {
@@ -65,7 +81,7 @@ describe.skipIf(noHugePages() !== null)("the policy", () => {
 
   test("moving stops when memory runs low, and says so", async () => {
     let free = 8 * GIB;
-    const placement = await settle(
+    const { placement } = await settle(
       fake(64 * GIB).addon,
       HANDLE,
       "auto",

@@ -1,5 +1,4 @@
 /** Who may use the server and how much: keys, rates, budgets, capacity; and the errors for everyone else. */
-import { spawnSync } from "node:child_process";
 import { readFileSync, statSync, writeFileSync } from "node:fs";
 import { get } from "node:https";
 import { join } from "node:path";
@@ -8,6 +7,7 @@ import { expect, test } from "vitest";
 import { createKey, type KeyTerms, readKeys, revokeKey } from "../../src/server/access/keys.ts";
 import { checkServeConfig } from "../../src/server/config.ts";
 import { temporary } from "../cli/run.ts";
+import { canCertify, certificate } from "./harness.ts";
 import { engineOf, post, startHere } from "./start.ts";
 
 const FREE: KeyTerms = { name: "alice", expires: null, models: null, requestsPerMinute: null, tokensPerDay: null };
@@ -159,25 +159,8 @@ test("the metrics' own port: nothing but the metrics, and for holders of a key o
   expect((await fetch(`http://127.0.0.1:${port}/metrics`, { method: "POST", headers: key })).status).toBe(405);
 });
 
-test.skipIf(spawnSync("openssl", ["version"]).error)("TLS: over HTTPS with a certificate of one's own (needs openssl)", async () => {
-  const folder = temporary();
-  const [cert, key] = [join(folder, "tls.crt"), join(folder, "tls.key")];
-  const made = spawnSync("openssl", [
-    "req",
-    "-x509",
-    "-newkey",
-    "rsa:2048",
-    "-nodes",
-    "-keyout",
-    key,
-    "-out",
-    cert,
-    "-days",
-    "2",
-    "-subj",
-    "/CN=localhost",
-  ]);
-  expect(made.status, String(made.stderr)).toBe(0);
+test.skipIf(!canCertify)("TLS: over HTTPS with a certificate of one's own (needs openssl)", async () => {
+  const { cert, key } = certificate();
   const { url } = await startHere({ tls: { cert, key } });
   expect(url).toMatch(/^https:/);
   const status = await new Promise((resolve, reject) => {

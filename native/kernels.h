@@ -100,8 +100,9 @@ enum { SAMPLING_INTS(ENUMERATOR) INTS };
 // Block formats, as in src/tensor/quantized.ts.
 constexpr int TILE_ROWS = 16, GROUP = 64, HALF = 32;
 constexpr int INT8_BLOCK_BYTES = TILE_ROWS * GROUP + TILE_ROWS * 2, INT4_BLOCK_BYTES = TILE_ROWS * GROUP / 2 + TILE_ROWS * 4;
+constexpr int INT8_ROW_GROUP_BYTES = GROUP + 16;  // of activations: bytes, scale, three corrections
 constexpr int block_bytes(Dtype dtype) { return dtype == INT8 ? INT8_BLOCK_BYTES : INT4_BLOCK_BYTES; }
 constexpr int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
-constexpr int64_t int8_row_bytes(int64_t k) { return groups_of(k) * (GROUP + 12); }
+constexpr int64_t int8_row_bytes(int64_t k) { return groups_of(k) * INT8_ROW_GROUP_BYTES; }
 // A cached key or value of `dim` numbers.
 constexpr int64_t int8_kv_bytes(int64_t dim) { return groups_of(dim) * (GROUP + 4); }

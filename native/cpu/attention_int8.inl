@@ -19,7 +19,7 @@ static inline int64_t value_tiles(int64_t dim) { return groups_of(dim) * GROUP /
 
 // Writes one head of a token, `key` and `value` [dim], to its place in a block.
 static void put_int8(const float* key, const float* value, int64_t dim, int64_t t, uint8_t* keys, uint8_t* values) {
-  int8_t row[MAX_DIM / GROUP * (GROUP + 12)];
+  int8_t row[MAX_DIM / GROUP * INT8_ROW_GROUP_BYTES];
   const int64_t groups = groups_of(dim);
   quantize_row(key, dim, row);
   for (int64_t g = 0; g < groups; g++) {
@@ -55,7 +55,7 @@ struct Int8Pass {
   int64_t last[INT8_QUERIES];  // the last position that each query may see; ascending
   float top[INT8_QUERIES], total[INT8_QUERIES];  // the largest score in powers of two; the sum of all, relative to it
   alignas(64) float sums[INT8_QUERIES][MAX_DIM];  // `dim` of each, padded to whole groups
-  alignas(64) int8_t rows[INT8_QUERIES][MAX_DIM / GROUP * (GROUP + 12)];
+  alignas(64) int8_t rows[INT8_QUERIES][MAX_DIM / GROUP * INT8_ROW_GROUP_BYTES];
 
   // A stretch's probabilities times the values' scales, as 128 x high + low in steps of `step`.
   struct Weights {
@@ -149,7 +149,8 @@ struct Int8Pass {
       for (int t = 0; t < BLOCK_TOKENS; t += N * TILE_ROWS) {
         float* y[R];
         for (int r = 0; r < R; r++) y[r] = scores[r] + b * BLOCK_TOKENS + t;
-        KeyTiles::run<R, N>(x, block, t, N * TILE_ROWS, dim, y, nullptr);
+        Ahead nothing;
+        KeyTiles::run<R, N>(x, block, t, N * TILE_ROWS, dim, y, nullptr, nothing);
       }
     }
     // Queries that see something of the stretch come last, because positions ascend.

@@ -37,7 +37,7 @@ static void route(const Operands& o, const Worker& worker) {
   using F = RowMajor<float, float>;
   int64_t begin, end, first = 0, last = count;
   worker.share(x.rows(), 1, begin, end);
-  if (!by_rows) worker.share(count, F::tile, first, last);
+  if (!by_rows) worker.share(count, 4, first, last);
   const int64_t r0 = by_rows ? begin : 0, rows = by_rows ? end - begin : x.rows();
   panel<F>(gate.data, first, last, hidden, rows, [&](int64_t r) { return x.as<float>() + (r0 + r) * hidden; },
            [&](int64_t r) { return logits.as<float>() + (r0 + r) * count; }, nullptr);

@@ -3,7 +3,23 @@
 
 namespace ISA {
 
-// Row-major formats: tiles of up to 4 weight rows by R activation rows, with lanes along k.
+// Weights that come next, fetched into the second-level cache in equal parts while others are multiplied. Several rows keep
+// the multipliers busy, and the processor's own prefetching then lags behind.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  int64_t lines = 0, steps = 1, due = 0;
+
+  Ahead() = default;
+  // The `bytes` at `from`, during `steps` calls of `step`.
+  Ahead(const void* from, int64_t bytes, int64_t steps) : at(static_cast<const uint8_t*>(from)), lines((bytes + 63) / 64), steps(steps) {}
+
+  void step() {
+    for (due += lines; due >= steps; due -= steps, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// Row-major formats: up to 16 weight rows by R activation rows at a time, with lanes along k. Sums across lanes are made for
+// many weight rows at once: one such sum costs as much as a hundred columns.
 template <class X, class WT>
 struct Dot {
   static constexpr int step = W, numbers = 1;  // X's per activation
@@ -21,49 +37,52 @@ struct Dot<bf16, bf16> {
 template <class X_, class WT>
 struct RowMajor {
   using X = X_;
-  static constexpr int tile = 4, wide = 1;
+  static constexpr int tile = 16, wide = 1;
   static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 3;  // so that the accumulators fit in registers
 
   static int64_t x_bytes(int64_t k) { return k * sizeof(X) * Dot<X, WT>::numbers; }
+  static int64_t row_bytes(int64_t k) { return k * sizeof(WT); }
 
   template <int R, int N>
-  static void block(const X* const* x, const WT* w, int64_t k, float* const* y, const float* bias) {
+  static void block(const X* const* x, const WT* w, int64_t k, float* const* y, int64_t n0, const float* bias) {
     using D = Dot<X, WT>;
     vf acc[R][N] = {};
     int64_t c = 0;
     for (; c + D::step <= k; c += D::step)
       for (int n = 0; n < N; n++)
         for (int r = 0; r < R; r++) acc[r][n] = D::add(acc[r][n], x[r] + c, w + n * k + c, k);
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+      const vf sums = sum_lanes<N>(acc[r]);
       for (int n = 0; n < N; n++) {
-        float s = sum(acc[r][n]);
+        float s = sums[n * (W / N)];
         for (int64_t t = c; t < k; t++) s += D::value(x[r] + t, k) * scalar(w[n * k + t]);
-        y[r][n] = bias ? s + bias[n] : s;
+        y[r][n0 + n] = bias ? s + bias[n0 + n] : s;
       }
+    }
   }
 
-  // y[r][0 .. rows) = x[r] . w[n0 .. n0 + rows)
+  // y[r][0 .. n) = x[r] . w[n0 .. n0 + n)
   template <int R, int>
-  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias, Ahead&) {
     const WT* w = static_cast<const WT*>(weights) + n0 * k;
-    if (n == tile) return block<R, tile>(x, w, k, y, bias);
-    for (int64_t i = 0; i < n; i++) {
-      float* at[R];
-      for (int r = 0; r < R; r++) at[r] = y[r] + i;
-      block<R, 1>(x, w + i * k, k, at, bias ? bias + i : nullptr);
-    }
+    int64_t i = 0;
+    if constexpr (R == 1 && W > 4)
+      for (; i + W <= n; i += W) block<R, W>(x, w + i * k, k, y, i, bias);
+    for (; i + 4 <= n; i += 4) block<R, 4>(x, w + i * k, k, y, i, bias);
+    for (; i < n; i++) block<R, 1>(x, w + i * k, k, y, i, bias);
   }
 };
 
 // Block formats (src/tensor/quantized.ts): tiles of 16 weight rows, with rows as lanes and activations broadcast. N tiles are
 // computed together if that keeps the multipliers busy: each activation load then serves N tiles.
 struct Blocks {
-  using X = int8_t;  // a row: groups of 64 bytes, their scales, the sums of every 32
+  using X = int8_t;  // a row: groups of 64 bytes, their scales, the corrections for the weights' offsets
   static constexpr int tile = TILE_ROWS;
   static constexpr int parts = TILE_ROWS / W;
   static int64_t x_bytes(int64_t k) { return int8_row_bytes(k); }
   static const float* scales(const X* x, int64_t groups) { return reinterpret_cast<const float*>(x + groups * GROUP); }
-  static const int32_t* sums(const X* x, int64_t groups) { return reinterpret_cast<const int32_t*>(x + groups * (GROUP + 4)); }
+  // Per group: -8 x the sum of each half, and -128 x the sum of all.
+  static const int32_t* corrections(const X* x, int64_t groups) { return reinterpret_cast<const int32_t*>(x + groups * (GROUP + 4)); }
 
   static int32_t four(const X* x) {
     int32_t v;
@@ -109,21 +128,23 @@ template <class Scale>
 struct Int8Tiles : Blocks {
   static constexpr int max_rows = W == 16 ? 6 : W == 8 ? 2 : 4, wide = W == 16 ? 2 : 1;
   static constexpr int64_t bytes = TILE_ROWS * GROUP + TILE_ROWS * sizeof(Scale);
+  static int64_t row_bytes(int64_t k) { return groups_of(k) * bytes / TILE_ROWS; }
 
   template <int R, int N>
-  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias, Ahead& ahead) {
     constexpr int V = N * parts, U = W == 16 ? N : 1;  // vectors of weight rows, and how many are summed at once
     const int64_t groups = groups_of(k);
     const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * bytes;
     vf total[R][V] = {};
-    for (int64_t g = 0; g < groups; g++, block += bytes)
+    for (int64_t g = 0; g < groups; g++, block += bytes) {
+      if constexpr (R > 1) ahead.step();
       for (int v = 0; v < V; v += U) {
         const uint8_t* at[U];
         vi acc[R][U];
         for (int u = 0; u < U; u++) at[u] = block + (v + u) / parts * groups * bytes;
         for (int r = 0; r < R; r++) {
-          const int32_t* s = sums(x[r], groups) + 2 * g;
-          for (int u = 0; u < U; u++) acc[r][u] = splat(Dot8::offset ? -128 * (s[0] + s[1]) : 0);
+          const int32_t start = Dot8::offset ? corrections(x[r], groups)[3 * g + 2] : 0;
+          for (int u = 0; u < U; u++) acc[r][u] = splat(start);
         }
         if constexpr (U == 1) {
           products<R, GROUP / 4>(acc[0], x, g * GROUP, [&](int q) { return Dot8::load(at[0] + (q * TILE_ROWS + v % parts * W) * 4); });
@@ -143,6 +164,7 @@ struct Int8Tiles : Blocks {
           for (int r = 0; r < R; r++) total[r][v + u] += to_float(acc[r][u]) * (s * scales(x[r], groups)[g]);
         }
       }
+    }
     finish<R>(total, n, y, bias);
   }
 };
@@ -150,21 +172,23 @@ using Int8Blocks = Int8Tiles<f16>;
 
 struct Int4Blocks : Blocks {
   static constexpr int max_rows = W == 8 ? 2 : 4, wide = W == 16 ? 2 : 1;
+  static int64_t row_bytes(int64_t k) { return groups_of(k) * INT4_BLOCK_BYTES / TILE_ROWS; }
 
   template <int R, int N>
-  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+  static void run(const X* const* x, const void* weights, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias, Ahead& ahead) {
     constexpr int V = N * parts, U = W == 16 ? N : 1;
     const int64_t groups = groups_of(k);
     const uint8_t* block = static_cast<const uint8_t*>(weights) + n0 / TILE_ROWS * groups * INT4_BLOCK_BYTES;
     vf total[R][V] = {};
-    for (int64_t g = 0; g < groups; g++, block += INT4_BLOCK_BYTES)
+    for (int64_t g = 0; g < groups; g++, block += INT4_BLOCK_BYTES) {
+      if constexpr (R > 1) ahead.step();
       for (int v = 0; v < V; v += U) {
         const uint8_t* at[U];
         vi low[R][U], high[R][U];  // columns 0 to 31 of the block, and 32 to 63
         for (int u = 0; u < U; u++) at[u] = block + (v + u) / parts * groups * INT4_BLOCK_BYTES;
         for (int r = 0; r < R; r++) {
-          const int32_t* s = sums(x[r], groups) + 2 * g;
-          for (int u = 0; u < U; u++) low[r][u] = splat(-8 * s[0]), high[r][u] = splat(-8 * s[1]);
+          const int32_t* start = corrections(x[r], groups) + 3 * g;
+          for (int u = 0; u < U; u++) low[r][u] = splat(start[0]), high[r][u] = splat(start[1]);
         }
         if constexpr (Dot8::pairs && R > 1) {
           auto nibbles = [&](int q, bool upper) {
@@ -193,39 +217,63 @@ struct Int4Blocks : Blocks {
             total[r][v + u] += (to_float(low[r][u]) * s_low + to_float(high[r][u]) * s_high) * scales(x[r], groups)[g];
         }
       }
+    }
     finish<R>(total, n, y, bias);
   }
 };
 
 // Calls F::run on N tiles with the number of rows as a compile-time constant.
 template <class F, int N, int R = F::max_rows>
-static inline void run_rows(int rows, const typename F::X* const* x, const void* w, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias) {
+static inline void run_rows(int rows, const typename F::X* const* x, const void* w, int64_t n0, int64_t n, int64_t k, float* const* y, const float* bias, Ahead& ahead) {
   if constexpr (R > 1) {
-    if (rows != R) return run_rows<F, N, R - 1>(rows, x, w, n0, n, k, y, bias);
+    if (rows != R) return run_rows<F, N, R - 1>(rows, x, w, n0, n, k, y, bias, ahead);
   }
-  F::template run<R, N>(x, w, n0, n, k, y, bias);
+  F::template run<R, N>(x, w, n0, n, k, y, bias, ahead);
 }
 
-// Weight rows [begin, end) times `rows` activation rows. A block of weight rows stays in the cache for all activation rows.
-// XAt and YAt map a row number to a pointer.
+constexpr int64_t PANEL = 32;  // weight rows that stay in the cache for all activation rows
+
+// In how many passes, and how many rows at a time, so that no pass is left with a single row.
+template <class F>
+static inline int64_t passes_of(int64_t rows) { return (rows + F::max_rows - 1) / F::max_rows; }
+template <class F>
+static inline int64_t together(int64_t rows) { return rows ? (rows + passes_of<F>(rows) - 1) / passes_of<F>(rows) : 1; }
+
+// The weight rows after `n0`'s panel, if they come before `end`, to be fetched while `rows` activation rows pass over the panel.
+template <class F>
+static inline Ahead next_panel(const void* w, int64_t n0, int64_t end, int64_t k, int64_t rows) {
+  const int64_t from = n0 + PANEL, count = min(PANEL, end - from);
+  if (count <= 0) return {};
+  return {static_cast<const uint8_t*>(w) + from * F::row_bytes(k), count * F::row_bytes(k), passes_of<F>(rows) * groups_of(k) * (PANEL / (F::wide * F::tile))};
+}
+
+// Weight rows [n0, stop), at most a panel, times `rows` activation rows. XAt and YAt map a row number to a pointer.
+template <class F, class XAt, class YAt>
+static inline void one_panel(const void* w, int64_t n0, int64_t stop, int64_t k, int64_t rows, XAt x_at, YAt y_at, const float* bias, Ahead& ahead) {
+  const int64_t most = together<F>(rows);
+  for (int64_t r0 = 0; r0 < rows; r0 += most) {
+    const int count = static_cast<int>(min(most, rows - r0));
+    const typename F::X* x[F::max_rows];
+    float* y[F::max_rows];
+    for (int r = 0; r < count; r++) x[r] = x_at(r0 + r);
+    // A single row is memory-bound, and fastest when a thread reads its weights sequentially: go tile by tile.
+    const int64_t wide = F::wide * F::tile;
+    for (int64_t n = n0, step; n < stop; n += step) {
+      step = count > 1 && stop - n >= wide ? wide : F::tile;
+      for (int r = 0; r < count; r++) y[r] = y_at(r0 + r) + n;
+      if (step > F::tile) run_rows<F, F::wide>(count, x, w, n, step, k, y, bias ? bias + n : nullptr, ahead);
+      else run_rows<F, 1>(count, x, w, n, min(F::tile, stop - n), k, y, bias ? bias + n : nullptr, ahead);
+    }
+  }
+}
+
+// Weight rows [begin, end) times `rows` activation rows.
 template <class F, class XAt, class YAt>
 static inline void panel(const void* w, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at, const float* bias) {
-  constexpr int64_t weight_rows = 32;
-  for (int64_t n0 = begin; n0 < end; n0 += weight_rows)
-    for (int64_t r0 = 0; r0 < rows; r0 += F::max_rows) {
-      const int count = static_cast<int>(min(F::max_rows, rows - r0));
-      const typename F::X* x[F::max_rows];
-      float* y[F::max_rows];
-      for (int r = 0; r < count; r++) x[r] = x_at(r0 + r);
-      // A single row is memory-bound, and fastest when a thread reads its weights sequentially: go tile by tile.
-      const int64_t stop = min(n0 + weight_rows, end), wide = F::wide * F::tile;
-      for (int64_t n = n0, step; n < stop; n += step) {
-        step = count > 1 && stop - n >= wide ? wide : F::tile;
-        for (int r = 0; r < count; r++) y[r] = y_at(r0 + r) + n;
-        if (step > F::tile) run_rows<F, F::wide>(count, x, w, n, step, k, y, bias ? bias + n : nullptr);
-        else run_rows<F, 1>(count, x, w, n, min(F::tile, stop - n), k, y, bias ? bias + n : nullptr);
-      }
-    }
+  for (int64_t n0 = begin; n0 < end; n0 += PANEL) {
+    Ahead ahead = next_panel<F>(w, n0, end, k, rows);
+    one_panel<F>(w, n0, min(n0 + PANEL, end), k, rows, x_at, y_at, bias, ahead);
+  }
 }
 
 // y = silu(gate) * up
@@ -254,15 +302,16 @@ static inline void with_format(const Tensor& weight, Visit visit) {
 // silu(gate) * up of weight rows [begin, end): both products for a few rows at a time, while the activations are cached.
 template <class F, class XAt, class YAt>
 static inline void gated_panel(const void* gate, const void* up, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at) {
-  constexpr int64_t weight_rows = 32;
-  for (int64_t n0 = begin; n0 < end; n0 += weight_rows) {
-    const int64_t stop = min(n0 + weight_rows, end);
-    for (int64_t r0 = 0; r0 < rows; r0 += F::max_rows) {
-      const int64_t count = min(F::max_rows, rows - r0);
-      alignas(64) float g[F::max_rows][weight_rows], u[F::max_rows][weight_rows];
+  const int64_t most = together<F>(rows);
+  for (int64_t n0 = begin; n0 < end; n0 += PANEL) {
+    const int64_t stop = min(n0 + PANEL, end);
+    Ahead next_gate = next_panel<F>(gate, n0, end, k, rows), next_up = next_panel<F>(up, n0, end, k, rows);
+    for (int64_t r0 = 0; r0 < rows; r0 += most) {
+      const int64_t count = min(most, rows - r0);
+      alignas(64) float g[F::max_rows][PANEL], u[F::max_rows][PANEL];
       auto x = [&](int64_t r) { return x_at(r0 + r); };
-      panel<F>(gate, n0, stop, k, count, x, [&](int64_t r) { return g[r] - n0; }, nullptr);
-      panel<F>(up, n0, stop, k, count, x, [&](int64_t r) { return u[r] - n0; }, nullptr);
+      one_panel<F>(gate, n0, stop, k, count, x, [&](int64_t r) { return g[r] - n0; }, nullptr, next_gate);
+      one_panel<F>(up, n0, stop, k, count, x, [&](int64_t r) { return u[r] - n0; }, nullptr, next_up);
       for (int64_t r = 0; r < count; r++) silu_times(g[r], u[r], y_at(r0 + r) + n0, stop - n0);
     }
   }
@@ -316,7 +365,7 @@ static constexpr float TINY = 0x1p-100f;
 static void quantize_row(const float* x, int64_t k, int8_t* row) {
   const int64_t groups = groups_of(k);
   float* scales = reinterpret_cast<float*>(row + groups * GROUP);
-  int32_t* sums = reinterpret_cast<int32_t*>(scales + groups);
+  int32_t* corrections = reinterpret_cast<int32_t*>(scales + groups);
   for (int64_t g = 0; g < groups; g++) {
     const int count = static_cast<int>(min(GROUP, k - g * GROUP));
     float padded[GROUP];
@@ -330,7 +379,7 @@ static void quantize_row(const float* x, int64_t k, int8_t* row) {
     const float top = largest_magnitude(tops);
     if (!(top > TINY && top < INFINITY)) {
       __builtin_memset(row + g * GROUP, 0, GROUP);
-      sums[2 * g] = sums[2 * g + 1] = 0;
+      for (int i = 0; i < 3; i++) corrections[3 * g + i] = 0;
       scales[g] = top < INFINITY ? 0.f : __builtin_nanf("");
       continue;
     }
@@ -342,8 +391,9 @@ static void quantize_row(const float* x, int64_t k, int8_t* row) {
         store_bytes(row + g * GROUP + i, steps);
         total += steps;
       }
-      sums[2 * g + half] = static_cast<int32_t>(sum(to_float(total)));  // small integers: exact
+      corrections[3 * g + half] = -8 * static_cast<int32_t>(sum(to_float(total)));  // small integers: exact
     }
+    corrections[3 * g + 2] = 16 * (corrections[3 * g] + corrections[3 * g + 1]);
     scales[g] = top / 127.f;
   }
 }

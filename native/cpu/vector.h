@@ -3,6 +3,7 @@
 // library functions here: the linker could keep a copy compiled for this instruction set and use it everywhere.
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "../kernels.h"
 
@@ -99,6 +100,31 @@ static inline vf exp2(vf x) {
   p = p * r + 6.9314697e-1f;
   p = p * r + 1.f;
   return select(x == x, (vf)((vu)p + ((vu)n << 23)), x);
+}
+
+// Sums of neighbours at distance D: in lanes with bit D unset those of a, in the others those of b.
+template <int D, int... L>
+static inline vf pair_sums(vf a, vf b, std::integer_sequence<int, L...>) {
+  const vi own = {(L & D ? W + L : L)...}, other = {(L & D ? W + (L ^ D) : L ^ D)...};
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+}
+
+// The sums across the lanes of N vectors; the n-th is in lane n * (W / N). N only decides how many are made at once: each is
+// added up in the same order.
+template <int N, int D = W / 2>
+static inline vf sum_lanes(const vf* x) {
+  static_assert(N <= W && W % N == 0);
+  constexpr auto lanes = std::make_integer_sequence<int, W>{};
+  if constexpr (N == 1) {
+    const vf half = pair_sums<D>(x[0], x[0], lanes);
+    if constexpr (D == 1) return half;
+    else return sum_lanes<1, D / 2>(&half);
+  } else {
+    vf half[N / 2];
+    for (int n = 0; n < N / 2; n++) half[n] = pair_sums<D>(x[n], x[n + N / 2], lanes);
+    if constexpr (D == 1) return half[0];
+    else return sum_lanes<N / 2, D / 2>(half);
+  }
 }
 
 // The larger of two magnitudes, given and compared as bits: these have the order of the numbers, with NaN after infinity.

@@ -13,8 +13,8 @@
  * 32 to 63 in the high nibbles, each 8 + an integer from -8 to 7; then 16 scales, one per row, for the first 32 columns, and
  * 16 for the others. 4.5 bits per weight.
  *
- * Activations (`int8row`), a matrix [rows, k]: per row, groups of 64 signed bytes, then one float32 scale per group, then the
- * int32 sums of every 32 bytes (they cancel the offset of the weights).
+ * Activations (`int8row`), a matrix [rows, k]: per row, groups of 64 signed bytes, then one float32 scale per group, then
+ * three int32 per group that cancel the offset of the weights: -8 times the sum of each half (for int4), and -128 times the sum of all.
  *
  * The KV cache (`int8kv`): a block of 32 tokens of one head takes 68 bytes per token and group of 64 columns, with the head
  * width padded to whole groups. Keys: two tiles of 16 tokens as in `int8`, but with float32 scales. Values: tiles of 16
@@ -47,7 +47,7 @@ export function blockBytes(dtype: BlockDtype, n: number, k: number): number {
 
 /** Bytes of one row of `k` activations in `int8row`. */
 export function int8RowBytes(k: number): number {
-  return Math.ceil(k / GROUP) * (GROUP + 12);
+  return Math.ceil(k / GROUP) * (GROUP + 16);
 }
 
 /** Bytes of one cached key or value of a head of `width` numbers in `int8kv`. */

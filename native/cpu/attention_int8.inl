@@ -9,7 +9,7 @@ namespace ISA {
 
 using KeyTiles = Int8Tiles<float>;
 
-constexpr int STRETCH = 4 * BLOCK_TOKENS;                     // tokens between rescalings of a query's sums
+constexpr int STRETCH = 8 * BLOCK_TOKENS;                     // tokens between rescalings of a query's sums; more overflow `gather`
 constexpr int TOGETHER = KeyTiles::max_rows;                  // queries whose products are computed together
 constexpr int INT8_QUERIES = 8 * TOGETHER;                    // queries that share a pass over a stretch
 constexpr int STEPS = 127 * 128 + 127;                        // steps of a probability
@@ -76,17 +76,22 @@ struct Int8Pass {
     const float shrink = top[q] == now ? 1.f : top[q] == -INFINITY ? 0.f : exp2(splat(top[q] - now))[0];
     vf all = {};
     vi most = {};
-    for (int64_t t = 0; t < tokens; t += W) {
-      const vf s = load(score + t);
-      vf e = exp2(s * scale - now);
-      const vi unseen = s == splat(-INFINITY);
-      if (seen < tokens) e = select(unseen, vf{}, e);
-      const float* scales = reinterpret_cast<const float*>(values + pages[(t0 + t) / BLOCK_TOKENS] * block_stride + value_tiles(dim) * VALUE_TILE_BYTES);
-      vf p = e * load(scales + t % BLOCK_TOKENS);
-      if (seen < tokens) p = select(unseen, vf{}, p);  // what an earlier sequence left in the block may be NaN
-      all += e;
-      most = max_bits(most, magnitude_bits(p));
-      store(score + t, p);
+    for (int b = 0; b < blocks; b++) {
+      const uint8_t* block = values + pages[t0 / BLOCK_TOKENS + b] * block_stride;
+      const float* scales = reinterpret_cast<const float*>(block + value_tiles(dim) * VALUE_TILE_BYTES);
+      float* s = score + b * BLOCK_TOKENS;
+      const bool whole = seen >= (b + 1) * BLOCK_TOKENS;
+      for (int t = 0; t < BLOCK_TOKENS; t += W) {
+        const vf x = load(s + t);
+        vf e = exp2(x * scale - now), p = e * load(scales + t);
+        if (!whole) {  // what an earlier sequence left in the block may be NaN
+          const vi unseen = x == splat(-INFINITY);
+          e = select(unseen, vf{}, e), p = select(unseen, vf{}, p);
+        }
+        all += e;
+        most = max_bits(most, magnitude_bits(p));
+        store(s + t, p);
+      }
     }
     total[q] = total[q] * shrink + sum(all);
     top[q] = now;

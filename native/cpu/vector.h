@@ -25,7 +25,6 @@ static inline vf splat(float x) { return x - vf{}; }
 static inline vi splat(int32_t x) { return x - vi{}; }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-static inline vf max(vf a, vf b) { return select(a > b, a, b); }
 static inline float max(float a, float b) { return a > b ? a : b; }
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -58,7 +57,7 @@ static inline float scalar(f16 h) {
 
 }  // namespace ISA
 
-// load(const f16*), to_f16, store_bytes (the low byte of each lane), sum, largest, DotBf16, Dot8: defined by each instruction set.
+// max (its second operand if one is NaN), load(const f16*), to_f16, store_bytes (the low byte of each lane), sum, largest, DotBf16, Dot8: defined by each instruction set.
 #include ISA_PRIMITIVES
 
 namespace ISA {
@@ -90,7 +89,7 @@ static inline vf exp(vf x) {
 static inline float exp(float x) { return exp(splat(x))[0]; }
 
 // 2^x to about 2 units in the last place for x from -126 to 0; below that, 2^-126. NaN stays NaN.
-static inline vf exp2(vf x) {
+__attribute__((always_inline)) static inline vf exp2(vf x) {
   x = max(splat(-126.f), x);
   const vf n = x + ROUNDER, r = x - (n - ROUNDER);
   vf p = splat(1.32765e-3f);

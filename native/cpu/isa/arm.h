@@ -4,6 +4,7 @@
 
 namespace ISA {
 
+static inline vf max(vf a, vf b) { return select(a > b, a, b); }
 static inline vf load(const f16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)))); }
 static inline f16 to_f16(float x) { return f16{vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0)}; }
 static inline void store_bytes(int8_t* p, vi v) { *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(v, vb); }

@@ -1,6 +1,7 @@
 // Primitives in plain vectors of four lanes, for processors without a better instruction set.
 namespace ISA {
 
+static inline vf max(vf a, vf b) { return select(a > b, a, b); }
 static inline vf load(const f16* p) {
   vf v;
   for (int i = 0; i < W; i++) v[i] = scalar(p[i]);

@@ -4,11 +4,13 @@
 namespace ISA {
 
 #if W == 16
+static inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 static inline void store_bytes(int8_t* p, vi v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v)); }
 static inline float sum(vf v) { return _mm512_reduce_add_ps(v); }
 static inline float largest(vf v) { return _mm512_reduce_max_ps(v); }
 #else
+static inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 static inline void store_bytes(int8_t* p, vi v) { *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(v, vb); }
 static inline float sum(vf v) {

@@ -188,7 +188,7 @@ napi_value stop_moving(napi_env env, const Arguments& a) {
   return nullptr;
 }
 
-// movedWeights(weights): { bytes, moved, moving, why }
+// movedWeights(weights): { bytes, moved, kept, moving, why }
 napi_value moved_weights(napi_env env, const Arguments& a) {
   const Residence& residence = alive<Weights>(env, a.at(0), "model")->residence();
   napi_value out, moving;
@@ -196,6 +196,7 @@ napi_value moved_weights(napi_env env, const Arguments& a) {
   check(env, napi_get_boolean(env, residence.moving(), &moving));
   check(env, napi_set_named_property(env, out, "bytes", to_js(env, static_cast<double>(residence.bytes()))));
   check(env, napi_set_named_property(env, out, "moved", to_js(env, static_cast<double>(residence.moved()))));
+  check(env, napi_set_named_property(env, out, "kept", to_js(env, static_cast<double>(residence.kept()))));
   check(env, napi_set_named_property(env, out, "moving", moving));
   check(env, napi_set_named_property(env, out, "why", to_js(env, residence.why())));
   return out;

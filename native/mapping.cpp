@@ -2,6 +2,10 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#ifdef __linux__
+#include <linux/fs.h>
+#include <sys/ioctl.h>
+#endif
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,6 +20,19 @@
 #endif
 #if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
 #define MADV_POPULATE_WRITE 23  // since Linux 5.14
+#endif
+#if defined(__linux__) && !defined(MADV_POPULATE_READ)
+#define MADV_POPULATE_READ 22  // since Linux 5.14
+#endif
+#if defined(__linux__) && !defined(PAGEMAP_SCAN)  // since Linux 6.7
+#define PAGE_IS_HUGE (1 << 6)
+struct page_region {
+  uint64_t start, end, categories;
+};
+struct pm_scan_arg {
+  uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
 #endif
 
 // A range of addresses that belongs to a mapping, or is free for the next one (begin = 0). Ranges form a list that only
@@ -117,6 +134,9 @@ Mapping::Mapping(const std::string& path) : path_(path) {
   const int reason = errno;
   try {
     if (p == MAP_FAILED) throw std::runtime_error(path + ": cannot be mapped: " + (bytes_ ? std::strerror(reason) : "the file is empty"));
+#ifdef MADV_HUGEPAGE
+    madvise(data_, bytes_, MADV_HUGEPAGE);  // for a tmpfs that gives huge pages to those who ask
+#endif
     range_ = Faults::claim(reinterpret_cast<uintptr_t>(data_), bytes_);
   } catch (...) {
     if (data_) munmap(data_, span());
@@ -154,6 +174,29 @@ static bool read_at(int file, uint8_t* to, size_t bytes, size_t offset) {
     done += static_cast<size_t>(n);
   }
   return true;
+}
+
+bool Mapping::on_huge_pages(size_t first, size_t count) const {
+#ifdef __linux__
+  static const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  const size_t bytes = count * HUGE_PAGE;
+  uint8_t* const from = data_ + first * HUGE_PAGE;
+  if (pagemap < 0 || (first + count) * HUGE_PAGE > bytes_ || madvise(from, bytes, MADV_POPULATE_READ) != 0) return false;
+  page_region found[16];
+  pm_scan_arg scan{};
+  scan.size = sizeof scan;
+  scan.start = reinterpret_cast<uintptr_t>(from);
+  scan.end = scan.start + bytes;
+  scan.vec = reinterpret_cast<uintptr_t>(found);
+  scan.vec_len = sizeof found / sizeof *found;
+  scan.category_mask = scan.return_mask = PAGE_IS_HUGE;
+  const int regions = ioctl(pagemap, PAGEMAP_SCAN, &scan);  // an error where the system is older
+  size_t huge = 0;
+  for (int i = 0; i < regions; i++) huge += found[i].end - found[i].start;
+  return huge == bytes;
+#else
+  return false;
+#endif
 }
 
 // An address has one content throughout: the file's page before mremap, the copy of it afterwards. mremap holds the lock of the

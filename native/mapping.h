@@ -32,6 +32,9 @@ class Mapping {
   size_t bytes() const { return bytes_; }
   const uint8_t* data() const { return data_; }
 
+  // Reads `count` huge pages of the mapping, from the `first` on, and says whether they came on huge pages of the page cache: newer
+  // systems give them to files that are read for the first time. Those that all processes share are worth keeping.
+  bool on_huge_pages(size_t first, size_t count) const;
   // Prepares `copy_to_huge_pages`; false if this system has no huge pages for a process that asks.
   bool reserve_copies();
   // Replaces `count` huge pages of the mapping, from the `first` on, by anonymous memory with the file's content, on huge pages where

@@ -57,6 +57,10 @@ void Residence::work(bool quietly, bool drop_cached) {
     const size_t i = next_++;
     if (i >= pieces_.size() || stopping_) break;
     const Piece& piece = pieces_[i];
+    if (quietly && piece.mapping->on_huge_pages(piece.first, piece.count)) {
+      kept_ += piece.count * HUGE_PAGE;
+      continue;
+    }
     if (!piece.mapping->copy_to_huge_pages(piece.first, piece.count, drop_cached)) {
       fail("out of memory, or the file could not be read");
       break;
@@ -79,7 +83,7 @@ void Residence::fail(const std::string& why) {
 }
 
 void Residence::stop(const std::string& why) {
-  if (moved_ < bytes_) fail(why);
+  if (moved_ + kept_ < bytes_) fail(why);
 }
 
 void Residence::wait() {
@@ -120,7 +124,9 @@ Pages pages_of(const std::vector<std::pair<const void*, size_t>>& ranges) {
         return from < begin + r.second && to > begin;
       });
     } else if (std::sscanf(line, "Rss: %zu kB", &kib) == 1) resident = kib << 10;
-    else if (std::sscanf(line, "AnonHugePages: %zu kB", &kib) == 1 || std::sscanf(line, "FilePmdMapped: %zu kB", &kib) == 1) huge += kib << 10;
+    else if (std::sscanf(line, "AnonHugePages: %zu kB", &kib) == 1 || std::sscanf(line, "FilePmdMapped: %zu kB", &kib) == 1 ||
+             std::sscanf(line, "ShmemPmdMapped: %zu kB", &kib) == 1)
+      huge += kib << 10;
   }
   take();
   std::fclose(maps);

@@ -26,7 +26,8 @@ class Residence {
 
   // Bytes of memory that moving takes.
   size_t bytes() const { return bytes_; }
-  // Starts to move with this many threads, at low priority if `quietly`. `drop_cached` as in Mapping. Only once.
+  // Starts to move with this many threads. `quietly`: at low priority, and what is on huge pages of the page cache stays there.
+  // `drop_cached` as in Mapping. Only once.
   void start(int threads, bool quietly, bool drop_cached);
   // Ends the threads at their next pause; what has moved stays moved.
   void stop(const std::string& why);
@@ -34,6 +35,8 @@ class Residence {
   void wait();
   bool moving() const { return running_ > 0; }
   size_t moved() const { return moved_; }
+  // Bytes that stay on huge pages of the page cache.
+  size_t kept() const { return kept_; }
   // Why not everything was moved; empty if it was, or may yet be.
   std::string why() const;
 
@@ -49,7 +52,7 @@ class Residence {
   std::vector<Piece> pieces_;
   std::vector<Mapping*> mappings_;
   size_t bytes_ = 0;
-  std::atomic<size_t> next_{0}, moved_{0};
+  std::atomic<size_t> next_{0}, moved_{0}, kept_{0};
   std::atomic<int> running_{0};
   std::atomic<bool> stopping_{false};
   mutable std::mutex lock_;  // of why_ and threads_

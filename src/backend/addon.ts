@@ -51,7 +51,7 @@ export interface Addon {
   /** Starts threads that move mapped weights to huge pages; `quietly`: at low priority. */
   moveWeights(weights: Handle, threads: number, quietly: boolean, dropCached: boolean): void;
   stopMoving(weights: Handle, why: string): void;
-  movedWeights(weights: Handle): { bytes: number; moved: number; moving: boolean; why: string };
+  movedWeights(weights: Handle): { bytes: number; moved: number; kept: number; moving: boolean; why: string };
   weightPages(weights: Handle): Promise<{ huge: number; small: number }>;
   convert(part: Slice, stored: number, dtype: number, n: number, k: number, to: Uint8Array, name: string): Promise<void>;
   checkFinite(part: Slice, stored: number, n: number, k: number, name: string): Promise<void>;

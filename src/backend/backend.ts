@@ -51,6 +51,8 @@ export interface Weights {
   readonly ownedBytes: number;
   /** Where the mapped bytes are now. */
   placement(): Placement;
+  /** Resolves when no more weights will move, also because they were disposed of. */
+  readonly settled: Promise<void>;
   /** Bytes of memory behind the weights, by kind of page. Takes milliseconds for gigabytes. Zeros where the system does not tell. */
   pages(): Promise<{ readonly huge: number; readonly small: number }>;
   /** Whether a run has failed because a file that they are mapped from was truncated or changed; all later runs fail too. */

@@ -1,4 +1,5 @@
 /** The CPU backend in C++: runs the CPU's passes on a graph and passes the plan to the addon. Knows no kernel. */
+import { realpathSync } from "node:fs";
 import type { Tensor } from "../graph/call.ts";
 import { fuse } from "../graph/fuse.ts";
 import type { Graph } from "../graph/graph.ts";
@@ -61,7 +62,7 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
       const { mapped, owned } = addon.weightBytes(handle);
       let settled: Awaited<ReturnType<typeof settle>>;
       try {
-        settled = await settle(addon, handle, residence, hostMemory, threads);
+        settled = await settle(addon, handle, residence, hostMemory, threads, realPaths(sources));
       } catch (error) {
         addon.disposeWeights(handle);
         throw error;
@@ -72,6 +73,7 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
         ownedBytes: owned,
         handle,
         placement: settled.placement,
+        settled: settled.settled,
         pages: () => addon.weightPages(handle),
         lost: () => addon.weightsLost(handle),
         dispose() {
@@ -220,4 +222,9 @@ export function checkFinite(part: Slice, stored: StoredFormat, n: number, k: num
 /** Fills a matrix [n, k] with repeatable noise of the given standard deviation, off the event loop. `to` must have the exact size. */
 export function randomMatrix(seed: number, deviation: number, dtype: Dtype, n: number, k: number, to: Uint8Array): Promise<void> {
   return openAddon().random(seed, deviation, DTYPE_CODES[dtype], n, k, to);
+}
+
+/** The files of all sources, links resolved. */
+function realPaths(sources: readonly WeightSource[]): string[] {
+  return [...new Set(sources.flatMap(({ parts }) => parts.map((part) => part.file)))].map((file) => realpathSync(file));
 }

@@ -1,7 +1,9 @@
 /** Gathers what `mixtape info` shows about a model. A folder without weights or a tokenizer is described as far as possible. */
-import { existsSync } from "node:fs";
+import { existsSync, realpathSync } from "node:fs";
 import { join } from "node:path";
-import { CONFIG, missingFile, openCheckpoint, readJson, totalsByDtype } from "../checkpoint/checkpoint.ts";
+import { hostMemory } from "../backend/memory.ts";
+import { reasonToStay } from "../backend/residence.ts";
+import { type Checkpoint, CONFIG, missingFile, openCheckpoint, readJson, totalsByDtype } from "../checkpoint/checkpoint.ts";
 import { moeLayers, readConfig } from "../model/config.ts";
 import { configFor } from "../model/fit.ts";
 import { measure } from "../model/size.ts";
@@ -24,11 +26,20 @@ export async function gather(name: string, flags: HubFlags) {
     config: { ...config, moe_layers: moeLayers(config) },
     ...measure(config),
     stored: checkpoint && Object.fromEntries(totalsByDtype(checkpoint)),
+    weights: checkpoint && expectedPlace(checkpoint),
     /** The first missing file that the model needs to run. */
     missing: missing ?? null,
     tokenizer: await describeTokenizer(folder),
     generation: checkpoint ? (checkpoint.generationConfig ?? {}) : existsSync(generation) ? await readObject(generation) : {},
   };
+}
+
+/** Where `auto` would keep the weights on this machine now, in the format they are stored in, and why not on huge pages of their own. */
+function expectedPlace(checkpoint: Checkpoint): { readonly place: "resident" | "mapped"; readonly why: string | null } {
+  const bytes = [...totalsByDtype(checkpoint).values()].reduce((sum, t) => sum + t.bytes, 0);
+  const files = [...new Set([...checkpoint.tensors.values()].map((t) => t.file))].map((file) => realpathSync(file));
+  const why = reasonToStay(bytes, files, hostMemory());
+  return { place: why === null ? "resident" : "mapped", why };
 }
 
 async function describeTokenizer(folder: string) {

@@ -64,6 +64,10 @@ function render(facts: Facts): string {
               [dtype.toLowerCase(), `${padEnd(formatBytes(bytes), 10)}  ${dim(`${tensors} tensors`)}`] as const,
           )
         : [["not here", notHere(facts)] as const]),
+      [
+        "on this machine",
+        facts.weights && (facts.weights.why === null ? "move to huge pages while the model answers" : `stay mapped: ${facts.weights.why}`),
+      ],
     ]),
     ...section("Memory, by format", [
       ["fp32", formatBytes(m.fp32)],

@@ -155,6 +155,11 @@ export class Engine {
     return this.#programs.profile(rows);
   }
 
+  /** Resolves when no more weights will move. */
+  get settled(): Promise<void> {
+    return this.#weights.settled;
+  }
+
   /** Where the weights are; `ownedBytes` are copies in another format than the file's. */
   placement(): Placement & { readonly ownedBytes: number } {
     return { ...this.#weights.placement(), ownedBytes: this.#weights.ownedBytes };

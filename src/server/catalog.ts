@@ -41,7 +41,11 @@ export interface CatalogOptions {
   /** Never contact the hub. */
   readonly offline: boolean;
   /** Called when a model's state changes, for the log. */
-  readonly onEvent: (what: "loading" | "loaded" | "unloaded" | "failed", name: string, detail: Readonly<Record<string, unknown>>) => void;
+  readonly onEvent: (
+    what: "loading" | "loaded" | "settled" | "unloaded" | "failed",
+    name: string,
+    detail: Readonly<Record<string, unknown>>,
+  ) => void;
 }
 
 interface Entry {
@@ -176,6 +180,16 @@ export class Catalog {
         grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(defaults, config), this.#turns),
       };
       onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes });
+      engine.settled.then(() => {
+        if (entry.model?.engine !== engine) return; // unloaded meanwhile
+        const { state, movedBytes, why } = engine.placement();
+        onEvent("settled", name, {
+          weights: state,
+          hugeBytes: movedBytes,
+          ...(why && { why }),
+          seconds: (performance.now() - start) / 1000,
+        });
+      });
       return entry.model;
     } catch (cause) {
       entry.bytes = 0;

@@ -74,7 +74,7 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
     memoryBudgetBytes: config.memoryBudgetBytes,
     offline: config.offline,
     onEvent: (what, name, detail) => {
-      log[what === "failed" ? "error" : "info"]({ model: name, ...detail }, `model ${what}`);
+      log[what === "failed" ? "error" : "info"]({ model: name, ...detail }, what === "settled" ? "weights settled" : `model ${what}`);
       if (what === "loaded") for (const model of catalog.loaded()) metrics.watch(model);
     },
   });

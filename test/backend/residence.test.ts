@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
 import { resolvePretrained } from "../../src/api/model.ts";
 import { type Addon, type Handle, openAddon } from "../../src/backend/addon.ts";
-import { noHugePages, settle } from "../../src/backend/residence.ts";
+import { noHugePages, onSharedHugePages, reasonToStay, settle } from "../../src/backend/residence.ts";
 import { AutoModelForCausalLM } from "../../src/index.ts";
 
 const GIB = 2 ** 30;
@@ -26,11 +26,45 @@ function fake(bytes: number) {
     movedWeights: () => {
       if (moving) moved = Math.min(bytes, moved + 100 * 2 ** 20);
       if (moved === bytes) moving = false;
-      return { bytes, moved, moving, why };
+      return { bytes, moved, kept: 0, moving, why };
     },
   };
   return { addon: addon as Addon, calls };
 }
+
+describe("files on huge pages that processes share", () => {
+  const mounts = [
+    "30 1 8:1 / / rw,relatime - ext4 /dev/root rw",
+    "42 30 0:39 / /mnt/my\\040models rw,relatime - tmpfs tmpfs rw,size=6g,huge=always",
+    "43 30 0:40 / /mnt/small rw - tmpfs tmpfs rw,size=6g",
+    "44 42 0:41 / /mnt/my\\040models/disk rw - ext4 /dev/sdb rw",
+    "45 30 0:42 / /mnt/advise rw - tmpfs tmpfs rw,huge=advise",
+    "46 30 0:43 / /mnt/never rw - tmpfs tmpfs rw,huge=never",
+  ].join("\n");
+  const read = (path: string) => (path === "/proc/self/mountinfo" ? mounts : "always [madvise] never");
+
+  test.each([
+    ["/mnt/my models/a/model.safetensors", true],
+    ["/mnt/my models/disk/model.safetensors", false],
+    ["/mnt/my modelsx/model.safetensors", false],
+    ["/mnt/small/model.safetensors", false],
+    ["/mnt/advise/model.safetensors", true],
+    ["/mnt/never/model.safetensors", false],
+    ["/home/model.safetensors", false],
+  ])("%s: %s", (file, shared) => expect(onSharedHugePages(file, read)).toBe(shared));
+
+  test("auto leaves them there only if all are", () => {
+    const memory = { total: 24 * GIB, free: 20 * GIB };
+    expect(reasonToStay(GIB, ["/mnt/advise/1", "/mnt/advise/2"], memory, read)).toBe(
+      "the file is already on huge pages, which processes share",
+    );
+    expect(reasonToStay(GIB, ["/mnt/advise/1", "/home/2"], memory, read)).toBeNull();
+  });
+
+  test("nothing is known where the system does not tell", () => {
+    expect(onSharedHugePages("/mnt/advise/1", () => null)).toBe(false);
+  });
+});
 
 describe.skipIf(noHugePages() !== null)("the policy", () => {
   const memory = (free: number) => () => ({ total: 24 * GIB, free });
@@ -46,16 +80,24 @@ describe.skipIf(noHugePages() !== null)("the policy", () => {
       [],
       "the weights take 4.0 GiB of memory beside the mapped file, and 4.0 GiB are free",
     ],
-    ["auto leaves small models alone", "auto", 2 ** 27, 8 * GIB, [], ""],
+    ["auto leaves small models alone", "auto", 2 ** 27, 8 * GIB, [], "below 256 MiB it makes little difference"],
     ["mapped stays mapped", "mapped", GIB, 8 * GIB, [], ""],
     ["resident moves with all threads", "resident", 2 ** 27, 8 * GIB, ["2 at once"], ""],
   ])("%s", async (_, wanted, bytes, free, calls, why) => {
     const { addon, calls: made } = fake(bytes);
-    const { placement, unwatch } = await settle(addon, HANDLE, wanted, memory(free), 2);
+    const { placement, settled, unwatch } = await settle(addon, HANDLE, wanted, memory(free), 2);
     expect(made).toEqual(calls);
     expect(placement().why).toBe(why);
     expect(placement().state).toBe(calls.length === 0 ? "mapped" : wanted === "resident" ? "resident" : "moving");
     unwatch();
+    await settled; // also if it was given up
+  });
+
+  test("says when the last has moved", async () => {
+    const { placement, settled } = await settle(fake(GIB).addon, HANDLE, "auto", memory(8 * GIB), 2);
+    expect(placement().state).toBe("moving");
+    await settled;
+    expect(placement().state).toBe("resident");
   });
 
   test("nothing asks about weights that were disposed of while they moved", async () => {
@@ -141,7 +183,8 @@ describe.skipIf(noHugePages() !== null)("the bundled model", () => {
       openAddon().moveWeights(handles()[0], 1 + (round % 2), round % 2 === 0, round === 4);
       expect(await running).toEqual(mapped);
       expect(await answer(model)).toEqual(mapped);
-      expect(openAddon().movedWeights(handles()[0])).toMatchObject({ moving: false, why: "" });
+      await expect.poll(() => openAddon().movedWeights(handles()[0]), { timeout: 20_000 }).toMatchObject({ moving: false, why: "" });
+      expect(await answer(model)).toEqual(mapped);
       await model.dispose();
     }
   });

@@ -36,6 +36,7 @@ export function referenceBackend(): Backend {
         ownedBytes,
         values,
         placement: () => ({ state: "resident", movedBytes: 0, mappedBytes: 0, why: "" }),
+        settled: Promise.resolve(),
         pages: async () => ({ huge: 0, small: 0 }),
         lost: () => false,
         dispose: () => values.clear(),

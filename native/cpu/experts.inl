@@ -64,22 +64,32 @@ static void group(const Operands& o, const Worker& worker) {
   at[0] = 0;
 }
 
-// Calls visit(expert, begin, end, slots, rows) for this thread's share of a product with one expert per slot: weight rows
-// [begin, end) of the expert, for `rows` slots. All tiles are laid end to end, each as long as its expert has rows, and
-// each thread takes an equal stretch.
+// A thread's share of one expert: weight rows [begin, end) times `rows` slots.
+struct ExpertShare {
+  int64_t expert = -1, begin = 0, end = 0, rows = 0;
+  const int32_t* slots = nullptr;
+};
+
+// Calls visit(share, next) for this thread's share of a product with one expert per slot; `next` is the share after it, or has
+// no expert. All tiles are laid end to end, each as long as its expert has rows, and each thread takes an equal stretch.
 template <class Visit>
 static inline void share_experts(const Tensor& order, const Tensor& offsets, int64_t n, int tile, const Worker& worker, Visit visit) {
   const int64_t experts = offsets.rows() - 1, tiles = (n + tile - 1) / tile, work = tiles * order.rows();
   const int32_t *at = offsets.as<int32_t>(), *slot = order.as<int32_t>();
   const int64_t from = work * worker.index / worker.count, to = work * (worker.index + 1) / worker.count;
+  ExpertShare last;
   for (int64_t e = 0; e < experts; e++) {
     const int64_t rows = at[e + 1] - at[e], start = at[e] * tiles;
     if (!rows || start >= to) continue;
     // A tile belongs to the thread whose stretch contains its start.
     auto first_tile = [&](int64_t edge) { return edge <= start ? 0 : min(tiles, (edge - start + rows - 1) / rows); };
     const int64_t begin = first_tile(from) * tile, end = min(first_tile(to) * tile, n);
-    if (begin < end) visit(e, begin, end, slot + at[e], rows);
+    if (begin >= end) continue;
+    const ExpertShare share{e, begin, end, rows, slot + at[e]};
+    if (last.expert >= 0) visit(last, share);
+    last = share;
   }
+  if (last.expert >= 0) visit(last, ExpertShare{});
 }
 
 static void grouped_linear(const Operands& o, const Worker& worker) {
@@ -88,9 +98,11 @@ static void grouped_linear(const Operands& o, const Worker& worker) {
   const int64_t n = w.dims[1], k = w.dims[2], slots = static_cast<int64_t>(o.params[0]);
   with_format(w, [&](auto format) {
     using F = decltype(format);
-    share_experts(order, offsets, n, F::tile, worker, [&](int64_t e, int64_t begin, int64_t end, const int32_t* slot, int64_t rows) {
-      panel<F>(w.parts[e], begin, end, k, rows, [&](int64_t r) { return reinterpret_cast<const typename F::X*>(x.as<int8_t>() + slot[r] / slots * F::x_bytes(k)); },
-               [&](int64_t r) { return y.as<float>() + slot[r] * n; }, bias ? bias + e * n : nullptr);
+    share_experts(order, offsets, n, F::tile, worker, [&](const ExpertShare& s, const ExpertShare& next) {
+      if (next.expert >= 0) fetch_head(weight_row<F>(w.parts[next.expert], next.begin, k));
+      panel<F>(w.parts[s.expert], s.begin, s.end, k, s.rows,
+               [&](int64_t r) { return reinterpret_cast<const typename F::X*>(x.as<int8_t>() + s.slots[r] / slots * F::x_bytes(k)); },
+               [&](int64_t r) { return y.as<float>() + s.slots[r] * n; }, bias ? bias + s.expert * n : nullptr);
     });
   });
 }
@@ -100,10 +112,11 @@ static void grouped_gated_linear(const Operands& o, const Worker& worker) {
   const int64_t n = gate.dims[1], k = gate.dims[2], slots = static_cast<int64_t>(o.params[0]);
   with_format(gate, [&](auto format) {
     using F = decltype(format);
-    share_experts(order, offsets, n, F::tile, worker, [&](int64_t e, int64_t begin, int64_t end, const int32_t* slot, int64_t rows) {
-      gated_panel<F>(gate.parts[e], up.parts[e], begin, end, k, rows,
-                     [&](int64_t r) { return reinterpret_cast<const typename F::X*>(x.as<int8_t>() + slot[r] / slots * F::x_bytes(k)); },
-                     [&](int64_t r) { return y.as<float>() + slot[r] * n; });
+    share_experts(order, offsets, n, F::tile, worker, [&](const ExpertShare& s, const ExpertShare& next) {
+      gated_panel<F>(gate.parts[s.expert], up.parts[s.expert], s.begin, s.end, k, s.rows,
+                     [&](int64_t r) { return reinterpret_cast<const typename F::X*>(x.as<int8_t>() + s.slots[r] / slots * F::x_bytes(k)); },
+                     [&](int64_t r) { return y.as<float>() + s.slots[r] * n; },
+                     next.expert >= 0 ? weight_row<F>(gate.parts[next.expert], next.begin, k) : nullptr);
     });
   });
 }

@@ -299,9 +299,36 @@ static inline void with_format(const Tensor& weight, Visit visit) {
   }
 }
 
+// Fetches the beginning of weights that are read next: the processor's prefetching starts late on every new stretch.
+static inline void fetch_head(const void* w) {
+  for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(w) + i, 0, 2);
+}
+
+template <class F>
+static inline const uint8_t* weight_row(const void* w, int64_t n, int64_t k) { return static_cast<const uint8_t*>(w) + n * F::row_bytes(k); }
+
+// silu(gate) * up of weight rows [begin, end) for a single row, which is memory-bound: long stretches of each matrix in turn.
+// `next`: what is read after that, or null.
+template <class F>
+static inline void gated_row(const void* gate, const void* up, int64_t begin, int64_t end, int64_t k, const typename F::X* x, float* y, const void* next) {
+  constexpr int64_t stretch = 512;
+  alignas(64) float g[stretch], u[stretch];
+  Ahead nothing;
+  for (int64_t n0 = begin; n0 < end; n0 += stretch) {
+    const int64_t stop = min(n0 + stretch, end);
+    auto row = [&](int64_t) { return x; };
+    fetch_head(weight_row<F>(up, n0, k));
+    one_panel<F>(gate, n0, stop, k, 1, row, [&](int64_t) { return g - n0; }, nullptr, nothing);
+    if (stop < end || next) fetch_head(stop < end ? weight_row<F>(gate, stop, k) : next);
+    one_panel<F>(up, n0, stop, k, 1, row, [&](int64_t) { return u - n0; }, nullptr, nothing);
+    silu_times(g, u, y + n0, stop - n0);
+  }
+}
+
 // silu(gate) * up of weight rows [begin, end): both products for a few rows at a time, while the activations are cached.
 template <class F, class XAt, class YAt>
-static inline void gated_panel(const void* gate, const void* up, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at) {
+static inline void gated_panel(const void* gate, const void* up, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at, const void* next = nullptr) {
+  if (rows == 1) return gated_row<F>(gate, up, begin, end, k, x_at(0), y_at(0), next);
   const int64_t most = together<F>(rows);
   for (int64_t n0 = begin; n0 < end; n0 += PANEL) {
     const int64_t stop = min(n0 + PANEL, end);

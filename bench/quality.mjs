@@ -1,7 +1,9 @@
 /**
  * What rounding costs: perplexity over windows of a text, and how often the likeliest next token stays the same, for several
  * settings of one model, or several models, compared with the first. Each setting is MODEL[:DTYPE[:CACHE]]. It measures no time and
- * has no rounds; every window is computed in full, since `forward` does not use the prefix cache.
+ * has no rounds; every window is computed in full, since `forward` does not use the prefix cache. With --divergence, also the mean
+ * Kullback-Leibler divergence from the first model's distribution over the next token, in nats; the first model is then computed beside
+ * each of the others.
  *
  *   npm run build && node bench/quality.mjs --text corpus.txt [--windows 24] [--length 1024] default:bf16:fp32 default:int8:fp16 default:int8:int8
  */
@@ -15,10 +17,12 @@ const { values, positionals } = parseArgs({
     text: { type: "string", multiple: true, default: [] },
     windows: { type: "string", default: "24" },
     length: { type: "string", default: "1024" },
+    divergence: { type: "boolean", default: false },
     json: { type: "boolean", default: false },
   },
 });
-if (!values.text.length || !positionals.length) throw new Error("usage: quality.mjs --text FILE... MODEL[:DTYPE[:CACHE]]...");
+if (!values.text.length || !positionals.length)
+  throw new Error("usage: quality.mjs --text FILE... [--divergence] MODEL[:DTYPE[:CACHE]]...");
 const length = Number(values.length);
 const wanted = Number(values.windows);
 
@@ -46,6 +50,24 @@ function judge(logits, ids, vocab) {
   return { nll, best };
 }
 
+/** Sum over positions of the Kullback-Leibler divergence of two models' distributions. */
+function diverge(exact, other, vocab) {
+  let total = 0;
+  for (let at = 0; at + vocab < exact.length; at += vocab) {
+    const [p, q] = [exact.subarray(at, at + vocab), other.subarray(at, at + vocab)];
+    const [a, b] = [logSum(p), logSum(q)];
+    for (let i = 0; i < vocab; i++) total += Math.exp(p[i] - a) * (p[i] - a - q[i] + b);
+  }
+  return total;
+}
+
+function logSum(row) {
+  let [top, sum] = [row[0], 0];
+  for (let i = 1; i < row.length; i++) if (row[i] > top) top = row[i];
+  for (let i = 0; i < row.length; i++) sum += Math.exp(row[i] - top);
+  return Math.log(sum) + top;
+}
+
 const results = [];
 let base;
 for (const setting of positionals) {
@@ -55,7 +77,7 @@ for (const setting of positionals) {
     ...(cache ? { kv_cache_dtype: cache } : {}),
     kv_cache_tokens: length,
   });
-  let [nll, tokens, same] = [0, 0, 0];
+  let [nll, tokens, same, divergence] = [0, 0, 0, 0];
   const choices = [];
   for (const [w, ids] of windows.entries()) {
     const { logits } = await loaded.forward({ input_ids: [ids] });
@@ -63,16 +85,28 @@ for (const setting of positionals) {
     nll += judged.nll;
     tokens += ids.length - 1;
     choices.push(judged.best);
+    if (values.divergence && base) {
+      const exact = await base.model.forward({ input_ids: [ids] });
+      divergence += diverge(exact.logits.data, logits.data, logits.dims[2]);
+    }
     if (base) for (let t = 0; t < judged.best.length; t++) same += judged.best[t] === base.choices[w][t] ? 1 : 0;
   }
-  await loaded.dispose();
+  const first = base === undefined;
+  if (!first || !values.divergence) await loaded.dispose();
   const perplexity = Math.exp(nll / tokens);
-  base ??= { perplexity, choices };
-  const result = { setting, perplexity, change: perplexity / base.perplexity - 1, same: choices === base.choices ? 1 : same / tokens };
+  base ??= { perplexity, choices, model: loaded };
+  const result = {
+    setting,
+    perplexity,
+    change: perplexity / base.perplexity - 1,
+    same: first ? 1 : same / tokens,
+    ...(values.divergence ? { divergence: divergence / tokens } : {}),
+  };
   results.push(result);
   if (!values.json)
     console.log(
-      `${setting.padEnd(44)} perplexity ${perplexity.toFixed(4).padStart(10)}  ${(100 * result.change).toFixed(3).padStart(8)} %   same next token ${(100 * result.same).toFixed(2)} %`,
+      `${setting.padEnd(44)} perplexity ${perplexity.toFixed(4).padStart(10)}  ${(100 * result.change).toFixed(3).padStart(8)} %   same next token ${(100 * result.same).toFixed(2)} %${values.divergence ? `   divergence ${result.divergence.toFixed(5)}` : ""}`,
     );
 }
+if (values.divergence) await base.model.dispose();
 if (values.json) console.log(JSON.stringify({ windows: windows.length, length, results }));

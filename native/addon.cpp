@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 #include "machine.h"
 #include "residence.h"
+#include "rounding.h"
 #include "runner.h"
 
 namespace {
@@ -231,6 +232,54 @@ napi_value convert(napi_env env, const Arguments& a) {
   return in_background(env, a.at(5), [part = file_part(env, a.at(0)), name = text(env, a.at(6)), stored, dtype, n, k, to] { convert_file_part(part, name, stored, static_cast<uint8_t*>(to.data), dtype, n, k); }, nullptr);
 }
 
+// round([{ file, offset, bytes, name, stored, n, to: Uint8Array }], k, x, rows, shares, common | null): a promise; rounds matrices
+// [n, k] that all see the rows `rows` of x [.., k], times `shares` unless that is empty, to INT4.
+napi_value round(napi_env env, const Arguments& a) {
+  const auto k = static_cast<int64_t>(number(env, a.at(1)));
+  const Span x = span(env, a.at(2)), common = span_or_null(env, a.at(5));
+  auto parts = list<RoundedPart>(env, a.at(0), [&](napi_value p) {
+    const auto n = static_cast<int64_t>(number(env, get(env, p, "n")));
+    const Span to = span(env, get(env, p, "to"));
+    if (to.bytes != matrix_bytes(INT4, n, k)) throw std::runtime_error("internal: round: the buffer's size does not match the matrix");
+    return RoundedPart{file_part(env, p), text(env, get(env, p, "name")), static_cast<Dtype>(number(env, get(env, p, "stored"))), n, static_cast<uint8_t*>(to.data)};
+  });
+  auto rows = numbers<int32_t>(env, a.at(3));
+  auto shares = numbers<float>(env, a.at(4));
+  for (int32_t r : rows)
+    if (r < 0 || (static_cast<size_t>(r) + 1) * static_cast<size_t>(k) * 4 > x.bytes) throw std::runtime_error("internal: round: row " + std::to_string(r) + " is not in x");
+  if (!shares.empty() && shares.size() != rows.size()) throw std::runtime_error("internal: round: as many shares as rows are needed");
+  const auto padded = static_cast<size_t>(padded_columns(k));
+  if (common.data && common.bytes != padded * padded * 4) throw std::runtime_error("internal: round: the moments' size does not match the matrix");
+  napi_value keep;
+  check(env, napi_create_array_with_length(env, 3, &keep));
+  check(env, napi_set_element(env, keep, 0, a[0]));
+  check(env, napi_set_element(env, keep, 1, a[2]));
+  check(env, napi_set_element(env, keep, 2, a[5]));
+  return in_background(env, keep, [parts = std::move(parts), rows = std::move(rows), shares = std::move(shares), k, x, common] {
+    round_file_parts(parts, k, static_cast<const float*>(x.data), rows.data(), shares.empty() ? nullptr : shares.data(), static_cast<int64_t>(rows.size()), static_cast<const float*>(common.data));
+  }, nullptr);
+}
+
+// moments(x, k, weight, Float32Array): a promise; the moments (rounding.h) of all rows of x [.., k], times `weight`.
+napi_value moments(napi_env env, const Arguments& a) {
+  const Span x = span(env, a.at(0)), to = span(env, a.at(3));
+  const auto k = static_cast<int64_t>(number(env, a.at(1)));
+  const auto weight = static_cast<float>(number(env, a.at(2)));
+  const auto padded = static_cast<size_t>(padded_columns(k));
+  if (to.bytes != padded * padded * 4) throw std::runtime_error("internal: moments: the buffer's size does not match");
+  napi_value keep;
+  check(env, napi_create_array_with_length(env, 2, &keep));
+  check(env, napi_set_element(env, keep, 0, a[0]));
+  check(env, napi_set_element(env, keep, 1, a[3]));
+  return in_background(env, keep, [x, to, k, weight, padded] {
+    std::vector<int32_t> rows(x.bytes / 4 / static_cast<size_t>(k));
+    for (size_t i = 0; i < rows.size(); i++) rows[i] = static_cast<int32_t>(i);
+    float* out = static_cast<float*>(to.data);
+    add_moments(static_cast<const float*>(x.data), rows.data(), nullptr, static_cast<int64_t>(rows.size()), k, out);
+    for (size_t i = 0; i < padded * padded; i++) out[i] *= weight;
+  }, nullptr);
+}
+
 // checkFinite({ file, offset, bytes }, stored, n, k, name): a promise; rejects if a number of the matrix is not finite.
 napi_value check_finite(napi_env env, const Arguments& a) {
   const auto stored = static_cast<Dtype>(number(env, a.at(1)));
@@ -355,7 +404,7 @@ napi_value init(napi_env env, napi_value exports) {
     napi_callback call;
   } functions[] = {
       {"isas", entry<isas>}, {"ops", entry<ops>}, {"describe", entry<describe>}, {"open", entry<open>}, {"load", entry<load>}, {"weightBytes", entry<weight_bytes>}, {"weightsLost", entry<weights_lost>}, {"moveWeights", entry<move_weights>}, {"stopMoving", entry<stop_moving>}, {"movedWeights", entry<moved_weights>}, {"weightPages", entry<weight_pages>},
-      {"convert", entry<convert>}, {"checkFinite", entry<check_finite>}, {"random", entry<random>}, {"limits", entry<limits>},
+      {"convert", entry<convert>}, {"round", entry<round>}, {"moments", entry<moments>}, {"checkFinite", entry<check_finite>}, {"random", entry<random>}, {"limits", entry<limits>},
       {"memory", entry<memory>}, {"readMemory", entry<read_memory>}, {"writeMemory", entry<write_memory>},
       {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},
       {"disposeDevice", entry<dispose_device>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Bound>>},

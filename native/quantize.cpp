@@ -83,23 +83,31 @@ float int4_scale(const float* x, int n) {
 
 }  // namespace
 
+template <class Value>
+static void put_group(uint8_t* m, Dtype dtype, int64_t r, int64_t k, int64_t from, float scale, const Value* q) {
+  const int lane = static_cast<int>(r % TILE_ROWS);
+  uint8_t* block = block_of(m, dtype, r, k, from);
+  const uint16_t half = f32_to_f16(scale);
+  std::memcpy(scale_at(block, dtype, r, from), &half, 2);
+  const bool high = from % GROUP != 0;
+  for (int i = 0; i < span_of(dtype); i++) {
+    uint8_t& byte = block[(i / 4 * TILE_ROWS + lane) * 4 + i % 4];
+    if (dtype == INT8) byte = static_cast<uint8_t>(q[i] + 128);
+    else byte = static_cast<uint8_t>(high ? (byte & 15) | (q[i] + 8) << 4 : q[i] + 8);  // the low nibbles come first
+  }
+}
+
+void write_group(uint8_t* m, Dtype dtype, int64_t r, int64_t k, int64_t from, float scale, const int8_t* q) { put_group(m, dtype, r, k, from, scale, q); }
+
 void quantize_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float* row) {
-  const int span = span_of(dtype), lane = static_cast<int>(r % TILE_ROWS);
+  const int span = span_of(dtype);
   for (int64_t from = 0; from < groups_of(k) * GROUP; from += span) {
     float x[GROUP] = {};
     int32_t q[GROUP];
     if (from < k) std::memcpy(x, row + from, static_cast<size_t>(k - from < span ? k - from : span) * 4);
     const float scale = dtype == INT8 ? int8_scale(x, span) : int4_scale(x, span);
     round_all(x, span, scale, dtype == INT8 ? -127 : -8, dtype == INT8 ? 127 : 7, q);
-    uint8_t* block = block_of(m, dtype, r, k, from);
-    const uint16_t half = f32_to_f16(scale);
-    std::memcpy(scale_at(block, dtype, r, from), &half, 2);
-    const bool high = from % GROUP != 0;
-    for (int i = 0; i < span; i++) {
-      uint8_t& byte = block[(i / 4 * TILE_ROWS + lane) * 4 + i % 4];
-      if (dtype == INT8) byte = static_cast<uint8_t>(q[i] + 128);
-      else byte = static_cast<uint8_t>(high ? (byte & 15) | (q[i] + 8) << 4 : q[i] + 8);  // the low nibbles come first
-    }
+    put_group(m, dtype, r, k, from, scale, q);
   }
 }
 

@@ -4,6 +4,8 @@
 
 // Writes row r of a matrix with k columns. Columns beyond k become zero.
 void quantize_row(uint8_t* matrix, Dtype dtype, int64_t r, int64_t k, const float* row);
+// Writes the group of columns from `from` on (64 for INT8, 32 for INT4) of row r; groups of a row in order.
+void write_group(uint8_t* matrix, Dtype dtype, int64_t r, int64_t k, int64_t from, float scale, const int8_t* q);
 void expand_row(const uint8_t* matrix, Dtype dtype, int64_t r, int64_t k, float* row);
 // The same for GGUF's formats; k must be a multiple of 32.
 constexpr int64_t gguf_block_bytes(Dtype dtype) { return dtype == Q8_0 ? 34 : 18; }

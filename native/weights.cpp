@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -13,6 +14,7 @@
 #include "mapping.h"
 #include "quantize.h"
 #include "residence.h"
+#include "rounding.h"
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
   if (!bytes) return;
@@ -140,6 +142,41 @@ static void with_part(const Mapping& mapping, const FilePart& part, const std::s
 void convert_file_part(const FilePart& part, const std::string& name, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k) {
   if (part.bytes != matrix_bytes(stored, n, k)) throw std::runtime_error("internal: a part's bytes do not match its shape");
   with_part(Mapping(part.file), part, name, [&](const uint8_t* from) { convert_matrix(from, stored, to, dtype, n, k); });
+}
+
+static Compensation compensation_of(const FilePart& part, const std::string& name, int64_t k, const float* x, const int32_t* rows, const float* shares, int64_t count, const float* common) {
+  const auto square = static_cast<size_t>(padded_columns(k) * padded_columns(k));
+  try {
+    std::vector<float> moments(square);
+    add_moments(x, rows, shares, count, k, moments.data());
+    if (common)
+      for (size_t i = 0; i < square; i++) moments[i] += common[i];
+    return Compensation(moments, k);
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error("out of memory: rounding " + name + " by what it sees takes " + std::to_string(square * 10 >> 20) + " MiB");
+  } catch (const std::runtime_error& e) {
+    throw std::runtime_error(part.file + ": tensor " + name + " " + e.what());
+  }
+}
+
+void round_file_parts(const std::vector<RoundedPart>& parts, int64_t k, const float* x, const int32_t* rows, const float* shares, int64_t count, const float* common) {
+  if (parts.empty()) return;
+  const Compensation compensation = compensation_of(parts[0].part, parts[0].name, k, x, rows, shares, count, common);
+  std::vector<float> tile(static_cast<size_t>(TILE_ROWS * k));
+  for (const RoundedPart& p : parts) {
+    if (p.part.bytes != matrix_bytes(p.stored, p.n, k)) throw std::runtime_error("internal: a part's bytes do not match its shape");
+    with_part(Mapping(p.part.file), p.part, p.name, [&](const uint8_t* from) {
+      for (int64_t first = 0; first < p.n; first += TILE_ROWS) {
+        std::fill(tile.begin(), tile.end(), 0.f);
+        for (int64_t r = first; r < std::min(p.n, first + TILE_ROWS); r++) {
+          float* row = tile.data() + (r - first) * k;
+          read_row(from, p.stored, r, k, row);
+          check_row(row, r, k, INT4);
+        }
+        compensation.round_tile(p.to, first / TILE_ROWS, tile.data());
+      }
+    });
+  }
 }
 
 void check_file_part(const FilePart& part, const std::string& name, Dtype stored, int64_t n, int64_t k) {

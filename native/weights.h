@@ -81,5 +81,16 @@ void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype,
 void random_matrix(uint64_t seed, float deviation, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
 // Like convert_matrix, but from a file, for tools; errors name the file and the tensor.
 void convert_file_part(const FilePart& part, const std::string& name, Dtype stored, uint8_t* to, Dtype dtype, int64_t n, int64_t k);
+// A matrix of n rows to be rounded to INT4, and where to.
+struct RoundedPart {
+  FilePart part;
+  std::string name;
+  Dtype stored;
+  int64_t n;
+  uint8_t* to;
+};
+// Rounds matrices of k columns that all see the same inputs, given those: the rows of x [.., k] numbered in `rows`, each times its
+// share (null: 1). `common`: moments (rounding.h) that stand in where there are few rows, or null. Errors name the file and the tensor.
+void round_file_parts(const std::vector<RoundedPart>& parts, int64_t k, const float* x, const int32_t* rows, const float* shares, int64_t count, const float* common);
 // Throws std::runtime_error if a number of the tensor is not finite.
 void check_file_part(const FilePart& part, const std::string& name, Dtype stored, int64_t n, int64_t k);

@@ -8,22 +8,30 @@ import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
 import { CONFIG, openCheckpoint, readJson } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import { ggufFile } from "../checkpoint/gguf/locate.ts";
-import { checkTiedHead, locate, unusedText } from "../checkpoint/names.ts";
+import { checkTiedHead, locate, partName, type Source, unusedText } from "../checkpoint/names.ts";
 import { readTensor, type StoredDtype, type TensorEntry } from "../checkpoint/safetensors.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";
-import { readConfig } from "../model/config.ts";
-import { parameterDtype, parameters } from "../model/ernie.ts";
+import { type ErnieConfig, readConfig } from "../model/config.ts";
+import { ernie, parameterDtype, parameters } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
 import type { ModelParameter } from "../model/model.ts";
 import { PRESETS } from "../model/presets.ts";
 import { ELEMENT_BYTES } from "../tensor/dtype.ts";
 import { type BlockDtype, blockBytes, isBlockDtype } from "../tensor/quantized.ts";
+import { Calibration } from "./calibration.ts";
 import { unpackConfigs } from "./pieces.ts";
+import { openTokenizer } from "./tokenizer.ts";
+import { readWindows } from "./windows.ts";
 
 export interface QuantizeOptions {
   readonly dtype: "int8" | "int4" | "bf16" | "fp16" | "fp32";
   /** Called after each tensor, with bytes of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
+  /**
+   * int4 only: a file of UTF-8 text, or `builtin` for the text that comes with mixtape. It is run through the model, and scales and values
+   * are chosen by what each matrix sees there, which takes much longer. Default: each matrix is rounded by itself.
+   */
+  readonly calibration?: string;
   readonly signal?: AbortSignal;
   /** Called with tensors that are left out because the model does not use them. Default: a process warning. */
   readonly onWarning?: (message: string) => void;
@@ -57,6 +65,10 @@ interface Origin {
   fill(p: ModelParameter, index: number, dtype: BlockDtype | "f32" | "bf16" | "f16", n: number, k: number, to: Uint8Array): Promise<void>;
   /** Folder with further files to copy; null: none. */
   readonly folder: string | null;
+  /** Where the parameters are stored, by name; null: nowhere. */
+  readonly sources: ReadonlyMap<string, Source> | null;
+  /** Of the text that decides how matrices are rounded, if one does. */
+  readonly digest?: string;
 }
 
 /**
@@ -70,7 +82,10 @@ interface Origin {
 export async function quantize(source: string, out: string, options: QuantizeOptions): Promise<{ bytes: number; tensors: number }> {
   if (!Object.hasOwn(FORMATS, options.dtype))
     throw new RangeError(`dtype '${options.dtype}' is not known; known are ${Object.keys(FORMATS).join(", ")}`);
-  const format = FORMATS[options.dtype];
+  if (options.calibration !== undefined) {
+    if (options.dtype !== "int4") throw new RangeError(`a calibration chooses int4 values; dtype is ${options.dtype}, which needs none`);
+    if (source.startsWith("random:")) throw new RangeError(`${source} has no tokenizer to read a calibration text with; name a model`);
+  }
   const origin = source.startsWith("random:")
     ? await randomOrigin(source.slice(7), options)
     : await checkpointOrigin(source, options.onWarning);
@@ -80,6 +95,17 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   if ((await readdir(out)).includes("model.safetensors"))
     throw new Error(`${out}: already contains a model; name another folder or delete it first`);
 
+  if (options.calibration === undefined) return write(source, out, origin, config, options);
+  const calibrated = await calibrate(source, out, origin, config, options);
+  try {
+    return await write(source, out, calibrated, config, options);
+  } finally {
+    calibrated.dispose();
+  }
+}
+
+async function write(source: string, out: string, origin: Origin, config: ErnieConfig, options: QuantizeOptions) {
+  const format = FORMATS[options.dtype];
   const blocks = new Map<string, BlockMatrix>();
   const tensors: TensorData[] = [];
   let [doneBytes, totalBytes] = [0, 0];
@@ -89,7 +115,7 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
     const [n, k] = shape.length === 1 ? [1, shape[0]] : shape;
     const bytes = isBlockDtype(dtype) ? blockBytes(dtype, n, k) : n * k * ELEMENT_BYTES[dtype];
     for (let e = 0; e < (p.experts ?? 1); e++) {
-      const name = partName(p, e);
+      const name = partName(p.name, e, p.experts !== undefined);
       if (isBlockDtype(dtype)) blocks.set(name, { dtype, shape: [n, k] });
       totalBytes += bytes;
       tensors.push({
@@ -113,8 +139,10 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
     for (const name of await readdir(folder)) if (COPIED.test(name)) await copyFile(join(folder, name), join(out, name));
   await writeAtomically(join(out, CONFIG), `${JSON.stringify({ ...origin.config, dtype: format.config }, null, 1)}\n`);
   const checksums: Record<string, string> = {};
+  const metadata = blocks.size > 0 ? blockMetadata(blocks) : { format: "pt" };
   await writeSafetensors(join(out, "model.safetensors"), tensors, {
-    metadata: blocks.size > 0 ? blockMetadata(blocks) : { format: "pt" },
+    // With another text, a partial file is another model's, and does not go on.
+    metadata: origin.digest ? { ...metadata, "mixtape.calibration": origin.digest } : metadata,
     concurrency: availableParallelism(),
     resumable: true,
     onWritten: (tensor, data) => {
@@ -125,11 +153,6 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   });
   await writeAtomically(join(out, CHECKSUMS), `${JSON.stringify({ algorithm: "sha256", tensors: checksums })}\n`);
   return { bytes: totalBytes, tensors: tensors.length };
-}
-
-/** The name of part `index` of a parameter in the hub's layout. */
-function partName(p: ModelParameter, index: number): string {
-  return p.experts ? p.name.replace(".experts.", `.experts.${index}.`) : p.name;
 }
 
 /**
@@ -189,11 +212,42 @@ async function checkpointOrigin(source: string, onWarning: (message: string) => 
   return {
     config: checkpoint.config,
     folder: checkpoint.folder,
+    sources,
     async fill(p, index, dtype, n, k, to) {
       const found = sources.get(p.name);
       if (!found) throw new Error(`internal: ${p.name} was not located`);
-      await convertStored(found.parts[index], found.dtype, dtype, n, k, to, partName(p, index));
+      await convertStored(found.parts[index], found.dtype, dtype, n, k, to, partName(p.name, index, p.experts !== undefined));
     },
+  };
+}
+
+/** The same weights, but matrices in int4 are rounded by what they see when the calibration's text runs through the model. */
+async function calibrate(
+  source: string,
+  out: string,
+  origin: Origin,
+  config: ErnieConfig,
+  { calibration = "", signal }: QuantizeOptions,
+): Promise<Origin & { dispose(): void }> {
+  const { sources } = origin;
+  if (!sources) throw new Error("internal: a calibration needs stored weights");
+  const done = [...sources.values()].find(({ dtype }) => dtype === "int4" || dtype === "q4_0");
+  if (done)
+    throw new CheckpointError(
+      source,
+      `${done.name} is ${done.dtype} already, and what rounding it lost is gone; a calibration needs the model in bf16, fp16, fp32 or int8`,
+    );
+  const model = ernie(config);
+  const { tokens: windows, digest } = await readWindows(calibration, await openTokenizer(source), config.maxPositions);
+  const rounding = new Calibration({ model, sources, windows, scratch: join(out, "calibration.partial"), signal });
+  return {
+    ...origin,
+    digest,
+    async fill(p, index, dtype, n, k, to) {
+      if (dtype === "int4") to.set(await rounding.take(p.name, index));
+      else await origin.fill(p, index, dtype, n, k, to);
+    },
+    dispose: () => rounding.dispose(),
   };
 }
 
@@ -219,6 +273,7 @@ async function randomOrigin(name: string, { layers, experts, seed = 0 }: Quantiz
   return {
     config,
     folder: null,
+    sources: null,
     async fill(p, index, dtype, n, k, to) {
       if (/norm\.weight$/.test(p.name)) return void new Float32Array(to.buffer).fill(1);
       const deviation = p.name.endsWith("bias") ? 0.001 : 1 / Math.sqrt(k);

@@ -56,6 +56,15 @@ export interface Addon {
   convert(part: Slice, stored: number, dtype: number, n: number, k: number, to: Uint8Array, name: string): Promise<void>;
   checkFinite(part: Slice, stored: number, n: number, k: number, name: string): Promise<void>;
   random(seed: number, deviation: number, dtype: number, n: number, k: number, to: Uint8Array): Promise<void>;
+  round(
+    parts: readonly object[],
+    k: number,
+    x: Float32Array,
+    rows: Int32Array,
+    shares: Float32Array,
+    common: Float32Array | null,
+  ): Promise<void>;
+  moments(x: Float32Array, k: number, weight: number, to: Float32Array): Promise<void>;
   limits(isa: string, threads: number): Promise<MachineLimits>;
   memory(bytes: number): Handle;
   readMemory(memory: Handle, byteOffset: number, to: Uint8Array): void;

@@ -7,6 +7,7 @@ import { lower } from "../graph/lower.ts";
 import { needed } from "../graph/needed.ts";
 import { bytesOf, DTYPE_CODES, type Plan, plan } from "../graph/plan.ts";
 import type { Dtype } from "../tensor/dtype.ts";
+import { GROUP } from "../tensor/quantized.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
@@ -227,4 +228,43 @@ export function randomMatrix(seed: number, deviation: number, dtype: Dtype, n: n
 /** The files of all sources, links resolved. */
 function realPaths(sources: readonly WeightSource[]): string[] {
   return [...new Set(sources.flatMap(({ parts }) => parts.map((part) => part.file)))].map((file) => realpathSync(file));
+}
+
+/** A stored matrix of n rows to be rounded to int4, and where to. */
+export interface RoundedPart extends Slice {
+  readonly name: string;
+  readonly stored: StoredFormat;
+  readonly n: number;
+  /** Of the exact size. */
+  readonly to: Uint8Array;
+}
+
+/** What matrices of k columns see. */
+export interface Seen {
+  /** [.., k] */
+  readonly x: Float32Array;
+  readonly k: number;
+  /** The rows of x that these matrices see. */
+  readonly rows: Int32Array;
+  /** What to multiply each of them by; empty: 1. */
+  readonly shares: Float32Array;
+  /** From `inputMoments`: what stands in where there are few rows. */
+  readonly common: Float32Array | null;
+}
+
+/**
+ * Rounds stored matrices that all see the same inputs to int4, off the event loop: of the scales and values, those that change their
+ * products with these inputs least (native/rounding.h). Rejects, naming the file and the tensor, if a number is not finite.
+ */
+export async function roundStored(parts: readonly RoundedPart[], { x, k, rows, shares, common }: Seen): Promise<void> {
+  const coded = parts.map((p) => ({ ...p, stored: STORED_CODES[p.stored] }));
+  return openAddon().round(coded, k, x, rows, shares, common);
+}
+
+/** The sums of products of the columns of x [.., k], times `weight`, for `roundStored`. */
+export async function inputMoments(x: Float32Array, k: number, weight: number): Promise<Float32Array> {
+  const padded = Math.ceil(k / GROUP) * GROUP;
+  const to = new Float32Array(padded * padded);
+  await openAddon().moments(x, k, weight, to);
+  return to;
 }

@@ -41,6 +41,11 @@ export interface Located {
   readonly unused: string[];
 }
 
+/** The name of part `index` of a parameter in the hub's layout. */
+export function partName(parameter: string, index: number, stacked: boolean): string {
+  return stacked ? parameter.replace(".experts.", `.experts.${index}.`) : parameter;
+}
+
 /** A part of a parameter as stored. */
 interface Part {
   readonly dtype: StoredFormat;
@@ -169,7 +174,7 @@ class Reader {
   private separate(name: string, shape: readonly number[]): readonly Part[] | string {
     const parts: Part[] = [];
     for (let e = 0; e < (shape[0] ?? 0); e++) {
-      const own = name.replace(".experts.", `.experts.${e}.`);
+      const own = partName(name, e, true);
       const part = this.tensor(own, shape.slice(1));
       if (!part) return own;
       parts.push(part);

@@ -31,9 +31,13 @@ struct Tensor {
 
 // All threads of a team run each kernel at the same time; `index` determines a thread's share.
 struct Barrier;
+// Memory that each thread has for itself while a kernel runs; the others can see it.
+constexpr int64_t SCRATCH_BYTES = 4 << 20;
 struct Worker {
   int index, count;
   Barrier* barrier;
+  uint8_t* scratch;  // of all threads, one after another
+  float* scratch_of(int thread) const { return reinterpret_cast<float*>(scratch + thread * SCRATCH_BYTES); }
   void wait() const;  // until every worker of the team has called it
   // Marks this run as failed (the first message wins). The run continues; its caller gets the message.
   void fail(const char* format, long long a, long long b) const;

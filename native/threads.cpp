@@ -46,7 +46,7 @@ void Barrier::fail(const char* format, long long a, long long b) {
 void Worker::wait() const { barrier->wait(); }
 void Worker::fail(const char* format, long long a, long long b) const { barrier->fail(format, a, b); }
 
-Team::Team(int count) : barrier_(count) {
+Team::Team(int count) : barrier_(count), scratch_(static_cast<size_t>(count * SCRATCH_BYTES)) {
   try {
     for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { loop(i); });
   } catch (const std::system_error& e) {  // stop those that started
@@ -71,7 +71,7 @@ std::string Team::run(const std::function<void(const Worker&)>& job) {
   job_ = &job;
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
-  job(Worker{0, barrier_.count, &barrier_});
+  job(Worker{0, barrier_.count, &barrier_, scratch_.data()});
   barrier_.wait();
   return barrier_.message;
 }
@@ -82,7 +82,7 @@ void Team::loop(int index) {
     await_change(epoch_, seen);
     seen++;
     if (stop_) return;
-    (*job_)(Worker{index, barrier_.count, &barrier_});
+    (*job_)(Worker{index, barrier_.count, &barrier_, scratch_.data()});
     barrier_.wait();
   }
 }

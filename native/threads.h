@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "weights.h"
 
 // Waits until `value` differs from `old`: spins, then yields, then sleeps.
 void await_change(const std::atomic<uint32_t>& value, uint32_t old);
@@ -40,6 +41,7 @@ class Team {
   void loop(int index);
 
   Barrier barrier_;
+  Memory scratch_;  // takes no memory until a kernel writes to it
   const std::function<void(const Worker&)>* job_ = nullptr;
   alignas(64) std::atomic<uint32_t> epoch_{0};
   std::atomic<bool> stop_{false};

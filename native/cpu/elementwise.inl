@@ -78,7 +78,9 @@ static void angles(const Operands& o, const Worker& worker) {
 }
 
 // In place, a head is rotated from a copy, so that the compiler can vectorize this case too (and results are bit-identical).
-static void rope(const Operands& o, const Worker& worker) {
+// DIRECTION -1 rotates back.
+template <int DIRECTION>
+static void rotate(const Operands& o, const Worker& worker) {
   const Tensor &x = o.in(0), &table = o.in(1), &y = o.out(0);
   const int64_t n = x.dims[1], dim = table.dims[1];
   const int64_t heads = n / dim;
@@ -93,11 +95,13 @@ static void rope(const Operands& o, const Worker& worker) {
       in = copy;
     }
     for (int64_t i = 0; i < dim; i += 2) {
-      const float c = turn[i], s = turn[i + 1], a = in[i], b = in[i + 1];
+      const float c = turn[i], s = DIRECTION * turn[i + 1], a = in[i], b = in[i + 1];
       out[i] = a * c - b * s;
       out[i + 1] = b * c + a * s;
     }
   }
 }
+
+static void rope(const Operands& o, const Worker& worker) { rotate<1>(o, worker); }
 
 }  // namespace ISA

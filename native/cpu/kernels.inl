@@ -7,6 +7,12 @@
 #include "elementwise.inl"
 #include "layout.inl"
 #include "sampling.inl"
+#include "gemm.inl"
+#include "matrix_backward.inl"
+#include "experts_backward.inl"
+#include "attention_whole.inl"
+#include "elementwise_backward.inl"
+#include "loss.inl"
 #include "limits.inl"
 
 namespace ISA {
@@ -39,6 +45,40 @@ static const KernelEntry ENTRIES[] = {
     {"processLogits", process_logits},
     {"sample", sample},
     {"topLogprobs", top_logprobs},
+    {"tiledLinear", tiled_linear},
+    {"tiledGroupedLinear", tiled_grouped_linear},
+    {"linearT", linear_t},
+    {"outer", outer},
+    {"sumRows", sum_rows},
+    {"groupedLinearT", grouped_linear_t},
+    {"groupedOuter", grouped_outer},
+    {"groupedSumRows", grouped_sum_rows},
+    {"routeGrad", route_grad},
+    {"spread", spread},
+    {"slotDots", slot_dots},
+    {"attention", attention},
+    {"attentionGrad", attention_grad},
+    {"rmsNormGradX", rms_norm_grad_x},
+    {"rmsNormGradW", rms_norm_grad_w},
+    {"siluMulGrad", silu_mul_grad},
+    {"scaleBy", scale_by},
+    {"fill", fill},
+    {"dot", dot},
+    {"dropout", dropout},
+    {"castF32", cast<float>},
+    {"castBf16", cast<bf16>},
+    {"castF16", cast<f16>},
+    {"ropeT", rope_t},
+    {"scatterRows", scatter_rows},
+    {"zeroRows", zero_rows},
+    {"pad", pad},
+    {"crossEntropy", cross_entropy},
+    {"crossEntropyGrad", cross_entropy_grad},
+    {"norm", norm},
+    {"clip", clip},
+    {"adamw", adamw},
+    {"accumulate", accumulate},
+    {"clear", clear},
     {nullptr, nullptr},
 };
 

@@ -3,6 +3,7 @@
 // library functions here: the linker could keep a copy compiled for this instruction set and use it everywhere.
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "../kernels.h"
@@ -133,6 +134,20 @@ static inline vi magnitude_bits(vf x) { return (vi)x & 0x7fffffff; }
 static inline float largest_magnitude(vi bits) {
   const vi infinite = splat(0x7f800000);
   return largest((vf)(bits < infinite ? bits : infinite));
+}
+
+// The largest of n numbers, at least one; NaN is passed over.
+static inline float largest_of(const float* x, int64_t n) {
+  float top = -INFINITY;
+  int64_t i = 0;
+  if (n >= W) {
+    vf tops = splat(-INFINITY), more = tops;
+    for (; i + 2 * W <= n; i += 2 * W) tops = max(load(x + i), tops), more = max(load(x + i + W), more);
+    for (; i + W <= n; i += W) tops = max(load(x + i), tops);
+    top = largest(max(tops, more));
+  }
+  for (; i < n; i++) top = max(x[i], top);
+  return top;
 }
 
 // Whether each of n numbers is finite.

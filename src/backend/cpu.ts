@@ -1,6 +1,8 @@
 /** How graphs are lowered for the CPU's kernels: activation formats, and the layout of keys and values within blocks. */
-import { FIRST_ORDER, type Op, type OpTable, SERVING, type Tensor } from "../graph/call.ts";
-import type { Lowering } from "../graph/lower.ts";
+import { AFTER_BACKWARD, BACKWARD, FIRST_ORDER, type Op, type OpTable, SERVING, type Tensor } from "../graph/call.ts";
+import { fuse } from "../graph/fuse.ts";
+import type { Graph } from "../graph/graph.ts";
+import { type Lowering, lower } from "../graph/lower.ts";
 import { products } from "../graph/ops/matrix.ts";
 import { f32, matches } from "../graph/ops/shapes.ts";
 import { OPS } from "../graph/ops.ts";
@@ -29,7 +31,10 @@ function cacheFits(keys: Tensor | undefined, values: Tensor | undefined, segment
 }
 
 const CPU_OPS = {
-  ...products((weight) => ACTIVATIONS[weight] ?? "f32"),
+  ...products((weight) => [ACTIVATIONS[weight] ?? "f32"]),
+  /** `linear` and `groupedLinear` of many rows with matrices of floats, for training; sums run in another order. */
+  tiledLinear: { ...products().linear, gradient: AFTER_BACKWARD },
+  tiledGroupedLinear: { ...products().groupedLinear, gradient: AFTER_BACKWARD },
   /** Numbers as sums of two bfloat16 numbers, exact to 2^-17. */
   toBf16Pair: converted("bf16pair"),
   /** Int8 with 255 steps, in groups of 64 (see `tensor/quantized.ts`). */
@@ -66,6 +71,7 @@ export const CPU_TABLE: OpTable = { ...OPS, ...CPU_OPS };
 
 export const CPU: Lowering = {
   table: CPU_TABLE,
+  product: () => null,
   activations(weight) {
     if (weight === "bf16") return "toBf16Pair";
     return weight === "int8" || weight === "int4" ? "toInt8" : null;
@@ -75,3 +81,28 @@ export const CPU: Lowering = {
     return { keys: dtype === "int8kv" ? values : [blocks, heads, dim, tokens], values };
   },
 };
+
+/**
+ * A graph with gradients computes many rows at once, and nothing requires that a row's result be the same in a smaller step: its products
+ * with matrices of floats are tiled. Those with int8 and int4 matrices are the same as when serving, activations rounded to int8 included, so
+ * that what is trained is what will be served; their gradients pass straight through the rounding.
+ */
+const TRAINING: Lowering = {
+  ...CPU,
+  product(op, weight) {
+    if (weight === "int8" || weight === "int4") return null;
+    return op === "linear" ? "tiledLinear" : op === "groupedLinear" ? "tiledGroupedLinear" : null;
+  },
+};
+
+/** The ops that `fuse` makes of products and their activation: when training, the products' results are needed again. */
+const GATED = new Set(["gatedLinear", "groupedGatedLinear"]);
+
+/** The CPU's passes before planning. @param has whether there is a kernel for an op */
+export function lowered(graph: Graph, has: (op: string) => boolean): Graph {
+  const trains = graph.calls.some((call) => call.scope.startsWith(BACKWARD));
+  return lower(
+    fuse(graph, (op) => has(op) && !(trains && GATED.has(op))),
+    trains ? TRAINING : CPU,
+  );
+}

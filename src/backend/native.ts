@@ -1,9 +1,7 @@
 /** The CPU backend in C++: runs the CPU's passes on a graph and passes the plan to the addon. Knows no kernel. */
 import { realpathSync } from "node:fs";
 import type { Tensor } from "../graph/call.ts";
-import { fuse } from "../graph/fuse.ts";
 import type { Graph } from "../graph/graph.ts";
-import { lower } from "../graph/lower.ts";
 import { needed } from "../graph/needed.ts";
 import { bytesOf, DTYPE_CODES, type Plan, plan } from "../graph/plan.ts";
 import type { Dtype } from "../tensor/dtype.ts";
@@ -14,7 +12,7 @@ import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } 
 import { fitting } from "./arrays.ts";
 import type { Backend, Program, Residence, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
-import { CPU } from "./cpu.ts";
+import { lowered } from "./cpu.ts";
 import { hostMemory } from "./memory.ts";
 import { settle } from "./residence.ts";
 
@@ -87,14 +85,9 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
     state: (dtype, shape) => nativeState(addon, dtype, shape),
 
     prepare(graph: Graph, capacity: SymbolValues, weights: Weights, states: ReadonlyMap<string, State>): Program {
-      const lowered =
-        passed.get(graph) ??
-        lower(
-          fuse(graph, (op) => kernels.has(op)),
-          CPU,
-        );
-      passed.set(graph, lowered);
-      const planned = plan(lowered, capacity);
+      const through = passed.get(graph) ?? lowered(graph, (op) => kernels.has(op));
+      passed.set(graph, through);
+      const planned = plan(through, capacity);
       const missing = planned.ops.find((op) => !kernels.has(op));
       if (missing) throw new Error(`internal: the ${name} backend has no kernel for the op '${missing}'`);
       const { ops, values, program, params, arenaBytes } = planned;

@@ -10,6 +10,8 @@ import { checked, type Graph } from "./graph.ts";
 export interface Lowering {
   /** The op table, with the backend's own rows. */
   readonly table: OpTable;
+  /** The op that computes a product of activations as they are with weights of a format; null: the product itself, of converted ones. */
+  product(op: string, weight: Dtype): string | null;
   /** The op that converts activations for products with weights of a format; null if they need no conversion. */
   activations(weight: Dtype): string | null;
   /**
@@ -77,6 +79,8 @@ export function lower(graph: Graph, lowering: Lowering): Graph {
       } else if (op === "cacheWrite") {
         const [k, v, keys, values, segments, pages] = inputs;
         next.call("pagedWrite", [k, v, half(keys, "keys"), half(values, "values"), segments, pages]);
+      } else if (PRODUCTS.has(op) && lowering.product(op, inputs[1].dtype)) {
+        next.call(lowering.product(op, inputs[1].dtype) as string, inputs, params, sizes, outputs);
       } else if (PRODUCTS.has(op)) {
         next.call(op, [activations(inputs[0], inputs[1]), ...inputs.slice(1)], params, sizes, outputs);
       } else if (!dropped.has(call)) {

@@ -22,21 +22,34 @@ export function adamw(graph: Graph, trained: readonly string[], clip: number | n
     if (!parameter || !gradient) throw new Error(`internal: adamw: '${name}' is not trained in this graph`);
     return { name, parameter, gradient };
   });
-  const rates = next.input("rates", [ADAMW_RATES.length], "f32");
+  update(next, steps, clip);
+  return checked(next, "adamw");
+}
+
+/** A trained parameter and its gradient. */
+export interface Trained {
+  readonly name: string;
+  /** A state. */
+  readonly parameter: Tensor;
+  readonly gradient: Tensor;
+}
+
+/** Appends the update of `steps` to `g`, as `adamw` describes it. */
+export function update(g: Graph, steps: readonly Trained[], clip: number | null): void {
+  const rates = g.input("rates", [ADAMW_RATES.length], "f32");
   let factor: Tensor | undefined;
   if (clip !== null) {
-    const [norm] = next.call(
+    const [norm] = g.call(
       "norm",
       steps.map((s) => s.gradient),
     );
-    next.output("gradientNorm", norm);
-    [factor] = next.call("clip", [norm], { max: clip });
+    g.output("gradientNorm", norm);
+    [factor] = g.call("clip", [norm], { max: clip });
   }
   for (const { name, parameter, gradient } of steps) {
-    const moment = (which: "m" | "v") => next.state(momentName(name, which), parameter.shape, "f32");
-    next.call("adamw", [parameter, gradient, moment("m"), moment("v"), rates, factor]);
+    const moment = (which: "m" | "v") => g.state(momentName(name, which), parameter.shape, "f32");
+    g.call("adamw", [parameter, gradient, moment("m"), moment("v"), rates, factor]);
   }
-  return checked(next, "adamw");
 }
 
 export interface AdamwOptions {

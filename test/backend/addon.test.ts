@@ -9,7 +9,7 @@ import { promisify } from "node:util";
 import { afterAll, describe, expect, test } from "vitest";
 import { DESCRIPTION, type Description, differences, loadAddon, openAddon } from "../../src/backend/addon.ts";
 import type { Numbers } from "../../src/backend/backend.ts";
-import { noise } from "./cases.ts";
+import { noise } from "./builder.ts";
 import { execute, type Value, type Written, written } from "./program.ts";
 
 const root = fileURLToPath(new URL("../..", import.meta.url));

@@ -1,84 +1,24 @@
 /** The test cases of all kernels: each op in each format, at sizes that are no multiple of any vector width. */
 
-import { BLOCK_TOKENS, type Numbers } from "../../src/backend/backend.ts";
+import { BLOCK_TOKENS } from "../../src/backend/backend.ts";
 import { GREEDY, layOut, type Sampling } from "../../src/engine/sampling.ts";
-import { Graph, type Tensor } from "../../src/graph/graph.ts";
+import type { Tensor } from "../../src/graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../../src/graph/ops/sampling.ts";
-import type { KvDtype } from "../../src/tensor/dtype.ts";
-import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
-
-export type MatrixDtype = "f32" | "f16" | "bf16" | "int8" | "int4";
-
-export interface Case {
-  readonly name: string;
-  /** As traced; backends fuse and lower it. */
-  readonly graph: Graph;
-  /** Values to compare; the graph's outputs are named `0`, `1`, ... after their positions here. */
-  readonly outputs: readonly Tensor[];
-  readonly sizes: SymbolValues;
-  readonly inputs: ReadonlyMap<string, Numbers>;
-  readonly weights: ReadonlyMap<string, { readonly dtype: MatrixDtype; readonly shape: readonly number[]; readonly values: Float32Array }>;
-  readonly states: ReadonlyMap<string, { readonly dtype: KvDtype; readonly shape: readonly number[] }>;
-  /** Largest difference allowed, relative to the largest value. */
-  readonly tolerance: number;
-}
-
-export const RAGGED = [1, 7, 31, 33, 257];
-export const MATRIX_DTYPES: readonly MatrixDtype[] = ["f32", "f16", "bf16", "int8", "int4"];
-
-/** Repeatable numbers between -1 and 1. */
-export function noise(n: number, seed: number): Float32Array {
-  let state = seed * 2654435761 + 1;
-  return Float32Array.from({ length: n }, () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return state / 2 ** 31 - 1;
-  });
-}
-
-class Builder {
-  readonly g = new Graph();
-  readonly inputs = new Map<string, Numbers>();
-  readonly weights = new Map<string, { dtype: MatrixDtype; shape: readonly number[]; values: Float32Array }>();
-  readonly states = new Map<string, { dtype: KvDtype; shape: readonly number[] }>();
-  #seed = 1;
-
-  /** Activations [rows, n] of noise, or `values` if given. */
-  input(name: string, shape: (number | ReturnType<typeof symbol>)[], values: Numbers): Tensor {
-    this.inputs.set(name, values);
-    return this.g.input(name, shape, values instanceof Int32Array ? "i32" : "f32");
-  }
-
-  rows(name: string, rows: number, n: number): Tensor {
-    return this.input(name, [symbol("rows"), n], noise(rows * n, this.#seed++));
-  }
-
-  weight(name: string, shape: number[], dtype: MatrixDtype = "f32"): Tensor {
-    this.weights.set(name, {
-      dtype,
-      shape,
-      values: noise(
-        shape.reduce((a, b) => a * b),
-        this.#seed++,
-      ),
-    });
-    return this.g.weight(name, shape, dtype);
-  }
-
-  state(name: string, shape: number[], dtype: KvDtype): Tensor {
-    this.states.set(name, { dtype, shape });
-    return this.g.state(name, shape, dtype);
-  }
-
-  done(name: string, outputs: readonly Tensor[], sizes: SymbolValues, tolerance = 2e-6): Case {
-    outputs.forEach((t, i) => {
-      this.g.output(`${i}`, t);
-    });
-    return { name, graph: this.g, outputs, sizes, inputs: this.inputs, weights: this.weights, states: this.states, tolerance };
-  }
-}
+import { symbol } from "../../src/tensor/shape.ts";
+import { Builder, type Case, MATRIX_DTYPES, type MatrixDtype, noise, RAGGED } from "./builder.ts";
+import { trainingCases } from "./training.ts";
 
 export function allCases(): Case[] {
-  return [...linears(), ...groupedLinears(), ...rowOps(), ...routers(), ...attentions(), ...samplers(), ...alternatives()];
+  return [
+    ...linears(),
+    ...groupedLinears(),
+    ...rowOps(),
+    ...routers(),
+    ...attentions(),
+    ...samplers(),
+    ...alternatives(),
+    ...trainingCases(),
+  ];
 }
 
 /** Sums of many products in float32 depend on their order. */

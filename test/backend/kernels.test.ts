@@ -6,7 +6,8 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import type { Backend, Numbers, WeightSource } from "../../src/backend/backend.ts";
 import { instructionSets, nativeBackend } from "../../src/backend/native.ts";
 import { relativeError } from "../goldens.ts";
-import { allCases, type Case } from "./cases.ts";
+import type { Case } from "./builder.ts";
+import { allCases } from "./cases.ts";
 import { expectedOf, runCase, writeWeights } from "./run.ts";
 
 const CASES = allCases();

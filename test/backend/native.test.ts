@@ -10,7 +10,7 @@ import type { Backend, Numbers } from "../../src/backend/backend.ts";
 import { nativeBackend } from "../../src/backend/native.ts";
 import { Graph } from "../../src/graph/graph.ts";
 import { symbol } from "../../src/tensor/shape.ts";
-import { noise } from "./cases.ts";
+import { noise } from "./builder.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "mixtape-native-"));
 const backend = nativeBackend({ threads: 2 });
@@ -92,9 +92,13 @@ describe("states", () => {
 
 test("an op without a kernel is named in the error", async () => {
   const g = new Graph();
-  g.output("y", g.call("pad", [g.input("x", [2, 2], "f32")], { axis: 0, start: 1 }, { count: 4 })[0]);
+  const cache = g.state("cache", [1, 32, 1, 4], "f32");
+  const read = g.cacheRead(cache, g.input("segments", [1, 3], "i32"), g.input("pages", [1, 1], "i32"), symbol("context"));
+  g.output("y", g.scale(read, 1));
   const weights = await backend.load([]);
-  expect(() => backend.prepare(g, {}, weights, new Map())).toThrow(`internal: the ${backend.name} backend has no kernel for the op 'pad'`);
+  expect(() => backend.prepare(g, { context: 4 }, weights, new Map())).toThrow(
+    `internal: the ${backend.name} backend has no kernel for the op 'cacheRead'`,
+  );
 });
 
 describe("the workspace", () => {

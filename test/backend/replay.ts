@@ -3,19 +3,18 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { STORED_CODES } from "../../src/backend/addon.ts";
 import { BLOCK_TOKENS, type Numbers, type WeightSource } from "../../src/backend/backend.ts";
-import { CPU } from "../../src/backend/cpu.ts";
+import { lowered } from "../../src/backend/cpu.ts";
 import { openCheckpoint } from "../../src/checkpoint/checkpoint.ts";
 import { locate } from "../../src/checkpoint/names.ts";
-import { fuse } from "../../src/graph/fuse.ts";
 import { Graph } from "../../src/graph/graph.ts";
-import { lower } from "../../src/graph/lower.ts";
 import { bytesOf, DTYPE_CODES, type Plan, plan } from "../../src/graph/plan.ts";
 import { readConfig } from "../../src/model/config.ts";
 import { ernie } from "../../src/model/ernie.ts";
 import { linear } from "../../src/model/linear.ts";
 import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
 import { type Goldens, openGoldens } from "../goldens.ts";
-import { allCases, type Case } from "./cases.ts";
+import type { Case } from "./builder.ts";
+import { allCases } from "./cases.ts";
 import { expectedOf, loweredOf, writeWeights } from "./run.ts";
 
 interface Recording {
@@ -67,15 +66,14 @@ async function recordModel(name: string, goldens: Goldens, rows: number): Promis
     step,
   );
   g.output("logits", linear(g, hiddenStates[hiddenStates.length - 1], head));
-  const lowered = lower(
-    fuse(g, () => true),
-    CPU,
-  );
   const counted = (n: number) => Int32Array.from({ length: n }, (_, i) => i);
   return {
     name,
     tolerance: 2e-4,
-    plan: plan(lowered, sizes),
+    plan: plan(
+      lowered(g, () => true),
+      sizes,
+    ),
     sources,
     sizes,
     inputs: {

@@ -1,16 +1,14 @@
 /** Runs a case on a backend, with its weights loaded from a file as usual. */
 import { writeFileSync } from "node:fs";
 import type { Backend, Numbers, WeightSource } from "../../src/backend/backend.ts";
-import { CPU } from "../../src/backend/cpu.ts";
+import { lowered } from "../../src/backend/cpu.ts";
 import { convertStored } from "../../src/backend/native.ts";
 import { referenceBackend } from "../../src/backend/reference/reference.ts";
-import { fuse } from "../../src/graph/fuse.ts";
 import type { Graph } from "../../src/graph/graph.ts";
-import { lower } from "../../src/graph/lower.ts";
 import { ELEMENT_BYTES } from "../../src/tensor/dtype.ts";
 import { blockBytes, isBlockDtype } from "../../src/tensor/quantized.ts";
 import { elements } from "../../src/tensor/shape.ts";
-import type { Case } from "./cases.ts";
+import type { Case } from "./builder.ts";
 
 /** Writes a case's weights in their formats, stacked matrices one after another. */
 export async function writeWeights(c: Pick<Case, "weights">, path: string): Promise<WeightSource[]> {
@@ -43,10 +41,7 @@ export async function writeWeights(c: Pick<Case, "weights">, path: string): Prom
 
 /** The case as the CPU's kernels run it: fused and lowered. */
 export function loweredOf(c: Case): Graph {
-  return lower(
-    fuse(c.graph, () => true),
-    CPU,
-  );
+  return lowered(c.graph, () => true);
 }
 
 /** Arrays for the case's outputs, by name, filled so that unwritten elements stand out. */

@@ -1,21 +1,26 @@
-/** Every gradient rule against finite differences, with random small shapes, on the reference backend. */
+/** Every gradient rule against finite differences, with random small shapes: on the reference backend, and the native one's against it. */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import fc from "fast-check";
 import { afterAll, describe, expect, test } from "vitest";
-import type { Numbers } from "../../src/backend/backend.ts";
+import type { Backend, Numbers, WeightSource } from "../../src/backend/backend.ts";
+import { nativeBackend } from "../../src/backend/native.ts";
 import { referenceBackend } from "../../src/backend/reference/reference.ts";
 import { backward, gradientName } from "../../src/graph/backward.ts";
 import type { OpTable } from "../../src/graph/call.ts";
 import { Graph, type Tensor } from "../../src/graph/graph.ts";
 import { OPS } from "../../src/graph/ops.ts";
 import { elements, symbol } from "../../src/tensor/shape.ts";
-import { MATRIX_DTYPES, type MatrixDtype, noise } from "../backend/cases.ts";
+import { MATRIX_DTYPES, type MatrixDtype, noise } from "../backend/builder.ts";
 import { writeWeights } from "../backend/run.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "mixtape-gradients-"));
-afterAll(() => rmSync(folder, { recursive: true }));
+const native = nativeBackend({ threads: 2 });
+afterAll(() => {
+  native.dispose();
+  rmSync(folder, { recursive: true });
+});
 
 /** A graph under test: trained states, whose gradients are compared, and its other inputs. */
 class Subject {
@@ -73,10 +78,8 @@ class Subject {
   }
 }
 
-/** Largest difference between rule and finite differences, relative to the largest slope of the parameter. */
-async function compare(subject: Subject, step: number): Promise<number> {
-  const backend = referenceBackend();
-  const sources = await writeWeights(subject, join(folder, "weights.bin"));
+/** A program that computes the subject's loss and gradients, its states, and the gradients that it finds. */
+async function gradientsOn(backend: Backend, subject: Subject, sources: readonly WeightSource[]) {
   const weights = await backend.load(sources);
   const names = [...subject.states.keys()];
   const graph = backward(subject.g, "loss", names);
@@ -87,6 +90,15 @@ async function compare(subject: Subject, step: number): Promise<number> {
   const program = backend.prepare(graph, subject.sizes, weights, states);
   const gradients = new Map([...subject.states].map(([name, values]) => [name, new Float32Array(values.length).fill(Number.NaN)]));
   await program.run(subject.sizes, subject.inputs, Object.fromEntries([...gradients].map(([name, data]) => [gradientName(name), data])));
+  return { program, states, gradients };
+}
+
+/** Largest difference between rule and finite differences, and between the two backends, relative to the largest slope of the parameter. */
+async function compare(subject: Subject, step: number): Promise<number> {
+  const sources = await writeWeights(subject, join(folder, "weights.bin"));
+  const { program, states, gradients } = await gradientsOn(referenceBackend(), subject, sources);
+  const others = await gradientsOn(native, subject, sources);
+  others.program.dispose();
   const loss = async () => {
     const out = new Float32Array(1);
     await program.run(subject.sizes, subject.inputs, { loss: out });
@@ -107,9 +119,10 @@ async function compare(subject: Subject, step: number): Promise<number> {
     }
     states.get(name)?.write(values);
     const top = Math.max(0.1, ...slopes.map(Math.abs));
-    const found = gradients.get(name) as Float32Array;
+    const [found, other] = [gradients, others.gradients].map((all) => all.get(name) as Float32Array);
     for (const [i, slope] of slopes.entries()) {
-      if (Number.isNaN(found[i])) return Number.POSITIVE_INFINITY;
+      if (Number.isNaN(found[i] + other[i])) return Number.POSITIVE_INFINITY;
+      if (Math.abs(other[i] - found[i]) > 1e-5 * top) return Number.POSITIVE_INFINITY;
       worst = Math.max(worst, Math.abs(slope - found[i]) / top);
     }
   }

@@ -12,7 +12,7 @@ import { Graph, type Tensor } from "../../src/graph/graph.ts";
 import { OPS } from "../../src/graph/ops.ts";
 import { ARENA_UNIT, bytesOf, PLACES, plan, VALUE_WORDS } from "../../src/graph/plan.ts";
 import { elements, type SymbolValues, symbol } from "../../src/tensor/shape.ts";
-import { noise } from "../backend/cases.ts";
+import { noise } from "../backend/builder.ts";
 import { relativeError } from "../goldens.ts";
 import { type RandomGraph, randomGraph, WIDTHS } from "./random.ts";
 

@@ -14,7 +14,7 @@ import { linear } from "../../src/model/linear.ts";
 import type { Model } from "../../src/model/model.ts";
 import { elements, symbol } from "../../src/tensor/shape.ts";
 import { trainingStep } from "../../src/train/step.ts";
-import { noise } from "../backend/cases.ts";
+import { noise } from "../backend/builder.ts";
 import { openGoldens, relativeError } from "../goldens.ts";
 
 const ROWS = 12;

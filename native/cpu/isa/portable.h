@@ -21,6 +21,8 @@ static inline float largest(vf v) { return max(max(v[0], v[2]), max(v[1], v[3]))
 // Dot products of bfloat16 pairs, accumulated in float.
 struct DotBf16 {
   static constexpr int step = W;
+  static constexpr bool pairs = false;  // whether one instruction multiplies pairs of numbers
+  static vf add_pairs(vf acc, vi, vi) { return acc; }  // never called
   static vf add(vf acc, const bf16* a, const bf16* b) { return acc + load(a) * load(b); }
 };
 

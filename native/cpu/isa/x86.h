@@ -29,11 +29,15 @@ static inline f16 to_f16(float x) { return f16{static_cast<uint16_t>(_cvtss_sh(x
 struct DotBf16 {
 #ifdef __AVX512BF16__
   static constexpr int step = 32;
+  static constexpr bool pairs = true;  // whether one instruction multiplies pairs of numbers
   static vf add(vf acc, const bf16* a, const bf16* b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
   }
+  static vf add_pairs(vf acc, vi a, vi b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 #else
   static constexpr int step = W;
+  static constexpr bool pairs = false;
+  static vf add_pairs(vf acc, vi, vi) { return acc; }  // never called
   static vf add(vf acc, const bf16* a, const bf16* b) { return acc + load(a) * load(b); }
 #endif
 };

@@ -14,6 +14,8 @@ export const CPU_KERNELS: Readonly<Record<CpuOpName, Kernel>> = {
   groupedLinear,
   gatedLinear,
   groupedGatedLinear,
+  tiledLinear: linear,
+  tiledGroupedLinear: groupedLinear,
 
   toBf16Pair([x], [y]) {
     x.data.forEach((v, i) => {

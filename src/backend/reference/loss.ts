@@ -1,5 +1,6 @@
 /** The loss over a vocabulary, chunk by chunk, and the optimiser's updates, as plain loops. */
 import { ADAMW_RATES } from "../../graph/ops/loss.ts";
+import { roundBf16 } from "../../tensor/dtype.ts";
 import { accumulate, dot, type Kernel, type Operand } from "./operand.ts";
 
 /** Calls `visit(row, logits)` for each row that has a label. The next chunk overwrites the logits. */
@@ -45,10 +46,11 @@ export const LOSS_KERNELS = {
     forEachLogits(x, head, labels, bias, chunk, (r, logits) => {
       const row = new Float32Array(k);
       logits.forEach((l, j) => {
-        const d = dy.data[r] * (Math.exp(l - logsumexp.data[r]) - (j === labels.data[r] ? 1 : 0));
+        const exact = dy.data[r] * (Math.exp(l - logsumexp.data[r]) - (j === labels.data[r] ? 1 : 0));
+        const d = x.dtype === "bf16" ? roundBf16(exact) : exact;
         accumulate(row, 0, d, head.data, j * k, k);
         if (dHead) for (let i = 0; i < k; i++) sumHead[j * k + i] += d * x.data[r * k + i];
-        if (dBias) sumBias[j] += d;
+        if (dBias) sumBias[j] += exact;
       });
       dx.data.set(row, r * k);
     });
@@ -58,6 +60,14 @@ export const LOSS_KERNELS = {
 
   norm(tensors, [y]) {
     y.data[0] = Math.sqrt(tensors.reduce((sum, { data }) => sum + dot(data, 0, data, 0, data.length), 0));
+  },
+
+  accumulate([total, x]) {
+    for (let i = 0; i < total.data.length; i++) total.data[i] += x.data[i];
+  },
+
+  clear([state]) {
+    state.data.fill(0);
   },
 
   clip([norm], [factor], { max }) {

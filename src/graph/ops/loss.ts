@@ -1,15 +1,15 @@
 /** The loss and the optimiser's updates. */
 import { sameDim, sameShape } from "../../tensor/shape.ts";
 import { FIRST_ORDER, type Op, type Tensor } from "../call.ts";
-import { alike, biasFits, f32, isMatrix, matches } from "./shapes.ts";
+import { alike, biasFits, f32, isActivation, isMatrix, matches } from "./shapes.ts";
 
 /** Columns of an AdamW step's rates [7]: `bias1` and `bias2` are 1 - beta^t for step t, counted from 1. */
 export const ADAMW_RATES = ["learningRate", "beta1", "beta2", "eps", "weightDecay", "bias1", "bias2"] as const;
 
 function headFits(x: Tensor | undefined, head: Tensor | undefined, labels: Tensor | undefined, bias: Tensor | undefined): boolean {
   return (
-    matches(x, "f32", 2) &&
     isMatrix(head, 2) &&
+    isActivation(x, head) &&
     sameDim(x.shape[1], head.shape[1]) &&
     matches(labels, "i32", 1) &&
     sameDim(labels.shape[0], x.shape[0]) &&
@@ -21,7 +21,7 @@ export const LOSS_OPS = {
   /**
    * -log softmax(x . head^T + bias)[label] of each row: x [rows, k], head [vocab, k], labels [rows], bias [vocab] to losses [rows] and
    * the logarithm of each softmax's denominator [rows]. Rows with a negative label have a loss of 0. Logits are computed for
-   * `chunk` rows at a time, and never stored for all rows.
+   * at most `chunk` rows at a time, and never stored for all rows.
    */
   crossEntropy: {
     params: ["chunk"],
@@ -37,7 +37,10 @@ export const LOSS_OPS = {
       return [dx, dHead ?? null, null, dBias ?? null];
     },
   },
-  /** Gradients of x and, with `head` 1, of the head and its bias, if any. Recomputes logits in chunks. */
+  /**
+   * Gradients of x and, with `head` 1, of the head and its bias, if any. Recomputes logits in chunks. Those of the logits are rounded
+   * to bfloat16 for the products if x is in bfloat16.
+   */
   crossEntropyGrad: {
     params: ["chunk", "head"],
     outputs: ([dy, x, weight, labels, logsumexp, bias], { head }) =>
@@ -73,4 +76,12 @@ export const LOSS_OPS = {
     gradient: FIRST_ORDER,
     writes: [0, 2, 3],
   },
+  /** Adds x to a state of its shape. */
+  accumulate: {
+    outputs: ([total, x]) => (alike(total, x) && total.kind === "state" ? [] : null),
+    gradient: FIRST_ORDER,
+    writes: [0],
+  },
+  /** Sets a state to zeros. */
+  clear: { outputs: ([state]) => (alike(state) && state.kind === "state" ? [] : null), gradient: FIRST_ORDER, writes: [0] },
 } satisfies Record<string, Op>;

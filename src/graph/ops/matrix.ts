@@ -1,26 +1,45 @@
 /** Products with weight matrices, a single one or one per expert, and their gradients. */
 import type { Dtype } from "../../tensor/dtype.ts";
 import { sameDim, times } from "../../tensor/shape.ts";
-import { AFTER_BACKWARD, FIRST_ORDER, type Gradient, type Op, type Tensor, WHOLE_NUMBERS } from "../call.ts";
-import { biasFits, f32, isMatrix, matches } from "./shapes.ts";
+import { AFTER_BACKWARD, type Emit, FIRST_ORDER, type Gradient, type Op, type Tensor, WHOLE_NUMBERS } from "../call.ts";
+import { biasFits, f32, isActivation, isMatrix, matches } from "./shapes.ts";
 
-/** The activation format of products with weights of each format. */
-export type ActivationFormat = (weight: Dtype) => Dtype;
+/** The activation formats of products with weights of each format. */
+export type ActivationFormats = (weight: Dtype) => readonly Dtype[];
+
+/** The formats before a backend chooses its own: float32, or bfloat16 beside a bfloat16 matrix (`narrow`). */
+const ACTIVATIONS: ActivationFormats = (weight) => (weight === "bf16" ? ["f32", "bf16"] : ["f32"]);
+
+/** The gradient of a product's result in the format of its activations. */
+function alikeX(emit: Emit, x: Tensor, dy: Tensor): Tensor {
+  return x.dtype === "bf16" ? emit("castBf16", [dy])[0] : dy;
+}
 
 /** dx = dy . W, dW = dy^T x, db = sum of dy. For a frozen weight, in any format, only dx is computed. */
-const linearGradient: Gradient = (emit, { inputs: [x, w, bias] }, [dy], [wantsX, wantsW, wantsBias]) => [
-  wantsX && dy ? emit("linearT", [dy, w])[0] : null,
-  wantsW && dy ? emit("outer", [dy, x])[0] : null,
-  ...(bias ? [wantsBias && dy ? emit("sumRows", [dy])[0] : null] : []),
-];
+const linearGradient: Gradient = (emit, { inputs: [x, w, bias] }, [dy], [wantsX, wantsW, wantsBias]) => {
+  const d = dy && (wantsX || wantsW) ? alikeX(emit, x, dy) : null;
+  return [
+    wantsX && d ? emit("linearT", [d, w])[0] : null,
+    wantsW && d ? emit("outer", [d, x])[0] : null,
+    ...(bias ? [wantsBias && dy ? emit("sumRows", [dy])[0] : null] : []),
+  ];
+};
 
-const groupedGradient: Gradient = (emit, { inputs: [x, w, order, offsets, bias], params }, [dy], [wantsX, wantsW, , , wantsBias]) => [
-  wantsX && dy ? emit("groupedLinearT", [dy, w, order, offsets], params, { rows: x.shape[0] })[0] : null,
-  wantsW && dy ? emit("groupedOuter", [dy, x, order, offsets], params)[0] : null,
-  null,
-  null,
-  ...(bias ? [wantsBias && dy ? emit("groupedSumRows", [dy, order, offsets])[0] : null] : []),
-];
+const groupedGradient: Gradient = (emit, { inputs: [x, w, order, offsets, bias], params }, [dy], [wantsX, wantsW, , , wantsBias]) => {
+  const d = dy && (wantsX || wantsW) ? alikeX(emit, x, dy) : null;
+  return [
+    wantsX && d ? emit("groupedLinearT", [d, w, order, offsets], params, { rows: x.shape[0] })[0] : null,
+    wantsW && d ? emit("groupedOuter", [d, x, order, offsets], params)[0] : null,
+    null,
+    null,
+    ...(bias ? [wantsBias && dy ? emit("groupedSumRows", [dy, order, offsets])[0] : null] : []),
+  ];
+};
+
+/** Activations of a product and gradients of its result, both in float32 or both in bfloat16. */
+function bothRows(dy: Tensor | undefined, x: Tensor | undefined): dy is Tensor {
+  return [dy, x].every((t) => matches(t, "f32", 2)) || [dy, x].every((t) => matches(t, "bf16", 2));
+}
 
 /** Whether order and offsets fit `slots` expert slots per row of x. */
 function grouped(x: Tensor, order: Tensor | undefined, offsets: Tensor | undefined, slots: number): boolean {
@@ -28,9 +47,9 @@ function grouped(x: Tensor, order: Tensor | undefined, offsets: Tensor | undefin
 }
 
 /** The table rows of products, which take float32 activations or the format that the backend converts them to. */
-export function products(activations: ActivationFormat) {
+export function products(activations: ActivationFormats = ACTIVATIONS) {
   const meets = (x: Tensor | undefined, w: Tensor, rank: number): x is Tensor =>
-    x?.shape.length === 2 && x.dtype === activations(w.dtype) && sameDim(x.shape[1], w.shape[rank - 1]);
+    x?.shape.length === 2 && activations(w.dtype).includes(x.dtype) && sameDim(x.shape[1], w.shape[rank - 1]);
   const twins = (gate: Tensor | undefined, up: Tensor | undefined, rank: number): boolean =>
     isMatrix(gate, rank) && isMatrix(up, rank) && gate.dtype === up.dtype && gate.shape.every((d, i) => sameDim(d, up.shape[i]));
   return {
@@ -65,7 +84,7 @@ export function products(activations: ActivationFormat) {
 }
 
 export const MATRIX_OPS = {
-  ...products(() => "f32"),
+  ...products(),
   /** Rows of `table` [n, width] selected by `ids` [rows]. */
   embed: {
     outputs: ([ids, table]) => (matches(ids, "i32", 1) && isMatrix(table, 2) ? [f32(ids.shape[0], table.shape[1])] : null),
@@ -77,13 +96,12 @@ export const MATRIX_OPS = {
   /** `dy . w`: [rows, n], [n, k] to [rows, k]. */
   linearT: {
     outputs: ([dy, w]) =>
-      matches(dy, "f32", 2) && isMatrix(w, 2) && sameDim(dy.shape[1], w.shape[0]) ? [f32(dy.shape[0], w.shape[1])] : null,
+      isMatrix(w, 2) && isActivation(dy, w) && sameDim(dy.shape[1], w.shape[0]) ? [f32(dy.shape[0], w.shape[1])] : null,
     gradient: FIRST_ORDER,
   },
   /** `dy^T x`: [rows, n], [rows, k] to [n, k]. */
   outer: {
-    outputs: ([dy, x]) =>
-      matches(dy, "f32", 2) && matches(x, "f32", 2) && sameDim(dy.shape[0], x.shape[0]) ? [f32(dy.shape[1], x.shape[1])] : null,
+    outputs: ([dy, x]) => (bothRows(dy, x) && sameDim(dy.shape[0], x.shape[0]) ? [f32(dy.shape[1], x.shape[1])] : null),
     gradient: FIRST_ORDER,
   },
   /** [rows, n] to [n]. */
@@ -92,8 +110,8 @@ export const MATRIX_OPS = {
   groupedLinearT: {
     params: ["slots"],
     outputs: ([dy, w, order, offsets], { slots }, { rows }) =>
-      matches(dy, "f32", 2) &&
       isMatrix(w, 3) &&
+      isActivation(dy, w) &&
       sameDim(dy.shape[1], w.shape[1]) &&
       rows !== undefined &&
       sameDim(dy.shape[0], times(rows, slots)) &&
@@ -106,7 +124,7 @@ export const MATRIX_OPS = {
   groupedOuter: {
     params: ["slots"],
     outputs: ([dy, x, order, offsets], { slots }) =>
-      matches(dy, "f32", 2) && matches(x, "f32", 2) && sameDim(dy.shape[0], times(x.shape[0], slots)) && grouped(dy, order, offsets, 1)
+      bothRows(dy, x) && sameDim(dy.shape[0], times(x.shape[0], slots)) && grouped(dy, order, offsets, 1)
         ? [f32(Number(offsets.shape[0]) - 1, dy.shape[1], x.shape[1])]
         : null,
     gradient: FIRST_ORDER,

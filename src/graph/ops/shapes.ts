@@ -24,6 +24,11 @@ export function biasFits(bias: Tensor | undefined, shape: Shape): boolean {
 /** Formats of weight matrices. */
 const MATRIX: ReadonlySet<Dtype> = new Set(["f32", "f16", "bf16", "int8", "int4"]);
 
+/** Whether activations [rows, n] are in float32 or, beside a bfloat16 matrix, in bfloat16. */
+export function isActivation(x: Tensor | undefined, w: Tensor): x is Tensor {
+  return x?.shape.length === 2 && (x.dtype === "f32" || (x.dtype === "bf16" && w.dtype === "bf16"));
+}
+
 export function isMatrix(t: Tensor | undefined, rank: number): t is Tensor {
   return t !== undefined && MATRIX.has(t.dtype) && t.shape.length === rank;
 }

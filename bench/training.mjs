@@ -106,9 +106,12 @@ function operations({ op, inputs: given, outputs }) {
     case "linear":
     case "tiledLinear":
     case "linearT":
+    case "addLinear":
+    case "addLinearT":
       return product(given[0], given[1], 1);
     case "groupedLinear":
     case "tiledGroupedLinear":
+    case "addGroupedLinear":
       return product(outputs[0], given[1], 1);
     case "groupedLinearT":
       return product(given[0], given[1], 1);

@@ -10,20 +10,24 @@ static inline void each_expert(const Tensor& order, const Tensor& offsets, Visit
   for (int64_t e = 0; e + 1 < offsets.rows(); e++) visit(e, order.as<int32_t>() + at[e], static_cast<int64_t>(at[e + 1] - at[e]));
 }
 
-static void tiled_grouped_linear(const Operands& o, const Worker& worker) {
+// y = x . w^T + bias of each slot's expert, or what `added` holds + x . w^T.
+static void slots_by_weight(const Operands& o, const Worker& worker, const float* bias, const Tensor* added) {
   const Tensor &x = o.in(0), &w = o.in(1), &order = o.in(2), &offsets = o.in(3), &y = o.out(0);
-  const float* bias = o.has(4) ? o.in(4).as<float>() : nullptr;
   const int64_t n = w.dims[1], k = w.dims[2], slots = static_cast<int64_t>(o.params[0]);
   Range columns;
   worker.share(n, TILE_B, columns.begin, columns.end);
+  if (added) copy_part(*added, y, {0, y.rows()}, columns);
   with_numbers(x, [&](auto* data) {
     using X = std::remove_pointer_t<decltype(data)>;
     each_expert(order, offsets, [&](int64_t e, const int32_t* slot, int64_t rows) {
-      const Target target{y.as<float>(), n, false, bias ? bias + e * n : nullptr, slot};
+      const Target target{y.as<float>(), n, added != nullptr, bias ? bias + e * n : nullptr, slot};
       with_weight<true, X>(w, e, 0, [&](auto unit, auto b) { multiply<decltype(unit)>(Along<X>{{data, k, slot, slots}}, b, {0, rows}, columns, k, target, worker); });
     });
   });
 }
+
+static void tiled_grouped_linear(const Operands& o, const Worker& worker) { slots_by_weight(o, worker, o.has(4) ? o.in(4).as<float>() : nullptr, nullptr); }
+static void add_grouped_linear(const Operands& o, const Worker& worker) { slots_by_weight(o, worker, nullptr, &o.in(4)); }
 
 static void grouped_linear_t(const Operands& o, const Worker& worker) {
   const Tensor &dy = o.in(0), &w = o.in(1), &order = o.in(2), &offsets = o.in(3), &dx = o.out(0);

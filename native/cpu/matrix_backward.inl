@@ -2,28 +2,41 @@
 
 namespace ISA {
 
-// y = x . w^T + bias, for many rows. Sums run in another order than those of `linear`.
-static void tiled_linear(const Operands& o, const Worker& worker) {
+// Copies a part of a matrix to another, unless they are the same.
+static inline void copy_part(const Tensor& from, const Tensor& to, Range rows, Range columns) {
+  if (from.data == to.data) return;
+  const int64_t n = to.dims[1];
+  for (int64_t r = rows.begin; r < rows.end; r++)
+    for (int64_t c = columns.begin; c < columns.end; c++) to.as<float>()[r * n + c] = from.as<float>()[r * n + c];
+}
+
+// y = x . w^T + bias, for many rows, or what `added` holds + x . w^T. Sums run in another order than those of `linear`.
+static void rows_by_weight(const Operands& o, const Worker& worker, const float* bias, const Tensor* added) {
   const Tensor &x = o.in(0), &w = o.in(1), &y = o.out(0);
   const int64_t n = w.dims[0], k = w.dims[1];
-  const Target target{y.as<float>(), n, false, o.has(2) ? o.in(2).as<float>() : nullptr};
+  const Target target{y.as<float>(), n, added != nullptr, bias};
   Range rows, columns;
   part_of(x.rows(), n, worker, rows, columns);
+  if (added) copy_part(*added, y, rows, columns);
   with_numbers(x, [&](auto* data) {
     using X = std::remove_pointer_t<decltype(data)>;
     with_weight<true, X>(w, 0, 0, [&](auto unit, auto b) { multiply<decltype(unit)>(Along<X>{{data, k}}, b, rows, columns, k, target, worker); });
   });
 }
 
-// dx = dy . w
+static void tiled_linear(const Operands& o, const Worker& worker) { rows_by_weight(o, worker, o.has(2) ? o.in(2).as<float>() : nullptr, nullptr); }
+static void add_linear(const Operands& o, const Worker& worker) { rows_by_weight(o, worker, nullptr, &o.in(2)); }
+
+// dx = dy . w, or what a third input holds + dy . w.
 static void linear_t(const Operands& o, const Worker& worker) {
   const Tensor &dy = o.in(0), &w = o.in(1), &dx = o.out(0);
   const int64_t n = w.dims[0], k = w.dims[1];
   Range rows, columns;
   part_of(dy.rows(), k, worker, rows, columns);
+  if (o.has(2)) copy_part(o.in(2), dx, rows, columns);
   with_numbers(dy, [&](auto* data) {
     using X = std::remove_pointer_t<decltype(data)>;
-    with_weight<false, X>(w, 0, 0, [&](auto unit, auto b) { multiply<decltype(unit)>(Along<X>{{data, n}}, b, rows, columns, n, Target{dx.as<float>(), k}, worker); });
+    with_weight<false, X>(w, 0, 0, [&](auto unit, auto b) { multiply<decltype(unit)>(Along<X>{{data, n}}, b, rows, columns, n, Target{dx.as<float>(), k, o.has(2)}, worker); });
   });
 }
 

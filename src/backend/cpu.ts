@@ -95,14 +95,16 @@ const TRAINING: Lowering = {
   },
 };
 
-/** The ops that `fuse` makes of products and their activation: when training, the products' results are needed again. */
+/** The ops that `fuse` makes of products and their activation when serving: when training, the products' results are needed again. */
 const GATED = new Set(["gatedLinear", "groupedGatedLinear"]);
+/** And of products and sums when training. */
+const ADDED = new Set(["addLinear", "addLinearT", "addGroupedLinear"]);
 
 /** The CPU's passes before planning. @param has whether there is a kernel for an op */
 export function lowered(graph: Graph, has: (op: string) => boolean): Graph {
   const trains = graph.calls.some((call) => call.scope.startsWith(BACKWARD));
   return lower(
-    fuse(graph, (op) => has(op) && !(trains && GATED.has(op))),
+    fuse(graph, (op) => has(op) && !(trains ? GATED : ADDED).has(op)),
     trains ? TRAINING : CPU,
   );
 }

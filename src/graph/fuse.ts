@@ -44,7 +44,30 @@ const addNorm: Pattern = (call, { maker }) => {
   return { op: "addRmsNorm", inputs: [...sum.inputs, call.inputs[1]], params: call.params, outputs, replaced: [sum] };
 };
 
-const PATTERNS: readonly Pattern[] = [gated, addNorm];
+/** Products that a sum can continue, by the axis of the matrix that they sum over. */
+const ADDED: Readonly<Record<string, { readonly op: string; readonly depth: number; readonly inputs: number }>> = {
+  linear: { op: "addLinear", depth: 1, inputs: 2 },
+  linearT: { op: "addLinearT", depth: 0, inputs: 2 },
+  groupedLinear: { op: "addGroupedLinear", depth: 2, inputs: 4 },
+};
+/** A product of more numbers takes so long that a sum of its own does not matter. */
+const NARROW = 256;
+
+/** An adapter's narrow product, or the gradient of one, and a sum -> `addLinear`, `addLinearT` or `addGroupedLinear`. */
+const added: Pattern = (call, { maker, single }) => {
+  if (call.op !== "add") return null;
+  for (const [product, other] of [call.inputs, [...call.inputs].reverse()]) {
+    const made = maker(product);
+    const kind = made && Object.hasOwn(ADDED, made.op) ? ADDED[made.op] : undefined;
+    if (!made || !kind || product === other || !single(product) || made.inputs.length !== kind.inputs) continue;
+    const { dtype, shape } = made.inputs[1];
+    if (Number(shape[kind.depth]) > NARROW || !["f32", "f16", "bf16"].includes(dtype)) continue;
+    return { op: kind.op, inputs: [...made.inputs, other], params: made.params, outputs: call.outputs, replaced: [made] };
+  }
+  return null;
+};
+
+const PATTERNS: readonly Pattern[] = [gated, addNorm, added];
 
 /** @param has whether the backend has a kernel for an op */
 export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
@@ -64,16 +87,17 @@ export function fuse(graph: Graph, has: (op: string) => boolean): Graph {
   const uses: Uses = { maker: (t) => makers[t.id], single: (t) => readers[t.id] === 1 && !returned.has(t) };
 
   // Replaced calls; and fusions, by the position of the last call that they replace.
-  const gone = new Set<Call>();
+  const [gone, matched] = [new Set<Call>(), new Set<Call>()];
   const fusions = new Map<number, Fusion>();
   graph.calls.forEach((call, at) => {
     for (const pattern of PATTERNS) {
       const found = pattern(call, uses);
-      if (!found || !has(found.op) || found.replaced.some((c) => gone.has(c))) continue;
+      if (!found || !has(found.op) || found.replaced.some((c) => gone.has(c) || matched.has(c))) continue;
       // No result of a replaced call may be read before the fusion computes it.
       const early = found.replaced.some((c) => c.outputs.some((t) => firstRead[t.id] < at));
       if (early) continue;
       for (const c of found.replaced) gone.add(c);
+      matched.add(call);
       fusions.set(at, found);
       break;
     }

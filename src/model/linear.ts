@@ -38,7 +38,8 @@ export interface Slots {
 export function linear(g: Graph, x: Tensor, { weight, bias, adapter }: Linear, seed?: Tensor): Tensor {
   const y = g.linear(x, weight, bias);
   if (!adapter) return y;
-  return g.add(y, g.scale(g.linear(g.linear(dropped(g, x, adapter, seed), adapter.a), adapter.b), adapter.scale));
+  // The scale is applied where there are the fewest numbers.
+  return g.add(y, g.linear(g.scale(g.linear(dropped(g, x, adapter, seed), adapter.a), adapter.scale), adapter.b));
 }
 
 /** Maps x [rows, in], with `slots` slots per row, to [slots * rows, out]: each slot by its expert's matrix. */
@@ -53,7 +54,7 @@ export function expertLinear(
   const y = g.groupedLinear(x, weight, order, offsets, slots);
   if (!adapter) return y;
   const low = g.groupedLinear(dropped(g, x, adapter, seed), adapter.a, order, offsets, slots);
-  return g.add(y, g.scale(g.groupedLinear(low, adapter.b, order, offsets, 1), adapter.scale));
+  return g.add(y, g.groupedLinear(g.scale(low, adapter.scale), adapter.b, order, offsets, 1));
 }
 
 function dropped(g: Graph, x: Tensor, { dropout, stream }: Adapter, seed?: Tensor): Tensor {

@@ -34,9 +34,13 @@ function products(): Case[] {
       const back = gradients(b, "linearT", [dHalf, w]);
       const outer = gradients(b, "outer", [dHalf, half]);
       const sums = gradients(b, "sumRows", [dy]);
+      // Narrow products become part of a sum: in place of what is added, or beside it if that is read again.
+      const [base, dBase] = [b.rows("base", rows, n), b.rows("dBase", rows, k)];
+      const added = y.length ? [b.g.add(b.g.scale(base, 1), b.g.linear(half, w)), b.g.add(base, b.g.linear(half, w))] : [];
+      added.push(b.g.add(dBase, gradients(b, "linearT", [dHalf, w])[0]));
       return b.done(
         `training: products ${dtype}${narrow ? " narrow" : ""} rows ${rows} [${n},${k}]`,
-        [...y, ...back, ...outer, ...sums],
+        [...y, ...back, ...outer, ...sums, ...added],
         { rows },
         narrow ? 1e-5 : 2e-6,
       );
@@ -69,9 +73,10 @@ function groupedProducts(): Case[] {
       const single = gradients(b, "groupedLinearT", [dHalf, w, order, offsets], { slots: 1 }, { rows: symbol("rows", slots) });
       const outer = gradients(b, "groupedOuter", [dHalf, half, order, offsets], { slots });
       const sums = gradients(b, "groupedSumRows", [dy, order, offsets]);
+      const added = b.g.add(dy, b.g.groupedLinear(half, w, order, offsets, slots));
       return b.done(
         `training: grouped products ${dtype}${narrow ? " narrow" : ""} rows ${rows} experts ${experts}`,
-        [y, ...back, ...single, ...outer, ...sums],
+        [y, ...back, ...single, ...outer, ...sums, added],
         { rows },
         narrow ? 1e-5 : 2e-6,
       );

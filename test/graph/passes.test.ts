@@ -22,7 +22,8 @@ import { trainingStep } from "../../src/train/step.ts";
 import { openGoldens, relativeError } from "../goldens.ts";
 
 const rows = symbol("rows");
-const all = () => true;
+/** What serving fuses. */
+const all = (op: string) => !/^add(Grouped)?Linear/.test(op);
 const ops = (g: Graph) => g.calls.map((c) => c.op);
 
 describe("fuse", () => {
@@ -69,6 +70,33 @@ describe("fuse", () => {
     const sum = g.add(a, b);
     g.output("y", g.add(g.rmsNorm(sum, g.weight("w", [4], "f32"), 1e-5), sum));
     expect(ops(fuse(g, all))).toEqual(["addRmsNorm", "add"]);
+  });
+
+  test("an adapter's narrow product, or its gradient, and a sum become one op, if nothing else reads the product", () => {
+    const fused = (change: (g: Graph, x: Tensor, y: Tensor) => Tensor) => {
+      const g = new Graph();
+      g.output("y", g.scale(change(g, g.input("x", [rows, 16], "f32"), g.input("y", [rows, 300], "f32")), 1));
+      return ops(fuse(g, () => true));
+    };
+    const b = (g: Graph, dtype: Dtype = "f32") => g.weight("b", [300, 16], dtype);
+    expect(fused((g, x, y) => g.add(y, g.linear(x, b(g))))).toEqual(["addLinear", "scale"]);
+    expect(fused((g, x, y) => g.add(g.linear(x, b(g)), y))).toEqual(["addLinear", "scale"]);
+    expect(fused((g, x, y) => g.add(x, g.call("linearT", [y, b(g)])[0]))).toEqual(["linearT", "add", "scale"]); // sums of 300 numbers
+    expect(fused((g, x, y) => g.add(y, g.call("linearT", [x, g.weight("a", [16, 300], "f32")])[0]))).toEqual(["addLinearT", "scale"]);
+    expect(fused((g, x, y) => g.add(y, g.linear(x, b(g, "int8"))))).toEqual(["linear", "add", "scale"]);
+    expect(fused((g, x, y) => g.add(y, g.linear(x, b(g), g.weight("bias", [300], "f32"))))).toEqual(["linear", "add", "scale"]);
+    expect(
+      fused((g, x, y) => {
+        const product = g.linear(x, b(g));
+        return g.add(g.add(y, product), product);
+      }),
+    ).toEqual(["linear", "add", "add", "scale"]);
+    // A sum that became part of a product cannot become part of a norm.
+    expect(fused((g, x, y) => g.rmsNorm(g.add(y, g.linear(x, b(g))), g.weight("norm", [300], "f32"), 1e-5))).toEqual([
+      "addLinear",
+      "rmsNorm",
+      "scale",
+    ]);
   });
 
   test("not if the sum is read before its norm", () => {

@@ -30,6 +30,21 @@ export const MATRIX_KERNELS = {
     }
   },
 
+  addLinear([x, w, added], [y]) {
+    MATRIX_KERNELS.linear([x, w], [y]);
+    for (let i = 0; i < y.data.length; i++) y.data[i] += added.data[i];
+  },
+
+  addLinearT([dy, w, added], [dx]) {
+    MATRIX_KERNELS.linearT([dy, w], [dx]);
+    for (let i = 0; i < dx.data.length; i++) dx.data[i] += added.data[i];
+  },
+
+  addGroupedLinear([x, w, order, offsets, added], [y], params) {
+    MATRIX_KERNELS.groupedLinear([x, w, order, offsets], [y], params as { slots: number });
+    for (let i = 0; i < y.data.length; i++) y.data[i] += added.data[i];
+  },
+
   outer([dy, x], [dw]) {
     const [rows, n] = dy.dims;
     const k = x.dims[1];

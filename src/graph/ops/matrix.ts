@@ -1,6 +1,6 @@
 /** Products with weight matrices, a single one or one per expert, and their gradients. */
 import type { Dtype } from "../../tensor/dtype.ts";
-import { sameDim, times } from "../../tensor/shape.ts";
+import { sameDim, sameShape, times } from "../../tensor/shape.ts";
 import { AFTER_BACKWARD, type Emit, FIRST_ORDER, type Gradient, type Op, type Tensor, WHOLE_NUMBERS } from "../call.ts";
 import { biasFits, f32, isActivation, isMatrix, matches } from "./shapes.ts";
 
@@ -98,6 +98,47 @@ export const MATRIX_OPS = {
     outputs: ([dy, w]) =>
       isMatrix(w, 2) && isActivation(dy, w) && sameDim(dy.shape[1], w.shape[0]) ? [f32(dy.shape[0], w.shape[1])] : null,
     gradient: FIRST_ORDER,
+  },
+  /** x . w^T + y, y [rows, n]; `fuse` builds it from an adapter's product and a sum. */
+  addLinear: {
+    outputs: ([x, w, y]) =>
+      isMatrix(w, 2) &&
+      isActivation(x, w) &&
+      sameDim(x.shape[1], w.shape[1]) &&
+      matches(y, "f32", 2) &&
+      sameShape(y.shape, [x.shape[0], w.shape[0]])
+        ? [f32(...y.shape)]
+        : null,
+    gradient: AFTER_BACKWARD,
+    inPlace: [2],
+  },
+  /** `dy . w + dx`, dx [rows, k]; likewise. */
+  addLinearT: {
+    outputs: ([dy, w, dx]) =>
+      isMatrix(w, 2) &&
+      isActivation(dy, w) &&
+      sameDim(dy.shape[1], w.shape[0]) &&
+      matches(dx, "f32", 2) &&
+      sameShape(dx.shape, [dy.shape[0], w.shape[1]])
+        ? [f32(...dx.shape)]
+        : null,
+    gradient: AFTER_BACKWARD,
+    inPlace: [2],
+  },
+  /** `groupedLinear` + y [slots * rows, n]; likewise. */
+  addGroupedLinear: {
+    params: ["slots"],
+    outputs: ([x, w, order, offsets, y], { slots }) =>
+      isMatrix(w, 3) &&
+      isActivation(x, w) &&
+      sameDim(x.shape[1], w.shape[2]) &&
+      grouped(x, order, offsets, slots) &&
+      matches(y, "f32", 2) &&
+      sameShape(y.shape, [times(x.shape[0], slots), w.shape[1]])
+        ? [f32(...y.shape)]
+        : null,
+    gradient: AFTER_BACKWARD,
+    inPlace: [4],
   },
   /** `dy^T x`: [rows, n], [rows, k] to [n, k]. */
   outer: {

@@ -39,6 +39,8 @@ static const KernelEntry ENTRIES[] = {
     {"combine", combine},
     {"gather", gather},
     {"replaceRows", replace_rows},
+    {"addRows", add_rows},
+    {"adaptedSlots", adapted_slots},
     {"reshape", reshape},
     {"slice", slice},
     {"transpose", transpose},

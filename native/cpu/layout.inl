@@ -28,6 +28,42 @@ static void replace_rows(const Operands& o, const Worker& worker) {
   }
 }
 
+// y = x with row i of `rows` added to row index[i]; no row occurs twice. `y` may be `x`; then other rows cost nothing.
+static void add_rows(const Operands& o, const Worker& worker) {
+  const Tensor &x = o.in(0), &rows = o.in(1), &index = o.in(2), &y = o.out(0);
+  const int64_t n = x.dims[1];
+  int64_t begin, end;
+  if (y.data != x.data) {
+    worker.share(x.rows() * n, 16, begin, end);
+    __builtin_memcpy(y.as<float>() + begin, x.as<float>() + begin, static_cast<size_t>(end - begin) * 4);
+    worker.wait();
+  }
+  worker.share(index.rows() * n, 16, begin, end);
+  for (int64_t i = begin; i < end;) {
+    const int64_t r = i / n, c = i % n, run = min(end - i, n - c);
+    const int32_t to = index.as<int32_t>()[r];
+    if (to < 0 || to >= x.rows()) return worker.fail("internal: addRows: row %lld of %lld", to, x.rows());
+    float* at = y.as<float>() + to * n + c;
+    for (int64_t j = 0; j < run; j++) at[j] += rows.as<float>()[i + j];
+    i += run;
+  }
+}
+
+// The expert slots of rows with an adapter, and each slot's (adapter, expert) as one number.
+static void adapted_slots(const Operands& o, const Worker& worker) {
+  if (worker.index) return;
+  const Tensor &experts = o.in(0), &rows = o.in(1), &ids = o.in(2), &keys = o.out(0), &slots = o.out(1);
+  const int64_t k = experts.dims[1], count = static_cast<int64_t>(o.params[0]);
+  for (int64_t i = 0; i < rows.rows(); i++) {
+    const int64_t r = rows.as<int32_t>()[i], id = ids.as<int32_t>()[i];
+    if (r < 0 || r >= experts.rows()) return worker.fail("internal: adaptedSlots: row %lld of %lld", r, experts.rows());
+    for (int64_t j = 0; j < k; j++) {
+      keys.as<int32_t>()[i * k + j] = static_cast<int32_t>(id * count + experts.as<int32_t>()[r * k + j]);
+      slots.as<int32_t>()[i * k + j] = static_cast<int32_t>(r * k + j);
+    }
+  }
+}
+
 // Copies elements [begin, end) of y in runs that are contiguous in x: `place(i, run)` returns the source of y[i] and
 // shortens `run` to the elements that follow it there.
 template <class Place>

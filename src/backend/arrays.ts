@@ -16,3 +16,9 @@ export function fitting(t: Tensor, label: string, data: Numbers | undefined, siz
     );
   return data;
 }
+
+/** Throws a RangeError unless `count` numbers from `at` on lie within a state; without `at`, unless they are all of it. */
+export function checkRange(size: number, at: number | undefined, count: number): void {
+  if (at === undefined ? count === size : at >= 0 && count >= 0 && at + count <= size) return;
+  throw new RangeError(`${count} numbers${at === undefined ? "" : ` from ${at} on`} for a state of ${size}`);
+}

@@ -9,7 +9,7 @@ import { GROUP } from "../tensor/quantized.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
-import { fitting } from "./arrays.ts";
+import { checkRange, fitting } from "./arrays.ts";
 import type { Backend, Program, Residence, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
 import { lowered } from "./cpu.ts";
@@ -129,16 +129,17 @@ function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held
   return {
     bytes,
     handle,
-    read() {
+    read(at = 0, count = bytes / 4 - at) {
       check();
-      const values = new Float32Array(bytes / 4);
-      addon.readMemory(handle, 0, new Uint8Array(values.buffer));
+      checkRange(bytes / 4, at, count);
+      const values = new Float32Array(count);
+      addon.readMemory(handle, at * 4, new Uint8Array(values.buffer));
       return values;
     },
-    write(values) {
+    write(values, at) {
       check();
-      if (values.byteLength !== bytes) throw new RangeError(`${values.length} numbers for a state of ${bytes / 4}`);
-      addon.writeMemory(handle, 0, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
+      checkRange(bytes / 4, at, values.length);
+      addon.writeMemory(handle, (at ?? 0) * 4, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
     },
     dispose: () => addon.disposeMemory(handle),
   };

@@ -60,6 +60,7 @@ export async function drawBatch(
       start: s.cached,
       pages: s.pages,
       ...(s.request.positions ? { position: (index, axis) => s.position(index, axis) } : {}),
+      ...(s.adapter ? { adapter: s.adapter.slot } : {}),
       ...(s.request.embeddings ? { embeddings: s.embeddings(s.cached, count) } : {}),
     }),
   );

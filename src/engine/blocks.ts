@@ -6,7 +6,7 @@ import { BLOCK_TOKENS } from "../backend/backend.ts";
 
 export { BLOCK_TOKENS } from "../backend/backend.ts";
 
-/** The entry where every chain of remembered blocks begins. */
+/** The entry where every chain of remembered blocks begins that the base model computed. Those of adapters begin at negative numbers. */
 export const ROOT = 0;
 
 export class Blocks {
@@ -61,10 +61,10 @@ export class Blocks {
     for (const block of pages.splice(0).reverse()) this.#leave(block);
   }
 
-  /** The longest chain of remembered blocks that is a prefix of `keys` (one per token), at most `limit` blocks. The caller now holds them. */
-  match(keys: readonly number[], limit: number): { pages: number[]; entry: number } {
+  /** The longest chain of remembered blocks from `root` on that is a prefix of `keys` (one per token), at most `limit` blocks. The caller now holds them. */
+  match(keys: readonly number[], limit: number, root = ROOT): { pages: number[]; entry: number } {
     const pages: number[] = [];
-    let entry = ROOT;
+    let entry = root;
     while (pages.length < limit) {
       const from = pages.length * BLOCK_TOKENS;
       const block = this.#find(hashOf(entry, keys, from), entry, keys, from);

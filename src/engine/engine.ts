@@ -10,9 +10,10 @@ import { type Content, checkContent } from "../model/content.ts";
 import type { Model } from "../model/model.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { isBlockDtype } from "../tensor/quantized.ts";
+import { type AdapterLimits, type Branches, type LoadedAdapter, LoadedAdapters } from "./adapters.ts";
 import { type Drawn, drawBatch } from "./batch.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
-import { type Inspection, inspect, meanHidden, notFinite, type Wanted, type Watch } from "./inspection.ts";
+import { type Inspection, inspect, meanHidden, notFinite, type Task, type Wanted, type Watch } from "./inspection.ts";
 import { Programs } from "./programs.ts";
 import { checkSampling } from "./sampling.ts";
 import { type BatchEntry, Scheduler } from "./scheduler.ts";
@@ -20,6 +21,7 @@ import { type GeneratedToken, type Request, Sequence } from "./sequence.ts";
 import { type EngineStats, type StepReport, Tally } from "./stats.ts";
 import { Steps } from "./steps.ts";
 
+export type { AdapterLimits, Branch, Branches } from "./adapters.ts";
 export type { Inspection, RoutedLayer, Watch } from "./inspection.ts";
 export type { EngineStats, StepReport } from "./stats.ts";
 
@@ -41,6 +43,8 @@ export interface EngineOptions {
   readonly promptMs?: number;
   /** Keep full blocks for requests that share a prefix. Default true. */
   readonly prefixCache?: boolean;
+  /** How many adapters may be loaded, and their largest rank. */
+  readonly adapters?: AdapterLimits;
 }
 
 const READERS_AT_ONCE = 32;
@@ -60,6 +64,9 @@ export class Engine {
   readonly #weights: Weights;
   readonly #programs: Programs;
   readonly #steps: Steps;
+  readonly #adapters: LoadedAdapters;
+  /** Adapters of texts that `inspect` and `embed` are computing. */
+  readonly #inspecting: LoadedAdapter[] = [];
   readonly #blocks: Blocks;
   readonly #scheduler: Scheduler;
   readonly #maxRows: number;
@@ -92,6 +99,7 @@ export class Engine {
     this.#scheduler = new Scheduler(this.#blocks, { maxRows, maxSequences, prefixCache });
     this.#programs = new Programs(model, dtypeOf, backend, weights, { dtype: kvDtype, blocks: this.#blocks.count });
     this.#steps = new Steps(this.#programs);
+    this.#adapters = new LoadedAdapters(model, backend, options.adapters);
     this.#tally = new Tally(model.mixtures.layers.length, model.mixtures.experts);
   }
 
@@ -114,7 +122,7 @@ export class Engine {
 
   /**
    * Generates from a prompt; concurrent requests share steps. Throws immediately on an empty prompt, ids outside the vocabulary, a
-   * prompt longer than the model's positions or the cache, or invalid controls. Leaving the loop or aborting the signal cancels it.
+   * prompt longer than the model's positions or the cache, an unknown adapter, or invalid controls. Leaving the loop or aborting the signal cancels it.
    */
   submit(request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
     this.check(request);
@@ -124,7 +132,7 @@ export class Engine {
     const { topLogprobs = 0 } = request;
     if (!Number.isInteger(topLogprobs) || topLogprobs < 0 || topLogprobs > this.model.vocabSize)
       throw new RangeError(`topLogprobs is ${topLogprobs}; it must be a whole number from 0 to the vocabulary's ${this.model.vocabSize}`);
-    const sequence = new Sequence(request, this.model.cacheKey(request));
+    const sequence = new Sequence(request, this.model.cacheKey(request), this.#adapterOf(request));
     if (request.maxNewTokens === 0) sequence.fail(null);
     else {
       this.#scheduler.add(sequence);
@@ -138,16 +146,47 @@ export class Engine {
    * Waits for room in the cache. Rejects with the signal's reason between two steps once it is aborted.
    */
   async inspect(tokens: readonly number[], want: Wanted = {}, watch: Watch = {}): Promise<Inspection> {
-    this.check({ tokens });
-    const rows = this.#inspectedRows;
-    return this.#withPages(tokens.length, (pages) => inspect(this.#steps, this.model, { tokens, pages, rows, watch }, want));
+    return this.#whole(tokens, watch, (task) => inspect(this.#steps, this.model, task, want));
   }
 
   /** The mean over all positions of the hidden state after the final norm, [hidden]: an embedding of the text. Ends early as `inspect` does. */
   async embed(tokens: readonly number[], watch: Watch = {}): Promise<Float32Array> {
-    this.check({ tokens });
-    const rows = this.#inspectedRows;
-    return this.#withPages(tokens.length, (pages) => meanHidden(this.#steps, this.model, { tokens, pages, rows, watch }));
+    return this.#whole(tokens, watch, (task) => meanHidden(this.#steps, this.model, task));
+  }
+
+  /** The adapters that requests can name, and the bytes of memory that they take together. */
+  get adapters(): { readonly names: readonly string[]; readonly bytes: number } {
+    return this.#adapters;
+  }
+
+  /**
+   * Loads an adapter, also while requests run: they share steps with those of other adapters and of the base model. Requests that began
+   * with another adapter of this name go on with that one. Rejects with RangeError for branches that do not fit the model, are not finite
+   * or exceed a limit, or for lack of memory.
+   */
+  async loadAdapter(name: string, branches: Branches): Promise<void> {
+    this.#adapters.check(name, branches);
+    await this.#steps.between(() => {
+      if (this.#steps.disposed) throw new Error("the model has been disposed of");
+      const used = (a: LoadedAdapter) => this.#inspecting.includes(a) || this.#scheduler.some((s) => s.adapter === a);
+      const { room: before } = this.#adapters;
+      try {
+        this.#adapters.add(name, branches, used);
+      } finally {
+        const { room } = this.#adapters;
+        if (room && room !== before) this.#programs.adapt(room.model, room.states);
+      }
+    });
+  }
+
+  /** Takes away an adapter's name. Requests that use it go on. Throws RangeError if there is none. */
+  deleteAdapter(name: string): void {
+    this.#adapters.remove(name);
+  }
+
+  /** A loaded adapter's branches, with the scale in B. Throws RangeError if there is none. */
+  adapterBranches(name: string): Branches {
+    return this.#adapters.branches(name);
   }
 
   /** Seconds by op over all steps so far, and its number of calls in the prepared programs; with `rows`, only for steps of about that many rows. */
@@ -182,6 +221,7 @@ export class Engine {
     this.#scheduler.close(new Error("the model has been disposed of"));
     await ended;
     this.#programs.dispose();
+    this.#adapters.dispose();
     this.#weights.dispose();
     this.#backend.dispose();
   }
@@ -329,6 +369,24 @@ export class Engine {
       return await use(pages);
     } finally {
       this.#scheduler.giveBack(pages);
+    }
+  }
+
+  #adapterOf({ adapter }: { readonly adapter?: string }): LoadedAdapter | null {
+    return adapter === undefined ? null : this.#adapters.find(adapter);
+  }
+
+  /** Computes one text outside of the schedule. */
+  async #whole<T>(tokens: readonly number[], watch: Watch, compute: (task: Task) => Promise<T>): Promise<T> {
+    this.check({ tokens });
+    const adapter = this.#adapterOf(watch);
+    if (adapter) this.#inspecting.push(adapter);
+    try {
+      return await this.#withPages(tokens.length, (pages) =>
+        compute({ tokens, pages, rows: this.#inspectedRows, watch, ...(adapter ? { adapter: adapter.slot } : {}) }),
+      );
+    } finally {
+      if (adapter) this.#inspecting.splice(this.#inspecting.indexOf(adapter), 1);
     }
   }
 

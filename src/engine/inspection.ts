@@ -48,19 +48,28 @@ export interface Watch {
   readonly signal?: Request["signal"];
   /** Called after each step with how many tokens have been computed; it must not throw. */
   readonly onPrompt?: (read: number) => void;
+  /** The name of a loaded adapter. Default: the base model. */
+  readonly adapter?: string;
 }
 
 /** The tokens of one text, and how they are computed. */
-interface Task {
+export interface Task {
   readonly tokens: readonly number[];
   /** Blocks for all tokens. */
   readonly pages: readonly number[];
   /** Returns the next step's row limit; called before each step. */
   readonly rows: () => number;
   readonly watch: Watch;
+  /** Its place in the stack of adapters. */
+  readonly adapter?: number;
 }
 
-export async function inspect(steps: Steps, model: Model, { tokens, pages, rows, watch }: Task, want: Wanted): Promise<Inspection> {
+export async function inspect(
+  steps: Steps,
+  model: Model,
+  { tokens, pages, rows, watch, adapter }: Task,
+  want: Wanted,
+): Promise<Inspection> {
   const { logits: wantLogits = true, hiddenStates: wantHidden = false, routing: wantRouting = false } = want;
   const { layers, experts, chosen } = model.mixtures;
   const n = tokens.length;
@@ -90,7 +99,7 @@ export async function inspect(steps: Steps, model: Model, { tokens, pages, rows,
       outputs[names.weights] = part(r.weights, chosen);
     }
     const picked = Int32Array.from({ length: wantLogits ? to - from : 0 }, (_, i) => i);
-    await steps.run([{ ids: tokens.slice(from, to), start: from, pages }], picked, null, outputs);
+    await steps.run([{ ids: tokens.slice(from, to), start: from, pages, adapter }], picked, null, outputs);
     watch.onPrompt?.(to);
     for (const values of Object.values(outputs)) checkFinite(values);
     next = to;
@@ -99,14 +108,18 @@ export async function inspect(steps: Steps, model: Model, { tokens, pages, rows,
 }
 
 /** The mean over all positions of the hidden state after the final norm, [hidden]. */
-export async function meanHidden(steps: Steps, { hiddenSize, layers }: Model, { tokens, pages, rows, watch }: Task): Promise<Float32Array> {
+export async function meanHidden(
+  steps: Steps,
+  { hiddenSize, layers }: Model,
+  { tokens, pages, rows, watch, adapter }: Task,
+): Promise<Float32Array> {
   const sum = new Float64Array(hiddenSize);
   let from = 0;
   while (from < tokens.length) {
     if (watch.signal?.aborted) throw watch.signal.reason;
     const ids = tokens.slice(from, from + rows());
     const states = new Float32Array(ids.length * hiddenSize);
-    await steps.run([{ ids, start: from, pages }], new Int32Array(), null, { [OUTPUTS.hidden(layers)]: states });
+    await steps.run([{ ids, start: from, pages, adapter }], new Int32Array(), null, { [OUTPUTS.hidden(layers)]: states });
     watch.onPrompt?.(from + ids.length);
     checkFinite(states);
     states.forEach((x, i) => {

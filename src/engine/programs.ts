@@ -3,7 +3,7 @@ import { type Backend, BLOCK_TOKENS, type Program, type State, type Weights } fr
 import { Graph, type KvCache, type Tensor } from "../graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
 import { linear } from "../model/linear.ts";
-import type { Model } from "../model/model.ts";
+import type { Bind, Model } from "../model/model.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { type SymbolValues, symbol } from "../tensor/shape.ts";
 
@@ -27,6 +27,9 @@ export const OUTPUTS = {
   }),
 } as const;
 
+/** Ends the keys of programs for steps with adapters. */
+const ADAPTED = ":adapted";
+
 export interface KvLayout {
   readonly dtype: KvDtype;
   readonly blocks: number;
@@ -39,31 +42,51 @@ export class Programs {
   readonly #backend: Backend;
   readonly #weights: Weights;
   readonly #graph: Graph;
+  readonly #trace: (model: Model) => Graph;
   readonly #states = new Map<string, State>();
   readonly #prepared = new Map<string, { readonly program: Program; readonly rows: number }>();
+  /** The same for steps in which some rows have an adapter. */
+  #adapted: { readonly graph: Graph; readonly states: ReadonlyMap<string, State> } | null = null;
 
   constructor(model: Model, dtypeOf: (parameter: string) => Dtype, backend: Backend, weights: Weights, kv: KvLayout) {
     this.model = model;
     this.maskWords = Math.ceil(model.vocabSize / 32);
     this.#backend = backend;
     this.#weights = weights;
-    this.#graph = trace(model, dtypeOf, kv);
+    this.#trace = (model) => trace(model, dtypeOf, kv);
+    this.#graph = this.#trace(model);
     for (const t of this.#graph.values)
       if (t.kind === "state") this.#states.set(t.name as string, backend.state(t.dtype, t.shape.map(Number)));
   }
 
-  /** A program with room for these rows and picked rows. Prepared once per power of two of rows and power of 16 of picked rows. */
-  for(rows: number, outs: number): Program {
+  /**
+   * A program with room for these rows and picked rows. Prepared once per power of two of rows and power of 16 of picked rows.
+   * @param adapted some rows have an adapter
+   */
+  for(rows: number, outs: number, adapted = false): Program {
     const most = powerOfTwo(rows);
     const capacity = { rows: most, outs: Math.min(most, 16 ** Math.max(1, Math.ceil(Math.log2(outs) / 4))) };
-    const key = `${capacity.rows}:${capacity.outs}`;
-    const made = this.#prepared.get(key) ?? { program: this.#prepare(capacity), rows: capacity.rows };
+    const key = `${capacity.rows}:${capacity.outs}${adapted ? ADAPTED : ""}`;
+    const made = this.#prepared.get(key) ?? { program: this.#prepare(capacity, adapted), rows: capacity.rows };
     this.#prepared.set(key, made);
     return made.program;
   }
 
-  #prepare(capacity: SymbolValues): Program {
-    return this.#backend.prepare(this.#graph, capacity, this.#weights, this.#states);
+  #prepare(capacity: SymbolValues, adapted: boolean): Program {
+    if (!adapted) return this.#backend.prepare(this.#graph, capacity, this.#weights, this.#states);
+    if (!this.#adapted) throw new Error("internal: a step has adapters, and none is loaded");
+    const { graph, states } = this.#adapted;
+    return this.#backend.prepare(graph, { ...capacity, adapted: capacity["rows"] }, this.#weights, new Map([...this.#states, ...states]));
+  }
+
+  /** Takes the memory of a stack of adapters, in place of an earlier one. @param model as `model`, with the stack's parameters */
+  adapt(model: Model, states: ReadonlyMap<string, State>): void {
+    for (const [key, { program }] of this.#prepared) {
+      if (!key.endsWith(ADAPTED)) continue;
+      program.dispose();
+      this.#prepared.delete(key);
+    }
+    this.#adapted = { graph: this.#trace(model), states };
   }
 
   /** The names of the weights that each op reads in the prepared programs. Empty before the first. */
@@ -105,7 +128,9 @@ function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout
   const half = (name: string) => g.state(name, [kv.blocks, BLOCK_TOKENS, heads, width], kv.dtype);
   const layers = Array.from({ length: model.layers }, (_, i): KvCache => ({ keys: half(`keys.${i}`), values: half(`values.${i}`) }));
   const rows = symbol("rows");
-  const traced = model.forward(g, ({ name, shape }) => g.weight(name, shape, dtypeOf(name)), {
+  const stacked = model.parameters.some((p) => p.kind === "adapter");
+  const bind: Bind = ({ name, shape, kind }) => (kind === "adapter" ? g.state(name, shape, "f32") : g.weight(name, shape, dtypeOf(name)));
+  const traced = model.forward(g, bind, {
     ids: g.input("ids", [rows], "i32"),
     positions: g.input("positions", model.positionAxes === 1 ? [rows] : [model.positionAxes, rows], "i32"),
     segments: g.input("segments", [symbol("sequences"), 3], "i32"),
@@ -114,6 +139,14 @@ function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout
       values: g.input("embeddings", [symbol("embedded"), model.hiddenSize], "f32"),
       rows: g.input("embeddedRows", [symbol("embedded")], "i32"),
     },
+    ...(stacked
+      ? {
+          adapted: {
+            rows: g.input("adaptedRows", [symbol("adapted")], "i32"),
+            ids: g.input("adapterIds", [symbol("adapted"), 1], "i32"),
+          },
+        }
+      : {}),
   });
   const last = traced.hiddenStates[traced.hiddenStates.length - 1];
   const logits = linear(g, g.gather(last, g.input("picked", [symbol("outs")], "i32")), traced.head);

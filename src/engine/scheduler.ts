@@ -5,7 +5,7 @@
  * then to each owner's second, and so on; the last in that order is preempted and recomputed later, without losing a token.
  * Computes nothing itself.
  */
-import { BLOCK_TOKENS, type Blocks, ROOT } from "./blocks.ts";
+import { BLOCK_TOKENS, type Blocks } from "./blocks.ts";
 import type { Sequence } from "./sequence.ts";
 
 export interface BatchEntry {
@@ -80,6 +80,12 @@ export class Scheduler {
     let count = this.#reservations.length - this.#running.size;
     for (const { sequences } of this.#owners.values()) count += sequences.length;
     return count;
+  }
+
+  /** Whether a sequence that is running or waiting satisfies `test`. */
+  some(test: (sequence: Sequence) => boolean): boolean {
+    for (const { sequences } of this.#owners.values()) if (sequences.some(test)) return true;
+    return false;
   }
 
   add(sequence: Sequence): void {
@@ -239,7 +245,7 @@ export class Scheduler {
     if (this.#gaveUp.has(sequence) || sequence.arrival > (this.#reservations[0]?.arrival ?? Number.POSITIVE_INFINITY)) return false;
     const { maxSequences, prefixCache } = this.#options;
     const limit = prefixCache ? Math.floor((sequence.tokens.length - 1) / BLOCK_TOKENS) : 0;
-    const { pages, entry } = this.#blocks.match(sequence.keys, limit);
+    const { pages, entry } = this.#blocks.match(sequence.keys, limit, sequence.root);
     const wanted = Math.ceil(sequence.tokens.length / BLOCK_TOKENS) - pages.length;
     const fits = (spare: number) => this.#running.size < maxSequences && wanted + spare <= this.#blocks.free;
     // Leave some blocks for sequences that generate, or the newcomer might be preempted at once.
@@ -282,7 +288,7 @@ export class Scheduler {
   #preempt(sequence: Sequence, batch?: Map<Sequence, BatchEntry>): void {
     this.#running.delete(sequence);
     this.#blocks.release(sequence.pages);
-    sequence.start([], ROOT);
+    sequence.start([], sequence.root);
     batch?.delete(sequence);
     this.#gaveUp.add(sequence);
     this.preemptions++;

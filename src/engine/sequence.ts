@@ -1,5 +1,6 @@
 /** One request being served: its tokens, its cache pages, and its reader. Knows no text and no schedule. */
 import type { Content, EmbeddedSpan } from "../model/content.ts";
+import type { LoadedAdapter } from "./adapters.ts";
 import { BLOCK_TOKENS, ROOT } from "./blocks.ts";
 import type { Sampling } from "./sampling.ts";
 
@@ -23,6 +24,8 @@ export interface Request extends Content {
   /** Return the experts that each token used. Default false. */
   readonly wantRouting?: boolean;
   readonly constraint?: Constraint;
+  /** The name of a loaded adapter. Default: the base model. */
+  readonly adapter?: string;
   /** Called after each step with how many of the prompt's tokens have been read, those found in the prefix cache included, and with those found; it must not throw. */
   readonly onPrompt?: (read: number, cached: number) => void;
   /** Owners take turns. Default: one owner for all requests. */
@@ -64,6 +67,8 @@ export class Sequence {
   /** The prefix cache's key of each token, from the model's `cacheKey`. The same array as `tokens` where ids alone identify tokens. */
   readonly keys: number[];
   readonly promptCount: number;
+  /** As its name was when the request came; null: the base model. */
+  readonly adapter: LoadedAdapter | null;
   /** Blocks of the cache, in order. */
   readonly pages: number[] = [];
   /** Its place in the order of arrival, and how many earlier sequences of its owner are still here. */
@@ -73,7 +78,7 @@ export class Sequence {
   cached = 0;
   /** How many of the pages are in the prefix cache, and the last entry of their chain. */
   chained = 0;
-  entry = ROOT;
+  entry: number;
   /** Prompt tokens that were cached when the sequence first got blocks; null before that. */
   reused: number | null = null;
   /** Tokens that the reader has not consumed. */
@@ -86,14 +91,21 @@ export class Sequence {
   readonly #ahead: number;
 
   /** @param keys the prompt's `cacheKey` */
-  constructor(request: Request, keys: readonly number[] = request.tokens) {
+  constructor(request: Request, keys: readonly number[] = request.tokens, adapter: LoadedAdapter | null = null) {
     this.request = request;
+    this.adapter = adapter;
+    this.entry = this.root;
     this.owner = request.owner ?? "";
     this.tokens = [...request.tokens];
     this.keys = keys === request.tokens ? this.tokens : [...keys];
     this.promptCount = request.tokens.length;
     const { positions } = request;
     this.#ahead = positions ? positions.reduce((top, p) => Math.max(top, p), 0) + 1 - this.promptCount : 0;
+  }
+
+  /** The entry where its chain of remembered blocks begins. */
+  get root(): number {
+    return this.adapter?.root ?? ROOT;
   }
 
   /** Position of a token on an axis. An answer's positions follow the prompt's largest. */

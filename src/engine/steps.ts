@@ -15,6 +15,8 @@ export interface Part {
   readonly position?: (index: number, axis: number) => number;
   /** Embeddings that replace those of the ids; `at` counts from the sequence's first token. */
   readonly embeddings?: readonly EmbeddedSpan[];
+  /** The adapter's place in the stack. Default: no adapter. */
+  readonly adapter?: number;
 }
 
 const NOTHING = { floats: new Float32Array(), ints: new Int32Array() };
@@ -71,14 +73,21 @@ export class Steps {
     };
     const begin = () => {
       if (this.#disposed) throw new Error("the model has been disposed of");
-      const running = this.#programs.for(all["rows"], picked.length).run(all, { ...inputs, picked, ...controls }, outputs);
+      const running = this.#programs
+        .for(all["rows"], picked.length, sizes.adapted > 0)
+        .run(all, { ...inputs, picked, ...controls }, outputs);
       started?.();
       return running;
     };
+    return this.between(begin);
+  }
+
+  /** Calls `work` when all earlier steps have finished, and holds back later ones until it settles. */
+  between<T>(work: () => T | Promise<T>): Promise<T> {
     this.#pending++;
     const run = this.#last
       .catch(() => {}) // the caller of that step handles its failure
-      .then(begin)
+      .then(work)
       .finally(() => {
         this.#pending--;
       });
@@ -99,7 +108,9 @@ function layOutParts(parts: readonly Part[], { model }: Programs) {
   const embedded = spans.reduce((n, s) => n + s.count, 0);
   const rows = parts.reduce((n, p) => n + p.ids.length, 0);
   const pages = Math.max(...parts.map((p) => p.pages.length));
-  const sizes = { rows, sequences: parts.length, pages, context: parts.reduce((n, p) => n + p.start + p.ids.length, 0), embedded };
+  const adapted = parts.reduce((n, p) => n + (p.adapter === undefined ? 0 : p.ids.length), 0);
+  const context = parts.reduce((n, p) => n + p.start + p.ids.length, 0);
+  const sizes = { rows, sequences: parts.length, pages, context, embedded, adapted };
   const inputs = {
     ids: new Int32Array(rows),
     positions: new Int32Array(axes * rows),
@@ -107,8 +118,9 @@ function layOutParts(parts: readonly Part[], { model }: Programs) {
     pages: new Int32Array(parts.length * pages).fill(-1),
     embeddings: embedded > 0 ? new Float32Array(embedded * model.hiddenSize) : NOTHING.floats,
     embeddedRows: embedded > 0 ? new Int32Array(embedded) : NOTHING.ints,
+    ...(adapted > 0 ? { adaptedRows: new Int32Array(adapted), adapterIds: new Int32Array(adapted) } : {}),
   };
-  let [row, filled] = [0, 0];
+  let [row, filled, branched] = [0, 0, 0];
   parts.forEach((p, s) => {
     inputs.ids.set(p.ids, row);
     inputs.segments.set([row, p.ids.length, p.start], s * 3);
@@ -119,6 +131,10 @@ function layOutParts(parts: readonly Part[], { model }: Programs) {
     for (const { at, count, values } of p.embeddings ?? []) {
       inputs.embeddings.set(values, filled * model.hiddenSize);
       for (let i = 0; i < count; i++) inputs.embeddedRows[filled++] = row + at - p.start + i;
+    }
+    if (p.adapter !== undefined) {
+      inputs.adapterIds?.fill(p.adapter, branched, branched + p.ids.length);
+      for (let i = 0; i < p.ids.length; i++) (inputs.adaptedRows as Int32Array)[branched++] = row + i;
     }
     row += p.ids.length;
   });

@@ -119,6 +119,7 @@ export class Graph {
   rope = (x: Tensor, angles: Tensor) => this.#one("rope", [x, angles]);
   gather = (x: Tensor, index: Tensor) => this.#one("gather", [x, index]);
   replaceRows = (x: Tensor, by: Tensor, index: Tensor) => this.#one("replaceRows", [x, by, index]);
+  addRows = (x: Tensor, by: Tensor, index: Tensor) => this.#one("addRows", [x, by, index]);
   reshape = (x: Tensor, shape: Shape) => this.#one("reshape", [x], {}, sizesOf(shape));
   slice = (x: Tensor, axis: number, start: number, count: Dim) => this.#one("slice", [x], { axis, start }, { count });
   transpose = (x: Tensor, a: number, b: number) => this.#one("transpose", [x], { a, b });
@@ -141,6 +142,10 @@ export class Graph {
   group = (experts: Tensor, count: number) => {
     const [order, offsets] = this.call("group", [experts], { count });
     return { order, offsets };
+  };
+  adaptedSlots = (experts: Tensor, rows: Tensor, ids: Tensor, count: number) => {
+    const [keys, slots] = this.call("adaptedSlots", [experts, rows, ids], { count });
+    return { keys, slots };
   };
   combine = (slots: Tensor, weights: Tensor) => this.#one("combine", [slots, weights]);
 

@@ -7,7 +7,7 @@ import type { Dtype } from "../tensor/dtype.ts";
 import { type AttentionWeights, attention } from "./attention.ts";
 import { type ErnieConfig, isMoeLayer, moeLayers } from "./config.ts";
 import { contentKeys } from "./content.ts";
-import type { Linear } from "./linear.ts";
+import { adaptedRows, type Branches, type Linear } from "./linear.ts";
 import type { Forward, Model, ModelParameter, Step } from "./model.ts";
 import { type MlpWeights, type MoeWeights, mlp, moe, type Routing } from "./moe.ts";
 
@@ -22,6 +22,8 @@ export interface Adapters {
   readonly dropout?: number;
   /** Whether a module gets an adapter, by its name: `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj` (all experts). */
   accepts(module: string): boolean;
+  /** How many adapters are stacked; each row of a step has one of them, or none. Default: one adapter, which all rows have. */
+  readonly stack?: number;
 }
 
 /** Builds the model that a config describes. @param adapters default: none */
@@ -36,7 +38,8 @@ export function ernie(config: ErnieConfig, adapters: Adapters | null = null): Mo
     mixtures: { layers: moeLayers(config), experts: config.moe?.experts ?? 0, chosen: config.moe?.chosen ?? 0 },
     embedding: EMBEDDING,
     parameters: parameters(config, adapters),
-    forward: (g, bind, step) => forward(g, config, visitParameters(config, adapters, bind), step),
+    forward: (g, bind, step) => forward(g, config, visitParameters(config, adapters, bind), step, adapters?.stack ?? 0),
+    stacked: ({ count, rank, modules }) => ernie(config, { stack: count, rank, scale: 1, accepts: (module) => modules.has(module) }),
     cacheKey: contentKeys,
   };
 }
@@ -75,7 +78,9 @@ interface ErnieWeights<T = Tensor> {
   readonly head: Linear<T>;
 }
 
-function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, step: Step): Forward {
+function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, step: Step, stack: number): Forward {
+  const { seed, adapted } = step;
+  const branches: Branches = { seed, ...(adapted && stack > 0 ? { adapted: adaptedRows(g, stack, adapted.rows, adapted.ids) } : {}) };
   const angles = g.angles(step.positions, config.headDim, config.ropeTheta);
   const routing: (Routing & { layer: number })[] = [];
   const hiddenStates: Tensor[] = [];
@@ -85,14 +90,17 @@ function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, step: Step): Fo
     g.within(`layers.${i}`, () => {
       hiddenStates.push(x);
       const normed = g.rmsNorm(x, layer.inputNorm, config.normEps);
-      const h = g.add(x, attention(g, normed, layer.attention, angles, step, step.cache?.layers[i]));
+      const h = g.add(
+        x,
+        attention(g, normed, layer.attention, angles, { segments: step.segments, cache: step.cache, ...branches }, step.cache?.layers[i]),
+      );
       const y = g.rmsNorm(h, layer.postNorm, config.normEps);
       if (layer.moe) {
-        const mixture = moe(g, y, layer.moe, step.seed);
+        const mixture = moe(g, y, layer.moe, branches);
         routing.push({ layer: i, ...mixture.routing });
         x = g.add(h, mixture.y);
       } else {
-        x = g.add(h, mlp(g, y, layer.mlp as MlpWeights, step.seed));
+        x = g.add(h, mlp(g, y, layer.mlp as MlpWeights, branches));
       }
     });
   });
@@ -108,8 +116,9 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
   /** The adapter of one matrix, or of each expert's; its parameters are named as in PEFT. */
   const adapter = (module: string, out: number, into: number, experts?: number) => {
     if (!adapters?.accepts(module)) return {};
-    const { rank, scale, dropout = 0 } = adapters;
-    const stack = experts === undefined ? [] : [experts];
+    const { rank, scale, dropout = 0, stack: stacked } = adapters;
+    const matrices = (stacked ?? 1) * (experts ?? 1);
+    const stack = experts === undefined && stacked === undefined ? [] : [matrices];
     const low = (half: "A" | "B", ...shape: number[]) =>
       visit({ name: `${module}.lora_${half}.weight`, shape: [...stack, ...shape], ...(experts ? { experts } : {}), kind: "adapter" });
     return { adapter: { a: low("A", rank, into), b: low("B", out, rank), scale, dropout, stream: stream++ } };

@@ -3,14 +3,46 @@ import type { Graph, Tensor } from "../graph/graph.ts";
 
 /** A low-rank branch beside a matrix: scale * B(A(x)) (https://arxiv.org/abs/2106.09685). */
 export interface Adapter<T = Tensor> {
-  /** [rank, in], or [experts, rank, in] */
+  /** [rank, in], or [experts, rank, in]; of a stack of n adapters [n, rank, in], or [n * experts, rank, in]. */
   readonly a: T;
-  /** [out, rank], or [experts, out, rank] */
+  /** [out, rank], or [experts, out, rank]; of a stack [n, out, rank], or [n * experts, out, rank]. */
   readonly b: T;
   readonly scale: number;
   readonly dropout: number;
   /** The stream of random numbers for this adapter's dropout, distinct from every other's. */
   readonly stream: number;
+}
+
+/** The rows of a step that have an adapter of a stack; the others have none. */
+export interface Adapted {
+  /** How many adapters the stack has. */
+  readonly count: number;
+  /** [adapted], and the adapter of each, [adapted, 1] i32. */
+  readonly rows: Tensor;
+  readonly ids: Tensor;
+  /** These rows by adapter. */
+  readonly groups: Slots;
+  /** These rows of x. */
+  pick(x: Tensor): Tensor;
+}
+
+/** @param count how many adapters the stack has @param rows [adapted] i32 @param ids [adapted, 1] i32 */
+export function adaptedRows(g: Graph, count: number, rows: Tensor, ids: Tensor): Adapted {
+  const picked = new Map<Tensor, Tensor>(); // several matrices read the same activations
+  const pick = (x: Tensor): Tensor => {
+    const found = picked.get(x) ?? g.gather(x, rows);
+    picked.set(x, found);
+    return found;
+  };
+  return { count, rows, ids, groups: g.group(ids, count), pick };
+}
+
+/** What a step says to the branches of all matrices. */
+export interface Branches {
+  /** Seeds the dropout of adapters; without it nothing is dropped. */
+  readonly seed?: Tensor;
+  /** Set where adapters are a stack. */
+  readonly adapted?: Adapted;
 }
 
 export interface Linear<T = Tensor> {
@@ -34,12 +66,27 @@ export interface Slots {
   readonly offsets: Tensor;
 }
 
-/** Maps x [rows, in] to [rows, out]. @param seed seeds the adapter's dropout */
-export function linear(g: Graph, x: Tensor, { weight, bias, adapter }: Linear, seed?: Tensor): Tensor {
+/** Maps x [rows, in] to [rows, out]. */
+export function linear(g: Graph, x: Tensor, { weight, bias, adapter }: Linear, { seed, adapted }: Branches = {}): Tensor {
   const y = g.linear(x, weight, bias);
   if (!adapter) return y;
+  if (adapted) return g.addRows(y, stacked(g, adapted.pick(x), adapter, adapted.groups, 1), adapted.rows);
   // The scale is applied where there are the fewest numbers.
   return g.add(y, g.linear(g.scale(g.linear(dropped(g, x, adapter, seed), adapter.a), adapter.scale), adapter.b));
+}
+
+/** The expert slots of a mixture, sorted by expert; and those of rows that have an adapter of a stack, sorted by adapter and expert. */
+export interface ExpertSlots extends Slots {
+  /** `slots` says where these slots are among all, [chosen * adapted]. */
+  readonly adapted?: Pick<Adapted, "pick"> & { readonly slots: Tensor; readonly groups: Slots };
+}
+
+/** @param experts [rows, chosen] i32, from `route` @param count how many experts there are */
+export function expertSlots(g: Graph, experts: Tensor, count: number, { adapted }: Branches): ExpertSlots {
+  const slots = g.group(experts, count);
+  if (!adapted) return slots;
+  const found = g.adaptedSlots(experts, adapted.rows, adapted.ids, count);
+  return { ...slots, adapted: { pick: adapted.pick, slots: found.slots, groups: g.group(found.keys, adapted.count * count) } };
 }
 
 /** Maps x [rows, in], with `slots` slots per row, to [slots * rows, out]: each slot by its expert's matrix. */
@@ -47,14 +94,23 @@ export function expertLinear(
   g: Graph,
   x: Tensor,
   { weight, adapter }: ExpertLinear,
-  { order, offsets }: Slots,
+  { order, offsets, adapted }: ExpertSlots,
   slots: number,
-  seed?: Tensor,
+  { seed }: Branches = {},
 ): Tensor {
   const y = g.groupedLinear(x, weight, order, offsets, slots);
   if (!adapter) return y;
+  if (adapted) {
+    const own = slots === 1 ? g.gather(x, adapted.slots) : adapted.pick(x); // x has a row per slot, or one per token
+    return g.addRows(y, stacked(g, own, adapter, adapted.groups, slots), adapted.slots);
+  }
   const low = g.groupedLinear(dropped(g, x, adapter, seed), adapter.a, order, offsets, slots);
   return g.add(y, g.groupedLinear(g.scale(low, adapter.scale), adapter.b, order, offsets, 1));
+}
+
+/** B(A(x)) for rows with different adapters; the scale is part of B. */
+function stacked(g: Graph, x: Tensor, { a, b }: Adapter, { order, offsets }: Slots, slots: number): Tensor {
+  return g.groupedLinear(g.groupedLinear(x, a, order, offsets, slots), b, order, offsets, 1);
 }
 
 function dropped(g: Graph, x: Tensor, { dropout, stream }: Adapter, seed?: Tensor): Tensor {

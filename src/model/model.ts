@@ -26,6 +26,10 @@ export interface Step {
   readonly cache: StepCache | null;
   /** Embeddings that replace those of the ids, [n, hidden], and the rows that they replace, [n]. */
   readonly embeddings?: { readonly values: Tensor; readonly rows: Tensor };
+  /**
+   * For a model with a stack of adapters: the rows that have one, [adapted] i32, and which, [adapted, 1] i32. Without it no row has one.
+   */
+  readonly adapted?: { readonly rows: Tensor; readonly ids: Tensor };
   /** [2] i32: the seed of dropout. Without it nothing is dropped. */
   readonly seed?: Tensor;
 }
@@ -45,6 +49,16 @@ export interface Forward {
   readonly routing: readonly (Routing & { readonly layer: number })[];
   /** Turns final hidden states into logits. */
   readonly head: Linear;
+}
+
+/** Room for several adapters beside a model's matrices, so that each row of a step can have another one. */
+export interface Stack {
+  /** How many adapters there is room for. */
+  readonly count: number;
+  /** The rank that all matrices have room for; smaller ones are padded with zeros. */
+  readonly rank: number;
+  /** Modules that have an adapter's branch, by name: `model.layers.3.self_attn.q_proj`. */
+  readonly modules: ReadonlySet<string>;
 }
 
 export interface Model {
@@ -69,6 +83,8 @@ export interface Model {
   readonly parameters: readonly ModelParameter[];
   /** Traces one step; scopes are `layers.0`, `layers.1`, ... */
   forward(g: Graph, bind: Bind, step: Step): Forward;
+  /** The same model with a stack of adapters: parameters of kind `adapter`, [count, rank, in] and [count, out, rank], or [count * experts, ...]. */
+  stacked(stack: Stack): Model;
   /** A number for each token: sequences that share a prefix of these numbers share its keys and values. */
   cacheKey(content: Content): readonly number[];
 }

@@ -1,6 +1,6 @@
 /** The feed-forward half of a layer: one MLP, or a mixture of experts with a router and shared experts. */
 import type { Graph, Tensor } from "../graph/graph.ts";
-import { type ExpertLinear, expertLinear, type Linear, linear } from "./linear.ts";
+import { type Branches, type ExpertLinear, expertLinear, expertSlots, type Linear, linear } from "./linear.ts";
 
 export interface MlpWeights<T = Tensor> {
   readonly gate: Linear<T>;
@@ -32,18 +32,18 @@ export interface Routing {
 }
 
 /** SwiGLU: down(silu(gate(x)) * up(x)). */
-export function mlp(g: Graph, x: Tensor, { gate, up, down }: MlpWeights, seed?: Tensor): Tensor {
-  return linear(g, g.siluMul(linear(g, x, gate, seed), linear(g, x, up, seed)), down, seed);
+export function mlp(g: Graph, x: Tensor, { gate, up, down }: MlpWeights, branches: Branches = {}): Tensor {
+  return linear(g, g.siluMul(linear(g, x, gate, branches), linear(g, x, up, branches)), down, branches);
 }
 
 /** Maps x [rows, hidden] to [rows, hidden], and returns the routing. */
-export function moe(g: Graph, x: Tensor, w: MoeWeights, seed?: Tensor): { y: Tensor; routing: Routing } {
+export function moe(g: Graph, x: Tensor, w: MoeWeights, branches: Branches = {}): { y: Tensor; routing: Routing } {
   const experts = w.router.shape[0];
   const routing = g.route(x, w.router, g.reshape(w.bias, [experts]), w.chosen, w.normMin);
-  const slots = g.group(routing.experts, Number(experts));
-  const gate = expertLinear(g, x, w.experts.gate, slots, w.chosen, seed); // [chosen * rows, width]
-  const up = expertLinear(g, x, w.experts.up, slots, w.chosen, seed);
-  const down = expertLinear(g, g.siluMul(gate, up), w.experts.down, slots, 1, seed);
+  const slots = expertSlots(g, routing.experts, Number(experts), branches);
+  const gate = expertLinear(g, x, w.experts.gate, slots, w.chosen, branches); // [chosen * rows, width]
+  const up = expertLinear(g, x, w.experts.up, slots, w.chosen, branches);
+  const down = expertLinear(g, g.siluMul(gate, up), w.experts.down, slots, 1, branches);
   const routed = g.combine(down, routing.weights);
-  return { y: w.shared ? g.add(routed, mlp(g, x, w.shared, seed)) : routed, routing };
+  return { y: w.shared ? g.add(routed, mlp(g, x, w.shared, branches)) : routed, routing };
 }

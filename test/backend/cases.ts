@@ -14,6 +14,7 @@ export function allCases(): Case[] {
     ...groupedLinears(),
     ...rowOps(),
     ...routers(),
+    ...branches(),
     ...attentions(),
     ...samplers(),
     ...alternatives(),
@@ -178,6 +179,42 @@ function routers(): Case[] {
       return b.done(`route rows ${rows} experts ${experts} of ${k}`, [r.logits, r.experts, r.weights], { rows }, 2e-6);
     }),
   );
+}
+
+/** Low-rank branches of the rows that have an adapter, beside one matrix and beside each expert's; and the addition in and out of place. */
+function branches(): Case[] {
+  return RAGGED.map((rows) => {
+    const [adapters, experts, chosen, n, k, rank] = [3, 5, 2, 37, 44, 16];
+    const b = new Builder();
+    const picked = Int32Array.from({ length: Math.ceil(rows / 3) }, (_, i) => rows - 1 - i * 3); // in no order
+    const m = picked.length;
+    const adapted = b.input("adapted", [symbol("adapted")], picked);
+    const ids = b.input(
+      "ids",
+      [symbol("adapted"), 1],
+      picked.map((r) => (r * 7) % adapters),
+    );
+    const x = b.rows("x", rows, k);
+    const own = b.g.group(ids, adapters);
+    const low = b.g.groupedLinear(b.g.gather(x, adapted), b.weight("A", [adapters, rank, k]), own.order, own.offsets, 1);
+    const up = b.g.groupedLinear(low, b.weight("B", [adapters, n, rank]), own.order, own.offsets, 1);
+    const base = b.g.linear(x, b.weight("w", [n, k]));
+    const summed = b.g.addRows(base, up, adapted);
+
+    const routed = Int32Array.from({ length: rows * chosen }, (_, i) => (Math.floor(i / chosen) * 3 + (i % chosen) * 2) % experts);
+    const { keys, slots } = b.g.adaptedSlots(b.input("experts", [symbol("rows"), chosen], routed), adapted, ids, experts);
+    const each = b.g.group(keys, adapters * experts);
+    const product = b.g.groupedLinear(
+      b.g.gather(x, adapted),
+      b.weight("experts.A", [adapters * experts, n, k]),
+      each.order,
+      each.offsets,
+      chosen,
+    );
+    const spread = b.input("slots", [symbol("rows", chosen), n], noise(rows * chosen * n, 55));
+    const added = b.g.addRows(b.g.scale(spread, 0.5), product, slots);
+    return b.done(`addRows adaptedSlots rows ${rows}`, [base, summed, keys, slots, added], { rows, adapted: m }, 2e-6);
+  });
 }
 
 /** Several sequences, the first tokens of each written as if by an earlier step, with unordered pages. */

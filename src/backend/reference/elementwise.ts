@@ -106,6 +106,14 @@ export const ELEMENTWISE_KERNELS = {
     });
   },
 
+  addRows([x, by, index], [y]) {
+    const n = x.dims[1];
+    y.data.set(x.data);
+    index.data.forEach((to, i) => {
+      for (let j = 0; j < n; j++) y.data[to * n + j] += by.data[i * n + j];
+    });
+  },
+
   zeroRows([x, index], [y]) {
     const n = x.dims[1];
     y.data.set(x.data);

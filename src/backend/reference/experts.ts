@@ -42,6 +42,16 @@ export const EXPERT_KERNELS = {
     }
   },
 
+  adaptedSlots([experts, rows, ids], [keys, slots], { count }) {
+    const k = experts.dims[1];
+    rows.data.forEach((r, i) => {
+      for (let j = 0; j < k; j++) {
+        keys.data[i * k + j] = ids.data[i] * count + experts.data[r * k + j];
+        slots.data[i * k + j] = r * k + j;
+      }
+    });
+  },
+
   combine([slots, weights], [y]) {
     const [rows, k] = weights.dims;
     const n = slots.dims[1];

@@ -6,7 +6,7 @@ import type { Call, Tensor } from "../../graph/call.ts";
 import type { Graph } from "../../graph/graph.ts";
 import { needed } from "../../graph/needed.ts";
 import { elements, type SymbolValues } from "../../tensor/shape.ts";
-import { fitting } from "../arrays.ts";
+import { checkRange, fitting } from "../arrays.ts";
 import type { Backend, Numbers, Program, State, WeightSource, Weights } from "../backend.ts";
 import { hostMemory } from "../memory.ts";
 import { KERNELS } from "./kernels.ts";
@@ -48,10 +48,13 @@ export function referenceBackend(): Backend {
       return {
         bytes: values.byteLength,
         values,
-        read: () => values.slice(),
-        write(numbers) {
-          if (numbers.length !== values.length) throw new RangeError(`${numbers.length} numbers for a state of ${values.length}`);
-          values.set(numbers);
+        read(at = 0, count = values.length - at) {
+          checkRange(values.length, at, count);
+          return values.slice(at, at + count);
+        },
+        write(numbers, at) {
+          checkRange(values.length, at, numbers.length);
+          values.set(numbers, at ?? 0);
         },
         dispose() {},
       };

@@ -1,6 +1,6 @@
 /** Ops that read a row and write a row: norms, activations, rotary embeddings, sums, casts, row selection; and their gradients. */
 import { sameDim, sameShape } from "../../tensor/shape.ts";
-import { AFTER_BACKWARD, FIRST_ORDER, type Op } from "../call.ts";
+import { AFTER_BACKWARD, FIRST_ORDER, type Op, SERVING } from "../call.ts";
 import { alike, f32, matches } from "./shapes.ts";
 
 /** A copy in another format. Rounding has no slope, so the gradient is a straight-through estimator (https://arxiv.org/abs/1308.3432). */
@@ -123,6 +123,19 @@ export const ELEMENTWISE_OPS = {
       wantsBy && dy ? emit("gather", [dy, index])[0] : null,
       null,
     ],
+    inPlace: [0],
+  },
+  /** x [rows, n] with row i of `by` [m, n] added to row index[i]; no row occurs twice: the low-rank branches of the rows that have an adapter. */
+  addRows: {
+    outputs: ([x, by, index]) =>
+      matches(x, "f32", 2) &&
+      matches(by, "f32", 2) &&
+      sameDim(x.shape[1], by.shape[1]) &&
+      matches(index, "i32", 1) &&
+      sameDim(by.shape[0], index.shape[0])
+        ? [f32(...x.shape)]
+        : null,
+    gradient: SERVING,
     inPlace: [0],
   },
   /** x [rows, n] with the rows in `index` set to zero. */

@@ -1,6 +1,6 @@
 /** The mixture of experts: the router, the weighted sum of the experts' outputs, and their gradients. */
 import { sameDim, sameShape, times } from "../../tensor/shape.ts";
-import { FIRST_ORDER, type Op } from "../call.ts";
+import { FIRST_ORDER, type Op, WHOLE_NUMBERS } from "../call.ts";
 import { f32, i32, matches } from "./shapes.ts";
 
 export const EXPERT_OPS = {
@@ -42,6 +42,22 @@ export const EXPERT_OPS = {
         ? [f32(...logits.shape)]
         : null,
     gradient: FIRST_ORDER,
+  },
+  /**
+   * For rows that have an adapter, `rows` [m] of the experts [rows, k], with adapters `ids` [m, 1]: the (adapter, expert) of each of their
+   * expert slots as id * count + expert, [m, k] i32, and where these slots are among all, [k * m] i32.
+   */
+  adaptedSlots: {
+    params: ["count"],
+    outputs: ([experts, rows, ids]) =>
+      matches(experts, "i32", 2) &&
+      matches(rows, "i32", 1) &&
+      matches(ids, "i32", 2) &&
+      ids.shape[1] === 1 &&
+      sameDim(rows.shape[0], ids.shape[0])
+        ? [i32(rows.shape[0], experts.shape[1]), i32(times(rows.shape[0], Number(experts.shape[1])))]
+        : null,
+    gradient: WHOLE_NUMBERS,
   },
   /** The weighted sum of each row's expert slots: [k * rows, n], [rows, k] to [rows, n]. */
   combine: {

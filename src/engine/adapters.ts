@@ -1,0 +1,258 @@
+/**
+ * The low-rank adapters that an engine has loaded: their matrices, stacked in states of the backend so that each row of a step can have
+ * another adapter (https://arxiv.org/abs/2311.03285), and their names. Knows no files, no requests and no schedule.
+ */
+import type { Backend, State } from "../backend/backend.ts";
+import type { Model, ModelParameter } from "../model/model.ts";
+import { elements } from "../tensor/shape.ts";
+
+/** The adapter of one matrix, or of all experts' matrices: scale * B(A(x)). */
+export interface Branch {
+  readonly rank: number;
+  readonly scale: number;
+  /** [rank, in], or [experts, rank, in]. */
+  readonly a: Float32Array;
+  /** [out, rank], or [experts, out, rank]. */
+  readonly b: Float32Array;
+}
+
+/** An adapter's branches by module: `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj`. */
+export type Branches = ReadonlyMap<string, Branch>;
+
+export interface AdapterLimits {
+  /** The most adapters at once. Default 32. */
+  readonly count?: number;
+  /** The largest rank. Default 256. */
+  readonly rank?: number;
+}
+
+/** A loaded adapter. Requests keep the one that they began with, even when its name is given to another or deleted. */
+export interface LoadedAdapter {
+  readonly name: string;
+  /** The largest rank among its branches. */
+  readonly rank: number;
+  /** Rank and scale by module. */
+  readonly modules: ReadonlyMap<string, Pick<Branch, "rank" | "scale">>;
+  /** Its place in the stack. */
+  readonly slot: number;
+  /** Where its chains of remembered blocks begin: keys and values of one adapter are never another's, nor the base's. */
+  readonly root: number;
+}
+
+/** What the stack has room for, and its memory. */
+interface Room {
+  readonly count: number;
+  /** A whole number of vectors on every instruction set, so that padding changes no sum by a bit. */
+  readonly rank: number;
+  readonly modules: ReadonlySet<string>;
+  /** The model with the stack's parameters. */
+  readonly model: Model;
+  /** By parameter. */
+  readonly states: ReadonlyMap<string, State>;
+}
+
+const RANK_STEP = 16;
+
+export class LoadedAdapters {
+  readonly #model: Model;
+  readonly #backend: Backend;
+  readonly #limits: Required<AdapterLimits>;
+  readonly #named = new Map<string, LoadedAdapter>();
+  /** Every place of the stack that has been written: by an adapter with a name, or by one that requests may still use. */
+  readonly #slots: LoadedAdapter[] = [];
+  #room: Room | null = null;
+  #last = 0;
+
+  constructor(model: Model, backend: Backend, { count = 32, rank = 256 }: AdapterLimits = {}) {
+    for (const [name, value] of Object.entries({ max_loras: count, max_lora_rank: rank }))
+      if (!Number.isInteger(value) || value < 1 || value > 4096)
+        throw new RangeError(`${name} is ${value}; it must be a whole number from 1 to 4096`);
+    this.#model = model;
+    this.#backend = backend;
+    this.#limits = { count, rank };
+  }
+
+  get names(): readonly string[] {
+    return [...this.#named.keys()];
+  }
+
+  /** Bytes of memory behind all of them. */
+  get bytes(): number {
+    return [...(this.#room?.states.values() ?? [])].reduce((sum, state) => sum + state.bytes, 0);
+  }
+
+  /** The model with the stack's parameters, and their memory; null before the first adapter. Another one after it has grown. */
+  get room(): Pick<Room, "model" | "states"> | null {
+    return this.#room;
+  }
+
+  /** The adapter of this name. Throws a RangeError that lists what there is. */
+  find(name: string): LoadedAdapter {
+    const found = this.#named.get(name);
+    if (found) return found;
+    const known = this.names.length > 0 ? `there are ${this.names.join(", ")}` : "none is loaded";
+    throw new RangeError(`adapter: there is no adapter '${name}'; ${known}`);
+  }
+
+  /**
+   * Throws a RangeError that names the module or the number for branches that do not fit the model, are not finite, or exceed a limit.
+   * Takes milliseconds per million numbers.
+   */
+  check(name: string, branches: Branches): void {
+    const fail = (what: string) => new RangeError(`adapter '${name}': ${what}`);
+    if (branches.size === 0) throw fail("it adapts no module");
+    if (!this.#named.has(name) && this.#named.size >= this.#limits.count)
+      throw fail(`${this.#named.size} adapters are loaded, and max_loras is ${this.#limits.count}; delete one first, or raise it`);
+    const expected = new Map(
+      this.#model.stacked({ count: 1, rank: 1, modules: new Set(branches.keys()) }).parameters.map((p) => [p.name, p]),
+    );
+    for (const [module, branch] of branches) {
+      if (!Number.isInteger(branch.rank) || branch.rank < 1) throw fail(`${module} has rank ${branch.rank}`);
+      if (branch.rank > this.#limits.rank)
+        throw fail(`${module} has rank ${branch.rank}, and max_lora_rank is ${this.#limits.rank}; raise it if memory allows`);
+      if (!Number.isFinite(branch.scale)) throw fail(`${module} has the scale ${branch.scale}`);
+      for (const half of ["A", "B"] as const) {
+        const parameter = expected.get(`${module}.lora_${half}.weight`);
+        if (!parameter) throw fail(`the model has no module ${module} that can be adapted: the adapter is of another base`);
+        const numbers = half === "A" ? branch.a : branch.b;
+        const wanted = elements(parameter.shape) * branch.rank;
+        if (numbers.length !== wanted)
+          throw fail(
+            `${module}.lora_${half} has ${numbers.length} numbers, and this model needs ${wanted}: the adapter is of another base`,
+          );
+        const wrong = numbers.findIndex((x) => !Number.isFinite(x));
+        if (wrong >= 0)
+          throw fail(`${module}.lora_${half} holds ${numbers[wrong]}, element ${wrong}: the file is damaged, or training had diverged`);
+      }
+    }
+  }
+
+  /**
+   * Adds an adapter that `check` has accepted, under a new name or in place of another. Call it only while no step runs.
+   * @param used whether a request still needs an adapter that has no name any more
+   * @returns whether the stack was made anew, so that programs must be prepared again
+   * @throws RangeError when memory does not suffice; nothing has changed then
+   */
+  add(name: string, branches: Branches, used: (adapter: LoadedAdapter) => boolean): boolean {
+    const free = this.#slots.findIndex((a) => a && this.#named.get(a.name) !== a && !used(a));
+    const slot = free >= 0 ? free : this.#slots.length;
+    const rank = Math.max(...[...branches.values()].map((b) => b.rank));
+    const grown = this.#grow(slot + 1, rank, branches);
+    const room = this.#room as Room;
+    for (const p of stackedParameters(room.model)) {
+      const branch = branches.get(moduleOf(p));
+      if (!branch && free < 0) continue; // the memory is still zero
+      const [state, size] = [room.states.get(p.name) as State, elements(p.shape) / room.count];
+      state.write(branch ? padded(p, branch, room) : new Float32Array(size), slot * size);
+    }
+    const adapter: LoadedAdapter = {
+      name,
+      rank,
+      modules: new Map([...branches].map(([module, { rank, scale }]) => [module, { rank, scale }])),
+      slot,
+      root: -++this.#last,
+    };
+    this.#slots[slot] = adapter;
+    this.#named.set(name, adapter);
+    return grown;
+  }
+
+  /** Takes away a name; its memory is used again once no request needs it. Throws a RangeError if there is no such adapter. */
+  remove(name: string): void {
+    this.find(name);
+    this.#named.delete(name);
+  }
+
+  /** A loaded adapter's branches, read back: B has the scale in it, and the scale is 1. */
+  branches(name: string): Map<string, Branch> {
+    const { slot, modules } = this.find(name);
+    const room = this.#room as Room;
+    const found = new Map<string, { rank: number; scale: number; a: Float32Array; b: Float32Array }>();
+    for (const p of stackedParameters(room.model)) {
+      const module = moduleOf(p);
+      const own = modules.get(module);
+      if (!own) continue;
+      const branch = found.get(module) ?? { rank: own.rank, scale: 1, a: new Float32Array(), b: new Float32Array() };
+      const size = elements(p.shape) / room.count;
+      branch[halfOf(p)] = resized(p, (room.states.get(p.name) as State).read(slot * size, size), room.rank, own.rank);
+      found.set(module, branch);
+    }
+    return found;
+  }
+
+  dispose(): void {
+    for (const state of this.#room?.states.values() ?? []) state.dispose();
+    this.#room = null;
+    this.#named.clear();
+    this.#slots.length = 0;
+  }
+
+  /** Makes room for so many adapters, this rank and these modules. Returns whether the stack had to be made anew. */
+  #grow(count: number, rank: number, branches: Branches): boolean {
+    const old = this.#room;
+    const modules = new Set([...(old?.modules ?? []), ...branches.keys()]);
+    if (old && old.count >= count && old.rank >= rank && old.modules.size === modules.size) return false;
+    const stack = {
+      count: Math.max(old?.count ?? 1, 2 ** Math.ceil(Math.log2(count))),
+      rank: Math.max(old?.rank ?? 0, Math.ceil(rank / RANK_STEP) * RANK_STEP),
+      modules,
+    };
+    const model = this.#model.stacked(stack);
+    const bytes = stackedParameters(model).reduce((sum, p) => sum + elements(p.shape) * 4, 0);
+    const { free } = this.#backend.memory();
+    if (bytes - this.bytes > free)
+      throw new RangeError(
+        `adapter: ${stack.count} adapters of rank ${stack.rank} on ${modules.size} matrices take ${gib(bytes)} GiB, ${gib(bytes - this.bytes)} more than now, and ${gib(free)} GiB of memory are free`,
+      );
+    const states = new Map<string, State>();
+    try {
+      for (const p of stackedParameters(model)) states.set(p.name, this.#backend.state("f32", p.shape));
+    } catch (error) {
+      for (const state of states.values()) state.dispose();
+      throw error;
+    }
+    const room: Room = { ...stack, model, states };
+    if (old) this.#move(old, room);
+    this.#room = room;
+    return true;
+  }
+
+  /** Copies all adapters to a larger stack, matrix by matrix, and frees the old one. */
+  #move(old: Room, room: Room): void {
+    const before = new Map(stackedParameters(old.model).map((p) => [p.name, p]));
+    for (const p of stackedParameters(room.model)) {
+      const [from, was] = [old.states.get(p.name), before.get(p.name)];
+      if (!from || !was) continue;
+      const [oldSize, size] = [elements(was.shape) / old.count, elements(p.shape) / room.count];
+      const state = room.states.get(p.name) as State;
+      for (const { slot } of this.#slots) state.write(resized(p, from.read(slot * oldSize, oldSize), old.rank, room.rank), slot * size);
+      from.dispose();
+    }
+  }
+}
+
+const stackedParameters = ({ parameters }: Model): ModelParameter[] => parameters.filter((p) => p.kind === "adapter");
+const moduleOf = ({ name }: ModelParameter): string => name.replace(/\.lora_[AB]\.weight$/, "");
+const halfOf = ({ name }: ModelParameter): "a" | "b" => (name.endsWith(".lora_A.weight") ? "a" : "b");
+
+/** One adapter's half as the stack holds it: the scale in B, zeros up to the stack's rank. */
+function padded(p: ModelParameter, branch: Branch, { rank }: Room): Float32Array {
+  const half = halfOf(p);
+  const all = resized(p, branch[half], branch.rank, rank);
+  return half === "b" && branch.scale !== 1 ? all.map((x) => x * branch.scale) : all;
+}
+
+/** A copy of one adapter's half with another rank: cut off, or padded with zeros. */
+function resized(p: ModelParameter, values: Float32Array, from: number, to: number): Float32Array {
+  // A [experts, rank, in] has the rank's numbers of an expert in one run, B [experts, out, rank] those of a row.
+  const width = halfOf(p) === "a" ? Number(p.shape[2]) : 1;
+  const runs = values.length / (from * width);
+  const out = new Float32Array(runs * to * width);
+  const kept = Math.min(from, to) * width;
+  for (let i = 0; i < runs; i++) out.set(values.subarray(i * from * width, i * from * width + kept), i * to * width);
+  return out;
+}
+
+function gib(bytes: number): string {
+  return (bytes / 2 ** 30).toFixed(2);
+}

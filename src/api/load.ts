@@ -54,6 +54,10 @@ export interface LoadOptions {
   readonly prefix_cache?: boolean;
   /** Maximum number of requests computed at the same time; others wait. Default 512. */
   readonly max_sequences?: number;
+  /** How many adapters may be loaded at the same time. Default 32. */
+  readonly max_loras?: number;
+  /** The largest rank of an adapter. Memory is taken for the ranks that are loaded, not for this one. Default 256. */
+  readonly max_lora_rank?: number;
   /**
    * Where weights are kept that are used in their stored format. `auto` answers from the mapped file at once and moves the weights to
    * huge pages in the background, where memory allows it; `resident` moves them before the model is ready, or rejects; `mapped` leaves them
@@ -119,6 +123,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
       maxRows: options.chunk_size,
       prefixCache: options.prefix_cache,
       maxSequences: options.max_sequences,
+      adapters: { count: options.max_loras, rank: options.max_lora_rank },
     });
     return { config, checkpoint, defaults: generation.defaults, engine, backend, weights };
   } catch (error) {

@@ -90,6 +90,8 @@ const PRETRAINED = [
   "chunk_size",
   "prefix_cache",
   "max_sequences",
+  "max_loras",
+  "max_lora_rank",
   "warning_callback",
 ] as const satisfies readonly (keyof PretrainedOptions)[];
 const FORWARD = [

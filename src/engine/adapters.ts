@@ -61,7 +61,7 @@ export class LoadedAdapters {
   /** Every place of the stack that has been written: by an adapter with a name, or by one that requests may still use. */
   readonly #slots: LoadedAdapter[] = [];
   #room: Room | null = null;
-  #last = 0;
+  #loads = 0;
 
   constructor(model: Model, backend: Backend, { count = 32, rank = 256 }: AdapterLimits = {}) {
     for (const [name, value] of Object.entries({ max_loras: count, max_lora_rank: rank }))
@@ -150,7 +150,7 @@ export class LoadedAdapters {
       rank,
       modules: new Map([...branches].map(([module, { rank, scale }]) => [module, { rank, scale }])),
       slot,
-      root: -++this.#last,
+      root: Number.MAX_SAFE_INTEGER - this.#loads++,
     };
     this.#slots[slot] = adapter;
     this.#named.set(name, adapter);

@@ -6,7 +6,7 @@ import { BLOCK_TOKENS } from "../backend/backend.ts";
 
 export { BLOCK_TOKENS } from "../backend/backend.ts";
 
-/** The entry where every chain of remembered blocks begins that the base model computed. Those of adapters begin at negative numbers. */
+/** The entry where every chain of remembered blocks begins that the base model computed. Those of adapters begin at the largest numbers. */
 export const ROOT = 0;
 
 export class Blocks {

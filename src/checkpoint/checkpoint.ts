@@ -187,7 +187,7 @@ export async function readJson(file: string): Promise<Record<string, unknown> | 
   return value as Record<string, unknown>;
 }
 
-async function exists(file: string): Promise<boolean> {
+export async function exists(file: string): Promise<boolean> {
   try {
     await stat(file);
     return true;

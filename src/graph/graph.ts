@@ -109,6 +109,7 @@ export class Graph {
   embed = (ids: Tensor, table: Tensor) => this.#one("embed", [ids, table]);
   rmsNorm = (x: Tensor, weight: Tensor, eps: number) => this.#one("rmsNorm", [x, weight], { eps });
   linear = (x: Tensor, weight: Tensor, bias?: Tensor) => this.#one("linear", [x, weight, bias]);
+  linearT = (x: Tensor, weight: Tensor) => this.#one("linearT", [x, weight]);
   groupedLinear = (x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, slots: number, bias?: Tensor) =>
     this.#one("groupedLinear", [x, weight, order, offsets, bias], { slots });
   add = (a: Tensor, b: Tensor) => this.#one("add", [a, b]);

@@ -2,6 +2,9 @@
  * ERNIE-4.5, dense and mixture of experts: its parameters and its forward pass. Computes nothing: tracing `forward` gives a
  * graph that any backend can run.
  */
+
+import type { Adaptable } from "../checkpoint/adapter.ts";
+import type { LowRank } from "../checkpoint/lora.ts";
 import type { Graph, Tensor } from "../graph/graph.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { type AttentionWeights, attention } from "./attention.ts";
@@ -13,15 +16,10 @@ import { type MlpWeights, type MoeWeights, mlp, moe, type Routing } from "./moe.
 
 const EMBEDDING = "model.embed_tokens.weight";
 
-/** Low-rank adapters for a model's matrices. */
+/** Low-rank adapters for a model's matrices, as `adaptersOf` and `adaptersIn` make them from PEFT's configs and folders. */
 export interface Adapters {
-  readonly rank: number;
-  /** Factor of the branch: alpha / rank in PEFT's configs. */
-  readonly scale: number;
-  /** Probability of dropping an input to the branch. Default 0. */
-  readonly dropout?: number;
-  /** Whether a module gets an adapter, by its name: `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj` (all experts). */
-  accepts(module: string): boolean;
+  /** The adapter of a module, by its name: `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj` (all experts). */
+  at(module: Adaptable): LowRank | null;
   /** How many adapters are stacked; each row of a step has one of them, or none. Default: one adapter, which all rows have. */
   readonly stack?: number;
 }
@@ -39,7 +37,8 @@ export function ernie(config: ErnieConfig, adapters: Adapters | null = null): Mo
     embedding: EMBEDDING,
     parameters: parameters(config, adapters),
     forward: (g, bind, step) => forward(g, config, visitParameters(config, adapters, bind), step, adapters?.stack ?? 0),
-    stacked: ({ count, rank, modules }) => ernie(config, { stack: count, rank, scale: 1, accepts: (module) => modules.has(module) }),
+    stacked: ({ count, rank, modules }) =>
+      ernie(config, { stack: count, at: ({ name }) => (modules.has(name) ? { rank, scale: 1, dropout: 0 } : null) }),
     cacheKey: contentKeys,
   };
 }
@@ -115,10 +114,11 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
   let stream = 0;
   /** The adapter of one matrix, or of each expert's; its parameters are named as in PEFT. */
   const adapter = (module: string, out: number, into: number, experts?: number) => {
-    if (!adapters?.accepts(module)) return {};
-    const { rank, scale, dropout = 0, stack: stacked } = adapters;
-    const matrices = (stacked ?? 1) * (experts ?? 1);
-    const stack = experts === undefined && stacked === undefined ? [] : [matrices];
+    const lowRank = adapters?.at({ name: module, experts });
+    if (!lowRank) return {};
+    const { rank, scale, dropout } = lowRank;
+    const matrices = (adapters?.stack ?? 1) * (experts ?? 1);
+    const stack = experts === undefined && adapters?.stack === undefined ? [] : [matrices];
     const low = (half: "A" | "B", ...shape: number[]) =>
       visit({ name: `${module}.lora_${half}.weight`, shape: [...stack, ...shape], ...(experts ? { experts } : {}), kind: "adapter" });
     return { adapter: { a: low("A", rank, into), b: low("B", out, rank), scale, dropout, stream: stream++ } };
@@ -153,7 +153,11 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
       postNorm: float32(`${at}.post_attention_layernorm.weight`, hidden),
       mlp: mixture ? null : feedForward(`${at}.mlp`, config.intermediateSize),
       moe: mixture && {
-        router: float32(`${at}.mlp.gate.weight`, mixture.experts, hidden),
+        router: {
+          weight: float32(`${at}.mlp.gate.weight`, mixture.experts, hidden),
+          // The router takes a whole matrix, so rows of one step cannot have different ones.
+          ...(adapters?.stack === undefined ? adapter(`${at}.mlp.gate`, mixture.experts, hidden) : {}),
+        },
         bias: float32(`${at}.mlp.moe_statics.e_score_correction_bias`, 1, mixture.experts),
         experts: {
           gate: stacked(`${at}.mlp.experts.gate_proj`, mixture.experts, mixture.width, hidden),

@@ -89,6 +89,11 @@ export function expertSlots(g: Graph, experts: Tensor, count: number, { adapted 
   return { ...slots, adapted: { pick: adapted.pick, slots: found.slots, groups: g.group(found.keys, adapted.count * count) } };
 }
 
+/** A float32 matrix with its adapter's product added: for an op that takes a whole matrix. Drops nothing: the branch sees no inputs. */
+export function adapted(g: Graph, { weight, adapter }: Linear): Tensor {
+  return adapter ? g.add(weight, g.scale(g.linearT(adapter.b, adapter.a), adapter.scale)) : weight;
+}
+
 /** Maps x [rows, in], with `slots` slots per row, to [slots * rows, out]: each slot by its expert's matrix. */
 export function expertLinear(
   g: Graph,

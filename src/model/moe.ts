@@ -1,6 +1,6 @@
 /** The feed-forward half of a layer: one MLP, or a mixture of experts with a router and shared experts. */
 import type { Graph, Tensor } from "../graph/graph.ts";
-import { type Branches, type ExpertLinear, expertLinear, expertSlots, type Linear, linear } from "./linear.ts";
+import { adapted, type Branches, type ExpertLinear, expertLinear, expertSlots, type Linear, linear } from "./linear.ts";
 
 export interface MlpWeights<T = Tensor> {
   readonly gate: Linear<T>;
@@ -10,7 +10,7 @@ export interface MlpWeights<T = Tensor> {
 
 export interface MoeWeights<T = Tensor> {
   /** [experts, hidden], always float32: rounding it changes which experts are chosen. */
-  readonly router: T;
+  readonly router: Linear<T>;
   /** [1, experts], always float32; affects which experts are chosen, not their weights (https://arxiv.org/abs/2408.15664). */
   readonly bias: T;
   /** Without biases. */
@@ -38,8 +38,9 @@ export function mlp(g: Graph, x: Tensor, { gate, up, down }: MlpWeights, branche
 
 /** Maps x [rows, hidden] to [rows, hidden], and returns the routing. */
 export function moe(g: Graph, x: Tensor, w: MoeWeights, branches: Branches = {}): { y: Tensor; routing: Routing } {
-  const experts = w.router.shape[0];
-  const routing = g.route(x, w.router, g.reshape(w.bias, [experts]), w.chosen, w.normMin);
+  const router = adapted(g, w.router);
+  const experts = router.shape[0];
+  const routing = g.route(x, router, g.reshape(w.bias, [experts]), w.chosen, w.normMin);
   const slots = expertSlots(g, routing.experts, Number(experts), branches);
   const gate = expertLinear(g, x, w.experts.gate, slots, w.chosen, branches); // [chosen * rows, width]
   const up = expertLinear(g, x, w.experts.up, slots, w.chosen, branches);

@@ -136,6 +136,7 @@ type Shapes = typeof shapes extends fc.Arbitrary<infer T> ? T : never;
 /** By op: a graph in which the gradients of all its differentiable inputs are taken. */
 const RULES: Record<string, (s: Subject, shape: Shapes) => Tensor[]> = {
   linear: (s, { rows, n, k, more }) => [s.g.linear(s.trained([rows, k]), s.trained([n, k]), more > 1 ? s.trained([n]) : undefined)],
+  linearT: (s, { rows, n, k }) => [s.g.linearT(s.trained([rows, n]), s.trained([n, k]))],
   groupedLinear: (s, { rows, n, k, more }) => {
     const experts = more + 1;
     const { order, offsets } = s.g.group(s.whole([rows, 2], experts), experts);

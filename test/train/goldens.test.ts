@@ -24,7 +24,7 @@ const SEQUENCES = 2;
 const ROWS = SEQUENCES * LENGTH;
 const ADAMW = { learningRate: 5e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.01 };
 /** As in the recorded run: r 4, alpha 8, on the attention projections. */
-const LORA: Adapters = { rank: 4, scale: 2, accepts: (module) => /\.self_attn\.[qkvo]_proj$/.test(module) };
+const LORA: Adapters = { at: ({ name }) => (/\.self_attn\.[qkvo]_proj$/.test(name) ? { rank: 4, scale: 2, dropout: 0 } : null) };
 
 /** Two rows of 24 tokens; each position's label is the next token's, as transformers shifts them. */
 async function batch(goldens: Goldens): Promise<Record<string, Numbers>> {

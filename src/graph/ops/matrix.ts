@@ -97,7 +97,10 @@ export const MATRIX_OPS = {
   linearT: {
     outputs: ([dy, w]) =>
       isMatrix(w, 2) && isActivation(dy, w) && sameDim(dy.shape[1], w.shape[0]) ? [f32(dy.shape[0], w.shape[1])] : null,
-    gradient: FIRST_ORDER,
+    gradient: (emit, { inputs: [x, w] }, [dy], [wantsX, wantsW]) => {
+      const d = dy && alikeX(emit, x, dy);
+      return [wantsX && d ? emit("linear", [d, w])[0] : null, wantsW && d ? emit("outer", [x, d])[0] : null];
+    },
   },
   /** x . w^T + y, y [rows, n]; `fuse` builds it from an adapter's product and a sum. */
   addLinear: {

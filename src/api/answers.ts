@@ -20,6 +20,8 @@ export interface AnswerParts {
   readonly settings: ResolvedGeneration;
   readonly options: Pick<GenerationOptions, "streamer" | "top_logprobs" | "signal">;
   readonly constrain: Constrain | null;
+  /** The name of a loaded adapter. Default: the base model. */
+  readonly adapter?: string;
   /** Called once for each answer; the function that it returns sees each token and ends the answer by returning true. */
   readonly watch: (() => (token: GeneratedToken) => boolean) | null;
 }
@@ -52,7 +54,7 @@ export async function answerRows(engine: Engine, vocabSize: number, rows: readon
 
 /** @param index of the answer in the call: seeds count up with it */
 async function answerRow(engine: Engine, row: Row, index: number, parts: AnswerParts, signal: Request["signal"]): Promise<Answer> {
-  const { settings, options, constrain, watch } = parts;
+  const { settings, options, constrain, watch, adapter } = parts;
   const { streamer, top_logprobs: topLogprobs = 0 } = options;
   const { sampling } = settings;
   const constraint = constrain && (await constrain(row.tokens));
@@ -67,6 +69,7 @@ async function answerRow(engine: Engine, row: Row, index: number, parts: AnswerP
     stopIds: settings.stopIds,
     topLogprobs,
     ...(constraint ? { constraint } : {}),
+    ...(adapter === undefined ? {} : { adapter }),
     signal,
   });
   try {

@@ -58,6 +58,8 @@ export interface GenerationOptions {
   readonly return_dict_in_generate?: boolean;
   /** With `return_dict_in_generate`: the likeliest n alternatives at each step, with their log-probabilities. Default 0. */
   readonly top_logprobs?: number;
+  /** The name of a loaded adapter; null: the base model. Default: the one that `set_adapter` made active. */
+  readonly adapter?: string | null;
   /** Accepted for compatibility: the cache is always used, and there is one beam. */
   readonly use_cache?: true;
   readonly num_beams?: 1;
@@ -101,6 +103,7 @@ const KNOWN = new Set<string>([
     "response_format",
     "return_dict_in_generate",
     "top_logprobs",
+    "adapter",
     "use_cache",
     "num_beams",
   ] satisfies (keyof GenerationOptions)[]),

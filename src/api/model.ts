@@ -7,6 +7,7 @@ import type { ErnieConfig } from "../model/config.ts";
 import { optionFault } from "../tokenizer/options.ts";
 import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { type LoadAdapterOptions, RuntimeAdapters, type WeightedAdapterOptions } from "./adapters.ts";
 import { answerRows } from "./answers.ts";
 import { constrainBy } from "./constraint.ts";
 import type { GenerationDefaults } from "./defaults.ts";
@@ -37,6 +38,8 @@ export interface NamedTensor<T = Float32Array> {
 export interface ForwardOptions extends ModelInputs {
   readonly output_hidden_states?: boolean;
   readonly output_router_logits?: boolean;
+  /** The name of a loaded adapter; null: the base model. Default: the active one. */
+  readonly adapter?: string | null;
 }
 
 /** Padded positions hold zeros. `length` is that of the longest row. */
@@ -99,6 +102,7 @@ const FORWARD = [
   "attention_mask",
   "output_hidden_states",
   "output_router_logits",
+  "adapter",
 ] as const satisfies readonly (keyof ForwardOptions)[];
 /** Options of other libraries, and what takes their place. */
 const REMEDIES: Readonly<Record<string, string>> = {
@@ -164,6 +168,7 @@ export class CausalLM {
   readonly device: string;
   /** The underlying engine: `submit` streams tokens of many concurrent requests. */
   readonly engine: LoadedModel["engine"];
+  readonly #adapters: RuntimeAdapters;
 
   constructor({ config, checkpoint, defaults, engine, backend }: LoadedModel) {
     this.folder = checkpoint.folder;
@@ -171,6 +176,7 @@ export class CausalLM {
     this.generation_config = checkpoint.generationConfig ?? {};
     this.defaults = defaults;
     this.engine = engine;
+    this.#adapters = new RuntimeAdapters(engine, config);
     this.device = `${backend.name}, ${backend.threads} thread${backend.threads === 1 ? "" : "s"}`;
   }
 
@@ -188,6 +194,7 @@ export class CausalLM {
     const answers = await answerRows(this.engine, this.config.vocabSize, rows, {
       settings,
       options,
+      ...this.adapterOf(options.adapter),
       constrain: constrainBy(settings, { kind: "tokens", tokens: [] }, this.config, tokenizer),
       watch: tokenizer ? stopsAt(settings.stopStrings, tokenizer) : null,
     });
@@ -209,7 +216,7 @@ export class CausalLM {
     const want = { hiddenStates: options.output_hidden_states, routing: options.output_router_logits };
     const length = Math.max(...rows.map((r) => r.given.length));
     const each: Inspection[] = [];
-    for (const row of rows) each.push(await this.engine.inspect(row.tokens, want));
+    for (const row of rows) each.push(await this.engine.inspect(row.tokens, want, this.adapterOf(options.adapter)));
     const place = <T extends Float32Array | Int32Array>(parts: readonly T[], dims: (width: number) => number[]): NamedTensor<T> => {
       const width = parts[0].length / rows[0].tokens.length;
       const size = rows.length * length * width;
@@ -235,6 +242,45 @@ export class CausalLM {
           }
         : {}),
     };
+  }
+
+  /**
+   * Loads a LoRA adapter from a folder in PEFT's format, under a name. As in PEFT it is not active until `set_adapter`; calls can name it.
+   * Loading never disturbs requests that run. Rejects with CheckpointError or RangeError, in one line, for a folder that is no adapter or
+   * belongs to another base, and for DoRA, router adapters and `modules_to_save`, which need a merged model.
+   */
+  load_adapter(folder: string, options: LoadAdapterOptions = {}): Promise<void> {
+    return this.#adapters.load(folder, options);
+  }
+
+  /** Makes an adapter the one that calls use unless they name another; null: the base model. Throws RangeError if there is none. */
+  set_adapter(name: string | null): void {
+    this.#adapters.set(name);
+  }
+
+  /** Removes an adapter; requests that use it go on. Throws RangeError if there is none. */
+  delete_adapter(name: string): void {
+    this.#adapters.delete(name);
+  }
+
+  /** Makes an adapter of loaded ones, each with a weight. Rejects with RangeError for unknown names and ranks that do not fit. */
+  add_weighted_adapter(names: readonly string[], weights: readonly number[], options: WeightedAdapterOptions): Promise<void> {
+    return this.#adapters.addWeighted(names, weights, options);
+  }
+
+  /** The adapter that calls use unless they name another; null: the base model. */
+  get active_adapter(): string | null {
+    return this.#adapters.active;
+  }
+
+  /** Names of the loaded adapters. */
+  get adapter_names(): readonly string[] {
+    return this.#adapters.names;
+  }
+
+  /** The adapter of a call that names one, null, or nothing. */
+  adapterOf(named: string | null | undefined): { readonly adapter?: string } {
+    return this.#adapters.of(named);
   }
 
   /** Frees weights, cache and threads. Running requests fail, and so does using the model afterwards. */

@@ -83,6 +83,7 @@ async function answerMessages(
   const answers = await answerRows(model.engine, model.config.vocabSize, readRows({ input_ids: [tokens] }), {
     settings,
     options,
+    ...model.adapterOf(options.adapter),
     constrain: constrainBy(settings, prompt, model.config, tokenizer),
     // Generation can stop after a stop string, or after the only call allowed.
     watch: prompt.oneToolCall || settings.stopStrings.length > 0 ? () => endOf(reader()) : null,

@@ -1,7 +1,15 @@
 /** `mixtape chat`: a conversation in the terminal, over a pipe, or a single question. */
 import type { Command } from "commander";
 import { fail, oneLine, UsageError } from "./failure.ts";
-import { addModelOptions, addSamplingOptions, examples, generationOptions, type ModelFlags, type SamplingFlags } from "./options.ts";
+import {
+  addAdapterOption,
+  addModelOptions,
+  addSamplingOptions,
+  examples,
+  generationOptions,
+  type ModelFlags,
+  type SamplingFlags,
+} from "./options.ts";
 import type { Session } from "./session.ts";
 import { colours, notice } from "./terminal.ts";
 
@@ -18,17 +26,19 @@ export function addChat(program: Command): void {
     .optionsGroup("Options:")
     .option("--system <text>", "system message")
     .option("--load <file>", "continue with messages that /save wrote");
-  addSamplingOptions(addModelOptions(command))
+  addSamplingOptions(addAdapterOption(addModelOptions(command)))
     .addHelpText(
       "after",
       `${examples(
         ["mixtape chat", "a conversation; /help lists its commands"],
         ['mixtape chat "Who are you?"', "one answer"],
         ["mixtape chat --system 'Answer in one word.' < questions.txt", "one message per line"],
+        ["mixtape chat --adapter runs/shop --adapter runs/polite=0.5", "with two LoRA adapters"],
         ["mixtape chat -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int8", "a model from the hub"],
       )}
 In the conversation:
-  /system TEXT  /reset  /regenerate  /save FILE  /load FILE  /stats  /help  /exit
+  /system TEXT  /adapter on|off  /reset  /regenerate  /save FILE  /load FILE
+  /stats  /help  /exit
   //word sends the message /word; a path is a message as it is.
   A line that ends with \\ goes on in the next; """ opens and closes a block of lines.
   Ctrl-C stops the answer, and at the prompt clears the line, twice leaves. Ctrl-D leaves.

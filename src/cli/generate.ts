@@ -5,6 +5,7 @@ import type { Answer } from "./answer.ts";
 import { Interrupted, onInterrupt, UsageError } from "./failure.ts";
 import { addFormatOptions, type FormatFlags, readFormatFlags } from "./format.ts";
 import {
+  addAdapterOption,
   addModelOptions,
   addSamplingOptions,
   examples,
@@ -35,13 +36,14 @@ export function addGenerate(program: Command): void {
     .option("--json", "print one JSON object when the answer is complete")
     .option("--num-return-sequences <n>", "answers to the prompt; more than one are sampled", within(COUNTS.num_return_sequences), 1);
   addFormatOptions(command);
-  addSamplingOptions(addModelOptions(command))
+  addSamplingOptions(addAdapterOption(addModelOptions(command)))
     .addHelpText(
       "after",
       examples(
         ['mixtape generate "To save a document" --greedy', "the likeliest continuation"],
         ['mixtape generate --chat "What is a mixture of experts?" --seed 7', "a repeatable answer"],
         ["cat notes.txt | mixtape generate --max-new-tokens 50", "a prompt from standard input"],
+        ['mixtape generate --chat "Where is my parcel?" --adapter runs/shop', "with a LoRA adapter"],
         ["mixtape generate --ids 1,2,3 --greedy", "token ids in, token ids out"],
         ['mixtape generate --chat "What can you do?" --json | jq .logprobs', "everything about an answer"],
         [

@@ -3,7 +3,7 @@ import { existsSync, statSync } from "node:fs";
 import { join } from "node:path";
 import type { CausalLM } from "../api/model.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
-import { type HubFlags, loadOptions, type ModelFlags } from "./options.ts";
+import { type AdapterFlag, type HubFlags, loadOptions, type ModelFlags } from "./options.ts";
 import { downloadProgress } from "./progress.ts";
 import { warn } from "./terminal.ts";
 
@@ -47,12 +47,37 @@ export async function openTokenizer(folder: string): Promise<Tokenizer> {
   return open(folder);
 }
 
-/** Loads the weights of a folder. The caller disposes of the model. */
+/** Loads the weights of a folder, and the adapters of the flags. The caller disposes of the model. */
 export async function openModel(folder: string, flags: ModelFlags): Promise<CausalLM> {
   const { AutoModelForCausalLM, isBundled } = await import("../api/model.ts");
   if (isBundled(flags.model)) warn(DEMO);
-  return AutoModelForCausalLM.from_pretrained(folder, {
+  const model = await AutoModelForCausalLM.from_pretrained(folder, {
     ...loadOptions(flags),
     warning_callback: warn,
   });
+  try {
+    await useAdapters(model, flags.adapter ?? []);
+    return model;
+  } catch (error) {
+    await model.dispose();
+    throw error;
+  }
 }
+
+/** Makes the sum of all adapters active. */
+async function useAdapters(model: CausalLM, adapters: readonly AdapterFlag[]): Promise<void> {
+  if (adapters.length === 0) return;
+  const names = adapters.map((_, i) => (adapters.length === 1 ? ADAPTER : `${ADAPTER}-${i + 1}`));
+  for (const [i, { folder, weight }] of adapters.entries()) await model.load_adapter(folder, { adapter_name: names[i], scale: weight });
+  if (adapters.length > 1) {
+    await model.add_weighted_adapter(
+      names,
+      names.map(() => 1),
+      { adapter_name: ADAPTER },
+    );
+  }
+  model.set_adapter(ADAPTER);
+}
+
+/** What `--adapter` loads is called. */
+export const ADAPTER = "adapter";

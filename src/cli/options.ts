@@ -19,6 +19,13 @@ export interface ModelFlags extends HubFlags {
   readonly kvCacheTokens?: number;
   readonly chunkSize?: number;
   readonly weights?: Residence;
+  readonly adapter?: readonly AdapterFlag[];
+}
+
+/** One `--adapter`. */
+export interface AdapterFlag {
+  readonly folder: string;
+  readonly weight: number;
 }
 
 /** Where model files come from. */
@@ -80,6 +87,17 @@ export function addModelOptions(command: Command): Command {
     .option("--chunk-size <n>", "most prompt tokens per step (default: 512)", whole(1))
     .addOption(residenceOption());
   return addHubOptions(command);
+}
+
+/** Adds `--adapter`. */
+export function addAdapterOption(command: Command): Command {
+  return command
+    .optionsGroup("Model options:")
+    .option(
+      "--adapter <folder[=weight]>",
+      "LoRA adapter in PEFT's format, at its own strength or multiplied by weight (repeatable: they add up)",
+      collectAdapter,
+    );
 }
 
 /** Where weights are kept; without it, `auto`. */
@@ -186,6 +204,13 @@ function parseReal(text: string): number {
 function collectText(text: string, before: readonly string[] = []): readonly string[] {
   if (text === "") throw new InvalidArgumentError("It must not be empty.");
   return [...before, text];
+}
+
+function collectAdapter(text: string, before: readonly AdapterFlag[] = []): readonly AdapterFlag[] {
+  const [, folder = text, number] = /^(.+)=([^=/]*)$/.exec(text) ?? [];
+  const weight = number === undefined ? 1 : parseReal(number);
+  if (folder === "" || !Number.isFinite(weight)) throw new InvalidArgumentError("It must be a folder, or like folder=0.5.");
+  return [...before, { folder, weight }];
 }
 
 function collectBias(text: string, before: ReadonlyMap<number, number> = new Map()): ReadonlyMap<number, number> {

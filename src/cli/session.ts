@@ -18,6 +18,7 @@ export interface Outlet {
 
 const COMMANDS: Readonly<Record<string, string>> = {
   "/system": "TEXT   set the system message; without TEXT, show it",
+  "/adapter": "on|off answer with the adapters of --adapter, or without",
   "/reset": "        forget the conversation, but keep the system message",
   "/regenerate": "   answer the last question again",
   "/save": "FILE     write the messages as JSON",
@@ -115,6 +116,9 @@ export class Session {
         if (rest) this.#conversation.system = rest;
         this.#out.notice(`system: ${this.#conversation.system || "(none)"}`);
         return true;
+      case "/adapter":
+        this.#adapter(rest);
+        return true;
       case "/reset":
         turns.length = 0;
         this.#out.notice("conversation forgotten");
@@ -146,6 +150,14 @@ export class Session {
           `there is no command ${word}; there are ${COMMAND_WORDS.join(" ")}; to send the line as a message, write /${word}`,
         );
     }
+  }
+
+  #adapter(which: string): void {
+    const [name] = this.#model.adapter_names.slice(-1);
+    if (name === undefined) throw new UsageError("no adapter is loaded; start the chat with --adapter FOLDER");
+    if (which !== "" && which !== "on" && which !== "off") throw new UsageError(`/adapter is '${which}'; it must be on or off`);
+    if (which !== "") this.#model.set_adapter(which === "on" ? name : null);
+    this.#out.notice(`adapter: ${this.#model.active_adapter === null ? "off" : "on"}`);
   }
 
   async #regenerate(): Promise<void> {

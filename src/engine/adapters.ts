@@ -10,6 +10,8 @@ import { elements } from "../tensor/shape.ts";
 export interface Branch {
   readonly rank: number;
   readonly scale: number;
+  /** 1 for a single matrix. */
+  readonly experts: number;
   /** [rank, in], or [experts, rank, in]. */
   readonly a: Float32Array;
   /** [out, rank], or [experts, out, rank]. */
@@ -56,7 +58,7 @@ const RANK_STEP = 16;
 export class LoadedAdapters {
   readonly #model: Model;
   readonly #backend: Backend;
-  readonly #limits: Required<AdapterLimits>;
+  readonly limits: Required<AdapterLimits>;
   readonly #named = new Map<string, LoadedAdapter>();
   /** Every place of the stack that has been written: by an adapter with a name, or by one that requests may still use. */
   readonly #slots: LoadedAdapter[] = [];
@@ -69,7 +71,7 @@ export class LoadedAdapters {
         throw new RangeError(`${name} is ${value}; it must be a whole number from 1 to 4096`);
     this.#model = model;
     this.#backend = backend;
-    this.#limits = { count, rank };
+    this.limits = { count, rank };
   }
 
   get names(): readonly string[] {
@@ -101,15 +103,14 @@ export class LoadedAdapters {
   check(name: string, branches: Branches): void {
     const fail = (what: string) => new RangeError(`adapter '${name}': ${what}`);
     if (branches.size === 0) throw fail("it adapts no module");
-    if (!this.#named.has(name) && this.#named.size >= this.#limits.count)
-      throw fail(`${this.#named.size} adapters are loaded, and max_loras is ${this.#limits.count}; delete one first, or raise it`);
+    this.#checkCount(name);
     const expected = new Map(
       this.#model.stacked({ count: 1, rank: 1, modules: new Set(branches.keys()) }).parameters.map((p) => [p.name, p]),
     );
     for (const [module, branch] of branches) {
       if (!Number.isInteger(branch.rank) || branch.rank < 1) throw fail(`${module} has rank ${branch.rank}`);
-      if (branch.rank > this.#limits.rank)
-        throw fail(`${module} has rank ${branch.rank}, and max_lora_rank is ${this.#limits.rank}; raise it if memory allows`);
+      if (branch.rank > this.limits.rank)
+        throw fail(`${module} has rank ${branch.rank}, and max_lora_rank is ${this.limits.rank}; raise it if memory allows`);
       if (!Number.isFinite(branch.scale)) throw fail(`${module} has the scale ${branch.scale}`);
       for (const half of ["A", "B"] as const) {
         const parameter = expected.get(`${module}.lora_${half}.weight`);
@@ -134,6 +135,7 @@ export class LoadedAdapters {
    * @throws RangeError when memory does not suffice; nothing has changed then
    */
   add(name: string, branches: Branches, used: (adapter: LoadedAdapter) => boolean): boolean {
+    this.#checkCount(name); // others may have come since `check`
     const free = this.#slots.findIndex((a) => a && this.#named.get(a.name) !== a && !used(a));
     const slot = free >= 0 ? free : this.#slots.length;
     const rank = Math.max(...[...branches.values()].map((b) => b.rank));
@@ -163,18 +165,24 @@ export class LoadedAdapters {
     this.#named.delete(name);
   }
 
-  /** A loaded adapter's branches, read back: B has the scale in it, and the scale is 1. */
+  /** A loaded adapter's branches, read back. */
   branches(name: string): Map<string, Branch> {
     const { slot, modules } = this.find(name);
     const room = this.#room as Room;
-    const found = new Map<string, { rank: number; scale: number; a: Float32Array; b: Float32Array }>();
+    const found = new Map<string, { -readonly [K in keyof Branch]: Branch[K] }>();
     for (const p of stackedParameters(room.model)) {
       const module = moduleOf(p);
       const own = modules.get(module);
       if (!own) continue;
-      const branch = found.get(module) ?? { rank: own.rank, scale: 1, a: new Float32Array(), b: new Float32Array() };
+      const branch = found.get(module) ?? {
+        ...own,
+        experts: Number(p.shape[0]) / room.count,
+        a: new Float32Array(),
+        b: new Float32Array(),
+      };
       const size = elements(p.shape) / room.count;
-      branch[halfOf(p)] = resized(p, (room.states.get(p.name) as State).read(slot * size, size), room.rank, own.rank);
+      const values = resized(p, (room.states.get(p.name) as State).read(slot * size, size), room.rank, own.rank);
+      branch[halfOf(p)] = halfOf(p) === "b" && own.scale !== 0 ? values.map((x) => x / own.scale) : values;
       found.set(module, branch);
     }
     return found;
@@ -185,6 +193,13 @@ export class LoadedAdapters {
     this.#room = null;
     this.#named.clear();
     this.#slots.length = 0;
+  }
+
+  #checkCount(name: string): void {
+    if (this.#named.has(name) || this.#named.size < this.limits.count) return;
+    throw new RangeError(
+      `adapter '${name}': ${this.#named.size} adapters are loaded, and max_loras is ${this.limits.count}; delete one first, or raise it`,
+    );
   }
 
   /** Makes room for so many adapters, this rank and these modules. Returns whether the stack had to be made anew. */

@@ -154,8 +154,8 @@ export class Engine {
     return this.#whole(tokens, watch, (task) => meanHidden(this.#steps, this.model, task));
   }
 
-  /** The adapters that requests can name, and the bytes of memory that they take together. */
-  get adapters(): { readonly names: readonly string[]; readonly bytes: number } {
+  /** The adapters that requests can name, the bytes of memory that they take together, and how many of which rank there may be. */
+  get adapters(): Pick<LoadedAdapters, "names" | "bytes" | "limits"> {
     return this.#adapters;
   }
 
@@ -184,7 +184,7 @@ export class Engine {
     this.#adapters.remove(name);
   }
 
-  /** A loaded adapter's branches, with the scale in B. Throws RangeError if there is none. */
+  /** A loaded adapter's branches. Throws RangeError if there is none. */
   adapterBranches(name: string): Branches {
     return this.#adapters.branches(name);
   }

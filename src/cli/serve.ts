@@ -19,6 +19,7 @@ export async function addServe(program: Command): Promise<void> {
         ["mixtape serve", "the bundled model, on http://127.0.0.1:8080"],
         ["mixtape serve -m baidu/ERNIE-4.5-21B-A3B-PT --dtype int4", "another model"],
         ["mixtape serve -m small=default -m big=/models/21b", "two models, by name"],
+        ["mixtape serve -m shop=default --adapter polite=runs/polite", "a model with an adapter, shop:polite"],
         ["mixtape serve --host 0.0.0.0 --keys keys.json", "for others, with API keys ('mixtape keys create')"],
         ["mixtape serve --config server.yaml", "settings from a file"],
       ),
@@ -50,7 +51,7 @@ async function serve(flags: ServeFlags): Promise<void> {
 /** Prints the addresses to standard error, since standard output is the log. */
 function announce(config: ServeConfig, { url, grpcPort }: Awaited<ReturnType<Server["start"]>>): void {
   const { bold } = colours(process.stderr);
-  const names = config.models.map(({ name }) => name).join(", ");
+  const names = config.models.flatMap(({ name, adapters }) => [name, ...Object.keys(adapters).map((each) => `${name}:${each}`)]).join(", ");
   const keys = config.keys === undefined ? "no API key required" : "API key required";
   const grpc = grpcPort === null ? "" : `; gRPC on port ${grpcPort}`;
   notice(`mixtape serves ${names} at ${bold(url)} (${keys}); API at ${url}/v1${config.docs ? `, described at ${url}/docs` : ""}${grpc}`);

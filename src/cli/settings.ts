@@ -13,6 +13,7 @@ export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly config?: string;
   readonly printConfigSchema?: boolean;
   readonly model?: readonly { readonly name: string; readonly path: string }[];
+  readonly adapter?: readonly { readonly model: string | null; readonly name: string; readonly folder: string }[];
   readonly dtype?: string;
   readonly threads?: number;
   readonly kvCacheDtype?: string;
@@ -54,6 +55,11 @@ export function addSettings(command: Command): void {
         collectModel,
       ),
     )
+    .addOption(
+      new Option("--adapter <[model:]name=folder>", "LoRA adapter in PEFT's format, served as model:name (repeatable)").argParser(
+        collectAdapter,
+      ),
+    )
     .addOption(new Option("--dtype <format>", "weight format in memory (default: auto)").choices(DTYPES))
     .option("--threads <n>", "compute threads (default: one per core)", whole(1))
     .addOption(new Option("--kv-cache-dtype <format>", "KV cache format").choices(KV_CACHE_DTYPES))
@@ -74,6 +80,7 @@ export async function settings(flags: ServeFlags): Promise<ServeConfig> {
   const {
     config: file,
     model,
+    adapter = [],
     dtype,
     threads,
     kvCacheDtype,
@@ -90,11 +97,18 @@ export async function settings(flags: ServeFlags): Promise<ServeConfig> {
     Object.entries({ dtype, threads, kvCacheDtype, kvCacheTokens, weights }).filter(([, value]) => value !== undefined),
   );
   const named = model ?? (inFile["models"] === undefined ? [{ name: "default", path: "default" }] : undefined);
-  if (named === undefined && Object.keys(how).length > 0)
+  if (named === undefined && (Object.keys(how).length > 0 || adapter.length > 0))
     throw new UsageError(`${file} lists the models, so set their options there, or name the models with --model`);
   if ((tlsCert === undefined) !== (tlsKey === undefined)) throw new UsageError("--tls-cert and --tls-key go together");
   const tls = tlsCert === undefined ? {} : { tls: { cert: tlsCert, key: tlsKey } };
-  const models = named?.map((each) => ({ ...each, ...how }));
+  for (const each of adapter)
+    if (each.model === null ? named?.length !== 1 : !named?.some(({ name }) => name === each.model))
+      throw new UsageError(
+        `--adapter ${each.model === null ? "" : `${each.model}:`}${each.name}: say whose it is, as model:name=folder; the models are ${named?.map(({ name }) => name).join(", ")}`,
+      );
+  const adaptersOf = (model: string) =>
+    Object.fromEntries(adapter.filter((a) => a.model === null || a.model === model).map(({ name, folder }) => [name, folder]));
+  const models = named?.map((each) => ({ ...each, ...how, adapters: adaptersOf(each.name) }));
   return checkServeConfig({ ...inFile, ...fromFlags, ...tls, ...(models ? { models } : {}) }, file ?? "serve");
 }
 
@@ -144,6 +158,13 @@ function collectModel(text: string, before: ServeFlags["model"] = []): ServeFlag
   if (path === undefined) throw new InvalidArgumentError("It must be like name=path, or a path.");
   const name = given ?? (existsSync(path) ? basename(resolve(path), ".gguf") : path);
   return [...before, { name, path }];
+}
+
+function collectAdapter(text: string, before: ServeFlags["adapter"] = []): ServeFlags["adapter"] {
+  const [, full, folder] = /^([^=]+)=(.+)$/.exec(text) ?? [];
+  if (full === undefined || folder === undefined) throw new InvalidArgumentError("It must be like name=folder, or model:name=folder.");
+  const at = full.lastIndexOf(":");
+  return [...before, { model: at < 0 ? null : full.slice(0, at), name: full.slice(at + 1), folder }];
 }
 
 /** A setting's description as help text: names of other settings become flags. */

@@ -83,7 +83,8 @@ export async function embed(
   const vectors: Float32Array[] = [];
   for (const [i, tokens] of encoded.entries()) {
     const { read } = meter.answerTo(i);
-    vectors.push(unitLength(await model.engine.embed(tokens, { signal, onPrompt: (count) => read(count, 0) })));
+    const watch = { signal, onPrompt: (count: number) => read(count, 0), adapter: model.adapter };
+    vectors.push(unitLength(await model.engine.embed(tokens, watch)));
   }
   return { vectors, tokens: meter.usage.promptTokens };
 }
@@ -117,7 +118,8 @@ export async function route(
     );
   checkTokens(model, tokens, prompt.kind === "chat" ? "messages" : "text");
   const { read } = context.meter(caller, model).answerTo(0);
-  const { routing } = await engine.inspect(tokens, { logits: false, routing: true }, { signal, onPrompt: (count) => read(count, 0) });
+  const watch = { signal, onPrompt: (count: number) => read(count, 0), adapter: model.adapter };
+  const { routing } = await engine.inspect(tokens, { logits: false, routing: true }, watch);
   return { tokens, layers: routing, experts: config.moe.experts, chosen: config.moe.chosen };
 }
 

@@ -14,6 +14,7 @@ import { ernie } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
 import { measure } from "../model/size.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { adapterName, ServedAdapters } from "./adapters.ts";
 import { Encoder } from "./completion/encoder.ts";
 import type { ModelConfig } from "./config.ts";
 import { ServerError } from "./errors.ts";
@@ -32,7 +33,12 @@ export interface NamedModel {
   readonly grammars: Grammars;
   /** Of generation_config.json. */
   readonly defaults: GenerationDefaults;
+  /** The engine's name of the adapter that this name means; absent: the base model. */
+  readonly adapter?: string;
 }
+
+/** The most names in an error. */
+const MOST_LISTED = 50;
 
 export interface CatalogOptions {
   readonly idleUnloadSeconds: number;
@@ -51,6 +57,8 @@ export interface CatalogOptions {
 interface Entry {
   readonly config: ModelConfig;
   readonly created: number;
+  /** While the model is loaded. */
+  adapters: ServedAdapters | null;
   loading: Promise<NamedModel> | null;
   model: NamedModel | null;
   /** Memory in use: an estimate while it loads, 0 when not loaded. */
@@ -72,19 +80,32 @@ export class Catalog {
     this.#options = options;
     const created = Math.floor(Date.now() / 1000);
     for (const config of models)
-      this.#entries.set(config.name, { config, created, loading: null, model: null, bytes: 0, users: 0, usedAt: 0 });
+      this.#entries.set(config.name, { config, created, adapters: null, loading: null, model: null, bytes: 0, users: 0, usedAt: 0 });
     this.#idle = setInterval(() => this.#unloadIdle(), Math.min(30, options.idleUnloadSeconds) * 1000);
     this.#idle.unref();
   }
 
-  /** Every name that clients may ask for, loaded or not. */
-  list(): { name: string; created: number; loaded: boolean; demo: boolean }[] {
-    return [...this.#entries.values()].map(({ config, created, model }) => ({
-      name: config.name,
-      created,
-      loaded: model !== null,
-      demo: isBundled(config.path),
-    }));
+  /** Every name that clients may ask for, loaded or not: models, each followed by its adapters, whose `parent` it is. */
+  list(): { name: string; created: number; loaded: boolean; demo: boolean; parent?: string }[] {
+    return [...this.#entries.values()].flatMap(({ config, created, model }) => {
+      const { name: parent, adapters, path } = config;
+      const loaded = model?.engine.adapters.names ?? [];
+      return [
+        { name: parent, created, loaded: model !== null, demo: isBundled(path) },
+        ...Object.keys(adapters).map((adapter) => ({
+          name: adapterName(parent, adapter),
+          created,
+          loaded: loaded.includes(adapter),
+          demo: isBundled(path),
+          parent,
+        })),
+      ];
+    });
+  }
+
+  /** Reads the adapters of loaded models again, from their folders. One that cannot be read stays as it was. */
+  async reload(): Promise<void> {
+    for (const { adapters } of this.#entries.values()) await adapters?.load();
   }
 
   /** The models in memory. */
@@ -109,20 +130,22 @@ export class Catalog {
    * `overloaded` when the memory budget does not allow it, or `not_ready` when it could not be loaded.
    */
   async use(name: string): Promise<{ model: NamedModel; release(): void }> {
-    const entry = this.#entries.get(name);
-    if (!entry) {
-      const known = [...this.#entries.keys()].join(", ");
+    const found = this.#find(name);
+    if (!found) {
+      const known = shortList(this.list().map((each) => each.name));
       throw new ServerError("model_not_found", `there is no model '${name}' here; there are ${known}`, { param: "model" });
     }
+    const { entry, adapter } = found;
     if (this.#closed) throw new ServerError("not_ready", "the server is shutting down", { retryAfterSeconds: 5 });
     if (entry.model?.engine.lost) void this.#unload(entry); // its files have changed: load what is there now
     entry.users++; // while it loads too, so that it is not unloaded meanwhile
     try {
       entry.loading ??= this.#load(entry);
       const model = await entry.loading;
+      if (adapter !== undefined) await entry.adapters?.need(adapter);
       let released = false;
       return {
-        model,
+        model: adapter === undefined ? model : { ...model, name, adapter },
         release: () => {
           if (released) return;
           released = true;
@@ -132,9 +155,20 @@ export class Catalog {
       };
     } catch (error) {
       entry.users--;
-      entry.loading = null; // the next request tries again
+      if (!entry.model) entry.loading = null; // the next request tries again
       throw error;
     }
+  }
+
+  /** The model of a name, and the adapter if it is the name of one. */
+  #find(name: string): { readonly entry: Entry; readonly adapter?: string } | null {
+    const entry = this.#entries.get(name);
+    if (entry) return { entry };
+    for (const base of this.#entries.values()) {
+      const adapter = name.startsWith(adapterName(base.config.name, "")) ? name.slice(base.config.name.length + 1) : "";
+      if (Object.hasOwn(base.config.adapters, adapter)) return { entry: base, adapter };
+    }
+    return null;
   }
 
   /** Unloads everything. Requests still running fail. */
@@ -149,7 +183,7 @@ export class Catalog {
   }
 
   async #load(entry: Entry): Promise<NamedModel> {
-    const { name, path, dtype, threads, device, kvCacheDtype, chunkSize, weights: residence } = entry.config;
+    const { name, path, dtype, threads, device, kvCacheDtype, chunkSize, weights: residence, adapters, maxLoraRank } = entry.config;
     const { onEvent } = this.#options;
     onEvent("loading", name, { path });
     const start = performance.now();
@@ -165,9 +199,13 @@ export class Catalog {
         device,
         chunk_size: chunkSize,
         weights: residence,
+        max_loras: Math.max(1, Object.keys(adapters).length),
+        max_lora_rank: maxLoraRank,
         warning_callback: (warning) => onEvent("loading", name, { warning }),
       });
-      entry.bytes = weightBytes + engine.cache.count * BLOCK_TOKENS * engine.kvBytesPerToken;
+      entry.adapters = new ServedAdapters({ name, engine, config, folders: adapters, onEvent });
+      await entry.adapters.load();
+      entry.bytes = weightBytes + engine.cache.count * BLOCK_TOKENS * engine.kvBytesPerToken + engine.adapters.bytes;
       entry.model = {
         name,
         created: entry.created,
@@ -247,12 +285,20 @@ export class Catalog {
   async #unload(entry: Entry): Promise<void> {
     const { model } = entry;
     entry.model = null;
+    entry.adapters = null;
     entry.loading = null;
     if (!model) return;
     await Promise.all([model.engine.dispose(), model.encoder.close()]);
     this.#options.onEvent("unloaded", entry.config.name, { bytes: entry.bytes });
     if (entry.loading === null) entry.bytes = 0; // else it has been requested again meanwhile
   }
+}
+
+/** The first names of a list that may be long. */
+function shortList(names: readonly string[]): string {
+  return names.length <= MOST_LISTED
+    ? names.join(", ")
+    : `${names.slice(0, MOST_LISTED).join(", ")} and ${names.length - MOST_LISTED} more`;
 }
 
 /** The format of most of the weights, as options name it. */

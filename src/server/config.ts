@@ -31,12 +31,20 @@ const modelSchema = z.strictObject({
     .describe(
       "Where weights are kept: in huge pages, filled before the model is ready (resident), in the file's pages, which processes share (mapped), or first there and then moved while it answers (auto)",
     ),
+  adapters: z
+    .record(z.string().regex(/^[\w.@-]{1,200}$/, "names of adapters may contain only letters, digits and . @ _ -"), z.string().min(1))
+    .default({})
+    .describe("LoRA adapters in PEFT's format: folders by name; clients ask for model:name, and requests of all of them share steps"),
+  maxLoraRank: count(1).max(4096).default(256).describe("Largest rank of an adapter"),
   chunkSize: count(1).max(65_536).optional().describe("Maximum rows per step; default: 512"),
   preload: z
     .boolean()
     .default(true)
     .describe("Load the model before the server is ready, and keep it loaded; otherwise load it on first use"),
 });
+
+/** The most adapters of one model. */
+const MOST_ADAPTERS = 1024;
 
 /** One model to serve. */
 export type ModelConfig = z.infer<typeof modelSchema>;
@@ -47,7 +55,9 @@ export const ServeConfig = z.strictObject({
   models: z
     .array(modelSchema)
     .min(1)
-    .default([{ name: "default", path: "default", dtype: "auto", device: "auto", weights: "auto", preload: true }])
+    .default([
+      { name: "default", path: "default", dtype: "auto", device: "auto", weights: "auto", adapters: {}, maxLoraRank: 256, preload: true },
+    ])
     .describe("Models by name"),
   memoryBudgetBytes: count(1).nullable().default(null).describe("Memory for loaded models and their KV caches; default: no limit"),
   idleUnloadSeconds: seconds.default(600).describe("Unload models that are not preloaded after this time without use"),
@@ -139,7 +149,12 @@ export function checkServeConfig(raw: unknown, source = "config"): ServeConfig {
   const result = ServeConfig.safeParse(raw);
   if (!result.success) throw new ServerConfigError(`${source}: ${result.error.issues.map(describeIssue).join("; ")}`);
   const config = result.data;
-  const names = config.models.map(({ name }) => name);
+  for (const { name, adapters } of config.models) {
+    const count = Object.keys(adapters).length;
+    if (count > MOST_ADAPTERS)
+      throw new ServerConfigError(`${source}: ${JSON.stringify(name)} has ${count} adapters; at most ${MOST_ADAPTERS} are supported`);
+  }
+  const names = config.models.flatMap(({ name, adapters }) => [name, ...Object.keys(adapters).map((each) => `${name}:${each}`)]);
   const twice = names.find((name, i) => names.indexOf(name) !== i);
   if (twice !== undefined) throw new ServerConfigError(`${source}: two models are named ${JSON.stringify(twice)}; names must be unique`);
   checkExposure(config, source);
@@ -207,6 +222,7 @@ function describeIssue(issue: z.core.$ZodIssue): string {
     return issue.keys
       .map((key) => `${formatPath([...issue.path, key])}: there is no such option${suggestion(key, optionsAt(issue.path))}`)
       .join("; ");
+  if (issue.code === "invalid_key") return `${at}: ${issue.issues[0].message}`;
   return `${at}: ${issue.message}`;
 }
 

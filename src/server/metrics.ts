@@ -130,7 +130,7 @@ export class Metrics implements Observer {
       buckets: ROWS,
       registers,
     });
-    const gauge = (name: string, help: string, of: (stats: ReturnType<Engine["stats"]>) => number) =>
+    const gauge = (name: string, help: string, of: (stats: ReturnType<Engine["stats"]>, engine: Engine) => number) =>
       new Gauge({
         name,
         help,
@@ -138,7 +138,7 @@ export class Metrics implements Observer {
         registers,
         collect() {
           this.reset();
-          for (const { name: model, engine } of models()) this.set({ model }, of(engine.stats()));
+          for (const { name: model, engine } of models()) this.set({ model }, of(engine.stats(), engine));
         },
       });
     gauge("mixtape_sequences_running", "Requests that have cache blocks.", (s) => s.running);
@@ -161,6 +161,8 @@ export class Metrics implements Observer {
         }
       },
     });
+    gauge("mixtape_adapters", "Adapters in memory.", (_, engine) => engine.adapters.names.length);
+    gauge("mixtape_adapter_bytes", "Bytes of memory that the adapters take, reserved room included.", (_, engine) => engine.adapters.bytes);
     new Gauge({
       name: "mixtape_expert_load",
       help: "How often an expert was chosen, in sampled steps (every sixteenth).",

@@ -43,7 +43,7 @@ export interface Server {
   readonly metricsPort: number | null;
   /** Listens, then loads the preloaded models. If either fails, the server is closed and the promise rejects. */
   start(): Promise<{ readonly url: string; readonly grpcPort: number | null }>;
-  /** Reloads the TLS files. */
+  /** Reloads the TLS files and the adapters. */
   reload(): void;
   /** Stops accepting requests, waits up to `drainTimeoutSeconds` for running ones, cuts off the rest, and closes. */
   stop(): Promise<void>;
@@ -176,7 +176,10 @@ export async function createServer(config: ServeConfig, logTo?: DestinationStrea
         throw error;
       }
     },
-    reload: () => certificate?.reload(),
+    reload() {
+      certificate?.reload();
+      void catalog.reload();
+    },
     stop() {
       stopping ??= (async () => {
         state.phase = "draining";

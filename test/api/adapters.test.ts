@@ -159,7 +159,9 @@ describe("folders that cannot be used are refused in one line, and the model goe
   test("an adapter of another base, and one of a rank above the limit, before its numbers are read", async () => {
     const { model } = await load("moe-tiny", { max_lora_rank: 3 });
     const { lora: dense } = await load("dense-tiny");
-    await expect(model.load_adapter(dense("final"))).rejects.toThrow(/layers.3.self_attn.q_proj.lora_A.weight is missing: .* belongs to another base/);
+    await expect(model.load_adapter(dense("final"))).rejects.toThrow(
+      /layers.3.self_attn.q_proj.lora_A.weight is missing: .* belongs to another base/,
+    );
     const { lora } = await load("moe-tiny");
     await expect(model.load_adapter(lora("final"))).rejects.toThrow(
       "an adapter of rank 4, and max_lora_rank is 3; raise it if memory allows",

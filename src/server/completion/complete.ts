@@ -44,6 +44,7 @@ export async function* complete(
     wantRouting: request.routing && config.moe !== null,
     owner: request.owner,
     onPrompt: progress.read,
+    ...(model.adapter === undefined ? {} : { adapter: model.adapter }),
     ...(constraint ? { constraint } : {}),
     signal: anyOf(request.signal, leave.signal),
   });

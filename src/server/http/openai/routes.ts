@@ -104,11 +104,12 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
     }),
   );
 
-  const shown = ({ name, created, demo }: ReturnType<typeof catalog.list>[number]) => ({
+  const shown = ({ name, created, demo, parent }: ReturnType<typeof catalog.list>[number]) => ({
     id: name,
     object: "model",
     created,
     owned_by: "mixtape",
+    ...(parent === undefined ? {} : { parent }), // as vLLM marks adapters
     ...(demo ? { demo } : {}), // an extension: the bundled model, of which nobody should expect much
   });
   const visible = (request: FastifyRequest) => catalog.list().filter(({ name }) => callerOf(request).models?.includes(name) ?? true);

@@ -1,5 +1,13 @@
 /** The public API of mixtape. */
 
+export type { LoadAdapterOptions, WeightedAdapterOptions } from "./api/adapters.ts";
+export type { Classification, TextClassificationOptions, TextClassificationPipeline } from "./api/classification.ts";
+export {
+  AutoModelForSequenceClassification,
+  type ClassifierOptions,
+  type ClassifyOptions,
+  type SequenceClassifier,
+} from "./api/classifier.ts";
 export { type ExportOptions, exportGguf } from "./api/export.ts";
 export type { GenerationOptions, ModelInputs } from "./api/generation.ts";
 export type { LoadOptions, WeightDtype } from "./api/load.ts";

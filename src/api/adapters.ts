@@ -31,7 +31,10 @@ export async function readBranches(
     new CheckpointError(adapter.folder, `${what}, which cannot share steps with other adapters; merge it into its base (mixtape merge)`);
   if (adapter.config.use_dora || [...adapter.tensors.keys()].some((name) => name.endsWith(".lora_magnitude_vector")))
     throw merge("is a DoRA adapter");
-  const saved = adapter.config.modules_to_save.find((name) => !HEAD.test(name));
+  // PEFT lists modules that the model does not have, too: those leave no tensor.
+  const saved = adapter.config.modules_to_save.find(
+    (name) => !HEAD.test(name) && [...adapter.tensors.keys()].some((tensor) => `.${tensor}`.endsWith(`.${name}.weight`)),
+  );
   if (saved !== undefined) throw merge(`replaces the module ${saved} as a whole (modules_to_save)`);
   const head = [...adapter.tensors.keys()].filter((name) => HEAD.test(name));
   if (head.length > 0 && !withHead)

@@ -45,6 +45,7 @@ export async function exportGguf(source: string, outFile: string, options: Expor
   if (await stat(file).catch(() => null)) throw new CheckpointError(file, "already exists; name another file or delete it first");
   const checkpoint = await openCheckpoint(source);
   const config = configFor(checkpoint);
+  if (config.classifier) throw new CheckpointError(source, "is a classifier, and only models that predict tokens are written as GGUF");
   if (config.moe && config.moe.endLayer !== config.layers - 1)
     throw new CheckpointError(file, `GGUF can't represent that layer ${config.moe.endLayer} of ${config.layers} is the last with experts`);
 

@@ -3,9 +3,10 @@ import { type Backend, RESIDENCES, type Residence, type WeightSource } from "../
 import { physicalCores } from "../backend/cores.ts";
 import { nativeBackend } from "../backend/native.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
+import { CheckpointError } from "../checkpoint/error.ts";
 import { checkTiedHead, locate, unusedText } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
-import type { ErnieConfig } from "../model/config.ts";
+import type { ClassifierConfig, ErnieConfig } from "../model/config.ts";
 import { ernie, parameterDtype } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
 import type { Dtype } from "../tensor/dtype.ts";
@@ -85,20 +86,43 @@ export function parseDtype(name: string): (typeof DTYPES)[string] {
   return dtype;
 }
 
-/** Throws a one-line error for anything wrong with the folder, the config, a tensor or an option, before anything runs. */
-export async function loadModel(folder: string, options: LoadOptions = {}): Promise<LoadedModel> {
+/** A classifier's head from another file than the model's: the tensors of its parameters, by name. */
+export interface Head {
+  readonly classifier: ClassifierConfig;
+  readonly sources: ReadonlyMap<string, Pick<WeightSource, "stored" | "parts" | "shape">>;
+}
+
+/**
+ * Throws a one-line error for anything wrong with the folder, the config, a tensor or an option, before anything runs.
+ * @param head makes a classifier of a model that predicts tokens
+ */
+export async function loadModel(folder: string, options: LoadOptions = {}, head: Head | null = null): Promise<LoadedModel> {
   const wanted = parseDtype(options.dtype ?? "auto");
   checkCache(options);
   if (options.weights !== undefined && !RESIDENCES.includes(options.weights))
     throw new RangeError(`weights '${options.weights}' is not known; known are ${RESIDENCES.join(", ")}`);
-  const checkpoint = await openCheckpoint(folder);
-  const config = configFor(checkpoint);
+  const stored = await openCheckpoint(folder);
+  const own = configFor(stored);
+  const config = head ? { ...own, classifier: head.classifier } : own;
+  const checkpoint = config.classifier ? withoutVocabularyHead(stored) : stored;
   const generation = readDefaults(checkpoint.generationConfig ?? {}, config);
   const model = ernie(config);
-  const located = locate(model.parameters, checkpoint);
+  const located = locate(
+    model.parameters.filter((p) => !head?.sources.has(p.name)),
+    checkpoint,
+  );
   await checkTiedHead(located, checkpoint);
   const { sources } = located;
   const weights = model.parameters.map((p): WeightSource => {
+    const foreign = head?.sources.get(p.name);
+    if (foreign) {
+      if (String(foreign.shape) !== String(p.shape))
+        throw new CheckpointError(
+          foreign.parts[0].file,
+          `tensor ${p.name} has the shape [${foreign.shape}], but the base model implies [${p.shape}]; the head belongs to another base`,
+        );
+      return { name: p.name, ...foreign, dtype: "f32" };
+    }
     const found = sources.get(p.name);
     if (!found) throw new Error(`internal: ${p.name} was not located`);
     const dtype =
@@ -130,6 +154,11 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
     backend.dispose();
     throw error;
   }
+}
+
+/** A classifier made of a model that predicts tokens has no use for its head over the vocabulary. */
+function withoutVocabularyHead(checkpoint: Checkpoint): Checkpoint {
+  return { ...checkpoint, tensors: new Map([...checkpoint.tensors].filter(([name]) => !name.startsWith("lm_head."))) };
 }
 
 function checkCache({ kv_cache_dtype: dtype = "fp32", kv_cache_tokens = 1, chunk_size = 1 }: LoadOptions): void {

@@ -1,5 +1,6 @@
 /** The model with the API of transformers: `from_pretrained`, `generate`, `forward`. Knows no messages. */
 import { fileURLToPath } from "node:url";
+import { CheckpointError } from "../checkpoint/error.ts";
 import type { DownloadProgress, ResolveOptions } from "../checkpoint/hub.ts";
 import type { Inspection } from "../engine/engine.ts";
 import type { GeneratedToken } from "../engine/sequence.ts";
@@ -152,7 +153,12 @@ export const AutoModelForCausalLM = {
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<CausalLM> {
     checkPretrained(options);
     const folder = await resolvePretrained(idOrFolder, options);
-    return new CausalLM(await loadModel(folder, { ...options, device: options.device ?? options.device_map }));
+    const loaded = await loadModel(folder, { ...options, device: options.device ?? options.device_map });
+    if (loaded.config.classifier) {
+      await loaded.engine.dispose();
+      throw new CheckpointError(folder, "is a classifier; load it with AutoModelForSequenceClassification");
+    }
+    return new CausalLM(loaded);
   },
 };
 

@@ -1,4 +1,4 @@
-/** `pipeline("text-generation")`: text or messages in, text or messages out. Reasoning and tool calls are split from the answer. */
+/** `pipeline`, and its task "text-generation": text or messages in, text or messages out. Reasoning and tool calls are split from the answer. */
 import { type ConversationOptions, readConversation } from "../chat/conversation.ts";
 import { MessageBuilder } from "../chat/message.ts";
 import { encodePrompt } from "../chat/prompt.ts";
@@ -7,6 +7,8 @@ import type { GeneratedToken } from "../engine/sequence.ts";
 import type { Message } from "../tokenizer/template.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { answerRows } from "./answers.ts";
+import type { TextClassificationPipeline } from "./classification.ts";
+import type { ClassifierOptions } from "./classifier.ts";
 import { constrainBy } from "./constraint.ts";
 import { type GenerationOptions, readRows, resolveGeneration } from "./generation.ts";
 import { AutoModelForCausalLM, type CausalLM, type PretrainedOptions } from "./model.ts";
@@ -35,13 +37,23 @@ export interface TextGenerationPipeline {
   dispose(): Promise<void>;
 }
 
-/** A ready-made use of a model. Throws RangeError on a task other than "text-generation". @param idOrFolder default: the bundled model */
+/**
+ * A ready-made use of a model: "text-generation", or "text-classification" for classifiers. Rejects with RangeError on another task.
+ * @param idOrFolder default: the bundled model, which generates text
+ */
+export async function pipeline(task: "text-generation", idOrFolder?: string, options?: PretrainedOptions): Promise<TextGenerationPipeline>;
 export async function pipeline(
-  task: "text-generation",
+  task: "text-classification",
+  idOrFolder: string,
+  options?: ClassifierOptions,
+): Promise<TextClassificationPipeline>;
+export async function pipeline(
+  task: "text-generation" | "text-classification",
   idOrFolder = "default",
-  options: PretrainedOptions = {},
-): Promise<TextGenerationPipeline> {
-  if (task !== "text-generation") throw new RangeError(`unknown task '${task}'; the only one supported is text-generation`);
+  options: ClassifierOptions = {},
+): Promise<TextGenerationPipeline | TextClassificationPipeline> {
+  if (task === "text-classification") return (await import("./classification.ts")).textClassification(idOrFolder, options);
+  if (task !== "text-generation") throw new RangeError(`unknown task '${task}'; supported are text-generation and text-classification`);
   const tokenizer = await AutoTokenizer.from_pretrained(idOrFolder, options);
   const model = await AutoModelForCausalLM.from_pretrained(idOrFolder, options);
   const call = async (prompt: Prompt, options: TextGenerationOptions = {}) => {

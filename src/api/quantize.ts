@@ -61,6 +61,7 @@ const COPIED =
 /** Source of the weights: a checkpoint or a seeded generator. */
 interface Origin {
   readonly config: Record<string, unknown>;
+  readonly model: ErnieConfig;
   /** Writes part `index` of a parameter, a matrix [n, k], into `to`. */
   fill(p: ModelParameter, index: number, dtype: BlockDtype | "f32" | "bf16" | "f16", n: number, k: number, to: Uint8Array): Promise<void>;
   /** Folder with further files to copy; null: none. */
@@ -89,7 +90,7 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   const origin = source.startsWith("random:")
     ? await randomOrigin(source.slice(7), options)
     : await checkpointOrigin(source, options.onWarning);
-  const config = readConfig(origin.config);
+  const config = origin.model;
   if (resolve(source) === resolve(out)) throw new Error(`${out}: source and result are the same folder; name another for the result`);
   await mkdir(out, { recursive: true });
   if ((await readdir(out)).includes("model.safetensors"))
@@ -204,13 +205,15 @@ async function checkTensor(entry: TensorEntry, block: BlockMatrix | undefined): 
 
 async function checkpointOrigin(source: string, onWarning: (message: string) => void = process.emitWarning): Promise<Origin> {
   const checkpoint = await openCheckpoint(source);
-  const located = locate(parameters(configFor(checkpoint)), checkpoint);
+  const model = configFor(checkpoint);
+  const located = locate(parameters(model), checkpoint);
   await checkTiedHead(located, checkpoint);
   const unused = unusedText(located);
   if (unused) onWarning(`${source}: ${unused}`);
   const { sources } = located;
   return {
     config: checkpoint.config,
+    model,
     folder: checkpoint.folder,
     sources,
     async fill(p, index, dtype, n, k, to) {
@@ -269,9 +272,11 @@ async function randomOrigin(name: string, { layers, experts, seed = 0 }: Quantiz
       : {}),
     ...(experts ? { moe_num_experts: experts } : {}),
   };
-  const numbers = new Map(parameters(readConfig(config)).map((p, i) => [p.name, i]));
+  const model = readConfig(config);
+  const numbers = new Map(parameters(model).map((p, i) => [p.name, i]));
   return {
     config,
+    model,
     folder: null,
     sources: null,
     async fill(p, index, dtype, n, k, to) {

@@ -45,7 +45,10 @@ export async function drawBatch(
   const ids = new Int32Array(outs);
   const logprobs = new Float32Array(outs);
   const [topIds, topValues] = [new Int32Array(outs * most), new Float32Array(outs * most)];
-  const outputs: Record<string, Numbers> = { [OUTPUTS.token]: ids, [OUTPUTS.logprob]: logprobs };
+  const scores = new Float32Array(outs * (model.classes ?? 0));
+  const outputs: Record<string, Numbers> = {};
+  if (model.classes !== null) outputs[OUTPUTS.logits] = scores;
+  else Object.assign(outputs, { [OUTPUTS.token]: ids, [OUTPUTS.logprob]: logprobs });
   if (most > 0) Object.assign(outputs, { [OUTPUTS.topTokens]: topIds, [OUTPUTS.topLogprobs]: topValues });
   const { chosen, layers } = model.mixtures;
   const routed = (routing ? layers : []).map((layer) => {
@@ -64,7 +67,7 @@ export async function drawBatch(
       ...(s.request.embeddings ? { embeddings: s.embeddings(s.cached, count) } : {}),
     }),
   );
-  await steps.run(parts, Int32Array.from(picked), layOut(sampled), outputs, most, started);
+  await steps.run(parts, Int32Array.from(picked), model.classes === null ? layOut(sampled) : null, outputs, most, started);
 
   const topOf = (out: number, count: number): TokenLogprob[] =>
     Array.from({ length: count }, (_, i) => ({ id: topIds[out * most + i], logprob: topValues[out * most + i] }));
@@ -83,6 +86,7 @@ export async function drawBatch(
       return {
         id: ids[i],
         logprob: logprobs[i],
+        ...(model.classes === null ? {} : { scores: scores.slice(i * model.classes, (i + 1) * model.classes) }),
         ...(topLogprobs > 0 ? { top: topOf(i, topLogprobs) } : {}),
         ...(wantRouting ? { routing: routingOf(picked[i]) } : {}),
       };

@@ -15,7 +15,7 @@ import { type Drawn, drawBatch } from "./batch.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
 import { type Inspection, inspect, meanHidden, notFinite, type Task, type Wanted, type Watch } from "./inspection.ts";
 import { Programs } from "./programs.ts";
-import { checkSampling } from "./sampling.ts";
+import { checkSampling, GREEDY } from "./sampling.ts";
 import { type BatchEntry, Scheduler } from "./scheduler.ts";
 import { type GeneratedToken, type Request, Sequence } from "./sequence.ts";
 import { type EngineStats, type StepReport, Tally } from "./stats.ts";
@@ -122,9 +122,10 @@ export class Engine {
 
   /**
    * Generates from a prompt; concurrent requests share steps. Throws immediately on an empty prompt, ids outside the vocabulary, a
-   * prompt longer than the model's positions or the cache, an unknown adapter, or invalid controls. Leaving the loop or aborting the signal cancels it.
+   * prompt longer than the model's positions or the cache, an unknown adapter, invalid controls, or a model that is a classifier. Leaving the loop or aborting the signal cancels it.
    */
   submit(request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
+    if (this.model.classes !== null) throw new RangeError("the model is a classifier: it has classes to choose from, and no tokens");
     this.check(request);
     checkSampling(request.sampling, this.model.vocabSize);
     if (!Number.isInteger(request.maxNewTokens) || request.maxNewTokens < 0)
@@ -132,6 +133,10 @@ export class Engine {
     const { topLogprobs = 0 } = request;
     if (!Number.isInteger(topLogprobs) || topLogprobs < 0 || topLogprobs > this.model.vocabSize)
       throw new RangeError(`topLogprobs is ${topLogprobs}; it must be a whole number from 0 to the vocabulary's ${this.model.vocabSize}`);
+    return this.#enter(request);
+  }
+
+  #enter(request: Request): AsyncGenerator<GeneratedToken, void, undefined> {
     const sequence = new Sequence(request, this.model.cacheKey(request), this.#adapterOf(request));
     if (request.maxNewTokens === 0) sequence.fail(null);
     else {
@@ -139,6 +144,17 @@ export class Engine {
       void this.#serve();
     }
     return sequence.read();
+  }
+
+  /**
+   * A classifier's logits, [classes], from the last token's hidden state. Concurrent requests share steps and prefixes like prompts do. Rejects
+   * with RangeError as `submit` throws it, and for a model that is no classifier.
+   */
+  async classify(request: Omit<Request, "sampling" | "maxNewTokens">): Promise<Float32Array> {
+    if (this.model.classes === null) throw new RangeError("the model is no classifier: it predicts tokens and has no head 'score'");
+    this.check(request);
+    for await (const { scores } of this.#enter({ ...request, sampling: GREEDY, maxNewTokens: 1 })) if (scores) return scores;
+    throw request.signal?.aborted ? request.signal.reason : new Error("internal: a text was not classified");
   }
 
   /**
@@ -314,12 +330,12 @@ export class Engine {
       if (first) cachedTokens += sequence.reused ?? 0;
       if (sequence.done) continue; // its reader left meanwhile
       try {
-        if (token.id === NOT_FINITE) throw notFinite();
+        if (token.id === NOT_FINITE || token.scores?.some((x) => !Number.isFinite(x))) throw notFinite();
         if (token.id < 0) throw new Error("no token is left to choose: the request's bias, n-grams and constraint rule all of them out");
         sequence.request.constraint?.accept(token.id);
       } catch (error) {
         sequence.fail(error);
-        if (token.id === NOT_FINITE)
+        if (token.id === NOT_FINITE || token.scores)
           this.#scheduler.discard(sequence); // so are its keys and values
         else this.#scheduler.remove(sequence);
         continue;

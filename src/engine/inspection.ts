@@ -13,7 +13,7 @@ export interface Wanted {
 }
 
 export interface Inspection {
-  /** [tokens, vocab]. Empty if not requested. */
+  /** [tokens, vocab], or [tokens, classes]. Empty if not requested. */
   readonly logits: Float32Array;
   /** [tokens, hidden] before each layer, then after the final norm. Empty unless requested. */
   readonly hiddenStates: readonly Float32Array[];
@@ -73,7 +73,8 @@ export async function inspect(
   const { logits: wantLogits = true, hiddenStates: wantHidden = false, routing: wantRouting = false } = want;
   const { layers, experts, chosen } = model.mixtures;
   const n = tokens.length;
-  const logits = new Float32Array(wantLogits ? n * model.vocabSize : 0);
+  const width = model.classes ?? model.vocabSize;
+  const logits = new Float32Array(wantLogits ? n * width : 0);
   const hiddenStates = wantHidden ? Array.from({ length: model.layers + 1 }, () => new Float32Array(n * model.hiddenSize)) : [];
   const routing = (wantRouting ? layers : []).map((layer) => ({
     layer,
@@ -86,9 +87,9 @@ export async function inspect(
     if (watch.signal?.aborted) throw watch.signal.reason;
     const from = next;
     const to = Math.min(n, from + rows());
-    const part = (all: Numbers, width: number) => all.subarray(from * width, to * width);
+    const part = (all: Numbers, each: number) => all.subarray(from * each, to * each);
     const outputs: Record<string, Numbers> = {};
-    if (wantLogits) outputs[OUTPUTS.logits] = part(logits, model.vocabSize);
+    if (wantLogits) outputs[OUTPUTS.logits] = part(logits, width);
     hiddenStates.forEach((h, i) => {
       outputs[OUTPUTS.hidden(i)] = part(h, model.hiddenSize);
     });

@@ -15,7 +15,7 @@ export const OUTPUTS = {
   /** The likeliest tokens, best first: [outs, top] i32, [outs, top]. */
   topTokens: "topTokens",
   topLogprobs: "topLogprobs",
-  /** [outs, vocab] */
+  /** [outs, vocab], or [outs, classes]. */
   logits: "logits",
   /** [rows, hidden] before layer i; for i = layers, after the final norm. */
   hidden: (i: number) => `hidden.${i}`,
@@ -156,7 +156,7 @@ function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout
   });
   for (const { layer, ...values } of traced.routing)
     for (const which of ["logits", "experts", "weights"] as const) g.output(OUTPUTS.routing(layer)[which], values[which]);
-  traceSampling(g, logits);
+  if (model.classes === null) traceSampling(g, logits);
   return g;
 }
 

@@ -51,6 +51,8 @@ export interface GeneratedToken {
   readonly logprob: number;
   /** The likeliest tokens according to the model alone, best first, if requested. */
   readonly top?: readonly TokenLogprob[];
+  /** Of a classifier: its logits, [classes], in place of a token. */
+  readonly scores?: Float32Array;
   /** For the position that this token was predicted from. */
   readonly routing?: TokenRouting;
   /** On the first token: how many of the prompt's tokens were already cached. */

@@ -17,10 +17,25 @@ export interface ErnieConfig {
   readonly useBias: boolean;
   /** Null for a dense model. */
   readonly moe: MoeConfig | null;
+  /** Null for a model that predicts tokens; a classifier has a head `score` in place of the one over the vocabulary. */
+  readonly classifier: ClassifierConfig | null;
   /** Ids that end a text; generation_config.json may override them. */
   readonly eosTokenIds: readonly number[];
   readonly bosTokenId: number | null;
   readonly padTokenId: number | null;
+}
+
+/** What the labels of a classifier's examples are: one class, any number of classes, or numbers. */
+export const PROBLEMS = ["single_label_classification", "multi_label_classification", "regression"] as const;
+export type Problem = (typeof PROBLEMS)[number];
+
+export interface ClassifierConfig {
+  /** Names of the classes, in the order of the head's rows. */
+  readonly labels: readonly string[];
+  /** Null: not said, so by the number of classes, as in transformers. */
+  readonly problem: Problem | null;
+  /** Whether the head has a bias; transformers' has none. Not in config.json: it follows from the tensors. */
+  readonly bias: boolean;
 }
 
 export interface MoeConfig {
@@ -49,6 +64,8 @@ const EARLIER: Readonly<Record<string, ErnieConfig["architecture"]>> = {
   Ernie4_5_MoEForCausalLM: "Ernie4_5_MoeForCausalLM",
   Ernie4_5MoeForCausalLM: "Ernie4_5_MoeForCausalLM",
 };
+/** Ends the names of classifiers' architectures; what comes before is as in those that predict tokens. */
+const CLASSIFIER = /ForSequenceClassification$/;
 const BY_MODEL_TYPE: Record<string, ErnieConfig["architecture"]> = {
   ernie4_5_moe: "Ernie4_5_MoeForCausalLM",
   ernie4_5: "Ernie4_5ForCausalLM",
@@ -81,6 +98,8 @@ const MOST_NUMBERS = 2 ** 32;
 /** The largest value of a fraction, which is added to or divides numbers around 1. */
 const MOST_REAL = 1;
 const MOST_IDS = 1024;
+export const MOST_LABELS = 65_536;
+const LONGEST_LABEL = 1000;
 
 /** Throws a ConfigError on an unknown architecture (and lists the supported ones), a missing or invalid value, or an unsupported feature. */
 export function readConfig(raw: Record<string, unknown>): ErnieConfig {
@@ -148,6 +167,7 @@ export function readConfig(raw: Record<string, unknown>): ErnieConfig {
     tied: flag("tie_word_embeddings", true),
     useBias: flag("use_bias", false),
     moe,
+    classifier: namedArchitectures(raw).some((name) => CLASSIFIER.test(name)) ? readClassifier(raw) : null,
     eosTokenIds: readIds(raw["eos_token_id"] ?? 2, "eos_token_id"),
     bosTokenId: raw["bos_token_id"] == null ? null : whole("bos_token_id", undefined, 0),
     padTokenId: raw["pad_token_id"] == null ? null : whole("pad_token_id", undefined, 0),
@@ -174,17 +194,53 @@ export function readIds(value: unknown, name: string): number[] {
   return ids;
 }
 
+/**
+ * What a config says about classes: `id2label`, without it `num_labels`, without both transformers' two; and `problem_type`. Throws
+ * ConfigError. @param source names them in errors
+ */
+export function readClassifier(raw: Readonly<Record<string, unknown>>, source = "config.json: "): ClassifierConfig {
+  const { id2label, num_labels: count, problem_type: problem } = raw;
+  if (problem != null && !PROBLEMS.some((each) => each === problem))
+    throw new ConfigError(`${source}problem_type is ${show(problem)}; it must be ${PROBLEMS.join(", ")}`);
+  return { labels: readLabels(source, id2label, count), problem: (problem as Problem | undefined) ?? null, bias: false };
+}
+
+function readLabels(source: string, id2label: unknown, count: unknown = 2): string[] {
+  if (id2label == null) {
+    if (!Number.isInteger(count) || Number(count) < 1 || Number(count) > MOST_LABELS)
+      throw new ConfigError(`${source}num_labels is ${show(count)}, not a whole number from 1 to ${MOST_LABELS}`);
+    return Array.from({ length: Number(count) }, (_, i) => `LABEL_${i}`);
+  }
+  const entries = typeof id2label === "object" ? Object.entries(id2label) : [];
+  if (entries.length === 0 || entries.length > MOST_LABELS)
+    throw new ConfigError(`${source}id2label is ${show(id2label)}, not an object of 1 to ${MOST_LABELS} names by number`);
+  return Array.from({ length: entries.length }, (_, i) => {
+    const label = (id2label as Record<string, unknown>)[i];
+    if (typeof label !== "string" || label.length > LONGEST_LABEL)
+      throw new ConfigError(
+        `${source}id2label has ${entries.length} entries, and that of ${i} is ${show(label)}; there must be a name for each number from 0 on`,
+      );
+    return label;
+  });
+}
+
+function namedArchitectures(raw: Record<string, unknown>): string[] {
+  if (!Array.isArray(raw["architectures"])) return [];
+  return raw["architectures"].slice(0, 10).map((a) => (typeof a === "string" ? a : show(a)));
+}
+
 function readArchitecture(raw: Record<string, unknown>): ErnieConfig["architecture"] {
-  const named: string[] = Array.isArray(raw["architectures"])
-    ? raw["architectures"].slice(0, 10).map((a) => (typeof a === "string" ? a : show(a)))
-    : [];
+  const own = namedArchitectures(raw);
+  const named = own.map((name) => name.replace(CLASSIFIER, "ForCausalLM"));
   const known = ARCHITECTURES.find((a) => named.includes(a)) ?? named.flatMap((a) => (Object.hasOwn(EARLIER, a) ? EARLIER[a] : []))[0];
   if (known) return known;
   const type = raw["model_type"];
   const byType = typeof type === "string" && Object.hasOwn(BY_MODEL_TYPE, type) ? BY_MODEL_TYPE[type] : undefined;
   if (byType && named.length === 0) return byType;
-  const seen = named.length ? shortened(named.join(", ")) : show(type);
-  throw new ConfigError(`config.json: the architecture ${seen} is not supported; supported are ${ARCHITECTURES.join(", ")}`);
+  const seen = own.length ? shortened(own.join(", ")) : show(type);
+  throw new ConfigError(
+    `config.json: the architecture ${seen} is not supported; supported are ${ARCHITECTURES.join(", ")}, and classifiers of both (ForSequenceClassification)`,
+  );
 }
 
 function readRope(raw: Record<string, unknown>): number {

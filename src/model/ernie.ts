@@ -28,6 +28,7 @@ export interface Adapters {
 export function ernie(config: ErnieConfig, adapters: Adapters | null = null): Model {
   return {
     vocabSize: config.vocabSize,
+    classes: config.classifier?.labels.length ?? null,
     hiddenSize: config.hiddenSize,
     maxPositions: config.maxPositions,
     layers: config.layers,
@@ -171,6 +172,15 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
     };
   });
   const norm = float32("model.norm.weight", hidden);
+  const { classifier } = config;
+  if (classifier) {
+    const classes = classifier.labels.length;
+    const score = {
+      weight: float32("score.weight", classes, hidden),
+      ...(classifier.bias ? { bias: float32("score.bias", classes) } : {}),
+    };
+    return { embed, layers, norm, head: score };
+  }
   const head = {
     weight: config.tied ? embed : visit({ name: "lm_head.weight", shape: [config.vocabSize, hidden], kind: "matrix" }),
     // As in transformers: only a mixture's head has a bias, even if it shares the embedding's weights.

@@ -28,5 +28,9 @@ export function configFor({ config: raw, tensors, blocks }: Pick<Checkpoint, "co
   compare("vocab_size", config.vocabSize, table[0], "rows of embeddings");
   compare("hidden_size", config.hiddenSize, table[1], "numbers per embedding");
   if (config.moe) compare("moe_num_experts", config.moe.experts, experts, "experts");
-  return config;
+  const { classifier } = config;
+  if (!classifier) return config;
+  const score = tensors.get("score.weight")?.shape;
+  if (score) compare("id2label", classifier.labels.length, score[0], "rows of the head 'score'");
+  return { ...config, classifier: { ...classifier, bias: tensors.has("score.bias") } };
 }

@@ -47,7 +47,7 @@ export interface Forward {
   readonly hiddenStates: readonly Tensor[];
   /** One per mixture layer. */
   readonly routing: readonly (Routing & { readonly layer: number })[];
-  /** Turns final hidden states into logits. */
+  /** Turns final hidden states into logits: of the vocabulary, or of a classifier's classes. */
   readonly head: Linear;
 }
 
@@ -63,6 +63,8 @@ export interface Stack {
 
 export interface Model {
   readonly vocabSize: number;
+  /** How many classes a classifier tells apart; null: the model predicts tokens. */
+  readonly classes: number | null;
   readonly hiddenSize: number;
   readonly maxPositions: number;
   readonly layers: number;

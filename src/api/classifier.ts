@@ -1,0 +1,247 @@
+/**
+ * Classifiers with the API of transformers: `AutoModelForSequenceClassification`. The head `score` reads the hidden state of a text's last
+ * token. Knows no text.
+ */
+import { stat } from "node:fs/promises";
+import { join } from "node:path";
+import { type AdapterFolder, openAdapter } from "../checkpoint/adapter.ts";
+import { CONFIG } from "../checkpoint/checkpoint.ts";
+import { CheckpointError } from "../checkpoint/error.ts";
+import type { TensorEntry } from "../checkpoint/safetensors.ts";
+import type { Request } from "../engine/sequence.ts";
+import { type ClassifierConfig, type ErnieConfig, PROBLEMS, type Problem, readClassifier } from "../model/config.ts";
+import { optionFault } from "../tokenizer/options.ts";
+import { type LoadAdapterOptions, RuntimeAdapters, readBranches, type WeightedAdapterOptions } from "./adapters.ts";
+import { type ModelInputs, readRows } from "./generation.ts";
+import { type Head, type LoadedModel, loadModel } from "./load.ts";
+import { checkPretrained, type NamedTensor, type PretrainedOptions, resolvePretrained } from "./model.ts";
+
+export interface ClassifierOptions extends PretrainedOptions {
+  /** A folder in PEFT's format with a head among its `modules_to_save`: makes a classifier of a model that predicts tokens. */
+  readonly adapter?: string;
+  /** Names of the classes, by number. Default: those of config.json, else LABEL_0, LABEL_1, ... */
+  readonly id2label?: Readonly<Record<number, string>>;
+  /** Default: that of config.json, else by the number of classes. */
+  readonly problem_type?: Problem;
+}
+
+export interface ClassifyOptions extends ModelInputs {
+  /** The name of a loaded adapter; null: the base model. Default: the active one. */
+  readonly adapter?: string | null;
+  readonly signal?: AbortSignal;
+}
+
+/** How logits become scores. */
+export type ActivationName = "softmax" | "sigmoid" | "none";
+
+const SCORE = /^(?:.*\.)?score\.(weight|bias)$/;
+const INPUTS = ["input_ids", "attention_mask", "adapter", "signal"] as const satisfies readonly (keyof ClassifyOptions)[];
+/** What the adapter of `from_pretrained` is called, as in PEFT. */
+const DEFAULT = "default";
+
+/** Loads classifiers. */
+export const AutoModelForSequenceClassification = {
+  /**
+   * Loads a classifier: a folder or hub id of one (`ForSequenceClassification` in its config); a model that predicts tokens with
+   * `adapter`; or the adapter's folder itself, whose config names its base. Rejects with a one-line error that says what is wrong with files,
+   * config or options.
+   */
+  async from_pretrained(idOrFolder: string, options: ClassifierOptions = {}): Promise<SequenceClassifier> {
+    const { adapter: given, id2label, problem_type, ...rest } = options;
+    checkPretrained(rest);
+    const adapter = given ?? ((await isAdapter(idOrFolder)) ? idOrFolder : null);
+    const base = adapter !== null && given === undefined ? baseOf(await openAdapter(adapter)) : idOrFolder;
+    const folder = await resolvePretrained(base, rest);
+    const loaded = await loadClassifier(folder, { ...rest, device: rest.device ?? rest.device_map }, { adapter, id2label, problem_type });
+    return new SequenceClassifier(loaded, adapter !== null && loaded.engine.adapters.names.length > 0 ? DEFAULT : null);
+  },
+};
+
+/** The options of from_pretrained that say what classifies, for callers that resolve folders themselves. */
+export interface ClassifierParts {
+  readonly adapter?: string | null;
+  readonly id2label?: Readonly<Record<number, string>>;
+  readonly problem_type?: Problem;
+}
+
+/** Loads a classifier from local files; the adapter, if it has more than a head, is loaded as `default`. */
+export async function loadClassifier(
+  folder: string,
+  options: Parameters<typeof loadModel>[1],
+  { adapter = null, id2label, problem_type }: ClassifierParts,
+): Promise<LoadedModel> {
+  if (problem_type !== undefined && !PROBLEMS.includes(problem_type))
+    throw new RangeError(`problem_type '${problem_type}' is not known; known are ${PROBLEMS.join(", ")}`);
+  const head = adapter === null ? null : headOf(await openAdapter(adapter), id2label);
+  const loaded = await loadModel(folder, options, head);
+  try {
+    const { classifier } = loaded.config;
+    if (!classifier)
+      throw new CheckpointError(folder, "has no head 'score', so it is no classifier; give an adapter that has one, or train one");
+    const named = id2label === undefined ? classifier.labels : readClassifier({ id2label }, "").labels;
+    if (named.length !== classifier.labels.length)
+      throw new RangeError(`id2label names ${named.length} classes, and the model has ${classifier.labels.length}`);
+    const config: ErnieConfig = {
+      ...loaded.config,
+      classifier: { ...classifier, labels: named, problem: problem_type ?? classifier.problem },
+    };
+    if (adapter !== null) {
+      const branches = await readBranches(adapter, config, loaded.engine.adapters.limits, true);
+      if (branches.size > 0) await loaded.engine.loadAdapter(DEFAULT, branches);
+    }
+    return { ...loaded, config };
+  } catch (error) {
+    await loaded.engine.dispose();
+    throw error;
+  }
+}
+
+export class SequenceClassifier {
+  readonly folder: string;
+  readonly config: ErnieConfig;
+  readonly classifier: ClassifierConfig;
+  /** Instruction set and threads, for display. */
+  readonly device: string;
+  /** The underlying engine: `classify` takes many concurrent requests. */
+  readonly engine: LoadedModel["engine"];
+  readonly #adapters: RuntimeAdapters;
+
+  constructor({ config, checkpoint, engine, backend }: LoadedModel, active: string | null) {
+    if (!config.classifier) throw new Error("internal: a model without classes");
+    this.folder = checkpoint.folder;
+    this.config = config;
+    this.classifier = config.classifier;
+    this.engine = engine;
+    this.device = `${backend.name}, ${backend.threads} thread${backend.threads === 1 ? "" : "s"}`;
+    this.#adapters = new RuntimeAdapters(engine, config);
+    this.#adapters.set(active);
+  }
+
+  /**
+   * Logits [batch, classes]. As in transformers, a row's last token that is not padding counts, padding being the mask's zeros and
+   * `pad_token_id` at the end. Rows share steps. Rejects with RangeError for an empty row or ids outside the vocabulary.
+   */
+  async forward(options: ClassifyOptions): Promise<{ readonly logits: NamedTensor }> {
+    const fault = optionFault("forward", options, INPUTS);
+    if (fault !== null) throw new RangeError(fault);
+    const rows = readRows(options).map(({ tokens }) => tokens);
+    const each = await this.classify(rows, { adapter: options.adapter, signal: options.signal });
+    const classes = this.classifier.labels.length;
+    const data = new Float32Array(rows.length * classes);
+    each.forEach((logits, i) => {
+      data.set(logits, i * classes);
+    });
+    return { logits: { dims: [rows.length, classes], data } };
+  }
+
+  /** Logits of each text, [classes]. The first failure ends the others. */
+  async classify(
+    texts: readonly (readonly number[])[],
+    { adapter, signal }: Pick<ClassifyOptions, "adapter" | "signal"> = {},
+  ): Promise<Float32Array[]> {
+    signal?.throwIfAborted();
+    const leave = new AbortController();
+    const own: Request["signal"] = signal ? AbortSignal.any([signal, leave.signal]) : leave.signal;
+    const all = texts.map((tokens) =>
+      this.engine.classify({ tokens: withoutPadding(tokens, this.config.padTokenId), ...this.#adapters.of(adapter), signal: own }),
+    );
+    try {
+      return await Promise.all(all);
+    } catch (error) {
+      leave.abort(error);
+      await Promise.allSettled(all);
+      throw error;
+    }
+  }
+
+  /** As CausalLM's. The head stays this model's: an adapter with a head of its own is refused. */
+  load_adapter(folder: string, options: LoadAdapterOptions = {}): Promise<void> {
+    return this.#adapters.load(folder, options);
+  }
+
+  set_adapter(name: string | null): void {
+    this.#adapters.set(name);
+  }
+
+  delete_adapter(name: string): void {
+    this.#adapters.delete(name);
+  }
+
+  add_weighted_adapter(names: readonly string[], weights: readonly number[], options: WeightedAdapterOptions): Promise<void> {
+    return this.#adapters.addWeighted(names, weights, options);
+  }
+
+  get active_adapter(): string | null {
+    return this.#adapters.active;
+  }
+
+  get adapter_names(): readonly string[] {
+    return this.#adapters.names;
+  }
+
+  dispose(): Promise<void> {
+    return this.engine.dispose();
+  }
+}
+
+/** Without the padding at a text's end, as transformers pools: up to the last token that is not `pad`, or the first if all are. */
+export function withoutPadding(tokens: readonly number[], pad: number | null): readonly number[] {
+  let count = tokens.length;
+  while (count > 1 && tokens[count - 1] === pad) count--;
+  return count === tokens.length ? tokens : tokens.slice(0, count);
+}
+
+/** The function that transformers and vLLM apply to logits when none is asked for. */
+export function activationOf({ labels, problem }: ClassifierConfig): ActivationName {
+  if (problem === "regression") return "none";
+  return problem === "multi_label_classification" || labels.length === 1 ? "sigmoid" : "softmax";
+}
+
+export function activated(logits: Float32Array, name: ActivationName): Float32Array {
+  if (name === "none") return logits;
+  if (name === "sigmoid") return logits.map((x) => 1 / (1 + Math.exp(-x)));
+  const top = logits.reduce((most, x) => Math.max(most, x), Number.NEGATIVE_INFINITY);
+  const powers = Array.from(logits, (x) => Math.exp(x - top));
+  const sum = powers.reduce((total, x) => total + x, 0);
+  return Float32Array.from(powers, (x) => x / sum);
+}
+
+/** The head in an adapter's folder. */
+function headOf({ folder, file, tensors }: AdapterFolder, id2label: ClassifierParts["id2label"]): Head {
+  const found = new Map<string, TensorEntry>();
+  for (const [name, entry] of tensors) {
+    const half = SCORE.exec(name)?.[1];
+    if (half !== undefined) found.set(`score.${half}`, entry);
+  }
+  const weight = found.get("score.weight");
+  if (!weight)
+    throw new CheckpointError(folder, "has no head: there is no tensor score.weight, which modules_to_save ['score'] would give");
+  const [classes] = weight.shape;
+  if (weight.shape.length !== 2 || classes < 1)
+    throw new CheckpointError(file, `tensor ${weight.name} has the shape [${weight.shape}], not [classes, hidden size]`);
+  const labels = readClassifier(id2label === undefined ? { num_labels: classes } : { id2label }, "").labels;
+  if (labels.length !== classes) throw new RangeError(`id2label names ${labels.length} classes, and ${weight.name} has ${classes} rows`);
+  return {
+    classifier: { labels, problem: null, bias: found.has("score.bias") },
+    sources: new Map(
+      [...found].map(([name, entry]) => [name, { stored: STORED[entry.dtype as keyof typeof STORED], parts: [entry], shape: entry.shape }]),
+    ),
+  };
+}
+
+/** Formats of tensors that `openAdapter` accepts. */
+const STORED = { F32: "f32", F16: "f16", BF16: "bf16" } as const;
+
+async function isAdapter(idOrFolder: string): Promise<boolean> {
+  const there = (name: string) =>
+    stat(join(idOrFolder, name)).then(
+      () => true,
+      () => false,
+    );
+  return (await there("adapter_config.json")) && !(await there(CONFIG));
+}
+
+function baseOf({ folder, config }: AdapterFolder): string {
+  if (config.base_model_name_or_path) return config.base_model_name_or_path;
+  throw new CheckpointError(folder, "is an adapter that does not name its base (base_model_name_or_path); give the base, with { adapter }");
+}

@@ -1,5 +1,7 @@
 /** What models offer besides answers: their facts, and a text's tokens, embedding and experts. Knows no protocol. */
+import { activated, activationOf, withoutPadding } from "../api/classifier.ts";
 import { kvCacheName } from "../api/kv.ts";
+import { anyOf } from "../api/signal.ts";
 import type { Prompt } from "../chat/prompt.ts";
 import type { RoutedLayer } from "../engine/engine.ts";
 import { moeLayers } from "../model/config.ts";
@@ -7,6 +9,7 @@ import { measure } from "../model/size.ts";
 import type { Caller } from "./access/gate.ts";
 import type { NamedModel } from "./catalog.ts";
 import { contextLength } from "./completion/complete.ts";
+import type { Usage } from "./completion/request.ts";
 import type { ServerContext } from "./context.ts";
 import { ServerError } from "./errors.ts";
 
@@ -87,6 +90,78 @@ export async function embed(
     vectors.push(unitLength(await model.engine.embed(tokens, watch)));
   }
   return { vectors, tokens: meter.usage.promptTokens };
+}
+
+export interface ClassifyTerms {
+  /** Use only so many tokens of each text; null: longer ones are errors. */
+  readonly mostTokens: number | null;
+  /** Which of a text's tokens to keep. */
+  readonly keep: "first" | "last";
+  /** Return logits as they are. */
+  readonly raw: boolean;
+}
+
+/** The class of each text, with probabilities in the order of the classes. */
+export interface Classified {
+  readonly label: string;
+  readonly scores: Float32Array;
+}
+
+/**
+ * Classifies texts; they share steps. Rejects with ServerError `invalid_request` for a model that is no classifier, and for what the engine
+ * cannot compute.
+ */
+export async function classify(
+  context: ServerContext,
+  caller: Caller,
+  model: NamedModel,
+  prompts: readonly Prompt[],
+  terms: ClassifyTerms,
+  signal?: AbortSignal,
+): Promise<{ readonly results: readonly Classified[]; readonly usage: Usage }> {
+  const { name, config, engine, encoder, adapter } = model;
+  const { classifier } = config;
+  if (!classifier) throw new ServerError("invalid_request", `the model '${name}' is no classifier: it predicts tokens`, { param: "model" });
+  const longest = Math.min(contextLength(model), context.maxPromptTokens ?? Number.POSITIVE_INFINITY);
+  const most = terms.mostTokens === null ? null : Math.min(terms.mostTokens, longest);
+  const encoded = await Promise.all(
+    prompts.map(async (prompt) => {
+      const { tokens } = await encoder.encode(prompt, signal, { owner: caller.id, ...(most === null ? { mostTokens: longest } : {}) });
+      if (most === null || tokens.length <= most) return tokens;
+      return terms.keep === "first" ? tokens.slice(0, most) : tokens.slice(-most);
+    }),
+  );
+  for (const [i, tokens] of encoded.entries()) {
+    const param = `input[${i}]`;
+    checkTokens(model, tokens, param); // before any is computed
+    if (tokens.length > longest)
+      throw new ServerError("context_length_exceeded", `the text has ${tokens.length} tokens; this server accepts at most ${longest}`, {
+        param,
+      });
+  }
+  const meter = context.meter(caller, model);
+  const leave = new AbortController();
+  const all = encoded.map((tokens, i) =>
+    engine.classify({
+      tokens: withoutPadding(tokens, config.padTokenId),
+      owner: caller.id,
+      signal: anyOf(signal, leave.signal),
+      onPrompt: meter.answerTo(i).read,
+      ...(adapter === undefined ? {} : { adapter }),
+    }),
+  );
+  try {
+    const scores = (await Promise.all(all)).map((logits) => activated(logits, terms.raw ? "none" : activationOf(classifier)));
+    const results = scores.map((each) => ({
+      label: classifier.labels[each.reduce((best, x, i) => (x > each[best] ? i : best), 0)],
+      scores: each,
+    }));
+    return { results, usage: meter.usage };
+  } catch (error) {
+    leave.abort(error);
+    await Promise.allSettled(all);
+    throw error;
+  }
 }
 
 /**

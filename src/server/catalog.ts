@@ -1,7 +1,8 @@
 /** Models by name: loaded on first use, shared by all requests, unloaded when idle or when memory is needed. Knows no request. */
+import { loadClassifier } from "../api/classifier.ts";
 import { endTokenIds, type GenerationDefaults } from "../api/defaults.ts";
 import { KV_DTYPES } from "../api/kv.ts";
-import { type LoadedModel, loadModel } from "../api/load.ts";
+import { type LoadedModel, type LoadOptions, loadModel } from "../api/load.ts";
 import { isBundled, resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
@@ -184,6 +185,7 @@ export class Catalog {
 
   async #load(entry: Entry): Promise<NamedModel> {
     const { name, path, dtype, threads, device, kvCacheDtype, chunkSize, weights: residence, adapters, maxLoraRank } = entry.config;
+    const { classifier, labels, problemType: problem_type } = entry.config;
     const { onEvent } = this.#options;
     onEvent("loading", name, { path });
     const start = performance.now();
@@ -191,7 +193,7 @@ export class Catalog {
       const folder = await resolvePretrained(path, { local_files_only: this.#options.offline || undefined });
       const { weightBytes, kvTokens } = await this.#reserve(entry, folder);
       const tokenizer = await openTokenizer(folder);
-      const { config, defaults, engine, weights } = await loadModel(folder, {
+      const options: LoadOptions = {
         dtype,
         threads,
         kv_cache_dtype: kvCacheDtype,
@@ -199,10 +201,17 @@ export class Catalog {
         device,
         chunk_size: chunkSize,
         weights: residence,
-        max_loras: Math.max(1, Object.keys(adapters).length),
+        max_loras: Object.keys(adapters).length + 1, // a classifier may have one of its own
         max_lora_rank: maxLoraRank,
         warning_callback: (warning) => onEvent("loading", name, { warning }),
-      });
+      };
+      const classifies = classifier !== undefined || labels !== undefined || problem_type !== undefined;
+      const id2label = labels && Object.fromEntries(labels.entries());
+      const loaded = classifies
+        ? await loadClassifier(folder, options, { adapter: classifier, id2label, problem_type })
+        : await loadModel(folder, options);
+      const { config, defaults, engine, weights } = loaded;
+      const [own] = engine.adapters.names; // of a classifier
       entry.adapters = new ServedAdapters({ name, engine, config, folders: adapters, onEvent });
       await entry.adapters.load();
       entry.bytes = weightBytes + engine.cache.count * BLOCK_TOKENS * engine.kvBytesPerToken + engine.adapters.bytes;
@@ -214,6 +223,7 @@ export class Catalog {
         engine,
         dtype: mainFormat(weights),
         defaults,
+        ...(own === undefined ? {} : { adapter: own }),
         encoder: new Encoder(folder, tokenizer, this.#turns),
         grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(defaults, config), this.#turns),
       };

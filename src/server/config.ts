@@ -4,6 +4,7 @@ import { parse as parseYaml, YAMLParseError } from "yaml";
 import { z } from "zod";
 import { KV_CACHE_DTYPES } from "../api/kv.ts";
 import { RESIDENCES } from "../api/residence.ts";
+import { PROBLEMS } from "../model/config.ts";
 import { suggestion } from "../tokenizer/nearest.ts";
 
 const count = (least: number) => z.int().min(least);
@@ -35,6 +36,21 @@ const modelSchema = z.strictObject({
     .record(z.string().regex(/^[\w.@-]{1,200}$/, "names of adapters may contain only letters, digits and . @ _ -"), z.string().min(1))
     .default({})
     .describe("LoRA adapters in PEFT's format: folders by name; clients ask for model:name, and requests of all of them share steps"),
+  classifier: z
+    .string()
+    .min(1)
+    .optional()
+    .describe("Folder of a LoRA adapter with a head 'score': serves the model as a classifier. Checkpoints of classifiers need none"),
+  labels: z
+    .array(z.string().min(1).max(1000))
+    .min(1)
+    .max(65_536)
+    .optional()
+    .describe("A classifier's classes; default: those of config.json"),
+  problemType: z
+    .enum(PROBLEMS)
+    .optional()
+    .describe("What a classifier's scores are; default: that of config.json, else by the number of classes"),
   maxLoraRank: count(1).max(4096).default(256).describe("Largest rank of an adapter"),
   chunkSize: count(1).max(65_536).optional().describe("Maximum rows per step; default: 512"),
   preload: z
@@ -43,6 +59,8 @@ const modelSchema = z.strictObject({
     .describe("Load the model before the server is ready, and keep it loaded; otherwise load it on first use"),
 });
 
+/** What the engine calls the adapter of `classifier`. */
+const CLASSIFIER = "default";
 /** The most adapters of one model. */
 const MOST_ADAPTERS = 1024;
 
@@ -149,7 +167,11 @@ export function checkServeConfig(raw: unknown, source = "config"): ServeConfig {
   const result = ServeConfig.safeParse(raw);
   if (!result.success) throw new ServerConfigError(`${source}: ${result.error.issues.map(describeIssue).join("; ")}`);
   const config = result.data;
-  for (const { name, adapters } of config.models) {
+  for (const { name, adapters, classifier } of config.models) {
+    if (classifier !== undefined && Object.hasOwn(adapters, CLASSIFIER))
+      throw new ServerConfigError(
+        `${source}: an adapter of ${JSON.stringify(name)} is called ${CLASSIFIER}, which is the classifier's own`,
+      );
     const count = Object.keys(adapters).length;
     if (count > MOST_ADAPTERS)
       throw new ServerConfigError(`${source}: ${JSON.stringify(name)} has ${count} adapters; at most ${MOST_ADAPTERS} are supported`);

@@ -131,7 +131,11 @@ describe("folders that cannot be used are refused in one line, and the model goe
     ["DoRA", (_, config) => void Object.assign(config, { use_dora: true }), /is a DoRA adapter, which cannot share steps .*; merge it/],
     [
       "a whole embedding",
-      (_, config) => void Object.assign(config, { modules_to_save: ["embed_tokens"] }),
+      async (at, config) => {
+        Object.assign(config, { modules_to_save: ["embed_tokens"] });
+        const tensor = { name: "base_model.model.model.embed_tokens.weight", dtype: "F32" as const, shape: [1], data: new Uint8Array(4) };
+        await writeSafetensors(join(at, "adapter_model.safetensors"), [tensor]);
+      },
       /replaces the module embed_tokens as a whole .*merge it/,
     ],
     ["another method", (_, config) => void Object.assign(config, { peft_type: "IA3" }), /peft_type is "IA3"; only LORA/],

@@ -8,12 +8,14 @@ import { ServerError } from "../errors.ts";
 import { MOST_FIELDS, MOST_VALUES } from "../http/body.ts";
 import {
   type ChatRequest,
+  type ClassifyRequest,
   type DetokenizeRequest,
   type EmbedRequest,
   type GenerateRequest,
   type Named,
   type RouteRequest,
   readChat,
+  readClassify,
   readDetokenize,
   readEmbed,
   readGenerate,
@@ -42,6 +44,8 @@ export function readMessage(method: string, bytes: Buffer, maxJsonDepth: number)
       return readDetokenize(message as DetokenizeRequest);
     case "Embed":
       return readEmbed(message as EmbedRequest);
+    case "Classify":
+      return readClassify(message as ClassifyRequest);
     case "Route":
       return readRoute(message as RouteRequest);
     case "GetModel":

@@ -5,13 +5,23 @@
 import type { z } from "zod";
 import { type ResponseFormat, readFormat } from "../../chat/format.ts";
 import type { Prompt } from "../../chat/prompt.ts";
+import type { ClassifyTerms } from "../analysis.ts";
 import type { NamedModel } from "../catalog.ts";
 import { check } from "../check.ts";
 import type { CompletionRequest } from "../completion/request.ts";
 import { ServerError } from "../errors.ts";
 import { parseBody } from "../http/body.ts";
 import { chatPrompt, chatRequest, completionRequest, messagesOf, promptsOf } from "../http/openai/request.ts";
-import { ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, NamedBody, RoutingBody, TokenizeBody } from "../http/openai/schema.ts";
+import {
+  ChatBody,
+  ClassifyBody,
+  CompletionBody,
+  DetokenizeBody,
+  EmbeddingBody,
+  NamedBody,
+  RoutingBody,
+  TokenizeBody,
+} from "../http/openai/schema.ts";
 
 /** As the loader decodes it: unset fields that are `optional`, in a oneof, or messages are null or absent. */
 export interface Options {
@@ -58,6 +68,11 @@ export interface EmbedRequest extends Named {
   readonly inputs: readonly TextOrTokens[];
 }
 
+export interface ClassifyRequest extends EmbedRequest {
+  readonly truncate_prompt_tokens?: number;
+  readonly raw: boolean;
+}
+
 export interface RouteRequest extends TextOrTokens, Named {
   readonly conversation?: { readonly messages: readonly Message[] } | null;
 }
@@ -83,6 +98,9 @@ export interface Chat extends Named {
 }
 export interface Embed extends Named {
   readonly prompts: readonly Prompt[];
+}
+export interface Classify extends Embed {
+  readonly terms: ClassifyTerms;
 }
 export interface Route extends Named {
   readonly prompt: Prompt;
@@ -122,6 +140,17 @@ export function readEmbed({ model, inputs }: EmbedRequest): Embed {
   const prompts = inputs.map((input, i) => promptIn(input, `input[${i}]`));
   checked(EmbeddingBody, { model, input: inputs.map(({ text = "" }) => text) });
   return { model, prompts };
+}
+
+export function readClassify({ model, inputs, truncate_prompt_tokens, raw }: ClassifyRequest): Classify {
+  const prompts = inputs.map((input, i) => promptIn(input, `input[${i}]`));
+  const fields = truncate_prompt_tokens === undefined ? {} : { truncate_prompt_tokens };
+  checked(ClassifyBody, { model, input: inputs.map(({ text = "" }) => text), ...fields });
+  if (truncate_prompt_tokens === 0)
+    throw new ServerError("invalid_request", "truncate_prompt_tokens is 0: at least one token is needed", {
+      param: "truncate_prompt_tokens",
+    });
+  return { model, prompts, terms: { mostTokens: truncate_prompt_tokens ?? null, keep: "last", raw } };
 }
 
 export function readRoute({ model, conversation, ...prompt }: RouteRequest): Route {

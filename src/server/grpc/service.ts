@@ -1,6 +1,6 @@
 /** The methods of mixtape.proto. Knows no connection and no key. */
 import type { UntypedServiceImplementation } from "@grpc/grpc-js";
-import { detokenize, embed, factsOf, route, tokenize } from "../analysis.ts";
+import { classify, detokenize, embed, factsOf, route, tokenize } from "../analysis.ts";
 import type { NamedModel } from "../catalog.ts";
 import type { CompletionRequest } from "../completion/request.ts";
 import { answer, type ServerContext, withModel } from "../context.ts";
@@ -8,6 +8,7 @@ import type { Calls, Context, StreamContext } from "./calls.ts";
 import { eventMessage, routingMessage } from "./events.ts";
 import {
   type Chat,
+  type Classify,
   chatCompletionRequest,
   type Embed,
   fieldOf,
@@ -61,6 +62,10 @@ export function mixtapeService(calls: Calls, server: ServerContext): UntypedServ
     Embed: unary<Embed>(async (model, { prompts }, { caller, signal }) => {
       const { vectors, tokens } = await embed(server, caller, model, prompts, signal);
       return { embeddings: vectors.map((vector) => ({ values: [...vector] })), prompt_tokens: tokens };
+    }),
+    Classify: unary<Classify>(async (model, { prompts, terms }, { caller, signal }) => {
+      const { results, usage } = await classify(server, caller, model, prompts, terms, signal);
+      return { results: results.map(({ label, scores }) => ({ label, scores: [...scores] })), prompt_tokens: usage.promptTokens };
     }),
     Route: stream<Route>(async (model, { prompt }, { caller, signal, send }) => {
       const { tokens, layers, chosen } = await route(server, caller, model, prompt, signal);

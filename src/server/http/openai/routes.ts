@@ -3,7 +3,7 @@ import { randomUUID } from "node:crypto";
 import type { FastifyInstance, FastifyReply, FastifyRequest } from "fastify";
 import type { ZodTypeProvider } from "fastify-type-provider-zod";
 import type { Caller } from "../../access/gate.ts";
-import { detokenize, embed } from "../../analysis.ts";
+import { type Classified, classify, detokenize, embed } from "../../analysis.ts";
 import { contextLength } from "../../completion/complete.ts";
 import type { CompletionEvent, CompletionRequest } from "../../completion/request.ts";
 import { answer, type ServerContext, withModel } from "../../context.ts";
@@ -14,7 +14,7 @@ import { signalOf } from "../signal.ts";
 import { EventStream } from "../sse.ts";
 import { ChatChoice, TextChoice, usageOf } from "./choice.ts";
 import { chatRequest, completionRequests, promptsOf, several } from "./request.ts";
-import { ChatBody, CompletionBody, EmbeddingBody } from "./schema.ts";
+import { ChatBody, ClassifyBody, CompletionBody, EmbeddingBody } from "./schema.ts";
 
 /** @param callerOf who sent a request */
 export function registerOpenAi(app: FastifyInstance, context: ServerContext, callerOf: (request: FastifyRequest) => Caller): void {
@@ -103,6 +103,50 @@ export function registerOpenAi(app: FastifyInstance, context: ServerContext, cal
       });
     }),
   );
+
+  for (const path of ["/v1/classify", "/classify"])
+    routes.post(
+      path,
+      { schema: { body: ClassifyBody, tags: ["vLLM"], summary: "Classify texts, with a model that is a classifier" } },
+      (request, reply) =>
+        withModel(context, callerOf(request), request.body.model, async (model) => {
+          const { body } = request;
+          const truncate = body.truncate_prompt_tokens ?? null;
+          if (truncate === 0)
+            throw new ServerError("invalid_request", "truncate_prompt_tokens is 0: at least one token is needed", {
+              param: "truncate_prompt_tokens",
+            });
+          const terms = {
+            mostTokens: truncate === -1 ? contextLength(model) : truncate,
+            keep: body.truncation_side === "right" ? ("first" as const) : ("last" as const),
+            raw: (body.use_activation ?? body.activation ?? body.softmax) === false,
+          };
+          const prompts = promptsOf(body.input).map((prompt) =>
+            prompt.kind === "text" ? { ...prompt, specialTokens: body.add_special_tokens ?? true } : prompt,
+          );
+          const { results, usage } = await classify(context, callerOf(request), model, prompts, terms, signalOf(reply));
+          const fields = {
+            id: `classify-${randomUUID().replaceAll("-", "")}`,
+            object: "list",
+            created: now(),
+            model: model.name,
+            usage: {
+              prompt_tokens: usage.promptTokens,
+              total_tokens: usage.promptTokens,
+              completion_tokens: 0,
+              prompt_tokens_details: usage.cachedTokens > 0 ? { cached_tokens: usage.cachedTokens } : null,
+            },
+          };
+          const classified = ({ label, scores }: Classified, index: number) => ({
+            index,
+            label,
+            probs: [...scores],
+            num_classes: scores.length,
+          });
+          const data = await jsonList(results, classified, callerOf(request).id);
+          return reply.type("application/json; charset=utf-8").send(jsonWith(fields, { data }));
+        }),
+    );
 
   const shown = ({ name, created, demo, parent }: ReturnType<typeof catalog.list>[number]) => ({
     id: name,

@@ -245,6 +245,40 @@ export const EmbeddingBody = z.strictObject({
 });
 export type EmbeddingBody = z.infer<typeof EmbeddingBody>;
 
+/** As vLLM has it. */
+export const ClassifyBody = noted(
+  z.strictObject({
+    ...ignored,
+    priority: noted(z.unknown().optional(), { ignored: true }),
+    model,
+    input: prompts(MOST_INPUTS),
+    truncate_prompt_tokens: z
+      .number()
+      .int()
+      .min(-1)
+      .nullish()
+      .describe(
+        "Use only so many tokens of a text, by default its last; -1: as many as the model takes. Default: longer texts are errors.",
+      ),
+    truncation_side: z.enum(["left", "right"]).nullish().describe("Where a text is cut. Default left, which keeps its end."),
+    add_special_tokens: z.boolean().nullish(),
+    use_activation: z
+      .boolean()
+      .nullish()
+      .describe("False: logits in place of probabilities. Default true: softmax, sigmoid for multi-label models, none for regression."),
+    activation: z.boolean().nullish().describe("The earlier name of use_activation."),
+    softmax: z.boolean().nullish().describe("The earliest name of use_activation."),
+  }),
+  {
+    elsewhere: {
+      messages: "send the text as 'input', in the form that the classifier was trained on",
+      prompt: "send 'input'",
+      text: "send 'input'",
+    },
+  },
+);
+export type ClassifyBody = z.infer<typeof ClassifyBody>;
+
 export const TokenizeBody = z.strictObject({
   model,
   text: z.string(),
@@ -269,6 +303,8 @@ export const BODIES = {
   "/v1/chat/completions": ChatBody,
   "/v1/completions": CompletionBody,
   "/v1/embeddings": EmbeddingBody,
+  "/v1/classify": ClassifyBody,
+  "/classify": ClassifyBody,
   "/v1/routing": RoutingBody,
   "/tokenize": TokenizeBody,
   "/detokenize": DetokenizeBody,

@@ -2,6 +2,7 @@
  * The low-rank adapters that an engine has loaded: their matrices, stacked in states of the backend so that each row of a step can have
  * another adapter (https://arxiv.org/abs/2311.03285), and their names. Knows no files, no requests and no schedule.
  */
+import { setImmediate as turn } from "node:timers/promises";
 import type { Backend, State } from "../backend/backend.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
 import { elements } from "../tensor/shape.ts";
@@ -121,31 +122,34 @@ export class LoadedAdapters {
           throw fail(
             `${module}.lora_${half} has ${numbers.length} numbers, and this model needs ${wanted}: the adapter is of another base`,
           );
-        const wrong = numbers.findIndex((x) => !Number.isFinite(x));
+        const wrong = allFinite(numbers) ? -1 : numbers.findIndex((x) => !Number.isFinite(x));
         if (wrong >= 0)
           throw fail(`${module}.lora_${half} holds ${numbers[wrong]}, element ${wrong}: the file is damaged, or training had diverged`);
+        if (half === "B" && !Number.isFinite(Math.fround(largest(numbers) * branch.scale)))
+          throw fail(`${module}.lora_B times its scale, ${branch.scale}, exceeds what float32 holds`);
       }
     }
   }
 
   /**
-   * Adds an adapter that `check` has accepted, under a new name or in place of another. Call it only while no step runs.
+   * Adds an adapter that `check` has accepted, under a new name or in place of another. No step and no other `add` may run meanwhile.
    * @param used whether a request still needs an adapter that has no name any more
    * @returns whether the stack was made anew, so that programs must be prepared again
    * @throws RangeError when memory does not suffice; nothing has changed then
    */
-  add(name: string, branches: Branches, used: (adapter: LoadedAdapter) => boolean): boolean {
+  async add(name: string, branches: Branches, used: (adapter: LoadedAdapter) => boolean): Promise<boolean> {
     this.#checkCount(name); // others may have come since `check`
     const free = this.#slots.findIndex((a) => a && this.#named.get(a.name) !== a && !used(a));
     const slot = free >= 0 ? free : this.#slots.length;
     const rank = Math.max(...[...branches.values()].map((b) => b.rank));
-    const grown = this.#grow(slot + 1, rank, branches);
+    const grown = await this.#grow(slot + 1, rank, branches);
     const room = this.#room as Room;
     for (const p of stackedParameters(room.model)) {
       const branch = branches.get(moduleOf(p));
       if (!branch && free < 0) continue; // the memory is still zero
       const [state, size] = [room.states.get(p.name) as State, elements(p.shape) / room.count];
       state.write(branch ? padded(p, branch, room) : new Float32Array(size), slot * size);
+      await turn(); // a large adapter takes a while to copy, and only steps have to wait
     }
     const adapter: LoadedAdapter = {
       name,
@@ -203,7 +207,7 @@ export class LoadedAdapters {
   }
 
   /** Makes room for so many adapters, this rank and these modules. Returns whether the stack had to be made anew. */
-  #grow(count: number, rank: number, branches: Branches): boolean {
+  async #grow(count: number, rank: number, branches: Branches): Promise<boolean> {
     const old = this.#room;
     const modules = new Set([...(old?.modules ?? []), ...branches.keys()]);
     if (old && old.count >= count && old.rank >= rank && old.modules.size === modules.size) return false;
@@ -227,13 +231,13 @@ export class LoadedAdapters {
       throw error;
     }
     const room: Room = { ...stack, model, states };
-    if (old) this.#move(old, room);
+    if (old) await this.#move(old, room);
     this.#room = room;
     return true;
   }
 
   /** Copies all adapters to a larger stack, matrix by matrix, and frees the old one. */
-  #move(old: Room, room: Room): void {
+  async #move(old: Room, room: Room): Promise<void> {
     const before = new Map(stackedParameters(old.model).map((p) => [p.name, p]));
     for (const p of stackedParameters(room.model)) {
       const [from, was] = [old.states.get(p.name), before.get(p.name)];
@@ -242,6 +246,7 @@ export class LoadedAdapters {
       const state = room.states.get(p.name) as State;
       for (const { slot } of this.#slots) state.write(resized(p, from.read(slot * oldSize, oldSize), old.rank, room.rank), slot * size);
       from.dispose();
+      await turn();
     }
   }
 }
@@ -261,11 +266,24 @@ function padded(p: ModelParameter, branch: Branch, { rank }: Room): Float32Array
 function resized(p: ModelParameter, values: Float32Array, from: number, to: number): Float32Array {
   // A [experts, rank, in] has the rank's numbers of an expert in one run, B [experts, out, rank] those of a row.
   const width = halfOf(p) === "a" ? Number(p.shape[2]) : 1;
-  const runs = values.length / (from * width);
-  const out = new Float32Array(runs * to * width);
-  const kept = Math.min(from, to) * width;
-  for (let i = 0; i < runs; i++) out.set(values.subarray(i * from * width, i * from * width + kept), i * to * width);
+  const [run, long] = [from * width, to * width];
+  const runs = values.length / run;
+  const out = new Float32Array(runs * long);
+  const kept = Math.min(run, long);
+  for (let i = 0; i < runs; i++) for (let j = 0; j < kept; j++) out[i * long + j] = values[i * run + j];
   return out;
+}
+
+function largest(values: Float32Array): number {
+  let most = 0;
+  for (let i = 0; i < values.length; i++) most = Math.max(most, Math.abs(values[i]));
+  return most;
+}
+
+function allFinite(values: Float32Array): boolean {
+  let zero = 0;
+  for (let i = 0; i < values.length; i++) zero += values[i] * 0; // NaN as soon as one number is not finite
+  return zero === 0;
 }
 
 function gib(bytes: number): string {

@@ -182,12 +182,12 @@ export class Engine {
    */
   async loadAdapter(name: string, branches: Branches): Promise<void> {
     this.#adapters.check(name, branches);
-    await this.#steps.between(() => {
+    await this.#steps.between(async () => {
       if (this.#steps.disposed) throw new Error("the model has been disposed of");
       const used = (a: LoadedAdapter) => this.#inspecting.includes(a) || this.#scheduler.some((s) => s.adapter === a);
       const { room: before } = this.#adapters;
       try {
-        this.#adapters.add(name, branches, used);
+        await this.#adapters.add(name, branches, used);
       } finally {
         const { room } = this.#adapters;
         if (room && room !== before) this.#programs.adapt(room.model, room.states);

@@ -20,8 +20,13 @@ export function headTensors(classes: number, hidden: number, bias: boolean, pref
   ];
 }
 
-/** A folder of a classifier. @param base folder of a model @param config changes to its config.json */
-export async function classifierFolder(base: string, classes: number, config: object = {}, { bias = false } = {}): Promise<string> {
+/** A folder of a classifier. @param base folder of a model @param config changes to its config.json @param options `score`: the head's weight */
+export async function classifierFolder(
+  base: string,
+  classes: number,
+  config: object = {},
+  { bias = false, score }: { readonly bias?: boolean; readonly score?: Float32Array } = {},
+): Promise<string> {
   const folder = join(temporary(), "classifier");
   mkdirSync(folder);
   const raw = JSON.parse(readFileSync(join(base, "config.json"), "utf8"));
@@ -41,7 +46,8 @@ export async function classifierFolder(base: string, classes: number, config: ob
     data: () => readTensor(entry),
   }));
   const blocks = Object.fromEntries(Object.entries(metadata).filter(([key]) => key !== "format"));
-  await writeSafetensors(join(folder, "model.safetensors"), [...all, ...headTensors(classes, raw.hidden_size, bias)], {
+  const head = headTensors(classes, raw.hidden_size, bias).map((t) => (score && t.shape.length === 2 ? { ...t, data: bytesOf(score) } : t));
+  await writeSafetensors(join(folder, "model.safetensors"), [...all, ...head], {
     metadata: { format: "pt", ...blocks },
   });
   return folder;

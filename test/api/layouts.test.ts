@@ -201,7 +201,7 @@ describe("errors are one line that names what is wrong", () => {
     [
       "unknown architecture",
       config({ architectures: ["LlamaForCausalLM"] }),
-      /the architecture LlamaForCausalLM is not supported; supported are Ernie4_5_MoeForCausalLM, Ernie4_5ForCausalLM$/,
+      /the architecture LlamaForCausalLM is not supported; supported are Ernie4_5_MoeForCausalLM, Ernie4_5ForCausalLM, and classifiers of both \(ForSequenceClassification\)$/,
     ],
     ["more experts chosen than there are", config({ moe_k: 9 }), /moe_k \(9\) is more than moe_num_experts \(8\)/],
     [

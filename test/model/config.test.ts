@@ -37,6 +37,7 @@ describe("what is read", () => {
       tied: true,
       useBias: false,
       moe: null,
+      classifier: null,
       eosTokenIds: [2],
       bosTokenId: null,
       padTokenId: null,

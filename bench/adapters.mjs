@@ -1,6 +1,7 @@
 /**
  * What adapters cost: generation and prompts of several users at once, all on the base, all on one adapter, each on an adapter of its own, and
- * half on the base. Random low-rank matrices in memory; nothing is read. Medians of rounds in turns, with their range.
+ * half on the base. Random low-rank matrices in memory; nothing is read. Medians of rounds in turns, with their range. Beside the speed, the
+ * processor's time for each token, prompts included: with --threads 1 other work on the machine hardly changes it.
  *
  *   npm run build && node bench/adapters.mjs [--model default] [--users 8] [--rank 16] [--modules q_proj,k_proj,v_proj,o_proj] [--threads 2] [--rounds 5]
  */
@@ -68,6 +69,7 @@ const KINDS = {
 async function round(kind) {
   const prompts = Array.from({ length: users }, () => Array.from({ length }, () => 10 + Math.floor(Math.random() * 1000)));
   let [first, last] = [0, 0];
+  const used = process.cpuUsage();
   const start = performance.now();
   await Promise.all(
     prompts.map(async (prompt, user) => {
@@ -78,16 +80,22 @@ async function round(kind) {
       }
     }),
   );
-  return { prompt: (users * length) / (first / 1000), answer: (users * (tokens - 1)) / ((last - first) / 1000) };
+  const { user, system } = process.cpuUsage(used);
+  return {
+    cpu: (user + system) / 1000 / (users * (length + tokens)),
+    prompt: (users * length) / (first / 1000),
+    answer: (users * (tokens - 1)) / ((last - first) / 1000),
+  };
 }
 
-const results = Object.fromEntries(Object.keys(KINDS).map((kind) => [kind, { prompt: [], answer: [] }]));
+const results = Object.fromEntries(Object.keys(KINDS).map((kind) => [kind, { cpu: [], prompt: [], answer: [] }]));
 for (let i = 0; i <= rounds; i++)
   for (const kind of Object.keys(KINDS)) {
     const found = await round(kind);
-    if (i > 0) for (const what of ["prompt", "answer"]) results[kind][what].push(found[what]); // the first round warms up
+    if (i > 0) for (const what of ["cpu", "prompt", "answer"]) results[kind][what].push(found[what]); // the first round warms up
   }
-for (const [kind, { prompt, answer }] of Object.entries(results)) {
+for (const [kind, { cpu, prompt, answer }] of Object.entries(results)) {
+  report(`${kind}: processor time of a token`, cpu, "ms", 3);
   report(`${kind}: prompts`, prompt, "tokens/s");
   report(`${kind}: answers`, answer, "tokens/s");
 }

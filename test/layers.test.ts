@@ -19,7 +19,7 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   engine: ["tensor", "graph", "backend", "model"],
   grammar: ["tokenizer"],
   chat: ["tokenizer", "grammar"],
-  train: ["tensor", "tokenizer", "graph", "checkpoint", "backend", "model", "engine"],
+  train: ["tensor", "tokenizer", "graph", "checkpoint", "backend", "model", "engine", "chat"],
   eval: ["tensor", "tokenizer", "graph", "checkpoint", "backend", "model", "engine", "api"],
   api: ["tensor", "tokenizer", "graph", "checkpoint", "backend", "model", "engine", "grammar", "chat", "train"],
   server: ["tokenizer", "model", "engine", "grammar", "chat", "api"],

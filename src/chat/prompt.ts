@@ -1,7 +1,7 @@
 /** From a prompt to the token ids that the engine continues: renders the conversation and encodes. Knows no engine and no protocol. */
 import { TokenizerError } from "../tokenizer/error.ts";
 import type { Message } from "../tokenizer/template.ts";
-import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import type { ChatTemplateOptions, Tokenizer } from "../tokenizer/tokenizer.ts";
 import { dialectOf, endsInReasoning } from "./dialect.ts";
 import { describe, type Tool, withArguments, withoutTools } from "./tools.ts";
 
@@ -53,22 +53,8 @@ export function encodePrompt(tokenizer: Tokenizer, prompt: Prompt): EncodedPromp
       return { tokens: naming("prompt", () => tokenizer.encode(prompt.text, options)), insideReasoning: false };
     }
     case "chat": {
-      const { takesTools } = dialectOf(tokenizer);
-      const tools = prompt.toolChoice === "none" ? [] : prompt.tools;
-      const messages = takesTools ? withArguments(prompt.messages) : withoutTools(prompt.messages, tools);
-      const tokens = naming("messages", () =>
-        tokenizer.apply_chat_template(messages, {
-          ...prompt.templateVariables,
-          ...(takesTools && tools.length > 0 ? { tools: describe(tools) } : {}),
-          add_generation_prompt: true,
-          // Variables reach the template only: they cannot replace it or change how its text is encoded. What a user writes is
-          // text, never a special token.
-          chat_template: undefined,
-          tokenize: true,
-          return_dict: false,
-          split_special_tokens: true,
-        }),
-      );
+      const { messages, options } = templated(tokenizer, prompt);
+      const tokens = naming("messages", () => tokenizer.apply_chat_template(messages, { ...options, add_generation_prompt: true }));
       return { tokens, insideReasoning: endsInReasoning(tokenizer, tokens) };
     }
     default:
@@ -76,8 +62,40 @@ export function encodePrompt(tokenizer: Tokenizer, prompt: Prompt): EncodedPromp
   }
 }
 
+/**
+ * The ids of a conversation's last message, as the model would have to write it: `prompt` is what `encodePrompt` gives for the messages
+ * before it, `answer` the message with the end of its turn, encoded apart. Throws PromptError for what the tokenizer or the chat
+ * template refuses.
+ */
+export function encodeTurn(tokenizer: Tokenizer, conversation: Conversation): { readonly prompt: number[]; readonly answer: number[] } {
+  const { messages, options } = templated(tokenizer, conversation);
+  return naming("messages", () => tokenizer.encode_turn(messages, options));
+}
+
+/** What the chat template is given for a conversation. */
+function templated(
+  tokenizer: Tokenizer,
+  prompt: Conversation,
+): { messages: Message[]; options: ChatTemplateOptions & { return_dict: false } } {
+  const { takesTools } = dialectOf(tokenizer);
+  const tools = prompt.toolChoice === "none" ? [] : prompt.tools;
+  return {
+    messages: takesTools ? withArguments(prompt.messages) : withoutTools(prompt.messages, tools),
+    options: {
+      ...prompt.templateVariables,
+      ...(takesTools && tools.length > 0 ? { tools: describe(tools) } : {}),
+      // Variables reach the template only: they cannot replace it or change how its text is encoded. What a user writes is
+      // text, never a special token.
+      chat_template: undefined,
+      tokenize: true,
+      return_dict: false,
+      split_special_tokens: true,
+    },
+  };
+}
+
 /** Runs `encode`; its tokenizer errors become errors that name the field. */
-function naming(param: string, encode: () => number[]): number[] {
+function naming<T>(param: string, encode: () => T): T {
   try {
     return encode();
   } catch (cause) {

@@ -67,6 +67,25 @@ export class ChatTemplate {
     throw refusal("the chat template changes the last message, so its end cannot be found in the rendered text");
   }
 
+  /**
+   * Renders the last message as its writer sees it: `prompt` is the conversation before it with the generation prompt, `answer` what
+   * the template writes after that. Throws `TokenizerError` as `render` does, and where the rendered conversation does not begin with
+   * the prompt.
+   */
+  renderTurn(messages: readonly Message[], variables: Variables): { readonly prompt: string; readonly answer: string } {
+    const prompt = this.render(messages.slice(0, -1), { ...variables, add_generation_prompt: true });
+    const whole = this.render(messages, { ...variables, add_generation_prompt: false });
+    if (whole.startsWith(prompt)) return { prompt, answer: whole.slice(prompt.length) };
+    let same = 0;
+    while (prompt[same] === whole[same]) same++;
+    const role = messages.at(-1)?.role;
+    const [expected, written] = [prompt, whole].map((text) => JSON.stringify(text.slice(same, same + 40)));
+    throw new TokenizerError(
+      `the chat template does not begin message ${messages.length - 1} (${role}) as its generation prompt does: ${expected} against ${written}; ` +
+        "a template that has the model think first needs the message's reasoning_content",
+    );
+  }
+
   /** Converts a message to the form that this template supports. Throws `TokenizerError` if it has unsupported parts. */
   private fitted(message: Message, index: number): Message {
     if (typeof message !== "object" || message === null || typeof message.role !== "string")

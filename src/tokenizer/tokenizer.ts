@@ -1,6 +1,7 @@
 // The public tokenizer, with the names of transformers: text to ids, ids to text, conversations to prompts.
 // Knows nothing of models; reads only local folders.
 import { configuredTokens, namedSpecials, readConfig, roles, type Side, type TokenizerConfig } from "./config.ts";
+import { continuation } from "./continuation.ts";
 import type { Definition } from "./definition.ts";
 import { Detokenizer, type DetokenizerOptions } from "./detokenizer.ts";
 import { TokenizerError } from "./error.ts";
@@ -195,6 +196,29 @@ export class PreTrainedTokenizer {
     const ids = this.vocabulary.encode(text, false, shield);
     if (return_dict) return this.batch([ids], { padding, padding_side, truncation, max_length }, add_special_tokens);
     return add_special_tokens ? this.surround(ids) : ids;
+  }
+
+  /** Encodes a text that continues another, however that one ends: no beginning or end tokens, and no space of the tokenizer's own in front. */
+  encode_continuation(text: string, options: Pick<EncodeOptions, "split_special_tokens"> = {}): number[] {
+    return continuation(this.vocabulary, text, options.split_special_tokens ?? this.config.splitSpecial, null);
+  }
+
+  /**
+   * Encodes the last message of a conversation as a model writes it. `prompt`: what `apply_chat_template` gives for the messages before it
+   * with `add_generation_prompt`; `answer`: what the template writes after that, encoded apart, with the end of the turn.
+   * Throws `TokenizerError` as `apply_chat_template` does, and where the template does not begin the message with its generation prompt.
+   */
+  encode_turn(messages: readonly Message[], options: ChatTemplateOptions = {}): { prompt: number[]; answer: number[] } {
+    const { split_special_tokens = this.config.splitSpecial, chat_template, tools = null, documents = null, ...variables } = options;
+    const template = this.template(chat_template, tools !== null);
+    const shield = split_special_tokens ? unusedNoncharacter(messages) : null;
+    const sent = shield === null ? messages : this.shielded(messages, shield);
+    const given = { ...this.special_tokens_map, ...variables, tools, documents };
+    const { prompt, answer } = template.renderTurn(sent, given);
+    return {
+      prompt: this.vocabulary.encode(prompt, false, shield),
+      answer: continuation(this.vocabulary, answer, false, shield),
+    };
   }
 
   /** Size of the model's own vocabulary, without added tokens outside it. */

@@ -5,6 +5,7 @@
 import { hash32 } from "../random.ts";
 import { type CausalExample, type Example, IGNORED, lengthOf, trainedOf } from "./example.ts";
 import { DataError } from "./fault.ts";
+import type { Problem } from "./labels.ts";
 import type { ReadOptions, Task } from "./options.ts";
 import { type Packing, packed, shuffled } from "./order.ts";
 import { type DataStatistics, lengthStatistics } from "./statistics.ts";
@@ -22,8 +23,11 @@ export interface ExampleStore {
   place(i: number): string;
   /** Where groups begin that are read together; [0]: each is read alone. */
   readonly groups: readonly number[];
-  /** The class of an example, for statistics; null where there are none. */
+  /** Of a classifier; null for other tasks. */
+  readonly problem: Problem | null;
+  /** Names of the classes; null where there are none. */
   readonly labels: readonly string[] | null;
+  /** Rows of each class. */
   readonly labelCounts: Readonly<Record<string, number>> | null;
   readonly badRows: number;
   readonly truncated: number;
@@ -65,7 +69,12 @@ export class Dataset<E extends Example = Example> {
     return this.#members?.length ?? this.#store.length;
   }
 
-  /** Names of a classifier's classes in the order of their ids; null for other tasks. */
+  /** What a classifier predicts; null for other tasks. */
+  get problem(): Problem | null {
+    return this.#store.problem;
+  }
+
+  /** Names of a classifier's classes in the order of their ids; null for other tasks and for regression. */
   get labels(): readonly string[] | null {
     return this.#store.labels;
   }
@@ -233,6 +242,7 @@ export function datasetOf<E extends Example>(task: Task, examples: readonly E[],
     input: (i) => hash32(JSON.stringify("input_ids" in examples[i] ? examples[i].input_ids : examples[i].prompt_ids)),
     place: (i) => `example ${i}`,
     groups: [0],
+    problem: null,
     labels: null,
     labelCounts: null,
     badRows: 0,

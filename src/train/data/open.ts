@@ -11,7 +11,7 @@ import { type CausalExample, type ClassExample, type Example, lengthOf, type Pre
 import { type BadRow, BadRows, DataError, placed, RowError } from "./fault.ts";
 import { type DataFile, findFiles } from "./files.ts";
 import { Handles } from "./handles.ts";
-import { Labels } from "./labels.ts";
+import { Labels, type Problem } from "./labels.ts";
 import { type Layout, layoutOf, readRow } from "./layout.ts";
 import { type Entry, Ledger } from "./ledger.ts";
 import { type DataOptions, type ReadOptions, readOptions, type Task } from "./options.ts";
@@ -109,12 +109,16 @@ class FileStore implements ExampleStore {
     return this.#bad.count;
   }
 
+  get problem(): Problem | null {
+    return this.#task === "classification" ? this.#labels.problem : null;
+  }
+
   get labels(): readonly string[] | null {
-    return this.#task === "classification" ? this.#labels.names : null;
+    return this.problem === null || this.problem === "regression" ? null : this.#labels.names;
   }
 
   get labelCounts(): Readonly<Record<string, number>> | null {
-    return this.#task === "classification" && this.#labels.problem !== "regression" ? Object.fromEntries(this.#labels.counts) : null;
+    return this.labels === null ? null : Object.fromEntries(this.#labels.counts);
   }
 
   tokens(i: number): number {

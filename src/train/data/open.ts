@@ -9,15 +9,12 @@ import { Dataset, type ExampleStore } from "./dataset.ts";
 import { type Encoded, type EncodeOptions, encodeCausal, encodeLabel, encodePreference } from "./encode.ts";
 import { type CausalExample, type ClassExample, type Example, lengthOf, type PreferenceExample, trainedOf } from "./example.ts";
 import { type BadRow, BadRows, DataError, placed, RowError } from "./fault.ts";
-import { type DataFile, findFiles } from "./files.ts";
-import { Handles } from "./handles.ts";
+import type { DataFile } from "./files.ts";
 import { Labels, type Problem } from "./labels.ts";
-import { type Layout, layoutOf, readRow } from "./layout.ts";
 import { type Entry, Ledger } from "./ledger.ts";
 import { type DataOptions, type ReadOptions, readOptions, type Task } from "./options.ts";
-import type { Groups } from "./parquet.ts";
 import { inputOf, type Row } from "./row.ts";
-import { type Fields, type Place, type Table, TextTable } from "./table.ts";
+import { Source, type SourceRow } from "./source.ts";
 
 export interface OpenOptions extends DataOptions {
   readonly tokenizer: Tokenizer;
@@ -49,9 +46,9 @@ export function openDataset(source: string | readonly string[], options: OpenOpt
 export async function openDataset(source: string | readonly string[], options: OpenOptions): Promise<Dataset> {
   const { tokenizer, task = "causal-lm", signal, onProgress, onBadRow, ...rest } = options;
   const read = readOptions(rest);
-  const files = await findFiles(source, read.format ?? null);
+  const rows = await Source.open(source, read);
   const max_length = read.max_length ?? Math.min(2048, tokenizer.model_max_length);
-  const store = new FileStore(files, task, tokenizer, { ...read, max_length });
+  const store = new FileStore(rows, task, tokenizer, { ...read, max_length });
   try {
     await store.index({ signal, onProgress, onBadRow });
   } catch (error) {
@@ -68,28 +65,22 @@ const KEPT_ROWS = 16;
 const REPORTED = 256;
 
 class FileStore implements ExampleStore {
-  readonly #files: readonly DataFile[];
+  readonly #source: Source;
   readonly #task: Task;
   readonly #tokenizer: Tokenizer;
   readonly #options: ReadOptions & { readonly max_length: number };
-  readonly #handles = new Handles();
   readonly #labels: Labels;
   readonly #ledger = new Ledger();
   readonly #bad: BadRows;
-  readonly #tables: Table[] = [];
-  /** Of each file, from its first good row. */
-  readonly #layouts: Layout[] = [];
   readonly #kept = new Map<string, Promise<readonly Example[]>>();
   readonly #content = createHash("sha256");
-  /** Of Parquet files; null without any. */
-  #groups: Groups | null = null;
   #groupStarts: number[] = [];
   fingerprint = "";
   truncated = 0;
   skipped = 0;
 
-  constructor(files: readonly DataFile[], task: Task, tokenizer: Tokenizer, options: ReadOptions & { readonly max_length: number }) {
-    this.#files = files;
+  constructor(source: Source, task: Task, tokenizer: Tokenizer, options: ReadOptions & { readonly max_length: number }) {
+    this.#source = source;
     this.#task = task;
     this.#tokenizer = tokenizer;
     this.#options = options;
@@ -135,7 +126,8 @@ class FileStore implements ExampleStore {
 
   place(i: number): string {
     const { file, line } = this.#ledger.at(i);
-    return `${this.#files[file].path}, ${this.#tables[file].unit} ${line}`;
+    const { file: path, unit } = this.#source.placed(file, line, "");
+    return `${path}, ${unit} ${line}`;
   }
 
   async read(i: number): Promise<Example> {
@@ -152,67 +144,45 @@ class FileStore implements ExampleStore {
   }
 
   close(): Promise<void> {
-    return this.#handles.close();
+    return this.#source.close();
   }
 
   /** The pass over all files. */
   async index({ signal, onProgress, onBadRow }: Watch): Promise<void> {
-    const totalBytes = this.#files.reduce((sum, { bytes }) => sum + bytes, 0);
-    let before = 0;
+    const { files, bytes: totalBytes } = this.#source;
+    let sum = 0;
+    const before = files.map(({ bytes }) => (sum += bytes) - bytes);
+    const groups: number[] = [];
     let seen = 0;
-    const grouped = new Set<number>();
-    for (const [f, file] of this.#files.entries()) {
-      const table = await this.#open(file);
-      this.#tables.push(table);
-      let group = -1;
-      for await (const passed of table.pass()) {
-        signal?.throwIfAborted();
-        const { place } = passed;
-        const g = table.groups?.findLastIndex((start) => start <= place.offset) ?? 0;
-        if (g !== group) grouped.add(this.#ledger.length);
-        group = g;
-        try {
-          if ("reason" in passed) throw new RowError(passed.reason);
-          this.#note(f, place, passed.fields);
-        } catch (error) {
-          if (!(error instanceof RowError)) throw error;
-          const row = { file: file.path, line: place.line, unit: table.unit, reason: error.message };
-          this.#bad.add(row);
-          onBadRow?.(row);
-        }
-        if (++seen % REPORTED === 0) onProgress?.({ doneBytes: before + doneBytes(file, table, place), totalBytes, examples: this.length });
-      }
-      before += file.bytes;
-    }
+    await this.#source.pass(
+      (row) => {
+        const first = this.length;
+        this.#note(row);
+        if (row.startsGroup && groups.at(-1) !== first) groups.push(first);
+        if (++seen % REPORTED === 0) onProgress?.({ doneBytes: before[row.file] + doneBytes(files[row.file], row), totalBytes, examples: this.length });
+      },
+      (row) => {
+        this.#bad.add(row);
+        onBadRow?.(row);
+      },
+      signal,
+    );
     this.#bad.end();
     onProgress?.({ doneBytes: totalBytes, totalBytes, examples: this.length });
     if (this.length === 0) {
-      const why =
-        this.skipped > 0
-          ? `all ${this.skipped} are longer than max_length (${this.#options.max_length})`
-          : this.badRows > 0
-            ? `all ${this.badRows} rows are bad`
-            : "there are no rows";
-      throw new DataError(`no examples in ${listed(this.#files)}: ${why}`);
+      const { max_length } = this.#options;
+      const why = this.skipped > 0 ? `all ${this.skipped} are longer than max_length (${max_length})` : this.badRows > 0 ? `all ${this.badRows} rows are bad` : "there are no rows";
+      throw new DataError(`no examples in ${listed(files)}: ${why}`);
     }
     // Where every row is read alone, or all groups fit in memory, rows of different groups may be mixed.
-    this.#groupStarts = this.#groups === null || this.#groups.complete ? [0] : [...grouped].sort((a, b) => a - b);
+    this.#groupStarts = this.#source.isRandom ? [0] : groups;
     const { chat_template } = this.#tokenizer;
     this.#content.update(JSON.stringify([this.#task, this.#options, chat_template, this.#tokenizer.length, this.labels]));
     this.fingerprint = this.#content.digest("hex").slice(0, 32);
   }
 
-  async #open(file: DataFile): Promise<Table> {
-    const { max_row_bytes: maxRowBytes, header = null, delimiter = null } = this.#options;
-    if (file.format !== "parquet") return new TextTable(file, file.format, { maxRowBytes, header, delimiter }, this.#handles);
-    const { Groups, openParquet } = await import("./parquet.ts");
-    this.#groups ??= new Groups();
-    return openParquet(file, maxRowBytes, this.#handles, this.#groups);
-  }
-
   /** Takes a row into the ledger. Throws RowError. */
-  #note(file: number, place: Place, fields: Fields): void {
-    const row = this.#row(file, fields);
+  #note({ file, place, row }: SourceRow): void {
     if (row.kind === "label") this.#labels.add(row.label);
     // The ids of classes are known only behind the last row; any number has the same length.
     const { examples, truncated, skipped } = this.#encode(row, () => 0);
@@ -220,43 +190,19 @@ class FileStore implements ExampleStore {
     this.skipped += skipped;
     this.#content.update(`${JSON.stringify(row)}\n`);
     const input = hash32(inputOf(row).trim());
+    const { offset, length: bytes, line } = place;
     for (const [part, example] of examples.entries())
-      this.#ledger.push({
-        file,
-        offset: place.offset,
-        bytes: place.length,
-        line: place.line,
-        part,
-        tokens: lengthOf(example),
-        trained: trainedOf(example),
-        input,
-      });
+      this.#ledger.push({ file, offset, bytes, line, part, tokens: lengthOf(example), trained: trainedOf(example), input });
   }
 
   async #reread(entry: Entry): Promise<readonly Example[]> {
     const { file, offset, bytes: length, line } = entry;
     try {
-      const row = this.#row(file, await this.#tables[file].read({ offset, length, line }));
+      const { row } = await this.#source.read(file, { offset, length, line });
       if (hash32(inputOf(row).trim()) !== entry.input) throw this.#changed(entry);
       return this.#encode(row, (label) => this.#labels.idsOf(label)).examples;
     } catch (error) {
       if (error instanceof RowError) throw this.#changed(entry, error.message);
-      throw error;
-    }
-  }
-
-  #row(file: number, fields: Fields): Row {
-    const { columns } = this.#options;
-    this.#layouts[file] ??= this.#options.layout ?? this.#detect(file, fields);
-    return readRow(fields, this.#layouts[file], columns);
-  }
-
-  #detect(file: number, fields: Fields): Layout {
-    try {
-      return layoutOf(fields, this.#options.columns);
-    } catch (error) {
-      // Of a table, no other row will do.
-      if (error instanceof RowError && this.#tables[file].isTable) throw new DataError(`${this.#files[file].path}: ${error.message}`);
       throw error;
     }
   }
@@ -286,7 +232,7 @@ class FileStore implements ExampleStore {
   }
 
   #changed({ file, line }: Entry, why = ""): DataError {
-    const row = { file: this.#files[file].path, line, unit: this.#tables[file].unit, reason: "the row has changed since it was indexed" };
+    const row = this.#source.placed(file, line, "the row has changed since it was indexed");
     return new DataError(`${placed(row)}${why === "" ? "" : ` (${why})`}: do not write to the files while they are used`);
   }
 }
@@ -297,8 +243,8 @@ const KINDS: Readonly<Record<Task, string>> = {
   preference: "preference (chosen and rejected)",
 };
 
-function doneBytes(file: DataFile, table: Table, { offset, length }: Place): number {
-  return table.unit === "line" ? offset + length : file.bytes / 2;
+function doneBytes(file: DataFile, { place }: SourceRow): number {
+  return file.format === "parquet" ? file.bytes / 2 : place.offset + place.length;
 }
 
 function listed(files: readonly DataFile[]): string {

@@ -13,25 +13,8 @@ const texts = (n: number) => Array.from({ length: n }, (_, i) => ({ text: `row $
 test("random numbers stay the same from version to version, every number below n is equally likely, and streams differ", () => {
   const random = new Random(42, "key");
   expect([random.word(), random.word(), random.word(), random.word()]).toEqual([683149305, 169071110, 1006151062, 1138259269]);
-  const words = Array.from({ length: 8 }, () => random.word());
-  expect(words).toEqual(
-    Array.from(
-      { length: 8 },
-      (
-        (again) => () =>
-          again.word()
-      )(new Random(42, "key")),
-    ),
-  );
-  expect(words).not.toEqual(
-    Array.from(
-      { length: 8 },
-      (
-        (other) => () =>
-          other.word()
-      )(new Random(42, "yek")),
-    ),
-  );
+  expect(new Random(42, "yek").word()).not.toBe(683149305);
+  expect(new Random(43, "key").word()).not.toBe(683149305);
   const counts = new Uint32Array(6);
   for (let i = 0; i < 60_000; i++) counts[random.below(6)]++;
   for (const count of counts) expect(Math.abs(count - 10_000)).toBeLessThan(5 * Math.sqrt(60_000 * (1 / 6) * (5 / 6)));

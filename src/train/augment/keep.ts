@@ -1,0 +1,116 @@
+/** Finds what must stay as it is in a text: names, numbers, addresses, placeholders, code, and what the user lists. Knows no method. */
+import { isNegation, type Span, tokensOf } from "./words.ts";
+
+/** Each a kind of thing that is kept whole. The first that matches at a place wins. */
+const PATTERNS: readonly string[] = [
+  // Code, between fences and between backquotes.
+  "```[\\s\\S]*?(?:```|$)",
+  "`[^`\\n]+`",
+  // Addresses.
+  "(?:[a-z][a-z0-9+.-]*://|www\\.)[^\\s<>\"'，。；、）】》]*[^\\s<>\"'，。；、）】》.,;:!?)\\]]",
+  "[\\w.+-]+@[\\w-]+(?:\\.[\\w-]+)+",
+  // Placeholders and markup: {{name}}, {name}, ${name}, <tag>, [SLOT], %s, %(name)s.
+  "\\{\\{[^{}]*\\}\\}",
+  "\\$?\\{[^{}\\n]*\\}",
+  "</?[A-Za-z|][^<>\\n]*>",
+  "\\[[A-Z][A-Z0-9_ -]*\\]",
+  "%(?:\\(\\w+\\))?[sdif]\\b",
+  // Mentions, tags, paths and file names.
+  "[@#][\\w\\u4e00-\\u9fff]+",
+  "(?:~|\\.{1,2})?(?:/[\\w.-]+){2,}/?",
+  "\\b[\\w-]+\\.(?:txt|csv|tsv|json|jsonl|pdf|docx?|xlsx?|png|jpe?g|py|ts|js|cpp|md|html?)\\b",
+  // Titles of works.
+  "《[^《》\\n]*》",
+  // Numbers with signs, separators, units and currencies; also letters and digits together (A380, 3pm, COVID-19).
+  "[-+]?[$€£¥￥]?\\d+(?:[.,:/-]\\d+)*(?:\\s?[%‰°€£¥]|[A-Za-z]+\\b)?",
+  "\\b[A-Za-z]+-?\\d[\\w-]*",
+  "[零〇一二三四五六七八九十百千万亿两]{2,}",
+  "第[零〇一二三四五六七八九十百千万亿两]+",
+];
+const PATTERN = new RegExp(PATTERNS.map((each) => `(?:${each})`).join("|"), "giu");
+/** Words in capitals, or with capitals inside: NASA, iPhone, McDonald. */
+const MIXED = /^(?:\p{Lu}{2,}[\p{L}\d]*|\p{L}+\p{Lu}[\p{L}\d]*)$/u;
+const CAPITAL = /^\p{Lu}/u;
+const SENTENCE_END = /[.!?。！？\n:："“(（*-]\s*$/u;
+
+export interface KeepOptions {
+  /** Words and phrases to keep, in any case. */
+  readonly listed: readonly string[];
+  /** Texts of the row that are not changed: words that they share with the text are kept. */
+  readonly beside: readonly string[];
+}
+
+/** The spans of a text that must stay as they are, in order and apart from each other. */
+export function keptSpans(text: string, { listed, beside }: KeepOptions): Span[] {
+  const spans: Span[] = [];
+  for (const match of text.matchAll(PATTERN)) spans.push({ from: match.index, to: match.index + match[0].length });
+  for (const phrase of listed) spans.push(...occurrences(text, phrase));
+  spans.push(...names(text), ...shared(text, beside));
+  return merged(spans);
+}
+
+/** Kept spans as texts, for a check that none was lost. Negations are not among them: another wording may have others. */
+export function keptTexts(text: string, options: KeepOptions): string[] {
+  return keptSpans(text, { ...options, beside: [] }).map(({ from, to }) => text.slice(from, to)).filter((each) => !isNegation(each));
+}
+
+function occurrences(text: string, phrase: string): Span[] {
+  const spans: Span[] = [];
+  const escaped = phrase.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+  const edge = (at: string) => (/[\p{L}\p{N}]/u.test(at) && !/\p{Script=Han}/u.test(at) ? "(?![\\p{L}\\p{N}])" : "");
+  const before = /^[\p{L}\p{N}]/u.test(phrase) && !/^\p{Script=Han}/u.test(phrase) ? "(?<![\\p{L}\\p{N}])" : "";
+  for (const match of text.matchAll(new RegExp(`${before}${escaped}${edge(phrase.at(-1) ?? "")}`, "giu")))
+    spans.push({ from: match.index, to: match.index + match[0].length });
+  return spans;
+}
+
+/** Negations, and names: words with a capital, and several in a row as one; the first of a sentence only where a name goes on or the word has one elsewhere. */
+function names(text: string): Span[] {
+  const words: { readonly text: string; readonly from: number; readonly starts: boolean }[] = [];
+  let at = 0;
+  for (const token of tokensOf(text)) {
+    if (token.isWord) words.push({ text: token.text, from: at, starts: at === 0 || SENTENCE_END.test(text.slice(Math.max(0, at - 8), at)) });
+    at += token.text.length;
+  }
+  const inside = new Set(words.filter(({ starts, text: word }) => !starts && isName(word)).map(({ text: word }) => word));
+  const spans: Span[] = [];
+  for (const [i, word] of words.entries()) {
+    const next = words[i + 1];
+    const named = word.starts ? MIXED.test(word.text) || inside.has(word.text) || (next !== undefined && !next.starts && isCapital(word.text) && isName(next.text)) : isName(word.text);
+    if (named || isNegation(word.text)) spans.push({ from: word.from, to: word.from + word.text.length });
+  }
+  return spans;
+}
+
+function isCapital(word: string): boolean {
+  return CAPITAL.test(word) && word.length > 1;
+}
+
+/** A capital anywhere but at the start of a sentence, except in `I` and its short forms. */
+function isName(word: string): boolean {
+  return (isCapital(word) && !/^I['’]/.test(word)) || MIXED.test(word);
+}
+
+/** Words that another text of the row has too: an answer that repeats the question's words must still fit it. */
+function shared(text: string, beside: readonly string[]): Span[] {
+  if (beside.length === 0) return [];
+  const theirs = new Set(beside.flatMap((each) => tokensOf(each).filter(({ isWord }) => isWord).map(({ text: word }) => word.toLowerCase())));
+  const spans: Span[] = [];
+  let at = 0;
+  for (const { text: word, isWord } of tokensOf(text)) {
+    if (isWord && theirs.has(word.toLowerCase())) spans.push({ from: at, to: at + word.length });
+    at += word.length;
+  }
+  return spans;
+}
+
+function merged(spans: readonly Span[]): Span[] {
+  const sorted = spans.filter(({ from, to }) => to > from).sort((a, b) => a.from - b.from || b.to - a.to);
+  const apart: Span[] = [];
+  for (const span of sorted) {
+    const last = apart.at(-1);
+    if (last && span.from < last.to) apart[apart.length - 1] = { from: last.from, to: Math.max(last.to, span.to) };
+    else apart.push(span);
+  }
+  return apart;
+}

@@ -4,6 +4,7 @@
  */
 import { readFileSync } from "node:fs";
 import { Command } from "commander";
+import { addAugment } from "./augment.ts";
 import { addBench } from "./bench.ts";
 import { addChat } from "./chat.ts";
 import { addExport } from "./export.ts";
@@ -43,7 +44,20 @@ const program = new Command("mixtape")
       "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
   );
 
-const commands = [addChat, addGenerate, addServe, addKeys, addRouting, addInfo, addPull, addQuantize, addExport, addVerify, addBench];
+const commands = [
+  addChat,
+  addGenerate,
+  addServe,
+  addKeys,
+  addRouting,
+  addInfo,
+  addPull,
+  addQuantize,
+  addExport,
+  addVerify,
+  addAugment,
+  addBench,
+];
 for (const add of commands) await add(program);
 
 endOnBrokenOutput();

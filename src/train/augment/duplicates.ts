@@ -13,7 +13,9 @@ const RECALL = 0.99;
 /** Texts that are remembered: each takes about 250 bytes. */
 const MOST_TEXTS = 5_000_000;
 /** Candidates that are compared with a text, nearest first: texts that all are alike would otherwise be compared with each other. */
-const MOST_CANDIDATES = 64;
+const MOST_CANDIDATES = 16;
+/** Texts that are remembered for the same band: one that so many share tells little. */
+const MOST_PER_BAND = 128;
 
 /** Bands, and hashes of each: the longest bands that still find a text as similar as the threshold with the chance `RECALL`. */
 export function bandsFor(threshold: number): { readonly bands: number; readonly rows: number } {
@@ -107,11 +109,9 @@ export class Duplicates {
   #candidates(keys: readonly number[]): number[] {
     const shared = new Map<number, number>();
     for (const key of keys)
-      for (let at = this.#slot(key), met = 0; this.#texts[at] !== 0 && met < 4 * MOST_CANDIDATES; at = (at + 1) & (this.#keys.length - 1)) {
-        if (this.#keys[at] !== key) continue;
+      for (let at = this.#slot(key); this.#texts[at] !== 0; at = (at + 1) & (this.#keys.length - 1)) {
         const text = this.#texts[at] - 1;
-        shared.set(text, (shared.get(text) ?? 0) + 1);
-        met++;
+        if (this.#keys[at] === key) shared.set(text, (shared.get(text) ?? 0) + 1);
       }
     const found = [...shared].sort(([a, m], [b, n]) => n - m || a - b);
     return found.slice(0, MOST_CANDIDATES).map(([text]) => text);
@@ -122,10 +122,10 @@ export class Duplicates {
   }
 
   #insert(key: number, text: number): void {
-    if (2 * ++this.#used > this.#keys.length) this.#grow();
-    let at = this.#slot(key);
-    while (this.#texts[at] !== 0) at = (at + 1) & (this.#keys.length - 1);
+    let [at, same] = [this.#slot(key), 0];
+    for (; this.#texts[at] !== 0; at = (at + 1) & (this.#keys.length - 1)) if (this.#keys[at] === key && ++same === MOST_PER_BAND) return;
     [this.#keys[at], this.#texts[at]] = [key, text + 1];
+    if (2 * ++this.#used > this.#keys.length) this.#grow();
   }
 
   #grow(): void {

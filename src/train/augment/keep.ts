@@ -43,18 +43,20 @@ export interface KeepOptions {
 
 /** The spans of a text that must stay as they are, in order and apart from each other. */
 export function keptSpans(text: string, { listed, beside }: KeepOptions): Span[] {
+  return merged([...things(text, listed), ...negations(text), ...shared(text, beside)]);
+}
+
+/** What another wording of a text must have too: all that is kept but negations and what is shared with other texts. */
+export function keptTexts(text: string, listed: readonly string[]): string[] {
+  return merged(things(text, listed)).map(({ from, to }) => text.slice(from, to));
+}
+
+function things(text: string, listed: readonly string[]): Span[] {
   const spans: Span[] = [];
   for (const match of text.matchAll(PATTERN)) spans.push({ from: match.index, to: match.index + match[0].length });
   for (const phrase of listed) spans.push(...occurrences(text, phrase));
-  spans.push(...names(text), ...shared(text, beside));
-  return merged(spans);
-}
-
-/** Kept spans as texts, for a check that none was lost. Negations are not among them: another wording may have others. */
-export function keptTexts(text: string, options: KeepOptions): string[] {
-  return keptSpans(text, { ...options, beside: [] })
-    .map(({ from, to }) => text.slice(from, to))
-    .filter((each) => !isNegation(each));
+  spans.push(...names(text));
+  return spans;
 }
 
 function occurrences(text: string, phrase: string): Span[] {
@@ -67,25 +69,44 @@ function occurrences(text: string, phrase: string): Span[] {
   return spans;
 }
 
-/** Negations, and names: words with a capital, and several in a row as one; the first of a sentence only where a name goes on or the word has one elsewhere. */
-function names(text: string): Span[] {
-  const words: { readonly text: string; readonly from: number; readonly starts: boolean }[] = [];
+interface Word extends Span {
+  readonly text: string;
+}
+
+function wordsOf(text: string): Word[] {
+  const words: Word[] = [];
   let at = 0;
   for (const token of tokensOf(text)) {
-    if (token.isWord)
-      words.push({ text: token.text, from: at, starts: at === 0 || SENTENCE_END.test(text.slice(Math.max(0, at - 8), at)) });
+    if (token.isWord) words.push({ text: token.text, from: at, to: at + token.text.length });
     at += token.text.length;
   }
+  return words;
+}
+
+/** Words with a capital; at the start of a sentence only where the next one has one too, or the same word has one elsewhere. */
+function names(text: string): Span[] {
+  const words = wordsOf(text).map((word) => ({
+    ...word,
+    starts: word.from === 0 || SENTENCE_END.test(text.slice(Math.max(0, word.from - 8), word.from)),
+  }));
   const inside = new Set(words.filter(({ starts, text: word }) => !starts && isName(word)).map(({ text: word }) => word));
-  const spans: Span[] = [];
-  for (const [i, word] of words.entries()) {
+  return words.filter((word, i) => {
+    if (!word.starts) return isName(word.text);
     const next = words[i + 1];
-    const named = word.starts
-      ? MIXED.test(word.text) || inside.has(word.text) || (next !== undefined && !next.starts && isCapital(word.text) && isName(next.text))
-      : isName(word.text);
-    if (named || isNegation(word.text)) spans.push({ from: word.from, to: word.from + word.text.length });
-  }
-  return spans;
+    const goesOn = next !== undefined && !next.starts && isCapital(word.text) && isName(next.text);
+    return MIXED.test(word.text) || inside.has(word.text) || goesOn;
+  });
+}
+
+/** Negations, each with the word behind it: elsewhere, it would turn another word round. */
+function negations(text: string): Span[] {
+  const words = wordsOf(text);
+  return words.flatMap((word, i) => {
+    if (!isNegation(word.text)) return [];
+    const next = words[i + 1];
+    const isBeside = next !== undefined && text.slice(word.to, next.from).trim() === "";
+    return [{ from: word.from, to: isBeside ? next.to : word.to }];
+  });
 }
 
 function isCapital(word: string): boolean {
@@ -100,20 +121,8 @@ function isName(word: string): boolean {
 /** Words that another text of the row has too: an answer that repeats the question's words must still fit it. */
 function shared(text: string, beside: readonly string[]): Span[] {
   if (beside.length === 0) return [];
-  const theirs = new Set(
-    beside.flatMap((each) =>
-      tokensOf(each)
-        .filter(({ isWord }) => isWord)
-        .map(({ text: word }) => word.toLowerCase()),
-    ),
-  );
-  const spans: Span[] = [];
-  let at = 0;
-  for (const { text: word, isWord } of tokensOf(text)) {
-    if (isWord && theirs.has(word.toLowerCase())) spans.push({ from: at, to: at + word.length });
-    at += word.length;
-  }
-  return spans;
+  const theirs = new Set(beside.flatMap((each) => wordsOf(each).map(({ text: word }) => word.toLowerCase())));
+  return wordsOf(text).filter(({ text: word }) => theirs.has(word.toLowerCase()));
 }
 
 function merged(spans: readonly Span[]): Span[] {
@@ -122,7 +131,7 @@ function merged(spans: readonly Span[]): Span[] {
   for (const span of sorted) {
     const last = apart.at(-1);
     if (last && span.from < last.to) apart[apart.length - 1] = { from: last.from, to: Math.max(last.to, span.to) };
-    else apart.push(span);
+    else apart.push({ from: span.from, to: span.to });
   }
   return apart;
 }

@@ -3,7 +3,7 @@ import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
 import { DataError } from "../data/fault.ts";
-import { isHan } from "./words.ts";
+import { isHan, isNegation } from "./words.ts";
 
 /** Words that may stand for a word, in a fixed order; none of them is the word itself. */
 export interface Thesaurus {
@@ -144,7 +144,7 @@ function decoded(bytes: Uint8Array): string {
   }
 }
 
-/** One thesaurus for each script; a script without one has no synonyms. */
+/** One thesaurus for each script; a script without one has no synonyms. Negations are none: they would turn a text's meaning round. */
 export function joined(english: Thesaurus | null, chinese: Thesaurus | null): Thesaurus {
-  return { synonyms: (word) => (isHan(word) ? chinese : english)?.synonyms(word) ?? [] };
+  return { synonyms: (word) => (isHan(word) ? chinese : english)?.synonyms(word).filter((each) => !isNegation(each)) ?? [] };
 }

@@ -25,9 +25,12 @@ export function bandsFor(threshold: number): { readonly bands: number; readonly 
   return { bands: Math.floor(HASHES / rows), rows };
 }
 
-/** The pieces of a text that are compared: 5 characters each, 3 in Chinese, without regard to case and white space. */
+/** UTF-16 units of a text that are compared. */
+const MOST_COMPARED = 100_000;
+
+/** The pieces of a text that are compared: 5 characters each, 3 in Chinese, without regard to case and white space; of its first 100,000 units. */
 export function shingles(text: string): Set<string> {
-  const plain = text.toLowerCase().normalize("NFKC").replace(/\s+/g, " ").trim();
+  const plain = text.slice(0, MOST_COMPARED).toLowerCase().normalize("NFKC").replace(/\s+/g, " ").trim();
   const characters = Array.from(plain);
   const size = scriptOf(plain) === "han" ? 3 : 5;
   const found = new Set<string>();

@@ -1,27 +1,30 @@
 /** Finds what must stay as it is in a text: names, numbers, addresses, placeholders, code, and what the user lists. Knows no method. */
 import { isNegation, type Span, tokensOf } from "./words.ts";
 
-/** Each a kind of thing that is kept whole. The first that matches at a place wins. */
+/**
+ * Each a kind of thing that is kept whole. The first that matches at a place wins. None may begin in the middle of what it has passed over, and
+ * lengths are bounded: a search takes time proportional to the text, whatever is in it.
+ */
 const PATTERNS: readonly string[] = [
   // Code, between fences and between backquotes.
   "```[\\s\\S]*?(?:```|$)",
   "`[^`\\n]+`",
   // Addresses.
-  "(?:[a-z][a-z0-9+.-]*://|www\\.)[^\\s<>\"'，。；、）】》]*[^\\s<>\"'，。；、）】》.,;:!?)\\]]",
-  "[\\w.+-]+@[\\w-]+(?:\\.[\\w-]+)+",
+  "(?:(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{0,20}://|www\\.)[^\\s<>\"'，。；、）】》]*[^\\s<>\"'，。；、）】》.,;:!?)\\]]",
+  "(?<![\\w.+-])[\\w.+-]{1,64}@[\\w-]{1,63}(?:\\.[\\w-]{1,63})+",
   // Placeholders and markup: {{name}}, {name}, ${name}, <tag>, [SLOT], %s, %(name)s.
-  "\\{\\{[^{}]*\\}\\}",
-  "\\$?\\{[^{}\\n]*\\}",
-  "</?[A-Za-z|][^<>\\n]*>",
-  "\\[[A-Z][A-Z0-9_ -]*\\]",
-  "%(?:\\(\\w+\\))?[sdif]\\b",
+  "\\{\\{[^{}]{0,200}\\}\\}",
+  "\\$?\\{[^{}\\n]{0,200}\\}",
+  "</?[A-Za-z|][^<>\\n]{0,500}>",
+  "\\[[A-Z][A-Z0-9_ -]{0,60}\\]",
+  "%(?:\\(\\w{1,60}\\))?[sdif]\\b",
   // Mentions, tags, paths and file names.
   "[@#][\\w\\u4e00-\\u9fff]+",
   "(?:~|\\.{1,2})?(?:/[\\w.-]+){2,}/?",
-  "\\b[\\w-]+\\.(?:txt|csv|tsv|json|jsonl|pdf|docx?|xlsx?|png|jpe?g|py|ts|js|cpp|md|html?)\\b",
+  "(?<![\\w-])[\\w-]{1,64}\\.(?:txt|csv|tsv|json|jsonl|pdf|docx?|xlsx?|png|jpe?g|py|ts|js|cpp|md|html?)\\b",
   // Titles of works.
-  "《[^《》\\n]*》",
-  // Numbers with signs, separators, units and currencies; also letters and digits together (A380, 3pm, COVID-19).
+  "《[^《》\\n]{1,100}》",
+  // Numbers with signs, separators, units and currencies; letters and digits together (A380, 3pm, COVID-19); numbers in words.
   "[-+]?[$€£¥￥]?\\d+(?:[.,:/-]\\d+)*(?:\\s?[%‰°€£¥]|[A-Za-z]+\\b)?",
   "\\b[A-Za-z]+-?\\d[\\w-]*",
   "\\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundreds?|thousands?|millions?|billions?|first|second|third|fourth|fifth)\\b",
@@ -43,7 +46,7 @@ export interface KeepOptions {
 
 /** The spans of a text that must stay as they are, in order and apart from each other. */
 export function keptSpans(text: string, { listed, beside }: KeepOptions): Span[] {
-  return merged([...things(text, listed), ...negations(text), ...shared(text, beside)]);
+  return merged(things(text, listed).concat(negations(text), shared(text, beside)));
 }
 
 /** What another wording of a text must have too: all that is kept but negations and what is shared with other texts. */
@@ -52,21 +55,21 @@ export function keptTexts(text: string, listed: readonly string[]): string[] {
 }
 
 function things(text: string, listed: readonly string[]): Span[] {
-  const spans: Span[] = [];
-  for (const match of text.matchAll(PATTERN)) spans.push({ from: match.index, to: match.index + match[0].length });
-  for (const phrase of listed) spans.push(...occurrences(text, phrase));
-  spans.push(...names(text));
-  return spans;
+  const found = Array.from(text.matchAll(PATTERN), (match) => ({ from: match.index, to: match.index + match[0].length }));
+  return found.concat(
+    names(text),
+    listed.flatMap((phrase) => occurrences(text, phrase)),
+  );
 }
 
 function occurrences(text: string, phrase: string): Span[] {
-  const spans: Span[] = [];
   const escaped = phrase.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
-  const edge = (at: string) => (/[\p{L}\p{N}]/u.test(at) && !/\p{Script=Han}/u.test(at) ? "(?![\\p{L}\\p{N}])" : "");
-  const before = /^[\p{L}\p{N}]/u.test(phrase) && !/^\p{Script=Han}/u.test(phrase) ? "(?<![\\p{L}\\p{N}])" : "";
-  for (const match of text.matchAll(new RegExp(`${before}${escaped}${edge(phrase.at(-1) ?? "")}`, "giu")))
-    spans.push({ from: match.index, to: match.index + match[0].length });
-  return spans;
+  // A phrase that begins or ends with a letter is looked for as whole words; Chinese has no marks of words.
+  const isLetter = (at: string) => /[\p{L}\p{N}]/u.test(at) && !/\p{Script=Han}/u.test(at);
+  const before = isLetter(phrase[0]) ? "(?<![\\p{L}\\p{N}])" : "";
+  const after = isLetter(phrase[phrase.length - 1]) ? "(?![\\p{L}\\p{N}])" : "";
+  const pattern = new RegExp(before + escaped + after, "giu");
+  return Array.from(text.matchAll(pattern), (match) => ({ from: match.index, to: match.index + match[0].length }));
 }
 
 interface Word extends Span {

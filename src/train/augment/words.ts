@@ -22,10 +22,11 @@ export function tokensOf(text: string, kept: readonly Span[] = []): Token[] {
   const tokens: Token[] = [];
   let at = 0;
   for (const { from, to } of kept) {
-    tokens.push(...plain(text.slice(at, from)), { text: text.slice(from, to), isWord: true, kept: true });
+    cut(text.slice(at, from), tokens);
+    tokens.push({ text: text.slice(from, to), isWord: true, kept: true });
     at = to;
   }
-  tokens.push(...plain(text.slice(at)));
+  cut(text.slice(at), tokens);
   return tokens;
 }
 
@@ -35,10 +36,23 @@ export interface Span {
   readonly to: number;
 }
 
-function plain(text: string): Token[] {
-  return text === ""
-    ? []
-    : Array.from(segmenter.segment(text), (part) => ({ text: part.segment, isWord: part.isWordLike === true, kept: false }));
+/** UTF-16 units that are segmented at a time: the segmenter takes time proportional to the square of its text's length. */
+const PIECE = 1000;
+
+/** Appends the tokens of a text, which is taken in pieces that end behind white space or punctuation where there is any. */
+function cut(text: string, tokens: Token[]): void {
+  for (let from = 0; from < text.length; ) {
+    let to = Math.min(text.length, from + PIECE);
+    if (to < text.length) {
+      const ends = text.slice(from, to).search(/[\s\p{P}][^\s\p{P}]*$/u);
+      if (ends > 0) to = from + ends + 1;
+      // Not within a character of two units.
+      if (/[\ud800-\udbff]/.test(text[to - 1]) && to - from > 1) to--;
+    }
+    for (const { segment, isWordLike } of segmenter.segment(text.slice(from, to)))
+      tokens.push({ text: segment, isWord: isWordLike === true, kept: false });
+    from = to;
+  }
 }
 
 /** Whether a word is written in Chinese characters. */

@@ -3,7 +3,7 @@
  * read and encoded when they are asked for. The same seed, epoch and position give the same example, so that a run goes on where it stopped.
  */
 import { hash32 } from "../random.ts";
-import { type CausalExample, type Example, IGNORED, lengthOf, trainedOf } from "./example.ts";
+import { type CausalExample, type Example, IGNORED } from "./example.ts";
 import { DataError } from "./fault.ts";
 import type { Problem } from "./labels.ts";
 import type { ReadOptions, Task } from "./options.ts";
@@ -226,30 +226,4 @@ function pack(examples: readonly CausalExample[]): CausalExample {
     labels: examples.flatMap(({ labels }) => labels.with(0, IGNORED)),
     segments,
   };
-}
-
-/** A data set of examples that are at hand. @param options `max_length` of packs; default: the longest example */
-export function datasetOf<E extends Example>(task: Task, examples: readonly E[], options: Partial<OrderOptions> = {}): Dataset<E> {
-  if (examples.length === 0) throw new DataError("there are no examples");
-  const longest = examples.reduce((most, each) => Math.max(most, lengthOf(each)), 0);
-  const { max_length = longest, packing = false, packing_window = 1000, shuffle = true, seed = 0 } = options;
-  if (packing && longest > max_length) throw new DataError(`an example has ${longest} tokens, and max_length is ${max_length}`);
-  const store: ExampleStore = {
-    length: examples.length,
-    read: async (i) => examples[i],
-    tokens: (i) => lengthOf(examples[i]),
-    trained: (i) => trainedOf(examples[i]),
-    input: (i) => hash32(JSON.stringify("input_ids" in examples[i] ? examples[i].input_ids : examples[i].prompt_ids)),
-    place: (i) => `example ${i}`,
-    groups: [0],
-    problem: null,
-    labels: null,
-    labelCounts: null,
-    badRows: 0,
-    truncated: 0,
-    skipped: 0,
-    fingerprint: hash32(JSON.stringify(examples)).toString(16),
-    close: async () => {},
-  };
-  return new Dataset(task, store, { max_length, packing, packing_window, shuffle, seed });
 }

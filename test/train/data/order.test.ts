@@ -2,8 +2,6 @@
 import { join } from "node:path";
 import fc from "fast-check";
 import { expect, test } from "vitest";
-import { datasetOf } from "../../../src/train/data/dataset.ts";
-import type { CausalExample } from "../../../src/train/data/example.ts";
 import { packed, shuffled } from "../../../src/train/data/order.ts";
 import { hash32, Random } from "../../../src/train/random.ts";
 import { all, bundled, fixtures, openDataset, openFile } from "./files.ts";
@@ -155,24 +153,4 @@ test("Parquet that fits in memory is mixed across its groups", async () => {
   const first = [];
   for (let i = 0; i < 100; i++) first.push(Number(/\d+/.exec(bundled.decode((await data.epoch(0).row(i)).input_ids))?.[0]));
   expect(first.some((i) => i < 2048) && first.some((i) => i > 2048)).toBe(true);
-});
-
-test("examples at hand are a data set too", async () => {
-  const examples: CausalExample[] = [
-    { input_ids: [1, 2, 3], labels: [-100, 2, 3] },
-    { input_ids: [4, 5], labels: [4, 5] },
-  ];
-  const data = datasetOf("causal-lm", examples, { shuffle: false });
-  expect(await all(data.epoch(0).rows())).toEqual(examples);
-  const [pack] = await all(datasetOf("causal-lm", examples, { shuffle: false, packing: true, max_length: 5 }).epoch(0).rows());
-  expect(pack).toEqual({
-    input_ids: [1, 2, 3, 4, 5],
-    labels: [-100, 2, 3, -100, 5],
-    segments: [
-      [0, 3],
-      [3, 2],
-    ],
-  });
-  expect(() => datasetOf("causal-lm", examples, { packing: true, max_length: 2 })).toThrow("an example has 3 tokens, and max_length is 2");
-  expect(() => datasetOf("causal-lm", [])).toThrow("there are no examples");
 });

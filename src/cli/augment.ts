@@ -112,13 +112,18 @@ export function addAugment(program: Command): void {
 async function run(input: string, output: string, flags: AugmentFlags): Promise<void> {
   const reportName = flags.report ?? output.replace(/\.\w+$/, ".report");
   if (!flags.overwrite && existsSync(output)) throw new Error(`${output} exists: give another name, or --overwrite`);
-  const [{ augment }, { markdown }] = await Promise.all([import("../train/augment/augment.ts"), import("../train/augment/report.ts")]);
+  const [{ augment }, { markdown }, { rowProgress }] = await Promise.all([
+    import("../train/augment/augment.ts"),
+    import("../train/augment/report.ts"),
+    import("./progress.ts"),
+  ]);
   const interrupt = onInterrupt();
   let translator: { readonly translator: Translator; dispose(): Promise<void> } | null = null;
   try {
     const chosen = flags.method ?? [];
     const thesaurus = chosen.some((method) => method === "synonyms" || method === "insert") ? await openThesaurus(flags) : undefined;
     translator = chosen.includes("back-translation") ? await openTranslator(flags, output, interrupt.signal) : null;
+    const bar = await rowProgress();
     const report = await augment(input, output, {
       methods: chosen,
       fraction: flags.fraction,
@@ -141,7 +146,8 @@ async function run(input: string, output: string, flags: AugmentFlags): Promise<
       delimiter: flags.delimiter,
       max_bad_rows: flags.maxBadRows,
       signal: interrupt.signal,
-    });
+      onProgress: bar.update,
+    }).finally(bar.stop);
     await writeFile(`${reportName}.json`, `${JSON.stringify(report, null, 2)}\n`);
     await writeFile(`${reportName}.md`, markdown(report));
     tell(report, reportName);

@@ -70,3 +70,27 @@ export async function byteProgress(verb: string): Promise<Progress<{ doneBytes: 
     },
   };
 }
+
+/** One bar over rows; a count where their number is not known yet. Nothing without a terminal. */
+export async function rowProgress(): Promise<Progress<{ what: string; done: number; total: number }>> {
+  if (disabled() || !process.stderr.isTTY) return NONE;
+  const { default: cliProgress } = await import("cli-progress");
+  const bar = new cliProgress.SingleBar({
+    ...STYLE,
+    format: "{what} {bar} {value} of {total} rows  {eta_formatted} left",
+    barsize: 34,
+    etaBuffer: 50,
+  });
+  let started = false;
+  return {
+    update: ({ what, done, total }) => {
+      if (total === 0) process.stderr.write(`\r${what}: ${done} rows`);
+      else if (started) bar.update(done, { what });
+      else bar.start(total, done, { what });
+      started ||= total > 0;
+    },
+    stop: () => {
+      if (started) bar.stop();
+    },
+  };
+}

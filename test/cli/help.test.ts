@@ -2,7 +2,7 @@
 import { expect, test } from "vitest";
 import { run } from "./run.ts";
 
-test.each(["chat", "generate", "serve", "routing", "info", "pull", "quantize", "bench"])(
+test.each(["chat", "generate", "serve", "routing", "info", "pull", "quantize", "augment", "bench"])(
   "%s --help shows its options and examples",
   async (command) => {
     const { code, out, err } = await run([command, "--help"]);

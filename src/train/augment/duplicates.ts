@@ -10,8 +10,8 @@ import { scriptOf } from "./words.ts";
 const HASHES = 128;
 /** Chance that a text as similar as the threshold becomes a candidate. */
 const RECALL = 0.99;
-/** Texts that are remembered: each takes about 250 bytes. */
-const MOST_TEXTS = 5_000_000;
+/** Texts that are remembered: at a threshold of 0.8, each takes 336 to 672 bytes. */
+const MOST_TEXTS = 2_000_000;
 /** Candidates that are compared with a text, nearest first: texts that all are alike would otherwise be compared with each other. */
 const MOST_CANDIDATES = 16;
 /** Texts that are remembered for the same band: one that so many share tells little. */

@@ -46,18 +46,19 @@ export interface KeepOptions {
 
 /** The spans of a text that must stay as they are, in order and apart from each other. */
 export function keptSpans(text: string, { listed, beside }: KeepOptions): Span[] {
-  return merged(things(text, listed).concat(negations(text), shared(text, beside)));
+  return merged(things(text, listed, false).concat(negations(text), shared(text, beside)));
 }
 
 /** What another wording of a text must have too: all that is kept but negations and what is shared with other texts. */
 export function keptTexts(text: string, listed: readonly string[]): string[] {
-  return merged(things(text, listed)).map(({ from, to }) => text.slice(from, to));
+  return merged(things(text, listed, true)).map(({ from, to }) => text.slice(from, to));
 }
 
-function things(text: string, listed: readonly string[]): Span[] {
+/** @param certain leave out what only may be a name */
+function things(text: string, listed: readonly string[], certain: boolean): Span[] {
   const found = Array.from(text.matchAll(PATTERN), (match) => ({ from: match.index, to: match.index + match[0].length }));
   return found.concat(
-    names(text),
+    names(text, certain),
     listed.flatMap((phrase) => occurrences(text, phrase)),
   );
 }
@@ -86,8 +87,8 @@ function wordsOf(text: string): Word[] {
   return words;
 }
 
-/** Words with a capital; at the start of a sentence only where the next one has one too, or the same word has one elsewhere. */
-function names(text: string): Span[] {
+/** Words with a capital; at the start of a sentence only where the same word has one elsewhere, or the next one has one (Anna Smith, but also Tell Anna). */
+function names(text: string, certain: boolean): Span[] {
   const words = wordsOf(text).map((word) => ({
     ...word,
     starts: word.from === 0 || SENTENCE_END.test(text.slice(Math.max(0, word.from - 8), word.from)),
@@ -96,7 +97,7 @@ function names(text: string): Span[] {
   return words.filter((word, i) => {
     if (!word.starts) return isName(word.text);
     const next = words[i + 1];
-    const goesOn = next !== undefined && !next.starts && isCapital(word.text) && isName(next.text);
+    const goesOn = !certain && next !== undefined && !next.starts && isCapital(word.text) && isName(next.text);
     return MIXED.test(word.text) || inside.has(word.text) || goesOn;
   });
 }

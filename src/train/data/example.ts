@@ -32,10 +32,7 @@ export function lengthOf(example: Example): number {
   return example.prompt_ids.length + Math.max(example.chosen_ids.length, example.rejected_ids.length);
 }
 
-/** Tokens of an example that are learnt: those with a label, the input's last one of a classifier, both answers of a preference. */
-export function trainedOf(example: Example): number {
-  if ("prompt_ids" in example) return example.chosen_ids.length + example.rejected_ids.length;
-  const { labels, input_ids } = example;
-  if (!Array.isArray(labels) || labels.length !== input_ids.length) return 1;
-  return labels.reduce((sum: number, label: number) => sum + (label === IGNORED ? 0 : 1), 0);
+/** Tokens of an example for next-token prediction that are learnt. */
+export function learntOf({ labels }: CausalExample): number {
+  return labels.reduce((sum, label) => sum + (label === IGNORED ? 0 : 1), 0);
 }

@@ -3,11 +3,12 @@
  * shows before training starts, and all lengths are known; it keeps where each row is, not what it says.
  */
 import { createHash } from "node:crypto";
+import { TokenizerError } from "../../tokenizer/error.ts";
 import type { Tokenizer } from "../../tokenizer/tokenizer.ts";
 import { hash32 } from "../random.ts";
 import { Dataset, type ExampleStore } from "./dataset.ts";
 import { type Encoded, type EncodeOptions, encodeCausal, encodeLabel, encodePreference } from "./encode.ts";
-import { type CausalExample, type ClassExample, type Example, lengthOf, type PreferenceExample, trainedOf } from "./example.ts";
+import { type CausalExample, type ClassExample, type Example, learntOf, lengthOf, type PreferenceExample } from "./example.ts";
 import { type BadRow, BadRows, DataError, placed, RowError } from "./fault.ts";
 import type { DataFile } from "./files.ts";
 import { Labels, type Problem } from "./labels.ts";
@@ -198,7 +199,13 @@ class FileStore implements ExampleStore {
     const input = hash32(inputOf(row).trim());
     const { offset, length: bytes, line } = place;
     for (const [part, example] of examples.entries())
-      this.#ledger.push({ file, offset, bytes, line, part, tokens: lengthOf(example), trained: trainedOf(example), input });
+      this.#ledger.push({ file, offset, bytes, line, part, tokens: lengthOf(example), trained: this.#trained(example), input });
+  }
+
+  /** Tokens that are learnt: those with a label, the last one of a classifier's input, both answers of a preference. */
+  #trained(example: Example): number {
+    if ("prompt_ids" in example) return example.chosen_ids.length + example.rejected_ids.length;
+    return this.#task === "classification" ? 1 : learntOf(example as CausalExample);
   }
 
   async #reread(entry: Entry): Promise<readonly Example[]> {
@@ -214,6 +221,15 @@ class FileStore implements ExampleStore {
   }
 
   #encode(row: Row, idsOf: Labels["idsOf"]): Encoded<Example> {
+    try {
+      return this.#encoded(row, idsOf);
+    } catch (error) {
+      if (error instanceof TokenizerError) throw new RowError(error.message);
+      throw error;
+    }
+  }
+
+  #encoded(row: Row, idsOf: Labels["idsOf"]): Encoded<Example> {
     const { max_length: maxLength, learn: learnt, template_variables: templateVariables } = this.#options;
     const { overflow = row.kind === "text" ? "split" : "error" } = this.#options;
     if (overflow === "split" && row.kind !== "text")

@@ -72,8 +72,9 @@ export class Source {
           await take({ file, place, fields, layout, row, startsGroup: own !== group });
           group = own;
         } catch (error) {
-          if (!(error instanceof RowError)) throw error;
-          onBad({ file: path, line: place.line, unit: table.unit, reason: error.message });
+          const reason = error instanceof RowError ? error.message : isTooDeep(error) ? "the row is nested too deeply" : null;
+          if (reason === null) throw error;
+          onBad({ file: path, line: place.line, unit: table.unit, reason });
         }
       }
     }
@@ -119,4 +120,9 @@ export class Source {
       throw error;
     }
   }
+}
+
+/** V8's error for a recursion that is too deep, such as that of JSON.stringify. */
+function isTooDeep(error: unknown): boolean {
+  return error instanceof RangeError && error.message === "Maximum call stack size exceeded";
 }

@@ -57,6 +57,12 @@ test.each<[string, string | Uint8Array, string]>([
   expect(error.rows).toHaveLength(1);
 });
 
+test("a row that is nested too deeply is a bad one", async () => {
+  const deep = `${'{"a":'.repeat(20_000)}1${"}".repeat(20_000)}`;
+  const row = `{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"name": "f", "parameters": ${deep}}]}`;
+  await expect(openFile("a.jsonl", `${row}\n`)).rejects.toThrow("a.jsonl, line 1: the row is nested too deeply");
+});
+
 test("bad rows up to the limit are skipped and reported, one more is an error that lists the first five", async () => {
   const rows = Array.from({ length: 20 }, (_, i) => (i % 3 === 0 ? { bad: i } : { text: `row ${i}` }));
   const told: number[] = [];

@@ -36,6 +36,7 @@ interface AugmentFlags extends HubFlags {
   readonly model?: string;
   readonly apiKeyEnv: string;
   readonly through?: string;
+  readonly prompt?: string;
   readonly concurrency: number;
   readonly attempts: number;
   readonly timeout: number;
@@ -82,6 +83,7 @@ export function addAugment(program: Command): void {
     .option("--endpoint <url>", "an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     .option("--api-key-env <name>", "environment variable with the endpoint's key", "OPENAI_API_KEY")
     .option("--through <language>", "the language that texts go through (default: Chinese, or English for Chinese texts)")
+    .option("--prompt <text>", "what the model is asked, with {language} and {text} (default: a request in English)")
     .option("--concurrency <n>", "requests at a time", within({ least: 1, most: 256, whole: true }), 4)
     .option("--attempts <n>", "attempts for each request", within({ least: 1, most: 20, whole: true }), 5)
     .option("--timeout <s>", "seconds for an answer", within({ least: 1, most: 3600 }), 120)
@@ -101,7 +103,10 @@ export function addAugment(program: Command): void {
       examples(
         ["mixtape augment train.csv more.csv --method eda --columns label=category", "the four edits of EDA, on 10 % of the rows"],
         ["mixtape augment zh.jsonl more.jsonl --method synonyms --synonyms cilin.txt --fraction 0.2", "Chinese synonyms"],
-        ["mixtape augment a.jsonl b.jsonl --method back-translation --model default --through French", "with a model of ours"],
+        [
+          'mixtape augment a.jsonl b.jsonl --method back-translation --model default --prompt "Translate into {language}: {text}"',
+          "with a model of ours",
+        ],
         ["mixtape augment a.jsonl b.jsonl --method back-translation --endpoint http://127.0.0.1:8000/v1 --model NAME", "with any server"],
         ["mixtape augment crawl.jsonl clean.jsonl --dedupe 0.8", "near duplicates removed, nothing added"],
       ),
@@ -187,7 +192,7 @@ async function openThesaurus({ synonyms, wordnet }: AugmentFlags): Promise<Thesa
 
 async function openTranslator(flags: AugmentFlags, output: string, signal: AbortSignal) {
   const { endpoint, Translator } = await import("../train/augment/translate.ts");
-  const { endpoint: url, model, apiKeyEnv, timeout, maxNewTokens: maxTokens, concurrency, attempts } = flags;
+  const { endpoint: url, model, apiKeyEnv, timeout, maxNewTokens: maxTokens, concurrency, attempts, prompt } = flags;
   if (model === undefined)
     throw new Error("back-translation needs --model: a folder, a hub id or default, or with --endpoint the model's name there");
   const key = process.env[apiKeyEnv] ?? null;
@@ -195,7 +200,7 @@ async function openTranslator(flags: AugmentFlags, output: string, signal: Abort
   const ask: Ask = own?.ask ?? endpoint({ url: url ?? "", model, key, timeout: timeout * 1000, maxTokens });
   const cache = flags.cache === false ? null : (flags.cache ?? output.replace(/\.\w+$/, ".translations.jsonl"));
   const name = `${url ?? ""} ${model} ${maxTokens}`;
-  const translator = await Translator.open({ ask, model: name, concurrency, attempts, cache, signal });
+  const translator = await Translator.open({ ask, model: name, prompt, concurrency, attempts, cache, signal });
   return { translator, dispose: async () => own?.dispose() };
 }
 

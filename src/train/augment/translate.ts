@@ -22,15 +22,21 @@ export class RetryError extends Error {
   }
 }
 
-/** The prompt that asks for a translation. */
-export function translationPrompt(text: string, language: string): string {
-  return `Translate the following text into ${language}. Keep names, numbers, placeholders and code as they are. Answer with the translation only.\n\n${text}`;
+/** What a model is asked: {language} and {text} are filled in. */
+export const PROMPT =
+  "Translate the following text into {language}. Keep names, numbers, placeholders and code as they are. Answer with the translation only.\n\n{text}";
+
+/** A prompt with its language and text filled in; what the text spells out is not. */
+export function translationPrompt(prompt: string, language: string, text: string): string {
+  return prompt.replace(/\{(language|text)\}/g, (_, name) => (name === "text" ? text : language));
 }
 
 export interface TranslatorOptions {
   readonly ask: Ask;
   /** Which model answers: part of what the cache goes by. */
   readonly model: string;
+  /** Default: `PROMPT`. */
+  readonly prompt?: string;
   /** Requests at a time. */
   readonly concurrency: number;
   /** Attempts for each request. */
@@ -54,8 +60,11 @@ export class Translator {
     this.#answers = answers;
   }
 
-  /** Reads the cache. A line that was cut off by an interruption is left out. */
+  /** Reads the cache. A line that was cut off by an interruption is left out. Throws DataError for a prompt without {text} or {language}. */
   static async open(options: TranslatorOptions): Promise<Translator> {
+    const missing = ["{language}", "{text}"].find((each) => !(options.prompt ?? PROMPT).includes(each));
+    if (missing !== undefined)
+      throw new DataError(`the prompt for translations has no ${missing}: it must be like "Translate into {language}: {text}"`);
     const answers = new Map<string, string>();
     const text = options.cache === null ? "" : await readFile(options.cache, "utf8").catch(() => "");
     for (const line of text.split("\n")) {
@@ -78,7 +87,7 @@ export class Translator {
   }
 
   async #translate(text: string, language: string): Promise<string> {
-    const prompt = translationPrompt(text, language);
+    const prompt = translationPrompt(this.#options.prompt ?? PROMPT, language, text);
     const key = createHash("sha256").update(`${this.#options.model}\n${prompt}`).digest("hex");
     const known = this.#answers.get(key);
     if (known !== undefined) return known;

@@ -4,7 +4,14 @@ import { createServer, type IncomingMessage, type ServerResponse } from "node:ht
 import type { AddressInfo } from "node:net";
 import { join } from "node:path";
 import { expect, onTestFinished, test } from "vitest";
-import { endpoint, RetryError, Translator, type TranslatorOptions, translationPrompt } from "../../../src/train/augment/translate.ts";
+import {
+  endpoint,
+  PROMPT,
+  RetryError,
+  Translator,
+  type TranslatorOptions,
+  translationPrompt,
+} from "../../../src/train/augment/translate.ts";
 import { temporary } from "../data/files.ts";
 
 type Answer = (prompt: string, response: ServerResponse, request: IncomingMessage) => void | Promise<void>;
@@ -34,9 +41,19 @@ test("a round trip asks twice, greedily, with the key", async () => {
   const translator = await open({ ask: ask(url, { key: "secret" }) });
   expect(await translator.roundTrip("Hi there", "French", "English")).toBe("Hello there");
   expect(seen).toEqual([
-    ["/v1/chat/completions", "Bearer secret", translationPrompt("Hi there", "French")],
-    ["/v1/chat/completions", "Bearer secret", translationPrompt("Bonjour", "English")],
+    ["/v1/chat/completions", "Bearer secret", translationPrompt(PROMPT, "French", "Hi there")],
+    ["/v1/chat/completions", "Bearer secret", translationPrompt(PROMPT, "English", "Bonjour")],
   ]);
+});
+
+test("a prompt of one's own, with the language and the text, once each", async () => {
+  const seen: string[] = [];
+  const asked = async (prompt: string) => `x${seen.push(prompt)}`;
+  await (await open({ ask: asked, prompt: "{language}: {text}" })).roundTrip("$& {language}", "French", "English");
+  expect(seen).toEqual(["French: $& {language}", "English: x1"]);
+  await expect(open({ ask: asked, prompt: "Translate {text}" })).rejects.toThrow(
+    'has no {language}: it must be like "Translate into {language}: {text}"',
+  );
 });
 
 test("no more run at once than is allowed", async () => {

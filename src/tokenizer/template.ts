@@ -68,14 +68,13 @@ export class ChatTemplate {
   }
 
   /**
-   * Renders the last message as its writer sees it: `prompt` is the conversation before it with the generation prompt, `answer` what
-   * the template writes after that. Throws `TokenizerError` as `render` does, and where the rendered conversation does not begin with
-   * the prompt.
+   * What the template writes of the last message behind the conversation before it and its generation prompt: the text that a model
+   * has to write. Throws `TokenizerError` as `render` does, and where the rendered conversation does not begin with that prompt.
    */
-  renderTurn(messages: readonly Message[], variables: Variables): { readonly prompt: string; readonly answer: string } {
+  renderAnswer(messages: readonly Message[], variables: Variables): string {
     const prompt = this.render(messages.slice(0, -1), { ...variables, add_generation_prompt: true });
     const whole = this.render(messages, { ...variables, add_generation_prompt: false });
-    if (whole.startsWith(prompt)) return { prompt, answer: whole.slice(prompt.length) };
+    if (whole.startsWith(prompt)) return whole.slice(prompt.length);
     let same = 0;
     while (prompt[same] === whole[same]) same++;
     const role = messages.at(-1)?.role;

@@ -209,16 +209,14 @@ export class PreTrainedTokenizer {
    * Throws `TokenizerError` as `apply_chat_template` does, and where the template does not begin the message with its generation prompt.
    */
   encode_turn(messages: readonly Message[], options: ChatTemplateOptions = {}): { prompt: number[]; answer: number[] } {
+    const asked = { ...options, add_generation_prompt: true, continue_final_message: false, tokenize: true, return_dict: false } as const;
+    const prompt = this.apply_chat_template(messages.slice(0, -1), asked);
     const { split_special_tokens = this.config.splitSpecial, chat_template, tools = null, documents = null, ...variables } = options;
     const template = this.template(chat_template, tools !== null);
     const shield = split_special_tokens ? unusedNoncharacter(messages) : null;
     const sent = shield === null ? messages : this.shielded(messages, shield);
-    const given = { ...this.special_tokens_map, ...variables, tools, documents };
-    const { prompt, answer } = template.renderTurn(sent, given);
-    return {
-      prompt: this.vocabulary.encode(prompt, false, shield),
-      answer: continuation(this.vocabulary, answer, false, shield),
-    };
+    const answer = template.renderAnswer(sent, { ...this.special_tokens_map, ...variables, tools, documents });
+    return { prompt, answer: continuation(this.vocabulary, answer, false, shield) };
   }
 
   /** Size of the model's own vocabulary, without added tokens outside it. */

@@ -182,3 +182,14 @@ test("a tokenizer that puts a space in front of every text does not put one in f
     { numRuns: 200, seed: 1 },
   );
 });
+
+test("variables reach the template for prompt and answer alike; options of the encoding stay options", async () => {
+  const tokenizer = await withTemplate(
+    "{%- for m in messages -%}<|begin_of_sentence|>{{ m.role + style }}: {{ m.content }}<|end_of_sentence|>{%- endfor -%}" +
+      "{%- if add_generation_prompt -%}<|begin_of_sentence|>{{ 'assistant' + style + ': ' }}{%- endif -%}",
+  );
+  const template_variables = { style: "!", add_special_tokens: false, tokenize: false };
+  const [example] = await all((await openFile("a.jsonl", [{ messages: CHAT.slice(1, 3) }], { tokenizer, template_variables })).rows());
+  expect(promptOf(example)).toEqual(tokenizer.apply_chat_template(CHAT.slice(1, 2), { add_generation_prompt: true, style: "!" }));
+  expect(learnt(tokenizer, example)).toEqual(["Hi! How are you?<|end_of_sentence|>"]);
+});

@@ -21,6 +21,7 @@ export type {
   RouterOutput,
 } from "./api/model.ts";
 export { AutoModelForCausalLM } from "./api/model.ts";
+export { type CreateOptions, get_peft_model, LoraConfig, type LoraOptions, PeftModel } from "./api/peft.ts";
 export { pipeline, type TextGenerationOptions, type TextGenerationOutput, type TextGenerationPipeline } from "./api/pipeline.ts";
 export { type QuantizeOptions, quantize, verify } from "./api/quantize.ts";
 export { type Streamer, TextStreamer, type TextStreamerOptions } from "./api/streamers.ts";
@@ -35,3 +36,17 @@ export { GrammarError } from "./grammar/error.ts";
 export { ConfigError } from "./model/config.ts";
 export type { Message } from "./tokenizer/template.ts";
 export type { Tokenizer } from "./tokenizer/tokenizer.ts";
+export type { TrainingArguments } from "./train/arguments.ts";
+export type { CausalExample } from "./train/data/example.ts";
+export { type OpenOptions, openDataset } from "./train/data/open.ts";
+export type { LogEntry, TrainerControl, TrainerState } from "./train/history.ts";
+export type { Selection } from "./train/selection.ts";
+export {
+  DivergenceError,
+  Trainer,
+  type TrainerCallback,
+  type TrainerEvent,
+  type TrainerOptions,
+  type TrainOptions,
+  type TrainOutput,
+} from "./train/trainer.ts";

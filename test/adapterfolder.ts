@@ -6,7 +6,7 @@ import { ADAPTER_DEFAULTS, type AdapterConfig } from "../src/checkpoint/lora.ts"
 import { readConfig } from "../src/model/config.ts";
 import { ernie } from "../src/model/ernie.ts";
 import { elements } from "../src/tensor/shape.ts";
-import { noise } from "./backend/cases.ts";
+import { noise } from "./backend/builder.ts";
 import { temporary } from "./cli/run.ts";
 
 /** Writes one. @param base folder of the model @param strength of the noise; at 0.1 most answers differ from the base's */

@@ -3,7 +3,7 @@ import { cpSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { readHeader, readTensor } from "../src/checkpoint/safetensors.ts";
 import { type TensorData, writeSafetensors } from "../src/checkpoint/writer.ts";
-import { noise } from "./backend/cases.ts";
+import { noise } from "./backend/builder.ts";
 import { temporary } from "./cli/run.ts";
 
 export function bytesOf(values: Float32Array): Uint8Array {

@@ -1,14 +1,15 @@
 /** From a model folder to an engine that is ready to run: opens files, checks them, chooses formats, loads weights. */
-import { type Backend, RESIDENCES, type Residence, type WeightSource } from "../backend/backend.ts";
+import { type Backend, RESIDENCES, type Residence, type State, type WeightSource, type Weights } from "../backend/backend.ts";
 import { physicalCores } from "../backend/cores.ts";
 import { nativeBackend } from "../backend/native.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import { checkTiedHead, locate, unusedText } from "../checkpoint/names.ts";
-import { Engine } from "../engine/engine.ts";
+import { Engine, type EngineOptions } from "../engine/engine.ts";
 import type { ClassifierConfig, ErnieConfig } from "../model/config.ts";
 import { ernie, parameterDtype } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
+import type { Model } from "../model/model.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
 import { type GenerationDefaults, readDefaults } from "./defaults.ts";
@@ -71,6 +72,7 @@ export interface LoadOptions {
 
 export interface LoadedModel {
   readonly config: ErnieConfig;
+  readonly model: Model;
   readonly checkpoint: Checkpoint;
   /** Of generation_config.json. */
   readonly defaults: GenerationDefaults;
@@ -78,7 +80,20 @@ export interface LoadedModel {
   readonly backend: Backend;
   /** The parameters as loaded, with the formats used in computation. */
   readonly weights: readonly WeightSource[];
+  readonly tensors: Weights;
+  /** How the engine was made, for another one on the same weights. */
+  readonly settings: EngineSettings;
+  /** Parameters that are float32 states of the backend. */
+  readonly states: ReadonlyMap<string, State>;
+  /** The names of those that a Trainer changes, and of stacked ones the experts where not all are. */
+  readonly trained: ReadonlySet<string>;
+  readonly experts: ReadonlyMap<string, readonly number[]>;
 }
+
+export type EngineSettings = Pick<
+  EngineOptions,
+  "dtypeOf" | "kvDtype" | "kvTokens" | "maxRows" | "prefixCache" | "maxSequences" | "adapters"
+>;
 
 export function parseDtype(name: string): (typeof DTYPES)[string] {
   const dtype = Object.hasOwn(DTYPES, name) ? DTYPES[name] : undefined;
@@ -137,10 +152,8 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
     for (const message of generation.warnings) warn(`${folder}: ${message}`);
     for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
-    const engine = new Engine({
-      model,
-      backend,
-      weights: await backend.load(weights, options.weights),
+    const tensors = await backend.load(weights, options.weights);
+    const settings: EngineSettings = {
       dtypeOf: (name) => dtypes.get(name) as Dtype,
       kvDtype: options.kv_cache_dtype && KV_DTYPES[options.kv_cache_dtype],
       kvTokens: options.kv_cache_tokens,
@@ -148,8 +161,12 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
       prefixCache: options.prefix_cache,
       maxSequences: options.max_sequences,
       adapters: { count: options.max_loras, rank: options.max_lora_rank },
-    });
-    return { config, checkpoint, defaults: generation.defaults, engine, backend, weights };
+    };
+    const engine = new Engine({ model, backend, weights: tensors, ...settings });
+    return {
+      ...{ config, model, checkpoint, defaults: generation.defaults, engine, backend, weights, tensors, settings },
+      ...{ states: new Map(), trained: new Set<string>(), experts: new Map() },
+    };
   } catch (error) {
     backend.dispose();
     throw error;

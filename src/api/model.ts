@@ -8,12 +8,15 @@ import type { ErnieConfig } from "../model/config.ts";
 import { optionFault } from "../tokenizer/options.ts";
 import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import type { Selection } from "../train/selection.ts";
+import type { Trainee } from "../train/trainee.ts";
 import { type LoadAdapterOptions, RuntimeAdapters, type WeightedAdapterOptions } from "./adapters.ts";
 import { answerRows } from "./answers.ts";
 import { constrainBy } from "./constraint.ts";
 import type { GenerationDefaults } from "./defaults.ts";
 import { type GenerationOptions, type ModelInputs, readRows, resolveGeneration } from "./generation.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "./load.ts";
+import { saveModel, traineeOf, unfrozen } from "./tuning.ts";
 
 /** How to find and load a model: a folder, a hub id, or `default` for the bundled model. */
 export interface PretrainedOptions extends LoadOptions {
@@ -173,16 +176,20 @@ export class CausalLM {
   /** Instruction set and threads, for display. */
   readonly device: string;
   /** The underlying engine: `submit` streams tokens of many concurrent requests. */
-  readonly engine: LoadedModel["engine"];
-  readonly #adapters: RuntimeAdapters;
+  get engine(): LoadedModel["engine"] {
+    return this.#parts.engine;
+  }
+  #parts: LoadedModel;
+  #adapters: RuntimeAdapters;
 
-  constructor({ config, checkpoint, defaults, engine, backend }: LoadedModel) {
+  constructor(loaded: LoadedModel) {
+    const { config, checkpoint, defaults, backend } = loaded;
     this.folder = checkpoint.folder;
     this.config = config;
     this.generation_config = checkpoint.generationConfig ?? {};
     this.defaults = defaults;
-    this.engine = engine;
-    this.#adapters = new RuntimeAdapters(engine, config);
+    this.#parts = loaded;
+    this.#adapters = new RuntimeAdapters(loaded.engine, config);
     this.device = `${backend.name}, ${backend.threads} thread${backend.threads === 1 ? "" : "s"}`;
   }
 
@@ -289,9 +296,39 @@ export class CausalLM {
     return this.#adapters.of(named);
   }
 
+  /** Model, weights and backend, for adapters and trainers. */
+  get loaded(): LoadedModel {
+    return this.#parts;
+  }
+
+  /**
+   * Chooses the parameters that a Trainer trains; they become float32 numbers beside the frozen weights, and `generate` follows them. Without a
+   * choice a Trainer trains all but the routers' correction bias. Rejects with RangeError for a selection that matches nothing, listing
+   * what there is, and once one was made.
+   */
+  async trainable(selection: Selection = {}): Promise<void> {
+    this.#parts = await unfrozen(this.#parts, selection);
+    this.#adapters = new RuntimeAdapters(this.engine, this.config);
+  }
+
+  /** What a Trainer trains. */
+  async trainee(): Promise<Trainee> {
+    if (this.#parts.trained.size === 0) await this.trainable();
+    return traineeOf(this.#parts);
+  }
+
+  /**
+   * Writes the model in the hub's layout, with config, tokenizer and what else belongs to it.
+   * @param options.dtype `fp32`, `bf16` or `fp16`; default: the stored format, bf16 where that is in blocks
+   */
+  async save_pretrained(folder: string, options: { readonly dtype?: string } = {}): Promise<void> {
+    await saveModel(this.#parts, folder, options.dtype);
+  }
+
   /** Frees weights, cache and threads. Running requests fail, and so does using the model afterwards. */
-  dispose(): Promise<void> {
-    return this.engine.dispose();
+  async dispose(): Promise<void> {
+    await this.engine.dispose();
+    for (const state of this.#parts.states.values()) state.dispose();
   }
 }
 

@@ -1,25 +1,20 @@
 /** Converts a model folder to another weight format. Norms, biases and the router become float32. Runs no model. */
 import { createHash } from "node:crypto";
-import { copyFile, mkdir, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
-import { availableParallelism } from "node:os";
+import { mkdir, readdir, readFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { checkFinite, convertStored, randomMatrix } from "../backend/native.ts";
-import { type BlockMatrix, blockMetadata } from "../checkpoint/blocks.ts";
-import { CONFIG, openCheckpoint, readJson } from "../checkpoint/checkpoint.ts";
+import type { BlockMatrix } from "../checkpoint/blocks.ts";
+import { openCheckpoint, readJson } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import { ggufFile } from "../checkpoint/gguf/locate.ts";
-import { checkTiedHead, locate, partName, type Source, unusedText } from "../checkpoint/names.ts";
+import { checkTiedHead, locate, partName, unusedText } from "../checkpoint/names.ts";
 import { readTensor, type StoredDtype, type TensorEntry } from "../checkpoint/safetensors.ts";
-import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";
 import { type ErnieConfig, readConfig } from "../model/config.ts";
 import { ernie, parameterDtype, parameters } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
-import type { ModelParameter } from "../model/model.ts";
 import { PRESETS } from "../model/presets.ts";
-import { ELEMENT_BYTES } from "../tensor/dtype.ts";
-import { type BlockDtype, blockBytes, isBlockDtype } from "../tensor/quantized.ts";
 import { Calibration } from "./calibration.ts";
-import { unpackConfigs } from "./pieces.ts";
+import { CHECKSUMS, FORMATS, type Origin, writeModel } from "./folder.ts";
 import { openTokenizer } from "./tokenizer.ts";
 import { readWindows } from "./windows.ts";
 
@@ -41,36 +36,8 @@ export interface QuantizeOptions {
   readonly seed?: number;
 }
 
-const FORMATS = {
-  int8: { dtype: "int8", config: "int8" },
-  int4: { dtype: "int4", config: "int4" },
-  bf16: { dtype: "bf16", config: "bfloat16" },
-  fp16: { dtype: "f16", config: "float16" },
-  fp32: { dtype: "f32", config: "float32" },
-} as const;
-const STORED = { int8: "U8", int4: "U8", bf16: "BF16", f16: "F16", f32: "F32" } as const;
-
 /** Formats of tensors that are not in blocks and hold numbers that may not be finite. */
 const FLOATS: Partial<Record<StoredDtype, "f32" | "bf16" | "f16">> = { F32: "f32", BF16: "bf16", F16: "f16" };
-
-/** File with a digest of each tensor, beside the weights. */
-const CHECKSUMS = "checksums.json";
-const COPIED =
-  /^(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json$|^tokenizer\.model$|^chat_template[\w.-]*$|^(LICENSE|README)/;
-
-/** Source of the weights: a checkpoint or a seeded generator. */
-interface Origin {
-  readonly config: Record<string, unknown>;
-  readonly model: ErnieConfig;
-  /** Writes part `index` of a parameter, a matrix [n, k], into `to`. */
-  fill(p: ModelParameter, index: number, dtype: BlockDtype | "f32" | "bf16" | "f16", n: number, k: number, to: Uint8Array): Promise<void>;
-  /** Folder with further files to copy; null: none. */
-  readonly folder: string | null;
-  /** Where the parameters are stored, by name; null: nowhere. */
-  readonly sources: ReadonlyMap<string, Source> | null;
-  /** Of the text that decides how matrices are rounded, if one does. */
-  readonly digest?: string;
-}
 
 /**
  * Reads the model folder `source` and writes `out`, in the hub's layout. Matrices are converted a few at a time, so memory use
@@ -96,64 +63,15 @@ export async function quantize(source: string, out: string, options: QuantizeOpt
   if ((await readdir(out)).includes("model.safetensors"))
     throw new Error(`${out}: already contains a model; name another folder or delete it first`);
 
-  if (options.calibration === undefined) return write(source, out, origin, config, options);
+  const archive = origin.folder === null ? undefined : await ggufFile(resolve(source));
+  const settings = { ...options, format: FORMATS[options.dtype], archive };
+  if (options.calibration === undefined) return writeModel(origin, out, settings);
   const calibrated = await calibrate(source, out, origin, config, options);
   try {
-    return await write(source, out, calibrated, config, options);
+    return await writeModel(calibrated, out, settings);
   } finally {
     calibrated.dispose();
   }
-}
-
-async function write(source: string, out: string, origin: Origin, config: ErnieConfig, options: QuantizeOptions) {
-  const format = FORMATS[options.dtype];
-  const blocks = new Map<string, BlockMatrix>();
-  const tensors: TensorData[] = [];
-  let [doneBytes, totalBytes] = [0, 0];
-  for (const p of parameters(config)) {
-    const dtype = parameterDtype(p, format.dtype);
-    const shape = p.experts ? p.shape.slice(1) : p.shape;
-    const [n, k] = shape.length === 1 ? [1, shape[0]] : shape;
-    const bytes = isBlockDtype(dtype) ? blockBytes(dtype, n, k) : n * k * ELEMENT_BYTES[dtype];
-    for (let e = 0; e < (p.experts ?? 1); e++) {
-      const name = partName(p.name, e, p.experts !== undefined);
-      if (isBlockDtype(dtype)) blocks.set(name, { dtype, shape: [n, k] });
-      totalBytes += bytes;
-      tensors.push({
-        name,
-        dtype: STORED[dtype],
-        shape: isBlockDtype(dtype) ? [bytes] : shape,
-        data: async () => {
-          options.signal?.throwIfAborted();
-          const to = new Uint8Array(bytes);
-          await origin.fill(p, e, dtype, n, k, to);
-          return to;
-        },
-      });
-    }
-  }
-
-  const { folder } = origin;
-  const archive = folder === null ? undefined : await ggufFile(resolve(source));
-  if (archive) await unpackConfigs(archive, out);
-  else if (folder !== null)
-    for (const name of await readdir(folder)) if (COPIED.test(name)) await copyFile(join(folder, name), join(out, name));
-  await writeAtomically(join(out, CONFIG), `${JSON.stringify({ ...origin.config, dtype: format.config }, null, 1)}\n`);
-  const checksums: Record<string, string> = {};
-  const metadata = blocks.size > 0 ? blockMetadata(blocks) : { format: "pt" };
-  await writeSafetensors(join(out, "model.safetensors"), tensors, {
-    // With another text, a partial file is another model's, and does not go on.
-    metadata: origin.digest ? { ...metadata, "mixtape.calibration": origin.digest } : metadata,
-    concurrency: availableParallelism(),
-    resumable: true,
-    onWritten: (tensor, data) => {
-      checksums[tensor] = createHash("sha256").update(data).digest("hex");
-      doneBytes += data.byteLength;
-      options.onProgress?.({ tensor, doneBytes, totalBytes });
-    },
-  });
-  await writeAtomically(join(out, CHECKSUMS), `${JSON.stringify({ algorithm: "sha256", tensors: checksums })}\n`);
-  return { bytes: totalBytes, tensors: tensors.length };
 }
 
 /**
@@ -278,22 +196,10 @@ async function randomOrigin(name: string, { layers, experts, seed = 0 }: Quantiz
     config,
     model,
     folder: null,
-    sources: null,
     async fill(p, index, dtype, n, k, to) {
       if (/norm\.weight$/.test(p.name)) return void new Float32Array(to.buffer).fill(1);
       const deviation = p.name.endsWith("bias") ? 0.001 : 1 / Math.sqrt(k);
       await randomMatrix(seed * 2 ** 32 + (numbers.get(p.name) ?? 0) * 4096 + index, deviation, dtype, n, k, to);
     },
   };
-}
-
-async function writeAtomically(path: string, text: string): Promise<void> {
-  const temporary = `${path}.${process.pid}.tmp`;
-  try {
-    await writeFile(temporary, text);
-    await rename(temporary, path);
-  } catch (error) {
-    await rm(temporary, { force: true });
-    throw error;
-  }
 }

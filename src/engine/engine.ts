@@ -3,7 +3,7 @@
  * the results. Knows no text.
  */
 import { setImmediate as turn } from "node:timers/promises";
-import type { Backend, Placement, Weights } from "../backend/backend.ts";
+import type { Backend, Placement, State, Weights } from "../backend/backend.ts";
 import { NOT_FINITE } from "../graph/ops/sampling.ts";
 import { bytesOf } from "../graph/plan.ts";
 import { type Content, checkContent } from "../model/content.ts";
@@ -31,6 +31,8 @@ export interface EngineOptions {
   readonly weights: Weights;
   /** The format that each parameter was loaded in. */
   readonly dtypeOf: (parameter: string) => Dtype;
+  /** Parameters that are float32 states of the backend, such as those under training, by name; all others are weights. Default: none. */
+  readonly states?: ReadonlyMap<string, State>;
   /** Format of the KV cache. Default: f32 where the embeddings are f32, int8kv where they are int8, else f16. */
   readonly kvDtype?: KvDtype;
   /** Capacity of the KV cache in tokens, for all sequences together. Default: 16 full sequences, or as many as fit in half of the memory that the weights leave. */
@@ -97,7 +99,7 @@ export class Engine {
     this.#promptMs = promptMs;
     this.#blocks = new Blocks(Math.ceil(kvTokens / BLOCK_TOKENS));
     this.#scheduler = new Scheduler(this.#blocks, { maxRows, maxSequences, prefixCache });
-    this.#programs = new Programs(model, dtypeOf, backend, weights, { dtype: kvDtype, blocks: this.#blocks.count });
+    this.#programs = new Programs(model, dtypeOf, backend, weights, { dtype: kvDtype, blocks: this.#blocks.count }, options.states);
     this.#steps = new Steps(this.#programs);
     this.#adapters = new LoadedAdapters(model, backend, options.adapters);
     this.#tally = new Tally(model.mixtures.layers.length, model.mixtures.experts);
@@ -232,14 +234,20 @@ export class Engine {
 
   /** Ends all requests with an error and frees weights, cache and threads. */
   async dispose(): Promise<void> {
-    if (this.#steps.disposed) return;
+    if (!(await this.close())) return;
+    this.#weights.dispose();
+    this.#backend.dispose();
+  }
+
+  /** As `dispose`, but weights and backend stay, for those who share them. Returns whether it was open. */
+  async close(): Promise<boolean> {
+    if (this.#steps.disposed) return false;
     const ended = this.#steps.dispose();
     this.#scheduler.close(new Error("the model has been disposed of"));
     await ended;
     this.#programs.dispose();
     this.#adapters.dispose();
-    this.#weights.dispose();
-    this.#backend.dispose();
+    return true;
   }
 
   async #serve(): Promise<void> {

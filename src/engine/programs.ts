@@ -43,20 +43,31 @@ export class Programs {
   readonly #weights: Weights;
   readonly #graph: Graph;
   readonly #trace: (model: Model) => Graph;
-  readonly #states = new Map<string, State>();
+  readonly #own = new Map<string, State>();
+  readonly #states: ReadonlyMap<string, State>;
   readonly #prepared = new Map<string, { readonly program: Program; readonly rows: number }>();
   /** The same for steps in which some rows have an adapter. */
   #adapted: { readonly graph: Graph; readonly states: ReadonlyMap<string, State> } | null = null;
 
-  constructor(model: Model, dtypeOf: (parameter: string) => Dtype, backend: Backend, weights: Weights, kv: KvLayout) {
+  /** @param parameters states that are parameters of the model; they stay when this is disposed of */
+  constructor(
+    model: Model,
+    dtypeOf: (parameter: string) => Dtype,
+    backend: Backend,
+    weights: Weights,
+    kv: KvLayout,
+    parameters: ReadonlyMap<string, State> = new Map(),
+  ) {
     this.model = model;
     this.maskWords = Math.ceil(model.vocabSize / 32);
     this.#backend = backend;
     this.#weights = weights;
-    this.#trace = (model) => trace(model, dtypeOf, kv);
+    this.#trace = (model) => trace(model, dtypeOf, kv, parameters);
     this.#graph = this.#trace(model);
     for (const t of this.#graph.values)
-      if (t.kind === "state") this.#states.set(t.name as string, backend.state(t.dtype, t.shape.map(Number)));
+      if (t.kind === "state" && !parameters.has(t.name as string))
+        this.#own.set(t.name as string, backend.state(t.dtype, t.shape.map(Number)));
+    this.#states = new Map([...parameters, ...this.#own]);
   }
 
   /**
@@ -116,20 +127,21 @@ export class Programs {
   dispose(): void {
     for (const { program } of this.#prepared.values()) program.dispose();
     this.#prepared.clear();
-    for (const state of this.#states.values()) state.dispose();
-    this.#states.clear();
+    for (const state of this.#own.values()) state.dispose();
+    this.#own.clear();
   }
 }
 
 /** Traces everything that a step can compute; runs skip the outputs they do not ask for. */
-function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout): Graph {
+function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout, parameters: ReadonlyMap<string, State>): Graph {
   const g = new Graph();
   const { heads, width } = model.cache;
   const half = (name: string) => g.state(name, [kv.blocks, BLOCK_TOKENS, heads, width], kv.dtype);
   const layers = Array.from({ length: model.layers }, (_, i): KvCache => ({ keys: half(`keys.${i}`), values: half(`values.${i}`) }));
   const rows = symbol("rows");
-  const stacked = model.parameters.some((p) => p.kind === "adapter");
-  const bind: Bind = ({ name, shape, kind }) => (kind === "adapter" ? g.state(name, shape, "f32") : g.weight(name, shape, dtypeOf(name)));
+  const stacked = model.parameters.some((p) => p.kind === "adapter" && !parameters.has(p.name));
+  const bind: Bind = ({ name, shape, kind }) =>
+    kind === "adapter" || parameters.has(name) ? g.state(name, shape, "f32") : g.weight(name, shape, dtypeOf(name));
   const traced = model.forward(g, bind, {
     ids: g.input("ids", [rows], "i32"),
     positions: g.input("positions", model.positionAxes === 1 ? [rows] : [model.positionAxes, rows], "i32"),

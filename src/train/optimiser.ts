@@ -8,12 +8,22 @@ export function momentName(parameter: string, which: "m" | "v"): string {
   return `${which}.${parameter}`;
 }
 
+/** The inputs with the rates of parameters that decay, and of those that do not. */
+export const RATES = "rates";
+export const PLAIN_RATES = "rates.plain";
+
 /**
  * The graph followed by an update of every state that has a gradient; the rates are an input `rates` [7], as in `ADAMW_RATES`.
  * @param clip the largest global gradient norm: larger gradients are scaled down to it, and the norm before clipping becomes the
  * output `gradientNorm`; null: no clipping
+ * @param decays whether weight decay applies to a parameter; the others' rates are an input `rates.plain` [7]. Default: to all
  */
-export function adamw(graph: Graph, trained: readonly string[], clip: number | null): Graph {
+export function adamw(
+  graph: Graph,
+  trained: readonly string[],
+  clip: number | null,
+  decays: (parameter: string) => boolean = () => true,
+): Graph {
   const next = graph.branch();
   for (const call of graph.calls) next.push(call);
   const states = new Map(graph.values.filter((t) => t.kind === "state").map((t) => [t.name as string, t]));
@@ -22,7 +32,7 @@ export function adamw(graph: Graph, trained: readonly string[], clip: number | n
     if (!parameter || !gradient) throw new Error(`internal: adamw: '${name}' is not trained in this graph`);
     return { name, parameter, gradient };
   });
-  update(next, steps, clip);
+  update(next, steps, clip, decays);
   return checked(next, "adamw");
 }
 
@@ -35,8 +45,19 @@ export interface Trained {
 }
 
 /** Appends the update of `steps` to `g`, as `adamw` describes it. */
-export function update(g: Graph, steps: readonly Trained[], clip: number | null): void {
-  const rates = g.input("rates", [ADAMW_RATES.length], "f32");
+export function update(
+  g: Graph,
+  steps: readonly Trained[],
+  clip: number | null,
+  decays: (parameter: string) => boolean = () => true,
+): void {
+  const given = new Map<string, Tensor>();
+  const rates = (name: string): Tensor => {
+    const label = decays(name) ? RATES : PLAIN_RATES;
+    const input = given.get(label) ?? g.input(label, [ADAMW_RATES.length], "f32");
+    given.set(label, input);
+    return input;
+  };
   let factor: Tensor | undefined;
   if (clip !== null) {
     const [norm] = g.call(
@@ -48,7 +69,7 @@ export function update(g: Graph, steps: readonly Trained[], clip: number | null)
   }
   for (const { name, parameter, gradient } of steps) {
     const moment = (which: "m" | "v") => g.state(momentName(name, which), parameter.shape, "f32");
-    g.call("adamw", [parameter, gradient, moment("m"), moment("v"), rates, factor]);
+    g.call("adamw", [parameter, gradient, moment("m"), moment("v"), rates(name), factor]);
   }
 }
 

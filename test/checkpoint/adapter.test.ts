@@ -10,7 +10,7 @@ import { readConfig } from "../../src/model/config.ts";
 import { type Adapters, ernie } from "../../src/model/ernie.ts";
 import type { Model, ModelParameter } from "../../src/model/model.ts";
 import { elements } from "../../src/tensor/shape.ts";
-import { noise } from "../backend/cases.ts";
+import { noise } from "../backend/builder.ts";
 import { GOLDENS } from "../goldens.ts";
 import { scratch } from "./craft.ts";
 

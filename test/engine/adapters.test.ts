@@ -5,7 +5,7 @@ import type { Branch, Branches } from "../../src/engine/engine.ts";
 import { GREEDY } from "../../src/engine/sampling.ts";
 import type { Request } from "../../src/engine/sequence.ts";
 import { elements } from "../../src/tensor/shape.ts";
-import { noise } from "../backend/cases.ts";
+import { noise } from "../backend/builder.ts";
 import { openGoldens, relativeError } from "../goldens.ts";
 
 const open: LoadedModel[] = [];

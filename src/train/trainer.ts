@@ -373,6 +373,7 @@ export class Trainer<R = CausalExample> {
   async #save(best = false): Promise<void> {
     const { args, state } = this;
     const path = join(args.output_dir, `checkpoint-${state.global_step}`);
+    await this.#checkFinite();
     if (best) state.best_model_checkpoint = path;
     await mkdir(args.output_dir, { recursive: true });
     await writeCheckpoint(args.output_dir, state.global_step, async (temporary) => {
@@ -392,6 +393,14 @@ export class Trainer<R = CausalExample> {
       }
     }
     await this.#call("on_save", { checkpoint: path });
+  }
+
+  /** A checkpoint never holds numbers that are not finite. */
+  async #checkFinite(): Promise<void> {
+    for (const [name, state] of await this.#kept()) {
+      const at = state.read().findIndex((x) => !Number.isFinite(x));
+      if (at >= 0) await this.#diverged(this.state.global_step - 1, null, `the update of ${name}`);
+    }
   }
 
   /** The states that a checkpoint holds. */
@@ -437,11 +446,11 @@ export class Trainer<R = CausalExample> {
       );
   }
 
-  async #diverged(step: number, loss: number, fault: string): Promise<never> {
+  async #diverged(step: number, loss: number | null, fault: string): Promise<never> {
     const last = (await listCheckpoints(this.args.output_dir)).at(-1);
     throw new DivergenceError(
       step + 1,
-      `step ${step + 1}: the loss is ${loss}; the first numbers that are not finite came from ${fault}. The run stops; ${
+      `step ${step + 1}:${loss === null ? "" : ` the loss is ${loss};`} the first numbers that are not finite came from ${fault}. The run stops; ${
         last ? `the last checkpoint is ${last.path}` : "no checkpoint was saved"
       }. A smaller learning_rate, warm-up or max_grad_norm help most often`,
     );

@@ -17,6 +17,8 @@ export interface TrainingArguments {
   readonly per_device_train_batch_size: number;
   readonly per_device_eval_batch_size: number;
   readonly gradient_accumulation_steps: number;
+  /** Products in bfloat16, as transformers' autocast; parameters, sums and optimiser stay float32. Default false: float32. */
+  readonly bf16: boolean;
   /** Recompute a layer's activations for its gradients. Default true (transformers: false). */
   readonly gradient_checkpointing: boolean;
   readonly num_train_epochs: number;
@@ -79,6 +81,7 @@ const DEFAULTS: TrainingArguments = {
   per_device_train_batch_size: 8,
   per_device_eval_batch_size: 8,
   gradient_accumulation_steps: 1,
+  bf16: false,
   gradient_checkpointing: true,
   num_train_epochs: 3,
   max_steps: -1,
@@ -122,8 +125,7 @@ export const ARGUMENT_NAMES = Object.keys(DEFAULTS) as (keyof TrainingArguments)
 /** Arguments of transformers that have no meaning here, and what to do instead. */
 const REMEDIES: Readonly<Record<string, string>> = {
   evaluation_strategy: "give eval_strategy",
-  fp16: "the format of the weights is from_pretrained's dtype",
-  bf16: "the format of the weights is from_pretrained's dtype",
+  fp16: "give bf16, or leave it out for float32",
   use_cpu: "the device is from_pretrained's device",
   no_cuda: "the device is from_pretrained's device",
   deepspeed: "there is one process; leave it out",
@@ -151,6 +153,7 @@ const CHECKS: Readonly<Record<keyof TrainingArguments, Check>> = {
   per_device_train_batch_size: whole(1),
   per_device_eval_batch_size: whole(1),
   gradient_accumulation_steps: whole(1),
+  bf16: flag,
   gradient_checkpointing: flag,
   num_train_epochs: [(n) => typeof n === "number" && Number.isFinite(n) && n > 0, "a number above 0"],
   max_steps: [(n) => n === -1 || (Number.isSafeInteger(n) && (n as number) > 0), "a whole number above 0, or -1"],

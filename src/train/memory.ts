@@ -7,9 +7,9 @@ export interface MemoryEstimate {
   readonly weights: number;
   /** Trained parameters, float32. */
   readonly parameters: number;
-  /** The optimiser's two moments, and moving averages. */
+  /** Gradients, the optimiser's two moments, and moving averages. */
   readonly moments: number;
-  /** Activations and gradients of the largest step; an upper bound. */
+  /** Activations of the largest batch, and gradients on the way; an upper bound. */
   readonly workspace: number;
   readonly total: number;
   /** What the process may still take, weights that are mapped but not yet read counted as taken. */
@@ -24,7 +24,7 @@ export function estimateMemory(trainee: Trainee, workspace: number, averages: bo
   const parts = {
     weights: weights.mappedBytes + weights.ownedBytes,
     parameters: bytes,
-    moments: (averages ? 3 : 2) * bytes,
+    moments: (averages ? 4 : 3) * bytes,
     workspace,
   };
   const free = Math.max(0, backend.memory().free - (weights.mappedBytes - moved));
@@ -42,7 +42,7 @@ export function checkMemory(estimate: MemoryEstimate): void {
 
 /** The estimate in one line. */
 export function describe({ weights, parameters, moments, workspace, free }: MemoryEstimate): string {
-  return `weights ${gib(weights)}, trained parameters ${gib(parameters)}, optimiser ${gib(moments)} and workspace ${gib(workspace)}, of which ${gib(moments + workspace)} are still to be allocated and ${gib(free)} are free`;
+  return `weights ${gib(weights)}, trained parameters ${gib(parameters)}, gradients and optimiser ${gib(moments)} and workspace ${gib(workspace)}, of which ${gib(moments + workspace)} are still to be allocated and ${gib(free)} are free`;
 }
 
 function gib(bytes: number): string {

@@ -1,10 +1,11 @@
 /** Runs optimiser steps and evaluations of a trainee: its programs, and the optimiser's moments as states. Knows no data order and no files. */
 import type { Numbers, Program, State } from "../backend/backend.ts";
+import { gradientName } from "../graph/backward.ts";
 import type { Graph } from "../graph/graph.ts";
 import { plan } from "../graph/plan.ts";
 import type { Objective } from "./loss.ts";
 import { type AdamwOptions, adamwRates, momentName, PLAIN_RATES, RATES } from "./optimiser.ts";
-import { evaluationStep, expertsName, trainingStep } from "./step.ts";
+import { type AccumulatingStep, accumulatingStep, evaluationStep, expertsName } from "./step.ts";
 import { type Trainee, trainedParameters } from "./trainee.ts";
 
 export interface StepperOptions<R> {
@@ -13,6 +14,8 @@ export interface StepperOptions<R> {
   readonly clip: number;
   readonly checkpointing: boolean;
   readonly decays: (parameter: string) => boolean;
+  /** The format of products. */
+  readonly compute: "f32" | "bf16";
 }
 
 export interface StepResult {
@@ -29,9 +32,10 @@ const UNLIMITED = 3e38;
 export class Stepper<R> {
   readonly #trainee: Trainee;
   readonly #options: StepperOptions<R>;
-  readonly #training: Graph;
+  readonly #training: AccumulatingStep;
   readonly #evaluation: Graph;
   readonly #states: Map<string, State>;
+  readonly #gradients: ReadonlyMap<string, State>;
   readonly #masks: Record<string, Float32Array> = {};
   readonly #plain: boolean;
   readonly #programs = new Map<string, Program>();
@@ -46,9 +50,10 @@ export class Stepper<R> {
       holds: (p: { name: string }) => trainee.states.has(p.name),
       dtypeOf: trainee.dtypeOf,
       objective: options.objective,
+      compute: options.compute,
     };
     const partial = (name: string) => trainee.experts.has(name);
-    this.#training = trainingStep(trainee.model, {
+    this.#training = accumulatingStep(trainee.model, {
       ...shared,
       partial,
       clip: options.clip > 0 ? options.clip : UNLIMITED,
@@ -56,9 +61,9 @@ export class Stepper<R> {
       // Decay would change the experts that are not trained.
       decays: (name) => options.decays(name) && !partial(name),
       probes: true,
-    }).graph;
+    });
     this.#evaluation = evaluationStep(trainee.model, shared);
-    this.#plain = this.#training.values.some((t) => t.name === PLAIN_RATES);
+    this.#plain = this.#training.update.values.some((t) => t.name === PLAIN_RATES);
     const parameters = trainedParameters(trainee);
     const moments = new Map<string, State>();
     for (const { name, shape, experts } of parameters) {
@@ -67,35 +72,42 @@ export class Stepper<R> {
       if (chosen) this.#masks[expertsName(name)] = Float32Array.from({ length: experts ?? 0 }, (_, e) => (chosen.includes(e) ? 1 : 0));
     }
     this.moments = moments;
-    this.#states = new Map([...trainee.states, ...moments]);
+    this.#gradients = new Map(parameters.map((p) => [gradientName(p.name), trainee.backend.state("f32", p.shape)]));
+    this.#states = new Map([...trainee.states, ...moments, ...this.#gradients]);
   }
 
   /** Bytes of the workspace of a step with this many tokens. An upper bound: before the backend's own passes. */
   workspaceBytes(rows: number): number {
-    return plan(this.#training, { rows: capacity(rows), sequences: capacity(rows) }).arenaBytes;
+    return plan(this.#training.gradients, { rows: capacity(rows), sequences: capacity(rows) }).arenaBytes;
   }
 
   /**
-   * One optimiser step over batches of examples, as if they were one batch.
+   * One optimiser step over batches of examples, as if they were one batch. If a number is not finite, the parameters stay as they were.
    * @param step counted from 0
    * @param seed of dropout
    */
   async step(batches: readonly (readonly R[])[], step: number, rates: AdamwOptions, seed: number): Promise<StepResult> {
     const { objective } = this.#options;
-    const examples = batches.flat();
-    const total = examples.reduce((n, e) => n + objective.count(e), 0);
-    const { rows, sequences, inputs } = objective.collate(examples, total);
-    const outputs: Record<string, Float32Array> = { loss: new Float32Array(1), gradientNorm: new Float32Array(1) };
-    for (const name of this.#training.outputs.keys()) if (name.startsWith("probe.")) outputs[name] = new Float32Array(1);
-    const given: Record<string, Numbers> = {
-      ...inputs,
-      ...this.#masks,
-      seed: Int32Array.of(seed, step),
-      [RATES]: adamwRates(rates, step + 1),
-    };
+    const { gradients, norm, update } = this.#training;
+    const total = batches.flat().reduce((n, e) => n + objective.count(e), 0);
+    const outputs: Record<string, Float32Array> = { loss: new Float32Array(1) };
+    for (const name of gradients.outputs.keys()) if (name.startsWith("probe.")) outputs[name] = new Float32Array(1);
+    let loss = 0;
+    for (const [i, batch] of batches.entries()) {
+      const { rows, sequences, inputs } = objective.collate(batch, total);
+      const given = { ...inputs, ...this.#masks, seed: Int32Array.of(seed, step * batches.length + i) };
+      await this.#program("gradients", gradients, rows).run({ rows, sequences }, given, outputs);
+      loss += outputs.loss[0];
+      const fault = this.#fault(outputs);
+      if (fault !== null) return this.#halted(loss, fault);
+    }
+    const gradientNorm = new Float32Array(1);
+    await this.#program("norm", norm, 1).run({}, {}, { gradientNorm });
+    if (!Number.isFinite(gradientNorm[0])) return this.#halted(loss, this.#badGradient());
+    const given: Record<string, Numbers> = { [RATES]: adamwRates(rates, step + 1) };
     if (this.#plain) given[PLAIN_RATES] = adamwRates({ ...rates, weightDecay: 0 }, step + 1);
-    await this.#program("training", this.#training, rows).run({ rows, sequences }, given, outputs);
-    return { loss: outputs.loss[0], gradientNorm: outputs.gradientNorm[0], fault: this.#fault(outputs) };
+    await this.#program("update", update, 1).run({}, given, { gradientNorm });
+    return { loss, gradientNorm: gradientNorm[0], fault: null };
   }
 
   /** The loss summed over what the objective counts, and that count. Updates nothing. */
@@ -111,7 +123,7 @@ export class Stepper<R> {
   dispose(): void {
     for (const program of this.#programs.values()) program.dispose();
     this.#programs.clear();
-    for (const state of this.moments.values()) state.dispose();
+    for (const state of [...this.moments.values(), ...this.#gradients.values()]) state.dispose();
   }
 
   #program(kind: string, graph: Graph, rows: number): Program {
@@ -128,9 +140,18 @@ export class Stepper<R> {
     for (let i = 0; i <= layers; i++)
       if (!Number.isFinite(outputs[`probe.${i}`][0]))
         return i === 0 ? "the embeddings" : i === layers ? `layer ${layers - 1} or the final norm` : `layer ${i - 1}`;
-    if (!Number.isFinite(outputs.loss[0])) return "the head's logits";
-    if (!Number.isFinite(outputs.gradientNorm[0])) return "the gradients, though the loss is finite";
-    return null;
+    return Number.isFinite(outputs.loss[0]) ? null : "the head's logits";
+  }
+
+  #halted(loss: number, fault: string): StepResult {
+    for (const state of this.#gradients.values()) state.write(new Float32Array(state.bytes / 4));
+    return { loss, gradientNorm: Number.NaN, fault };
+  }
+
+  /** The gradient that is not finite, of the layer nearest to the loss. */
+  #badGradient(): string {
+    const bad = [...this.#gradients].reverse().find(([, state]) => state.read().some((x) => !Number.isFinite(x)));
+    return bad ? `the ${bad[0].replace(".", " of ")}` : "the norm of all gradients together";
   }
 }
 

@@ -56,7 +56,7 @@ export interface TrainOutput {
   readonly metrics: LogEntry;
 }
 
-/** A loss or gradient that is not finite. The parameters in memory may be unusable; the last checkpoint is not. */
+/** A loss or gradient that is not finite. The parameters are those before the step. */
 export class DivergenceError extends Error {
   override readonly name = "DivergenceError";
   readonly step: number;
@@ -258,12 +258,13 @@ export class Trainer<R = CausalExample> {
   }
 
   async #steps(): Promise<Stepper<R>> {
-    const { max_grad_norm, gradient_checkpointing, decay_norms } = this.args;
+    const { max_grad_norm, gradient_checkpointing, decay_norms, bf16 } = this.args;
     this.#stepper ??= new Stepper(await this.#subject(), {
       objective: this.#objective,
       clip: max_grad_norm,
       checkpointing: gradient_checkpointing,
       decays: (name) => decay_norms || decaysByName(name),
+      compute: bf16 ? "bf16" : "f32",
     });
     return this.#stepper;
   }

@@ -25,8 +25,8 @@ const ARGS = {
 
 const bases: CausalLM[] = [];
 afterAll(() => Promise.all(bases.map((base) => base.dispose())));
-async function open(goldens: Goldens, dtype = "fp32"): Promise<CausalLM> {
-  const base = await AutoModelForCausalLM.from_pretrained(goldens.folder, { dtype, device: "reference" });
+async function open(goldens: Goldens, dtype = "fp32", device = "reference"): Promise<CausalLM> {
+  const base = await AutoModelForCausalLM.from_pretrained(goldens.folder, { dtype, device, threads: 1 });
   bases.push(base);
   return base;
 }
@@ -43,13 +43,18 @@ const logits = async (model: Pick<CausalLM, "forward">, goldens: Goldens) =>
 const meta = (goldens: Goldens) => JSON.parse(readFileSync(join(goldens.folder, "goldens.json"), "utf8"));
 const recorded = async (goldens: Goldens, name: string) => (await goldens.tensor(name)).data;
 
-describe.each(["moe-tiny", "dense-tiny"])("%s", (variant) => {
+describe.each([
+  ["moe-tiny", "reference"],
+  ["moe-tiny", "cpu"],
+  ["dense-tiny", "reference"],
+  ["dense-tiny", "cpu"],
+])("%s on %s", (variant, device) => {
   test("LoRA: ten losses, the adapter that is written, its logits, and those of the merged model", async () => {
     const goldens = await openGoldens(variant);
-    const base = await open(goldens);
+    const base = await open(goldens, "fp32", device);
     const before = await logits(base, goldens);
     const model = await PeftModel.from_pretrained(base, join(goldens.folder, "lora-init"), { is_trainable: true });
-    const out = join(folder, `${variant}-lora`);
+    const out = join(folder, `${variant}-${device}-lora`);
     const trainer = new Trainer({ model, args: { ...ARGS, output_dir: out }, train_dataset: await rows(goldens) });
     await trainer.train();
     const found = losses(trainer);
@@ -72,7 +77,7 @@ describe.each(["moe-tiny", "dense-tiny"])("%s", (variant) => {
     expect(relativeError(await logits(merged, goldens), await logits(model, goldens))).toBeLessThan(1e-5);
     expect(await logits(base, goldens)).toEqual(before);
     await merged.save_pretrained(join(out, "merged"));
-    const again = await AutoModelForCausalLM.from_pretrained(join(out, "merged"), { device: "reference" });
+    const again = await AutoModelForCausalLM.from_pretrained(join(out, "merged"), { device, threads: 1 });
     bases.push(again);
     expect(await logits(again, goldens)).toEqual(await logits(merged, goldens));
     const prompt = (await goldens.ids(33)).slice(0, 8);
@@ -86,8 +91,8 @@ describe.each(["moe-tiny", "dense-tiny"])("%s", (variant) => {
 
   test("every parameter: ten losses and the resulting model, which saves and loads", async () => {
     const goldens = await openGoldens(variant);
-    const model = await open(goldens);
-    const out = join(folder, `${variant}-full`);
+    const model = await open(goldens, "fp32", device);
+    const out = join(folder, `${variant}-${device}-full`);
     const trainer = new Trainer({ model, args: { ...ARGS, output_dir: out, save_strategy: "no" }, train_dataset: await rows(goldens) });
     await trainer.train();
     const found = losses(trainer);
@@ -96,27 +101,36 @@ describe.each(["moe-tiny", "dense-tiny"])("%s", (variant) => {
     });
     expect(relativeError(await logits(model, goldens), await recorded(goldens, "full_finetune.final_logits"))).toBeLessThan(1e-3);
     await trainer.save_model();
-    const again = await AutoModelForCausalLM.from_pretrained(out, { device: "reference" });
+    const again = await AutoModelForCausalLM.from_pretrained(out, { device, threads: 1 });
     bases.push(again);
     expect(await logits(again, goldens)).toEqual(await logits(model, goldens));
   }, 60_000);
 });
 
-test("new adapters begin as the base model, and learn over a quantised one", async () => {
-  const goldens = await openGoldens("moe-tiny");
-  const base = await open(goldens, "int8");
-  const model = await get_peft_model(base, new LoraConfig({ r: 4, lora_alpha: 8, use_rslora: true, target_modules: "all-linear" }));
-  expect(await logits(model, goldens)).toEqual(await logits(base, goldens));
-  const lines: string[] = [];
-  model.print_trainable_parameters({ table: true, print: (text) => lines.push(text) });
-  expect(lines[0]).toMatch(/mlp\.experts\.gate_proj +1-3 +9,216/); // 3 layers x 8 experts x 4 x (64 + 32)
-  expect(lines[0]).toMatch(/trainable params: [\d,]+ \|\| all params: [\d,]+ \|\| trainable%: \d+\.\d{4}/);
-  const args = { ...ARGS, output_dir: join(folder, "int8"), save_strategy: "no" } as const;
-  const trainer = new Trainer({ model, args, train_dataset: await rows(goldens) });
-  await trainer.train();
-  const found = losses(trainer);
-  expect(found[9]).toBeLessThan(found[0] - 0.5);
-}, 60_000);
+test.each([
+  ["int8", "reference"],
+  ["int8", "cpu"],
+  ["int4", "cpu"],
+  ["bf16", "cpu"],
+])(
+  "new adapters begin as the base model, and learn over one in %s on %s",
+  async (dtype, device) => {
+    const goldens = await openGoldens("moe-tiny");
+    const base = await open(goldens, dtype, device);
+    const model = await get_peft_model(base, new LoraConfig({ r: 4, lora_alpha: 8, use_rslora: true, target_modules: "all-linear" }));
+    expect(await logits(model, goldens)).toEqual(await logits(base, goldens));
+    const lines: string[] = [];
+    model.print_trainable_parameters({ table: true, print: (text) => lines.push(text) });
+    expect(lines[0]).toMatch(/mlp\.experts\.gate_proj +1-3 +9,216/); // 3 layers x 8 experts x 4 x (64 + 32)
+    expect(lines[0]).toMatch(/trainable params: [\d,]+ \|\| all params: [\d,]+ \|\| trainable%: \d+\.\d{4}/);
+    const args = { ...ARGS, output_dir: join(folder, `${dtype}-${device}`), save_strategy: "no" } as const;
+    const trainer = new Trainer({ model, args, train_dataset: await rows(goldens) });
+    await trainer.train();
+    const found = losses(trainer);
+    expect(found[9]).toBeLessThan(found[0] - 0.5);
+  },
+  60_000,
+);
 
 test("what cannot be trained is refused, with what there is", async () => {
   const goldens = await openGoldens("moe-tiny");
@@ -134,6 +148,24 @@ test("what cannot be trained is refused, with what there is", async () => {
   const trainer = new Trainer({ model: frozen, args: { output_dir: join(folder, "frozen") }, train_dataset: await rows(goldens) });
   await expect(trainer.train()).rejects.toThrow(/no parameter of the model is selected for training/);
   expect(() => new LoraConfig({ rank: 8 } as object)).toThrow(/LoraConfig has no option 'rank'/);
+});
+
+test("batches whose gradients add up are as one batch, and bfloat16 stays near float32", async () => {
+  const goldens = await openGoldens("moe-tiny");
+  const run = async (more: object, name: string) => {
+    const base = await open(goldens, "fp32", "cpu");
+    const model = await PeftModel.from_pretrained(base, join(goldens.folder, "lora-init"), { is_trainable: true });
+    const args = { ...ARGS, output_dir: join(folder, name), save_strategy: "no", max_grad_norm: 0.5, ...more } as const;
+    const trainer = new Trainer({ model, args, train_dataset: await rows(goldens) });
+    await trainer.train();
+    return losses(trainer);
+  };
+  const whole = await run({}, "whole");
+  const parts = await run({ per_device_train_batch_size: 1, gradient_accumulation_steps: 2 }, "parts");
+  expect(relativeError(parts, whole)).toBeLessThan(1e-5);
+  const half = await run({ bf16: true }, "half");
+  expect(relativeError(half, whole)).toBeLessThan(1e-2);
+  expect(half).not.toEqual(whole);
 });
 
 test("training some experts of some layers leaves all other numbers as they are", async () => {

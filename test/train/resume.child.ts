@@ -3,7 +3,7 @@ import { existsSync, readdirSync } from "node:fs";
 import { AutoModelForCausalLM, PeftModel, Trainer } from "../../src/index.ts";
 
 const [model, folder] = process.argv.slice(2);
-const base = await AutoModelForCausalLM.from_pretrained(model, { dtype: "fp32", device: "reference" });
+const base = await AutoModelForCausalLM.from_pretrained(model, { dtype: "fp32", device: "cpu", threads: 1 });
 const adapted = await PeftModel.create(
   base,
   { r: 2, lora_alpha: 4, lora_dropout: 0.1, target_modules: ["q_proj", "up_proj"] },

@@ -144,7 +144,7 @@ test("a poisoned parameter never reaches a checkpoint", async () => {
 
 test.each<[Partial<TrainingArguments> & Record<string, unknown>, RegExp]>([
   [{ learning_rat: 1 }, /args has no option 'learning_rat'; did you mean 'learning_rate'\?/],
-  [{ bf16: true }, /args has no option 'bf16': the format of the weights is from_pretrained's dtype/],
+  [{ fp16: true }, /args has no option 'fp16': give bf16/],
   [{ learning_rate: -1 }, /learning_rate is -1; expected a number of at least 0/],
   [{ lr_scheduler_type: "polynomial" as never }, /lr_scheduler_type is "polynomial"; expected constant,/],
   [{ eval_strategy: "steps" }, /eval_strategy is 'steps', but there is no eval_dataset/],

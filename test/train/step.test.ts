@@ -3,13 +3,13 @@ import { describe, expect, test } from "vitest";
 import { lowered } from "../../src/backend/cpu.ts";
 import { plan } from "../../src/graph/plan.ts";
 import { readConfig } from "../../src/model/config.ts";
-import { ernie } from "../../src/model/ernie.ts";
+import { type Adapters, ernie } from "../../src/model/ernie.ts";
 import { PRESETS } from "../../src/model/presets.ts";
 import type { Dtype } from "../../src/tensor/dtype.ts";
 import { accumulatingStep, type StepOptions, trainingStep } from "../../src/train/step.ts";
 
 const ROWS = 2048;
-const ADAPTERS = { rank: 16, scale: 2, accepts: (module: string) => /layers/.test(module) };
+const ADAPTERS: Adapters = { at: ({ name }) => (/layers.*_proj$/.test(name) ? { rank: 16, scale: 2, dropout: 0 } : null) };
 
 /** The plan of a LoRA step of the 0.3B shape. */
 function planned(layers: number, options: Partial<StepOptions> = {}, dtype: Dtype = "f32", rows = ROWS) {

@@ -40,12 +40,11 @@ export type { TrainingArguments } from "./train/arguments.ts";
 export type { CausalExample } from "./train/data/example.ts";
 export { type OpenOptions, openDataset } from "./train/data/open.ts";
 export type { LogEntry, TrainerControl, TrainerState } from "./train/history.ts";
+export type { TrainerCallback, TrainerEvent } from "./train/report.ts";
 export type { Selection } from "./train/selection.ts";
 export {
   DivergenceError,
   Trainer,
-  type TrainerCallback,
-  type TrainerEvent,
   type TrainerOptions,
   type TrainOptions,
   type TrainOutput,

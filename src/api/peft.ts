@@ -1,16 +1,7 @@
 /** Low-rank adapters with the API of PEFT: make, load, train, save and merge them. */
 import type { State } from "../backend/backend.ts";
-import {
-  type Adaptable,
-  adaptersIn,
-  adaptersOf,
-  expertName,
-  openAdapter,
-  readAdapter,
-  selectedExperts,
-  writeAdapter,
-} from "../checkpoint/adapter.ts";
-import { type AdapterConfig, lowRankAt, parseAdapterConfig } from "../checkpoint/lora.ts";
+import { type Adaptable, adaptersIn, adaptersOf, openAdapter, readAdapter, selectedExperts, writeAdapter } from "../checkpoint/adapter.ts";
+import { type AdapterConfig, parseAdapterConfig } from "../checkpoint/lora.ts";
 import { ernie } from "../model/ernie.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
 import { elements } from "../tensor/shape.ts";
@@ -19,6 +10,7 @@ import { Random } from "../train/random.ts";
 import { kindOf, type Trainable, type Trainee, trainableLine, trainableTable } from "../train/trainee.ts";
 import type { GenerationOptions, ModelInputs } from "./generation.ts";
 import type { LoadedModel } from "./load.ts";
+import { adapterParameters, addProduct, branchesOf, refuseParts } from "./merge.ts";
 import { CausalLM, type CausalLMOutput, type ForwardOptions, type GenerateOutput } from "./model.ts";
 import { traineeOf, valuesOf, withStates } from "./tuning.ts";
 
@@ -140,11 +132,13 @@ export class PeftModel implements Trainable {
     const { loaded } = this.base_model;
     const { model, states } = this.#adapted.loaded;
     const merged = new Map(loaded.states);
-    for (const [name, values] of mergedMatrices(model, this.peft_config, states)) {
-      const parameter = loaded.model.parameters.find((p) => p.name === name);
-      if (!parameter) throw new Error(`internal: the base has no ${name}`);
-      const state = loaded.backend.state("f32", parameter.shape);
-      state.write(await values(await valuesOf(loaded, name)));
+    for (const branch of branchesOf(model, this.peft_config, (name) => (states.get(name) as State).read())) {
+      const { weight: name, shape } = branch;
+      const state = loaded.backend.state("f32", shape);
+      const values = await valuesOf(loaded, name);
+      const each = values.length / (branch.experts ?? 1);
+      for (let e = 0; e < (branch.experts ?? 1); e++) addProduct(values.subarray(e * each, (e + 1) * each), branch, e);
+      state.write(values);
       merged.set(name, state);
     }
     return new CausalLM(withStates(loaded, loaded.model, merged, { trained: new Set(), experts: new Map() }));
@@ -164,15 +158,6 @@ export function get_peft_model(base: CausalLM, config: LoraConfig | LoraOptions,
 
 /** PEFT's usual choice for models of this kind. */
 const DEFAULT_TARGETS = ["q_proj", "v_proj"];
-
-function refuseParts({ use_dora, modules_to_save }: AdapterConfig): void {
-  if (use_dora) throw new RangeError("use_dora is not supported");
-  if (modules_to_save.length > 0) throw new RangeError(`modules_to_save (${modules_to_save.join(", ")}) is not supported`);
-}
-
-function adapterParameters(model: Model): ModelParameter[] {
-  return model.parameters.filter((p) => p.kind === "adapter");
-}
 
 /** Every module that can have an adapter. */
 function modulesOf(model: Model): Adaptable[] {
@@ -213,36 +198,4 @@ function beginning({ name, shape, experts }: ModelParameter, config: AdapterConf
 /** Box and Muller's transform. */
 function normal(random: Random): number {
   return Math.sqrt(-2 * Math.log(1 - random.real())) * Math.cos(2 * Math.PI * random.real());
-}
-
-/** For each adapted matrix its name, and what makes the merged one of it: W + scale * B A. */
-export function* mergedMatrices(
-  model: Model,
-  config: AdapterConfig,
-  states: ReadonlyMap<string, Pick<State, "read">>,
-): Generator<[string, (weight: Float32Array) => Promise<Float32Array>]> {
-  for (const p of adapterParameters(model)) {
-    if (!p.name.endsWith(".lora_A.weight")) continue;
-    const module = p.name.replace(/\.lora_A\.weight$/, "");
-    const b = model.parameters.find((q) => q.name === `${module}.lora_B.weight`) as ModelParameter;
-    const { scale } = lowRankAt(config, p.experts === undefined ? module : expertName(module, 0));
-    yield [
-      `${module}.weight`,
-      async (weight) => {
-        const [A, B] = [p.name, b.name].map((name) => (states.get(name) as State).read());
-        const [rank, into] = p.shape.slice(-2);
-        const out = b.shape[b.shape.length - 2];
-        for (let e = 0; e < (p.experts ?? 1); e++)
-          for (let i = 0; i < out; i++) {
-            const row = weight.subarray((e * out + i) * into, (e * out + i + 1) * into);
-            for (let r = 0; r < rank; r++) {
-              const by = scale * B[(e * out + i) * rank + r];
-              const a = A.subarray((e * rank + r) * into, (e * rank + r + 1) * into);
-              for (let j = 0; j < into; j++) row[j] += by * a[j];
-            }
-          }
-        return weight;
-      },
-    ];
-  }
 }

@@ -121,7 +121,8 @@ async function checkTensor(entry: TensorEntry, block: BlockMatrix | undefined): 
   if (stored && n > 0) await checkFinite(entry, stored, n, k, entry.name);
 }
 
-async function checkpointOrigin(source: string, onWarning: (message: string) => void = process.emitWarning): Promise<Origin> {
+/** The numbers of a checkpoint's tensors, in its own layout or another. */
+export async function checkpointOrigin(source: string, onWarning: (message: string) => void = process.emitWarning): Promise<Origin> {
   const checkpoint = await openCheckpoint(source);
   const model = configFor(checkpoint);
   const located = locate(parameters(model), checkpoint);

@@ -95,7 +95,8 @@ function originOf(loaded: LoadedModel): Origin {
   };
 }
 
-function encode(values: Float32Array, dtype: string, to: Uint8Array): void {
+/** Float32 numbers in a format of 16 or 32 bits. */
+export function encode(values: Float32Array, dtype: string, to: Uint8Array): void {
   if (dtype === "f32") return void new Float32Array(to.buffer).set(values);
   const halves = new Uint16Array(to.buffer);
   const [word, bits] = [new Float32Array(1), new Uint32Array(1)];

@@ -12,17 +12,19 @@ import { endOnBrokenOutput, fail } from "./failure.ts";
 import { addGenerate } from "./generate.ts";
 import { addInfo } from "./info.ts";
 import { addKeys } from "./keys.ts";
+import { addMerge } from "./merge.ts";
 import { examples } from "./options.ts";
 import { addPull } from "./pull.ts";
 import { addQuantize } from "./quantize.ts";
 import { addRouting } from "./routing.ts";
 import { addServe } from "./serve.ts";
+import { addTrain } from "./train.ts";
 import { addVerify } from "./verify.ts";
 
 const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
 
 const program = new Command("mixtape")
-  .description("Run and serve ERNIE-4.5 mixture-of-experts language models.")
+  .description("Run, serve and train ERNIE-4.5 mixture-of-experts language models.")
   .version(version, "-V, --version", "print the version")
   .helpOption("-h, --help", "print help")
   .helpCommand("help [command]", "print the help of a command")
@@ -37,6 +39,7 @@ const program = new Command("mixtape")
       ["mixtape serve", "an OpenAI-compatible server and a chat page, on this machine"],
       ['mixtape routing "你好" --svg routing.svg', "see which experts a prompt uses"],
       ["mixtape serve", "answer many users over HTTP"],
+      ["mixtape train recipe.yaml --dry-run", "fine-tune a model with a file of examples"],
       ["mixtape generate --help", "the options of a command"],
     ) +
       "\nEnvironment:\n" +
@@ -51,11 +54,13 @@ const commands = [
   addKeys,
   addRouting,
   addInfo,
+  addAugment,
+  addTrain,
+  addMerge,
   addPull,
   addQuantize,
   addExport,
   addVerify,
-  addAugment,
   addBench,
 ];
 for (const add of commands) await add(program);

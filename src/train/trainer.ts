@@ -11,26 +11,11 @@ import { listCheckpoints, readState, readStates, removeUnfinished, STATE_FILE, w
 import { type LogEntry, newState, type TrainerControl, type TrainerState } from "./history.ts";
 import { CAUSAL, type Objective } from "./loss.ts";
 import { checkMemory, estimateMemory, type MemoryEstimate } from "./memory.ts";
+import { reporter, type TrainerCallback } from "./report.ts";
 import { schedule } from "./schedule.ts";
 import { type EpochRows, ordered, type Rows, rowsOf, type TrainingData } from "./source.ts";
 import { Stepper } from "./stepper.ts";
 import { type Trainable, type Trainee, trainableTable } from "./trainee.ts";
-
-/** Called during a run, as transformers' `TrainerCallback`. They may be async; what they throw ends the run. */
-export interface TrainerCallback {
-  on_train_begin?(event: TrainerEvent): void | Promise<void>;
-  on_step_end?(event: TrainerEvent): void | Promise<void>;
-  on_log?(event: TrainerEvent & { readonly logs: LogEntry }): void | Promise<void>;
-  on_evaluate?(event: TrainerEvent & { readonly metrics: LogEntry }): void | Promise<void>;
-  on_save?(event: TrainerEvent & { readonly checkpoint: string }): void | Promise<void>;
-  on_train_end?(event: TrainerEvent): void | Promise<void>;
-}
-
-export interface TrainerEvent {
-  readonly args: TrainingArguments;
-  readonly state: Readonly<TrainerState>;
-  readonly control: TrainerControl;
-}
 
 export interface TrainerOptions<R = CausalExample> {
   readonly model: Trainable;
@@ -81,6 +66,7 @@ export class Trainer<R = CausalExample> {
   readonly #objective: Objective<R>;
   readonly #training: TrainingData<R> | undefined;
   readonly #evaluation: Rows<R> | null;
+  readonly #evaluationAtHand: boolean;
   readonly #callbacks: TrainerCallback[];
   readonly #control: TrainerControl = { should_training_stop: false, should_save: false, should_evaluate: false };
   #trainee: Trainee | null = null;
@@ -95,8 +81,9 @@ export class Trainer<R = CausalExample> {
     this.#objective = objective ?? (CAUSAL as unknown as Objective<R>);
     this.#training = train_dataset;
     if (train_dataset) rowsOf(train_dataset, "train_dataset", this.#objective.length);
+    this.#evaluationAtHand = Array.isArray(eval_dataset);
     this.#evaluation = eval_dataset ? rowsOf(eval_dataset, "eval_dataset", this.#objective.length) : null;
-    this.#callbacks = [...callbacks];
+    this.#callbacks = [...this.args.report_to.map(reporter), ...callbacks];
   }
 
   add_callback(callback: TrainerCallback): void {
@@ -106,6 +93,14 @@ export class Trainer<R = CausalExample> {
   /** The table of trainable parameters by kind of module. */
   async parameters(): Promise<string> {
     return trainableTable(await this.#subject());
+  }
+
+  /** The rows of a step, counted from 0. */
+  async rows(step = 0): Promise<R[]> {
+    const { rows, stepsPerEpoch } = this.#plan();
+    const epoch = this.#order(rows, Math.floor(step / stepsPerEpoch));
+    const at = (step % stepsPerEpoch) * this.#rowsPerStep;
+    return rowsAt(epoch, at, Math.min(epoch.length, at + this.#rowsPerStep));
   }
 
   /** Optimiser steps of the whole run, and in an epoch. */
@@ -138,8 +133,8 @@ export class Trainer<R = CausalExample> {
     const plan = this.#plan();
     const stepper = await this.#steps();
     const trainee = await this.#subject();
-    await this.#checkRows(plan.rows, "train_dataset", trainee);
-    if (this.#evaluation) await this.#checkRows(this.#evaluation, "eval_dataset", trainee);
+    if (Array.isArray(this.#training)) await this.#checkRows(plan.rows, "train_dataset", trainee);
+    if (this.#evaluationAtHand && this.#evaluation) await this.#checkRows(this.#evaluation, "eval_dataset", trainee);
     checkMemory(await this.memory());
     if (args.ema_decay !== null) {
       const trained = new Map([...trainee.states].filter(([name]) => trainee.trained.has(name)));
@@ -182,14 +177,14 @@ export class Trainer<R = CausalExample> {
     const rows = dataset ? rowsOf(dataset, "eval_dataset", this.#objective.length) : this.#evaluation;
     if (!rows) throw new RangeError("evaluate: there is no eval_dataset");
     const stepper = await this.#steps();
-    await this.#checkRows(rows, "eval_dataset", await this.#subject());
+    const trainee = await this.#subject();
     const compute = async () => {
       const begun = performance.now();
       const epoch = rows.epoch(0, { shuffle: false });
       const size = this.args.per_device_eval_batch_size;
       let [sum, count] = [0, 0];
       for (let at = 0; at < epoch.length; at += size) {
-        const batch = await rowsAt(epoch, at, Math.min(epoch.length, at + size));
+        const batch = await this.#checkedRows(epoch, at, Math.min(epoch.length, at + size), "eval_dataset", trainee);
         const found = await stepper.evaluate(batch);
         sum += found.sum;
         count += found.count;
@@ -271,16 +266,20 @@ export class Trainer<R = CausalExample> {
 
   /** Rows at hand are checked before anything is computed; those in files, when they are read. */
   async #checkRows(rows: Rows<R>, name: string, trainee: Trainee): Promise<void> {
-    const limits = { name, vocabSize: trainee.model.vocabSize, longest: this.args.max_length ?? trainee.model.maxPositions };
     const epoch = rows.epoch(0, { shuffle: false });
     let counted = 0;
-    for (let i = 0; i < epoch.length; i++) {
-      const row = await epoch.row(i);
-      this.#objective.check(row, i, limits);
-      counted += this.#objective.count(row);
-    }
+    for (const row of await this.#checkedRows(epoch, 0, epoch.length, name, trainee)) counted += this.#objective.count(row);
     if (counted === 0)
       throw new RangeError(`${name}: no token of any row has a label, so there is nothing to learn; labels of -100 are left out`);
+  }
+
+  async #checkedRows(epoch: EpochRows<R>, from: number, to: number, name: string, { model }: Trainee): Promise<R[]> {
+    const limits = { name, vocabSize: model.vocabSize, longest: this.args.max_length ?? model.maxPositions };
+    const rows = await rowsAt(epoch, from, to);
+    rows.forEach((row, i) => {
+      this.#objective.check(row, from + i, limits);
+    });
+    return rows;
   }
 
   async #begin(resume: boolean | string | null, plan: Plan<R>): Promise<void> {
@@ -310,12 +309,13 @@ export class Trainer<R = CausalExample> {
     const number = Math.floor(step / stepsPerEpoch);
     if (this.#epoch?.number !== number) this.#epoch = { number, rows: this.#order(rows, number) };
     const epoch = this.#epoch.rows;
+    const trainee = await this.#subject();
     const at = (step % stepsPerEpoch) * this.#rowsPerStep;
     const size = args.per_device_train_batch_size;
     const usable = args.dataloader_drop_last ? Math.floor(epoch.length / size) * size : epoch.length;
     const batches: R[][] = [];
     for (let i = at; i < Math.min(usable, at + this.#rowsPerStep); i += size)
-      batches.push(await rowsAt(epoch, i, Math.min(usable, i + size)));
+      batches.push(await this.#checkedRows(epoch, i, Math.min(usable, i + size), "train_dataset", trainee));
     const learningRate = rate(step);
     const { adam_beta1: beta1, adam_beta2: beta2, adam_epsilon: eps, weight_decay: weightDecay } = args;
     const result = await stepper.step(batches, step, { learningRate, beta1, beta2, eps, weightDecay }, args.seed);

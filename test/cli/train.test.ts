@@ -1,0 +1,133 @@
+// `mixtape train` and `mixtape merge` as users run them: dry run, a run, going on, what is written, and errors.
+import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { expect, test } from "vitest";
+import { parse } from "yaml";
+import { run, temporary } from "./run.ts";
+
+const CONFIG = `
+model: default
+method: lora
+target_modules: [q_proj, v_proj]
+lora: {r: 4, lora_alpha: 8}
+train: {layers: 4-7}
+validation_fraction: 0.2
+learning_rate: 1.0e-3
+max_steps: 4
+per_device_train_batch_size: 2
+logging_steps: 1
+eval_strategy: steps
+eval_steps: 2
+save_steps: 2
+threads: 1
+`;
+
+function recipe(): { config: string; out: string } {
+  const folder = temporary();
+  const rows = Array.from({ length: 20 }, (_, i) => ({
+    messages: [
+      { role: "user", content: `Count to ${i}.` },
+      { role: "assistant", content: `${i} it is.` },
+    ],
+  }));
+  writeFileSync(join(folder, "rows.jsonl"), rows.map((row) => JSON.stringify(row)).join("\n"));
+  const out = join(folder, "run");
+  writeFileSync(join(folder, "c.yaml"), `${CONFIG}dataset: ${join(folder, "rows.jsonl")}\noutput_dir: ${out}\n`);
+  return { config: join(folder, "c.yaml"), out };
+}
+
+test("a dry run prints what would be trained, memory, steps and the first batch, and writes nothing", async () => {
+  const { config, out } = recipe();
+  const { code, out: text, err } = await run(["train", config, "--dry-run"]);
+  expect(code, err).toBe(0);
+  expect(text).toMatch(/self_attn\.q_proj +4-7 +10,240 +819,200\n/); // 4 layers x 4 x (320 + 320)
+  expect(text).toMatch(/self_attn\.k_proj +frozen/);
+  expect(text).toMatch(
+    /steps: 4, \d+ an epoch\nmemory: weights .* are free\nfirst batch \(in brackets: not learnt\)\nrow 0, \d+ tokens: "\[.*User: Count to \d+\./,
+  );
+  expect(text).toMatch(/\]\d+ it is\.<\|end_of_sentence\|>"/);
+  expect(existsSync(out)).toBe(false);
+});
+
+test("a run writes config, environment, logs, curves, checkpoints and the adapter; it goes on, and merges", async () => {
+  const { config, out } = recipe();
+  const first = await run(["train", config, "--seed", "7", "--lora.r=2"]);
+  expect(first.code, first.err).toBe(0);
+  expect(first.err).toMatch(/step 1 of 4 {2}loss \d+\.\d{4} .* tokens\/s {2}\d+ s left\n/);
+  expect(first.err).toMatch(/step 2 {2}eval_loss \d/);
+  for (const name of ["config.yaml", "environment.json", "log.jsonl", "curves.svg", "runs", "checkpoint-2", "checkpoint-4", "final"])
+    expect(readdirSync(out)).toContain(name);
+  const json = (...path: string[]) => JSON.parse(readFileSync(join(out, ...path), "utf8"));
+  expect(json("environment.json")).toMatchObject({ seed: 7, node: process.version });
+  expect(parse(readFileSync(join(out, "config.yaml"), "utf8"))).toMatchObject({ seed: 7, lora: { r: 2 }, max_steps: 4 });
+  expect(json("final", "adapter_config.json")).toMatchObject({ r: 2, lora_alpha: 8, peft_type: "LORA" });
+  const log = () =>
+    readFileSync(join(out, "log.jsonl"), "utf8")
+      .trim()
+      .split("\n")
+      .map((line) => JSON.parse(line));
+  expect(
+    log()
+      .filter((e) => e.loss !== undefined)
+      .map((e) => e.step),
+  ).toEqual([1, 2, 3, 4]);
+  expect(readFileSync(join(out, "curves.svg"), "utf8")).toContain("evaluation loss");
+
+  const twice = await run(["train", config, "--seed", "7", "--lora.r=2"]);
+  expect(twice).toMatchObject({ code: 1 });
+  expect(twice.err).toMatch(/holds 2 checkpoints of another run; go on with it by resume_from_checkpoint/);
+  // What a run wrote as its configuration is a configuration; more steps go on from the last checkpoint.
+  const on = await run(["train", join(out, "config.yaml"), "--resume", "--max_steps", "6"]);
+  expect(on.code, on.err).toBe(0);
+  expect(
+    log()
+      .filter((e) => e.loss !== undefined)
+      .map((e) => e.step),
+  ).toEqual([1, 2, 3, 4, 5, 6]);
+
+  const merged = join(out, "merged");
+  const done = await run(["merge", "default", join(out, "final"), merged]);
+  expect(done.code, done.err).toBe(0);
+  expect(done.out).toMatch(/8 matrices merged/);
+  const said = await run(["generate", "-m", merged, "Count", "--greedy", "--max-new-tokens", "4", "--threads", "1"]);
+  expect(said.code, said.err).toBe(0);
+  const again = await run(["merge", "default", join(out, "final"), merged]);
+  expect(again.err).toMatch(/already contains a model/);
+}, 120_000);
+
+test.each<[string[], RegExp]>([
+  [["--lerning_rate", "1"], /there is no option --lerning_rate; did you mean 'learning_rate'\?/],
+  [["--learning_rate"], /--learning_rate needs a value/],
+  [["--lora.rank", "3"], /there is no field 'lora\.rank'; there are r, lora_alpha/],
+  [["--train.layer", "3"], /there is no field 'train\.layer'; did you mean 'layers'\?/],
+  [["--train.layers", "4-9"], /layers: '4-9' is outside of 0-7/],
+  [["--method", "full"], /target_modules has no effect with method full/],
+  [["--method", "lorra"], /method: .*"lora"\|"full"\|"experts"/],
+  [["--train.modules", "[q_proj]"], /train\.modules has no effect with method lora/],
+  [["--eval_dataset", "x.jsonl"], /eval_dataset and validation_fraction both say/],
+  [["--data.seed", "3"], /data\.seed is given as seed, beside data/],
+  [["--data.packin", "true"], /there is no field 'data\.packin'; did you mean 'packing'\?/],
+  [["--learning_rate", "fast"], /learning_rate is "fast"; expected a number of at least 0/],
+  [["--target_modules", "[lstm]"], /target_modules \[.*\] match no module of the model; it has self_attn\.q_proj/],
+  [["--max_length", "4"], /\d+ rows? cannot be used|at least \d+ rows cannot be used/],
+  [["--dataset", "/none.jsonl"], /none\.jsonl/],
+])("%j: one line, exit code 1", async (more, message) => {
+  const { config } = recipe();
+  const { code, err } = await run(["train", config, ...more, "--dry-run"]);
+  expect(code).toBe(1);
+  expect(err).toMatch(message);
+  expect(err.trim().split("\n")).toHaveLength(1);
+});
+
+test("some experts of some layers, the busiest of them too", async () => {
+  const { config } = recipe();
+  const experts = ["--target_modules", "[mlp.experts.up_proj]", "--train.layers", "null"];
+  const named = await run(["train", config, "--dry-run", "--method", "experts", "--target_modules", "null"]);
+  expect(named.code).toBe(1);
+  const chosen = await run(["train", config, "--dry-run", ...experts.slice(0, 2), "--train.experts", "{4: [0, 3], 5: [1]}"]);
+  expect(chosen.code, chosen.err).toBe(0);
+  expect(chosen.out).toMatch(/mlp\.experts\.up_proj +4-5/);
+  const busy = await run(["train", config, "--dry-run", ...experts.slice(0, 2), "--train.experts", "{top_by_routing_load: 2}"]);
+  expect(busy.code, busy.err).toBe(0);
+  expect(busy.out).toMatch(/mlp\.experts\.up_proj +4-7/);
+});

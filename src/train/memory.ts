@@ -9,7 +9,7 @@ export interface MemoryEstimate {
   readonly parameters: number;
   /** Gradients, the optimiser's two moments, and moving averages. */
   readonly moments: number;
-  /** Activations of the largest batch, and gradients on the way; an upper bound. */
+  /** Activations of the largest batch, and gradients on the way, estimated. */
   readonly workspace: number;
   readonly total: number;
   /** What the process may still take, weights that are mapped but not yet read counted as taken. */

@@ -72,6 +72,7 @@ export class Trainer<R = CausalExample> {
   #trainee: Trainee | null = null;
   #stepper: Stepper<R> | null = null;
   #average: Average | null = null;
+  #planned: Plan<R> | null = null;
   #epoch: { readonly number: number; readonly rows: EpochRows<R> } | null = null;
 
   /** Throws RangeError for arguments that are unknown, out of range or contradictory, and for data that is empty. */
@@ -220,6 +221,11 @@ export class Trainer<R = CausalExample> {
   }
 
   #plan(): Plan<R> {
+    this.#planned ??= this.#newPlan();
+    return this.#planned;
+  }
+
+  #newPlan(): Plan<R> {
     const { args } = this;
     if (!this.#training) throw new RangeError("train: there is no train_dataset");
     const rows = rowsOf(this.#training, "train_dataset", this.#objective.length);

@@ -6,7 +6,7 @@ import { AutoModelForCausalLM, type CausalExample, type CausalLM, PeftModel, Tra
 import { CAUSAL } from "../../src/train/loss.ts";
 import { ordered, rowsOf } from "../../src/train/source.ts";
 import { scratch } from "../checkpoint/craft.ts";
-import { GOLDENS } from "../goldens.ts";
+import { GOLDENS, relativeError } from "../goldens.ts";
 
 const folder = scratch();
 let base: CausalLM;
@@ -189,4 +189,28 @@ test("a run that is aborted stops after the step, saves, and goes on from there"
   const losses = (t: Pick<Trainer, "state">) => t.state.log_history.flatMap((e) => e.loss ?? []);
   expect(losses(second)).toEqual(losses(whole.trainer));
   expect(query(model)).toEqual(query(whole.model));
+});
+
+test("a run on the model's own numbers goes on exactly, and its checkpoints are models", async () => {
+  const run = async (output_dir: string, stop: number, resume: boolean) => {
+    const model = await AutoModelForCausalLM.from_pretrained(join(GOLDENS, "..", "bf16", "moe"), { device: "cpu", threads: 1 });
+    await model.trainable({ layers: "1-3", modules: ["mlp.experts", "self_attn"] });
+    const args = { output_dir, max_steps: 4, save_steps: 2, logging_steps: 1, per_device_train_batch_size: 2, learning_rate: 1e-3 };
+    const trainer = new Trainer({ model, args, train_dataset: ROWS });
+    trainer.add_callback({ on_step_end: ({ state, control }) => void (control.should_training_stop = state.global_step === stop) });
+    await trainer.train({ resume_from_checkpoint: resume });
+    const { logits } = await model.forward({ input_ids: [[...ROWS[0].input_ids]] });
+    await model.dispose();
+    return { losses: trainer.state.log_history.flatMap((e) => e.loss ?? []), logits: logits.data };
+  };
+  const whole = await run(join(folder, "whole"), 0, false);
+  await run(join(folder, "parts"), 3, false); // behind its checkpoint
+  const parts = await run(join(folder, "parts"), 0, true);
+  expect(parts).toEqual(whole);
+  expect(new Set(whole.losses).size).toBe(4);
+  // The masters are float32, the model in the checkpoint has the format of its source: it is near, and loads by itself.
+  const saved = await AutoModelForCausalLM.from_pretrained(join(folder, "whole", "checkpoint-4"), { device: "cpu", threads: 1 });
+  const { logits } = await saved.forward({ input_ids: [[...ROWS[0].input_ids]] });
+  await saved.dispose();
+  expect(relativeError(logits.data, whole.logits)).toBeLessThan(2e-2);
 });

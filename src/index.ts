@@ -11,6 +11,7 @@ export {
 export { type ExportOptions, exportGguf } from "./api/export.ts";
 export type { GenerationOptions, ModelInputs } from "./api/generation.ts";
 export type { LoadOptions, WeightDtype } from "./api/load.ts";
+export { type MergeOptions, mergeAdapter } from "./api/merge.ts";
 export type {
   CausalLM,
   CausalLMOutput,

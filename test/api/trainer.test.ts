@@ -2,6 +2,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
+import { mergeAdapter } from "../../src/api/merge.ts";
 import { readHeader, readTensor } from "../../src/checkpoint/safetensors.ts";
 import { AutoModelForCausalLM, type CausalLM, get_peft_model, LoraConfig, PeftModel, Trainer } from "../../src/index.ts";
 import { scratch } from "../checkpoint/craft.ts";
@@ -188,3 +189,33 @@ test("training some experts of some layers leaves all other numbers as they are"
     expect(now, name).not.toEqual(old);
   }
 });
+
+test.each(["reference", "cpu"])(
+  "adapters of the router and of some experts merge, in memory and from folder to folder (%s)",
+  async (device) => {
+    const goldens = await openGoldens("moe-tiny");
+    const base = await open(goldens, "fp32", device);
+    const model = await PeftModel.create(base, {
+      r: 3,
+      lora_alpha: 6,
+      init_lora_weights: false,
+      target_modules: ".*experts\\.[25]\\.(up|down)_proj|.*self_attn\\.o_proj",
+      target_parameters: ["mlp.gate.weight"],
+      alpha_pattern: { o_proj: 3 },
+    });
+    const adapted = await logits(model, goldens);
+    expect(relativeError(adapted, await logits(base, goldens))).toBeGreaterThan(1e-2);
+    const merged = await model.merge_and_unload();
+    expect(relativeError(await logits(merged, goldens), adapted)).toBeLessThan(1e-5);
+    const out = join(folder, `router-${device}`);
+    await model.save_pretrained(join(out, "adapter"));
+    const again = await PeftModel.from_pretrained(base, join(out, "adapter"));
+    expect(await logits(again, goldens)).toEqual(adapted);
+    const written = await mergeAdapter(goldens.folder, join(out, "adapter"), join(out, "merged"));
+    expect(written.merged).toBe(4 + 3 * (2 + 1)); // o_proj of each layer; up, down and the router of each mixture
+    const loaded = await AutoModelForCausalLM.from_pretrained(join(out, "merged"), { device, threads: 1 });
+    bases.push(loaded);
+    expect(relativeError(await logits(loaded, goldens), adapted)).toBeLessThan(1e-5);
+  },
+  60_000,
+);

@@ -6,11 +6,11 @@ import { adaptersIn, expertName, openAdapter, readAdapter } from "../checkpoint/
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { ggufFile } from "../checkpoint/gguf/locate.ts";
 import { type AdapterConfig, lowRankAt } from "../checkpoint/lora.ts";
-import { locate } from "../checkpoint/names.ts";
+import { locate, partName } from "../checkpoint/names.ts";
 import { ernie } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
-import { FORMATS, partName, type WriteModelOptions, writeModel } from "./folder.ts";
+import { FORMATS, type WriteModelOptions, writeModel } from "./folder.ts";
 import { checkpointOrigin } from "./quantize.ts";
 import { encode } from "./tuning.ts";
 
@@ -113,7 +113,15 @@ export async function mergeAdapter(
         const found = sources.get(p.name);
         if (!found) throw new Error(`internal: ${p.name} was not located`);
         const matrix = new Float32Array(n * k);
-        await convertStored(found.parts[index], found.dtype, "f32", n, k, new Uint8Array(matrix.buffer), partName(p, index));
+        await convertStored(
+          found.parts[index],
+          found.dtype,
+          "f32",
+          n,
+          k,
+          new Uint8Array(matrix.buffer),
+          partName(p.name, index, p.experts !== undefined),
+        );
         addProduct(matrix, branch, index);
         encode(matrix, dtype, to);
       },

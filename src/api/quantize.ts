@@ -10,7 +10,7 @@ import { ggufFile } from "../checkpoint/gguf/locate.ts";
 import { checkTiedHead, locate, partName, unusedText } from "../checkpoint/names.ts";
 import { readTensor, type StoredDtype, type TensorEntry } from "../checkpoint/safetensors.ts";
 import { type ErnieConfig, readConfig } from "../model/config.ts";
-import { ernie, parameterDtype, parameters } from "../model/ernie.ts";
+import { ernie, parameters } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
 import { PRESETS } from "../model/presets.ts";
 import { Calibration } from "./calibration.ts";

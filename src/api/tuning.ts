@@ -2,6 +2,7 @@
 import type { State, WeightSource } from "../backend/backend.ts";
 import { convertStored } from "../backend/native.ts";
 import { readWeight } from "../backend/reference/weights.ts";
+import { partName } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
 import type { Model } from "../model/model.ts";
 import { roundBf16, toF16 } from "../tensor/dtype.ts";
@@ -9,7 +10,7 @@ import { isBlockDtype } from "../tensor/quantized.ts";
 import { elements } from "../tensor/shape.ts";
 import { type Selection, select } from "../train/selection.ts";
 import type { Trainee } from "../train/trainee.ts";
-import { FORMATS, type Origin, partName, writeModel } from "./folder.ts";
+import { FORMATS, type Origin, writeModel } from "./folder.ts";
 import type { LoadedModel } from "./load.ts";
 
 /** What a trainer needs of a loaded model. */
@@ -88,7 +89,7 @@ function originOf(loaded: LoadedModel): Origin {
     async fill(p, index, dtype, n, k, to) {
       const source = sources.get(p.name);
       if (!states.has(p.name) && source && (source.dtype === source.stored || source.dtype === "f32"))
-        return convertStored(source.parts[index], source.stored, dtype, n, k, to, partName(p, index));
+        return convertStored(source.parts[index], source.stored, dtype, n, k, to, partName(p.name, index, p.experts !== undefined));
       const values = await valuesOf(loaded, p.name);
       encode(values.subarray(index * n * k, (index + 1) * n * k), dtype, to);
     },

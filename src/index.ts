@@ -38,9 +38,11 @@ export { ConfigError } from "./model/config.ts";
 export type { Message } from "./tokenizer/template.ts";
 export type { Tokenizer } from "./tokenizer/tokenizer.ts";
 export type { TrainingArguments } from "./train/arguments.ts";
-export type { CausalExample } from "./train/data/example.ts";
+export type { CausalExample, ClassExample, PreferenceExample } from "./train/data/example.ts";
 export { type OpenOptions, openDataset } from "./train/data/open.ts";
+export { type DPOArguments, DPOTrainer, type DPOTrainerOptions } from "./train/dpo.ts";
 export type { LogEntry, TrainerControl, TrainerState } from "./train/history.ts";
+export type { PreferenceRow } from "./train/preference.ts";
 export type { TrainerCallback, TrainerEvent } from "./train/report.ts";
 export type { Selection } from "./train/selection.ts";
 export {

@@ -13,6 +13,7 @@
 #include "attention_whole.inl"
 #include "elementwise_backward.inl"
 #include "loss.inl"
+#include "tuning.inl"
 #include "limits.inl"
 
 namespace ISA {
@@ -84,6 +85,13 @@ static const KernelEntry ENTRIES[] = {
     {"adamw", adamw},
     {"accumulate", accumulate},
     {"clear", clear},
+    {"mul", mul},
+    {"softplus", softplus},
+    {"softplusGrad", softplus_grad},
+    {"scaleColumns", scale_columns},
+    {"inverseNorms", inverse_norms},
+    {"routerLoad", router_load},
+    {"routerLoadGrad", router_load_grad},
     {nullptr, nullptr},
 };
 

@@ -5,16 +5,25 @@
 import { stat } from "node:fs/promises";
 import { join } from "node:path";
 import { type AdapterFolder, openAdapter } from "../checkpoint/adapter.ts";
-import { CONFIG } from "../checkpoint/checkpoint.ts";
+import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import type { TensorEntry } from "../checkpoint/safetensors.ts";
 import type { Request } from "../engine/sequence.ts";
 import { type ClassifierConfig, type ErnieConfig, PROBLEMS, type Problem, readClassifier } from "../model/config.ts";
+import { configFor } from "../model/fit.ts";
+import { elements } from "../tensor/shape.ts";
 import { optionFault } from "../tokenizer/options.ts";
+import { classification } from "../train/classification.ts";
+import type { ClassExample } from "../train/data/example.ts";
+import type { Objective } from "../train/loss.ts";
+import { normal, Random } from "../train/random.ts";
+import type { Selection } from "../train/selection.ts";
+import type { Trainee } from "../train/trainee.ts";
 import { type LoadAdapterOptions, RuntimeAdapters, readBranches, type WeightedAdapterOptions } from "./adapters.ts";
 import { type ModelInputs, readRows } from "./generation.ts";
 import { type Head, type LoadedModel, loadModel } from "./load.ts";
 import { checkPretrained, type NamedTensor, type PretrainedOptions, resolvePretrained } from "./model.ts";
+import { saveModel, traineeOf, unfrozen } from "./tuning.ts";
 
 export interface ClassifierOptions extends PretrainedOptions {
   /** A folder in PEFT's format with a head among its `modules_to_save`: makes a classifier of a model that predicts tokens. */
@@ -23,6 +32,10 @@ export interface ClassifierOptions extends PretrainedOptions {
   readonly id2label?: Readonly<Record<number, string>>;
   /** Default: that of config.json, else by the number of classes. */
   readonly problem_type?: Problem;
+  /** With this, or `id2label`, a model that predicts tokens gets a new head, to be trained: numbers with a standard deviation of 0.02. */
+  readonly num_labels?: number;
+  /** Of a new head. Default 42. */
+  readonly seed?: number;
 }
 
 export interface ClassifyOptions extends ModelInputs {
@@ -47,12 +60,16 @@ export const AutoModelForSequenceClassification = {
    * config or options.
    */
   async from_pretrained(idOrFolder: string, options: ClassifierOptions = {}): Promise<SequenceClassifier> {
-    const { adapter: given, id2label, problem_type, ...rest } = options;
+    const { adapter: given, id2label, problem_type, num_labels, seed, ...rest } = options;
     checkPretrained(rest);
     const adapter = given ?? ((await isAdapter(idOrFolder)) ? idOrFolder : null);
     const base = adapter !== null && given === undefined ? baseOf(await openAdapter(adapter)) : idOrFolder;
     const folder = await resolvePretrained(base, rest);
-    const loaded = await loadClassifier(folder, { ...rest, device: rest.device ?? rest.device_map }, { adapter, id2label, problem_type });
+    const loaded = await loadClassifier(
+      folder,
+      { ...rest, device: rest.device ?? rest.device_map },
+      { adapter, id2label, problem_type, num_labels, seed },
+    );
     return new SequenceClassifier(loaded, adapter !== null && loaded.engine.adapters.names.length > 0 ? DEFAULT : null);
   },
 };
@@ -62,25 +79,35 @@ export interface ClassifierParts {
   readonly adapter?: string | null;
   readonly id2label?: Readonly<Record<number, string>>;
   readonly problem_type?: Problem;
+  readonly num_labels?: number;
+  readonly seed?: number;
 }
 
 /** Loads a classifier from local files; the adapter, if it has more than a head, is loaded as `default`. */
 export async function loadClassifier(
   folder: string,
   options: Parameters<typeof loadModel>[1],
-  { adapter = null, id2label, problem_type }: ClassifierParts,
+  parts: ClassifierParts,
 ): Promise<LoadedModel> {
+  const { adapter = null, id2label, problem_type, num_labels } = parts;
   if (problem_type !== undefined && !PROBLEMS.includes(problem_type))
     throw new RangeError(`problem_type '${problem_type}' is not known; known are ${PROBLEMS.join(", ")}`);
-  const head = adapter === null ? null : headOf(await openAdapter(adapter), id2label);
+  const count = num_labels ?? (id2label && Object.keys(id2label).length);
+  if (num_labels !== undefined && id2label !== undefined && Object.keys(id2label).length !== num_labels)
+    throw new RangeError(`id2label names ${Object.keys(id2label).length} classes, and num_labels is ${num_labels}`);
+  const asked = count === undefined ? null : newHead(parts);
+  const own = adapter === null && (asked === null || (await classifies(folder)));
+  const head = own ? null : adapter === null ? asked : headOf(await openAdapter(adapter), id2label);
   const loaded = await loadModel(folder, options, head);
   try {
     const { classifier } = loaded.config;
     if (!classifier)
       throw new CheckpointError(folder, "has no head 'score', so it is no classifier; give an adapter that has one, or train one");
     const named = id2label === undefined ? classifier.labels : readClassifier({ id2label }, "").labels;
-    if (named.length !== classifier.labels.length)
-      throw new RangeError(`id2label names ${named.length} classes, and the model has ${classifier.labels.length}`);
+    if ((count ?? named.length) !== classifier.labels.length || named.length !== classifier.labels.length)
+      throw new RangeError(
+        `${id2label === undefined ? "num_labels is" : "id2label names"} ${count ?? named.length} classes, and the model has ${classifier.labels.length}`,
+      );
     const config: ErnieConfig = {
       ...loaded.config,
       classifier: { ...classifier, labels: named, problem: problem_type ?? classifier.problem },
@@ -102,19 +129,53 @@ export class SequenceClassifier {
   readonly classifier: ClassifierConfig;
   /** Instruction set and threads, for display. */
   readonly device: string;
-  /** The underlying engine: `classify` takes many concurrent requests. */
-  readonly engine: LoadedModel["engine"];
-  readonly #adapters: RuntimeAdapters;
+  #parts: LoadedModel;
+  #adapters: RuntimeAdapters;
 
-  constructor({ config, checkpoint, engine, backend }: LoadedModel, active: string | null) {
+  constructor(loaded: LoadedModel, active: string | null) {
+    const { config, checkpoint, engine, backend } = loaded;
+    this.#parts = loaded;
     if (!config.classifier) throw new Error("internal: a model without classes");
     this.folder = checkpoint.folder;
     this.config = config;
     this.classifier = config.classifier;
-    this.engine = engine;
     this.device = `${backend.name}, ${backend.threads} thread${backend.threads === 1 ? "" : "s"}`;
     this.#adapters = new RuntimeAdapters(engine, config);
     this.#adapters.set(active);
+  }
+
+  /** The underlying engine: `classify` takes many concurrent requests. */
+  get engine(): LoadedModel["engine"] {
+    return this.#parts.engine;
+  }
+
+  /** Model, weights and backend, for adapters and trainers. */
+  get loaded(): LoadedModel {
+    return this.#parts;
+  }
+
+  /** As `CausalLM.trainable`; the head is always trained. */
+  async trainable(selection: Selection = {}): Promise<void> {
+    this.#parts = await unfrozen(this.#parts, { ...selection, always: ["score"] });
+    this.#adapters = new RuntimeAdapters(this.engine, this.config);
+  }
+
+  /** What a Trainer trains. */
+  async trainee(): Promise<Trainee> {
+    if (this.#parts.trained.size === 0) await this.trainable();
+    return traineeOf(this.#parts);
+  }
+
+  /** The loss of its problem; without a `problem_type`, one class a text, or regression for a head of one number. */
+  get objective(): Objective<ClassExample> {
+    const { labels, problem } = this.classifier;
+    const usual = labels.length === 1 ? "regression" : "single_label_classification";
+    return classification({ problem: problem ?? usual, classes: labels.length });
+  }
+
+  /** Writes the model in the hub's layout, as `CausalLM.save_pretrained`. */
+  async save_pretrained(folder: string, options: { readonly dtype?: string } = {}): Promise<void> {
+    await saveModel(this.#parts, folder, options.dtype);
   }
 
   /**
@@ -179,8 +240,9 @@ export class SequenceClassifier {
     return this.#adapters.names;
   }
 
-  dispose(): Promise<void> {
-    return this.engine.dispose();
+  async dispose(): Promise<void> {
+    await this.engine.dispose();
+    for (const state of this.#parts.states.values()) state.dispose();
   }
 }
 
@@ -226,6 +288,24 @@ function headOf({ folder, file, tensors }: AdapterFolder, id2label: ClassifierPa
     sources: new Map(
       [...found].map(([name, entry]) => [name, { stored: STORED[entry.dtype as keyof typeof STORED], parts: [entry], shape: entry.shape }]),
     ),
+  };
+}
+
+async function classifies(folder: string): Promise<boolean> {
+  return configFor(await openCheckpoint(folder)).classifier !== null;
+}
+
+/** A head that has learnt nothing yet, as transformers begins one. */
+function newHead({ id2label, problem_type = undefined, num_labels, seed = 42 }: ClassifierParts): Head {
+  const { labels } = readClassifier(id2label === undefined ? { num_labels } : { id2label }, "");
+  return {
+    classifier: { labels, problem: problem_type ?? null, bias: false },
+    sources: new Map(),
+    fresh({ name, shape }) {
+      if (name !== "score.weight") return null;
+      const random = new Random(seed, name);
+      return Float32Array.from({ length: elements(shape) }, () => 0.02 * normal(random));
+    },
   };
 }
 

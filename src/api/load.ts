@@ -9,7 +9,7 @@ import { Engine, type EngineOptions } from "../engine/engine.ts";
 import type { ClassifierConfig, ErnieConfig } from "../model/config.ts";
 import { ernie, parameterDtype } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
-import type { Model } from "../model/model.ts";
+import type { Model, ModelParameter } from "../model/model.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
 import { type GenerationDefaults, readDefaults } from "./defaults.ts";
@@ -105,6 +105,8 @@ export function parseDtype(name: string): (typeof DTYPES)[string] {
 export interface Head {
   readonly classifier: ClassifierConfig;
   readonly sources: ReadonlyMap<string, Pick<WeightSource, "stored" | "parts" | "shape">>;
+  /** The numbers of a head that is yet to be trained, which become states. Default: none. */
+  readonly fresh?: (parameter: ModelParameter) => Float32Array | null;
 }
 
 /**
@@ -122,13 +124,15 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
   const checkpoint = config.classifier ? withoutVocabularyHead(stored) : stored;
   const generation = readDefaults(checkpoint.generationConfig ?? {}, config);
   const model = ernie(config);
+  const fresh = new Map(model.parameters.flatMap((p) => (head?.fresh?.(p) ? [[p.name, p] as const] : [])));
   const located = locate(
-    model.parameters.filter((p) => !head?.sources.has(p.name)),
+    model.parameters.filter((p) => !head?.sources.has(p.name) && !fresh.has(p.name)),
     checkpoint,
   );
   await checkTiedHead(located, checkpoint);
   const { sources } = located;
-  const weights = model.parameters.map((p): WeightSource => {
+  const loadedFrom = model.parameters.filter((p) => !fresh.has(p.name));
+  const weights = loadedFrom.map((p): WeightSource => {
     const foreign = head?.sources.get(p.name);
     if (foreign) {
       if (String(foreign.shape) !== String(p.shape))
@@ -162,10 +166,16 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
       maxSequences: options.max_sequences,
       adapters: { count: options.max_loras, rank: options.max_lora_rank },
     };
-    const engine = new Engine({ model, backend, weights: tensors, ...settings });
+    const states = new Map<string, State>();
+    for (const [name, p] of fresh) {
+      const state = backend.state("f32", p.shape);
+      state.write(head?.fresh?.(p) as Float32Array);
+      states.set(name, state);
+    }
+    const engine = new Engine({ model, backend, weights: tensors, ...settings, states });
     return {
       ...{ config, model, checkpoint, defaults: generation.defaults, engine, backend, weights, tensors, settings },
-      ...{ states: new Map(), trained: new Set<string>(), experts: new Map() },
+      ...{ states, trained: new Set<string>(), experts: new Map() },
     };
   } catch (error) {
     backend.dispose();

@@ -25,16 +25,12 @@ export interface Branch {
   /** [experts, rank, in], [experts, out, rank] */
   readonly a: Float32Array;
   readonly b: Float32Array;
+  /** The lengths of the adapted matrix's rows (DoRA), [out] or [experts, out]. */
+  readonly magnitude?: Float32Array;
 }
 
 export function adapterParameters(model: Model): ModelParameter[] {
   return model.parameters.filter((p) => p.kind === "adapter");
-}
-
-/** Throws RangeError for parts of a configuration that are read and not yet computed. */
-export function refuseParts({ use_dora, modules_to_save }: AdapterConfig): void {
-  if (use_dora) throw new RangeError("use_dora is not supported");
-  if (modules_to_save.length > 0) throw new RangeError(`modules_to_save (${modules_to_save.join(", ")}) is not supported`);
 }
 
 /** The adapters of a model, one after the other. @param read the numbers of an adapter's parameter */
@@ -54,12 +50,13 @@ export function* branchesOf(model: Model, config: AdapterConfig, read: (name: st
       scale,
       a: read(p.name),
       b: read(`${module}.lora_B.weight`),
+      ...(config.use_dora ? { magnitude: read(`${module}.lora_magnitude_vector`) } : {}),
     };
   }
 }
 
-/** Adds an adapter's product to a matrix [out, in], in place. @param expert which of a stack's */
-export function addProduct(matrix: Float32Array, { shape, rank, scale, a, b }: Branch, expert: number): void {
+/** Adds an adapter's product to a matrix [out, in], in place, and gives its rows their lengths, if any. @param expert which of a stack's */
+export function addProduct(matrix: Float32Array, { shape, rank, scale, a, b, magnitude }: Branch, expert: number): void {
   const [out, into] = shape.slice(-2);
   for (let i = 0; i < out; i++) {
     const row = matrix.subarray(i * into, (i + 1) * into);
@@ -69,7 +66,17 @@ export function addProduct(matrix: Float32Array, { shape, rank, scale, a, b }: B
       const from = a.subarray((expert * rank + r) * into, (expert * rank + r + 1) * into);
       for (let j = 0; j < into; j++) row[j] += by * from[j];
     }
+    if (magnitude) {
+      const factor = magnitude[expert * out + i] / lengthOf(row);
+      for (let j = 0; j < into; j++) row[j] *= factor;
+    }
   }
+}
+
+export function lengthOf(row: Float32Array): number {
+  let sum = 0;
+  for (const x of row) sum += x * x;
+  return Math.sqrt(sum);
 }
 
 export interface MergeOptions extends Pick<WriteModelOptions, "onProgress" | "signal"> {
@@ -94,7 +101,11 @@ export async function mergeAdapter(
   const checkpoint = await openCheckpoint(source);
   const config = configFor(checkpoint);
   const adapter = await openAdapter(adapterFolder);
-  refuseParts(adapter.config);
+  const whole = [...adapter.tensors.keys()].find((name) => !/\.lora_/.test(name));
+  if (whole !== undefined)
+    throw new RangeError(
+      `${adapterFolder} holds ${whole} as a whole (modules_to_save): load it with PeftModel.from_pretrained and save what merge_and_unload gives`,
+    );
   const model = ernie(config, adaptersIn(adapter));
   const values = await readAdapter(adapter, adapterParameters(model));
   const branches = new Map(

@@ -317,6 +317,11 @@ export class CausalLM {
     return traineeOf(this.#parts);
   }
 
+  /** The model as it is, for one under training to be compared with. */
+  frozen(): Trainee {
+    return traineeOf(this.#parts);
+  }
+
   /**
    * Writes the model in the hub's layout, with config, tokenizer and what else belongs to it.
    * @param options.dtype `fp32`, `bf16` or `fp16`; default: the stored format, bf16 where that is in blocks

@@ -1,17 +1,18 @@
 /** Low-rank adapters with the API of PEFT: make, load, train, save and merge them. */
 import type { State } from "../backend/backend.ts";
 import { type Adaptable, adaptersIn, adaptersOf, openAdapter, readAdapter, selectedExperts, writeAdapter } from "../checkpoint/adapter.ts";
-import { type AdapterConfig, parseAdapterConfig } from "../checkpoint/lora.ts";
+import { type AdapterConfig, namesModule, parseAdapterConfig } from "../checkpoint/lora.ts";
 import { ernie } from "../model/ernie.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
 import { elements } from "../tensor/shape.ts";
 import { optionFault } from "../tokenizer/options.ts";
-import { Random } from "../train/random.ts";
+import { normal, Random } from "../train/random.ts";
 import { kindOf, type Trainable, type Trainee, trainableLine, trainableTable } from "../train/trainee.ts";
+import { SequenceClassifier } from "./classifier.ts";
 import type { GenerationOptions, ModelInputs } from "./generation.ts";
 import type { LoadedModel } from "./load.ts";
-import { adapterParameters, addProduct, branchesOf, refuseParts } from "./merge.ts";
-import { CausalLM, type CausalLMOutput, type ForwardOptions, type GenerateOutput } from "./model.ts";
+import { adapterParameters, addProduct, branchesOf, lengthOf } from "./merge.ts";
+import { CausalLM, type GenerateOutput } from "./model.ts";
 import { traineeOf, valuesOf, withStates } from "./tuning.ts";
 
 export type LoraOptions = Partial<Omit<AdapterConfig, "target_modules" | "exclude_modules">> & {
@@ -37,17 +38,20 @@ export interface CreateOptions {
   readonly seed?: number;
 }
 
-/** A base model with adapters. It shares the base's weights; the base itself goes on without them. */
-export class PeftModel implements Trainable {
-  /** The model without adapters. */
-  readonly base_model: CausalLM;
-  readonly peft_config: AdapterConfig;
-  readonly #adapted: CausalLM;
+/** A model that adapters can be made for. */
+type Base = CausalLM | SequenceClassifier;
 
-  private constructor(base: CausalLM, config: AdapterConfig, adapted: LoadedModel) {
+/** A base model with adapters. It shares the base's weights; the base itself goes on without them. */
+export class PeftModel<B extends Base = CausalLM> implements Trainable {
+  /** The model without adapters. */
+  readonly base_model: B;
+  readonly peft_config: AdapterConfig;
+  readonly #adapted: B;
+
+  private constructor(base: B, config: AdapterConfig, adapted: LoadedModel) {
     this.base_model = base;
     this.peft_config = config;
-    this.#adapted = new CausalLM(adapted);
+    this.#adapted = modelOf(base, adapted);
   }
 
   /**
@@ -55,21 +59,36 @@ export class PeftModel implements Trainable {
    * @param options.is_trainable whether a Trainer may change them. Default false
    * @throws CheckpointError naming the tensor or field that does not fit the base, before any is loaded
    */
-  static async from_pretrained(base: CausalLM, folder: string, options: { readonly is_trainable?: boolean } = {}): Promise<PeftModel> {
+  static async from_pretrained<B extends Base = CausalLM>(
+    base: B,
+    folder: string,
+    options: { readonly is_trainable?: boolean } = {},
+  ): Promise<PeftModel<B>> {
     const fault = optionFault("PeftModel.from_pretrained", options, ["is_trainable"]);
     if (fault !== null) throw new RangeError(fault);
     const adapter = await openAdapter(folder);
-    refuseParts(adapter.config);
     const model = ernie(base.config, adaptersIn(adapter));
-    const values = await readAdapter(adapter, adapterParameters(model));
+    const values = await readAdapter(adapter, ownParameters(model, adapter.config));
     return new PeftModel(base, adapter.config, adapted(base, model, values, options.is_trainable ?? false));
   }
 
-  /** New adapters, to be trained. Throws RangeError, listing the modules, if the configuration selects none. */
-  static async create(base: CausalLM, config: LoraConfig | LoraOptions, { seed = 42 }: CreateOptions = {}): Promise<PeftModel> {
+  /**
+   * New adapters, to be trained. Those of a classifier come with its head, which is trained and saved as a whole. Throws RangeError, listing the
+   * modules, if the configuration selects none.
+   */
+  static async create<B extends Base = CausalLM>(
+    base: B,
+    config: LoraConfig | LoraOptions,
+    { seed = 42 }: CreateOptions = {},
+  ): Promise<PeftModel<B>> {
     const { config: read } = config instanceof LoraConfig ? config : new LoraConfig(config);
-    refuseParts(read);
-    const chosen = { ...read, target_modules: read.target_modules ?? (read.target_parameters.length > 0 ? null : DEFAULT_TARGETS) };
+    const classifies = base.config.classifier !== null;
+    const chosen: AdapterConfig = {
+      ...read,
+      target_modules: read.target_modules ?? (read.target_parameters.length > 0 ? null : DEFAULT_TARGETS),
+      base_model_name_or_path: read.base_model_name_or_path ?? base.folder,
+      ...(classifies ? { task_type: "SEQ_CLS", modules_to_save: [...new Set([...HEADS, ...read.modules_to_save])] } : {}),
+    };
     const model = ernie(base.config, adaptersOf(chosen));
     const parameters = adapterParameters(model);
     if (parameters.length === 0) {
@@ -79,19 +98,17 @@ export class PeftModel implements Trainable {
       );
     }
     const values = new Map(parameters.map((p) => [p.name, beginning(p, chosen, seed)]));
-    return new PeftModel(
-      base,
-      { ...chosen, base_model_name_or_path: read.base_model_name_or_path ?? base.folder },
-      adapted(base, model, values, true),
-    );
+    for (const p of savedParameters(model, chosen)) values.set(p.name, await valuesOf(base.loaded, p.name));
+    if (chosen.use_dora) await measure(base.loaded, model, chosen, values);
+    return new PeftModel(base, chosen, adapted(base, model, values, true));
   }
 
-  get config(): CausalLM["config"] {
+  get config(): B["config"] {
     return this.base_model.config;
   }
 
   /** The engine of the model with its adapters. */
-  get engine(): CausalLM["engine"] {
+  get engine(): B["engine"] {
     return this.#adapted.engine;
   }
 
@@ -99,16 +116,32 @@ export class PeftModel implements Trainable {
   generate(options: ModelInputs & GenerationOptions & { readonly return_dict_in_generate: true }): Promise<GenerateOutput>;
   generate(options: ModelInputs & GenerationOptions): Promise<number[][]>;
   generate(options: ModelInputs & GenerationOptions): Promise<number[][] | GenerateOutput> {
+    if (!(this.#adapted instanceof CausalLM)) throw new RangeError("generate: the model is a classifier; call forward");
     return this.#adapted.generate(options);
   }
 
-  /** As `CausalLM.forward`, with the adapters. */
-  forward(options: ForwardOptions): Promise<CausalLMOutput> {
-    return this.#adapted.forward(options);
+  /** As the base's `forward`, with the adapters. */
+  forward(options: Parameters<B["forward"]>[0]): ReturnType<B["forward"]> {
+    return this.#adapted.forward(options as never) as ReturnType<B["forward"]>;
+  }
+
+  /** The model with its adapters, as one of the base's kind: for a pipeline, say. */
+  get model(): B {
+    return this.#adapted;
   }
 
   trainee(): Trainee {
     return traineeOf(this.#adapted.loaded);
+  }
+
+  /** The base's. */
+  get objective(): Trainable["objective"] {
+    return this.base_model instanceof SequenceClassifier ? this.base_model.objective : undefined;
+  }
+
+  /** The base without adapters, for training that compares with it. */
+  reference(): Trainee {
+    return traineeOf(this.base_model.loaded);
   }
 
   /** The line that PEFT prints; `table` adds the parameters by kind of module. */
@@ -120,7 +153,7 @@ export class PeftModel implements Trainable {
   /** Writes adapter_config.json and adapter_model.safetensors, each whole or not at all. */
   async save_pretrained(folder: string): Promise<void> {
     const { model, states } = this.#adapted.loaded;
-    const parameters = adapterParameters(model).map((p) => ({ ...p, values: (states.get(p.name) as State).read() }));
+    const parameters = ownParameters(model, this.peft_config).map((p) => ({ ...p, values: (states.get(p.name) as State).read() }));
     await writeAdapter(folder, this.peft_config, parameters, modulesOf(model));
   }
 
@@ -128,32 +161,78 @@ export class PeftModel implements Trainable {
    * The base model with the adapters' products added to its matrices, which become float32. It shares the base's other weights; the base
    * stays as it is.
    */
-  async merge_and_unload(): Promise<CausalLM> {
+  async merge_and_unload(): Promise<B> {
     const { loaded } = this.base_model;
     const { model, states } = this.#adapted.loaded;
     const merged = new Map(loaded.states);
-    for (const branch of branchesOf(model, this.peft_config, (name) => (states.get(name) as State).read())) {
-      const { weight: name, shape } = branch;
+    const put = (name: string, shape: readonly number[], values: Float32Array) => {
       const state = loaded.backend.state("f32", shape);
-      const values = await valuesOf(loaded, name);
-      const each = values.length / (branch.experts ?? 1);
-      for (let e = 0; e < (branch.experts ?? 1); e++) addProduct(values.subarray(e * each, (e + 1) * each), branch, e);
       state.write(values);
       merged.set(name, state);
+    };
+    for (const branch of branchesOf(model, this.peft_config, (name) => (states.get(name) as State).read())) {
+      const values = await valuesOf(loaded, branch.weight);
+      const each = values.length / (branch.experts ?? 1);
+      for (let e = 0; e < (branch.experts ?? 1); e++) addProduct(values.subarray(e * each, (e + 1) * each), branch, e);
+      put(branch.weight, branch.shape, values);
     }
-    return new CausalLM(withStates(loaded, loaded.model, merged, { trained: new Set(), experts: new Map() }));
+    for (const { name, shape } of savedParameters(model, this.peft_config)) put(name, shape, (states.get(name) as State).read());
+    return modelOf(this.base_model, withStates(loaded, loaded.model, merged, { trained: new Set(), experts: new Map() }));
   }
 
   /** Frees the adapters and their engine. The base model stays. */
   async dispose(): Promise<void> {
-    await this.#adapted.engine.close();
-    for (const p of adapterParameters(this.#adapted.loaded.model)) this.#adapted.loaded.states.get(p.name)?.dispose();
+    const { model, states, engine } = this.#adapted.loaded;
+    await engine.close();
+    for (const p of ownParameters(model, this.peft_config)) states.get(p.name)?.dispose();
   }
 }
 
 /** As `PeftModel.create`, by PEFT's name. */
-export function get_peft_model(base: CausalLM, config: LoraConfig | LoraOptions, options: CreateOptions = {}): Promise<PeftModel> {
+export function get_peft_model<B extends Base = CausalLM>(
+  base: B,
+  config: LoraConfig | LoraOptions,
+  options: CreateOptions = {},
+): Promise<PeftModel<B>> {
   return PeftModel.create(base, config, options);
+}
+
+/** What PEFT trains and saves as a whole for SEQ_CLS; models have one of them. */
+const HEADS = ["classifier", "score"];
+
+/** Another model of the base's kind. */
+function modelOf<B extends Base>(base: B, loaded: LoadedModel): B {
+  return (base instanceof CausalLM ? new CausalLM(loaded) : new SequenceClassifier(loaded, null)) as B;
+}
+
+/** The parameters of modules that are trained and saved as a whole. */
+function savedParameters(model: Model, { modules_to_save }: AdapterConfig): ModelParameter[] {
+  const saved = model.parameters.filter(
+    (p) => p.kind !== "adapter" && namesModule(modules_to_save, p.name.replace(/\.(weight|bias)$/, "")),
+  );
+  const stacked = saved.find((p) => p.experts !== undefined);
+  if (stacked)
+    throw new RangeError(`modules_to_save: ${stacked.name} belongs to routed experts; give them adapters, or train them by themselves`);
+  return saved;
+}
+
+/** What an adapter's folder holds. */
+function ownParameters(model: Model, config: AdapterConfig): ModelParameter[] {
+  return [...adapterParameters(model), ...savedParameters(model, config)];
+}
+
+/** Gives magnitudes the lengths of the rows that they begin with, as PEFT does. */
+async function measure(base: LoadedModel, model: Model, config: AdapterConfig, values: Map<string, Float32Array>): Promise<void> {
+  for (const branch of branchesOf(model, config, (name) => values.get(name) as Float32Array)) {
+    const matrices = await valuesOf(base, branch.weight);
+    const name = branch.weight.replace(/\.weight$/, ".lora_magnitude_vector");
+    const into = branch.shape[branch.shape.length - 1];
+    const each = matrices.length / (branch.experts ?? 1);
+    for (let e = 0; e < (branch.experts ?? 1); e++)
+      addProduct(matrices.subarray(e * each, (e + 1) * each), { ...branch, magnitude: undefined }, e);
+    const lengths = values.get(name) as Float32Array;
+    for (let i = 0; i < lengths.length; i++) lengths[i] = lengthOf(matrices.subarray(i * into, (i + 1) * into));
+  }
 }
 
 /** PEFT's usual choice for models of this kind. */
@@ -166,13 +245,15 @@ function modulesOf(model: Model): Adaptable[] {
     .map(({ name, experts }) => ({ name: name.replace(/\.weight$/, ""), ...(experts ? { experts } : {}) }));
 }
 
-function adapted(base: CausalLM, model: Model, values: ReadonlyMap<string, Float32Array>, trains: boolean): LoadedModel {
+function adapted(base: Base, model: Model, values: ReadonlyMap<string, Float32Array>, trains: boolean): LoadedModel {
   const { loaded } = base;
   const states = new Map(loaded.states);
-  for (const p of adapterParameters(model)) {
-    const state = loaded.backend.state("f32", p.shape);
-    state.write(values.get(p.name) as Float32Array);
-    states.set(p.name, state);
+  for (const { name, shape } of model.parameters) {
+    const own = values.get(name);
+    if (!own) continue;
+    const state = loaded.backend.state("f32", shape);
+    state.write(own);
+    states.set(name, state);
   }
   const trained = new Set(trains ? values.keys() : []);
   return withStates(loaded, model, states, { trained, experts: new Map() });
@@ -181,6 +262,7 @@ function adapted(base: CausalLM, model: Model, values: ReadonlyMap<string, Float
 /** The first numbers of an adapter's matrix, as PEFT draws them; zero for experts that are not selected, which then stay zero. */
 function beginning({ name, shape, experts }: ModelParameter, config: AdapterConfig, seed: number): Float32Array {
   const values = new Float32Array(elements(shape));
+  if (name.endsWith(".lora_magnitude_vector")) return values; // measured when the others have begun
   const [rank, into] = shape.slice(-2);
   const half = name.endsWith(".lora_A.weight") ? "A" : "B";
   const { init_lora_weights: how } = config;
@@ -190,12 +272,9 @@ function beginning({ name, shape, experts }: ModelParameter, config: AdapterConf
   const draw = how === "gaussian" ? () => normal(random) / rank : () => (2 * random.real() - 1) * bound;
   const module: Adaptable = { name: name.replace(/\.lora_[AB]\.weight$/, ""), experts };
   const chosen = experts === undefined ? [0] : selectedExperts(config, module);
+  if (config.use_dora && chosen.length < (experts ?? 1))
+    throw new RangeError(`use_dora: ${module.name} has magnitudes for all of its experts or for none; select all ${experts}`);
   const each = values.length / (experts ?? 1);
   for (const e of chosen) for (let i = 0; i < each; i++) values[e * each + i] = draw();
   return values;
-}
-
-/** Box and Muller's transform. */
-function normal(random: Random): number {
-  return Math.sqrt(-2 * Math.log(1 - random.real())) * Math.cos(2 * Math.PI * random.real());
 }

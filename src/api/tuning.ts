@@ -4,11 +4,12 @@ import { convertStored } from "../backend/native.ts";
 import { readWeight } from "../backend/reference/weights.ts";
 import { partName } from "../checkpoint/names.ts";
 import { Engine } from "../engine/engine.ts";
+import type { ClassifierConfig } from "../model/config.ts";
 import type { Model } from "../model/model.ts";
 import { roundBf16, toF16 } from "../tensor/dtype.ts";
 import { isBlockDtype } from "../tensor/quantized.ts";
 import { elements } from "../tensor/shape.ts";
-import { type Selection, select } from "../train/selection.ts";
+import { ROUTER_BIAS, type Selection, select } from "../train/selection.ts";
 import type { Trainee } from "../train/trainee.ts";
 import { FORMATS, type Origin, writeModel } from "./folder.ts";
 import type { LoadedModel } from "./load.ts";
@@ -36,7 +37,8 @@ export async function unfrozen(loaded: LoadedModel, selection: Selection): Promi
   const { trained, experts } = select(loaded.model, selection);
   const states = new Map(loaded.states);
   for (const p of loaded.model.parameters) {
-    if (!trained.has(p.name) || states.has(p.name)) continue;
+    const updated = selection.router_bias === true && ROUTER_BIAS.test(p.name);
+    if ((!trained.has(p.name) && !updated) || states.has(p.name)) continue;
     const values = await valuesOf(loaded, p.name);
     const state = loaded.backend.state("f32", p.shape);
     state.write(values);
@@ -83,7 +85,7 @@ function originOf(loaded: LoadedModel): Origin {
   const { checkpoint, config, states, weights } = loaded;
   const sources = new Map(weights.map((w) => [w.name, w]));
   return {
-    config: checkpoint.config,
+    config: config.classifier ? { ...checkpoint.config, ...classifierFields(config, config.classifier) } : checkpoint.config,
     model: config,
     folder: checkpoint.folder,
     async fill(p, index, dtype, n, k, to) {
@@ -93,6 +95,16 @@ function originOf(loaded: LoadedModel): Origin {
       const values = await valuesOf(loaded, p.name);
       encode(values.subarray(index * n * k, (index + 1) * n * k), dtype, to);
     },
+  };
+}
+
+/** What config.json says of a classifier. */
+function classifierFields({ architecture }: LoadedModel["config"], { labels, problem }: ClassifierConfig): Record<string, unknown> {
+  return {
+    architectures: [architecture.replace("ForCausalLM", "ForSequenceClassification")],
+    id2label: Object.fromEntries(labels.entries()),
+    label2id: Object.fromEntries([...labels.entries()].map(([id, label]) => [label, id])),
+    ...(problem ? { problem_type: problem } : {}),
   };
 }
 

@@ -300,7 +300,8 @@ function stackedReader(adapter: AdapterFolder, parameter: Parameter, used: Set<s
   for (let e = 0; e < experts; e++) {
     const own = expertName(name, e);
     const entry = adapter.tensors.get(own);
-    if (!entry && adapter.tensors.has(expertName(twin, e))) throw missing(adapter, own);
+    const alone = name === twin && adapter.tensors.has(expertName(name.replace(/magnitude_vector$/, "A.weight"), e));
+    if (!entry && (alone || adapter.tensors.has(expertName(twin, e)))) throw missing(adapter, own);
     if (entry) checkShape(adapter, entry, shape.slice(1));
     if (entry) used.add(own);
     parts.push(entry ?? null);

@@ -47,6 +47,8 @@ export interface LowRank {
   readonly scale: number;
   /** Probability of dropping an input to the branch in training. */
   readonly dropout: number;
+  /** Whether the adapted matrix's rows have learnt lengths (DoRA). Default false. */
+  readonly decomposed?: boolean;
 }
 
 export const ADAPTER_DEFAULTS: AdapterConfig = {
@@ -159,6 +161,8 @@ export function parseAdapterConfig(value: unknown, source: string): AdapterConfi
   for (const each of config.layers_pattern ?? []) expression(each, fail);
   if (config.layers_to_transform && !Array.isArray(config.target_modules))
     throw fail("layers_to_transform needs target_modules to be a list of names; with a regular expression, name the layers in it");
+  if (config.use_dora && config.target_parameters.length > 0)
+    throw fail("use_dora does not work with target_parameters, as in PEFT; name modules: mlp.experts.gate_proj");
   if (config.layers_pattern && !config.layers_to_transform) throw fail("layers_pattern has no effect without layers_to_transform");
   return config;
 }
@@ -178,7 +182,7 @@ export function lowRankAt(config: AdapterConfig, module: string): LowRank {
   const name = parameterOf(config, module) ?? module;
   const rank = patternAt(config.rank_pattern, name) ?? config.r;
   const alpha = patternAt(config.alpha_pattern, name) ?? config.lora_alpha;
-  return { rank, scale: alpha / (config.use_rslora ? Math.sqrt(rank) : rank), dropout: config.lora_dropout };
+  return { rank, scale: alpha / (config.use_rslora ? Math.sqrt(rank) : rank), dropout: config.lora_dropout, decomposed: config.use_dora };
 }
 
 /** Whether names or a regular expression select a module, as in `target_modules`. */

@@ -114,6 +114,11 @@ export class Graph {
     this.#one("groupedLinear", [x, weight, order, offsets, bias], { slots });
   add = (a: Tensor, b: Tensor) => this.#one("add", [a, b]);
   scale = (x: Tensor, by: number) => this.#one("scale", [x], { by });
+  mul = (a: Tensor, b: Tensor) => this.#one("mul", [a, b]);
+  softplus = (x: Tensor) => this.#one("softplus", [x]);
+  scaleColumns = (x: Tensor, by: Tensor, bias?: Tensor) => this.#one("scaleColumns", [x, by, bias]);
+  inverseNorms = (weight: Tensor, a: Tensor, b: Tensor, scale: number) => this.#one("inverseNorms", [weight, a, b], { scale });
+  scatterRows = (x: Tensor, index: Tensor, rows: Dim) => this.#one("scatterRows", [x, index], {}, { rows });
   siluMul = (gate: Tensor, up: Tensor) => this.#one("siluMul", [gate, up]);
   dropout = (x: Tensor, seed: Tensor, p: number, stream: number) => this.#one("dropout", [x, seed], { p, stream });
   angles = (positions: Tensor, dim: number, theta: number) => this.#one("angles", [positions], { dim, theta });
@@ -147,6 +152,10 @@ export class Graph {
   adaptedSlots = (experts: Tensor, rows: Tensor, ids: Tensor, count: number) => {
     const [keys, slots] = this.call("adaptedSlots", [experts, rows, ids], { count });
     return { keys, slots };
+  };
+  routerLoad = (logits: Tensor, k: number) => {
+    const [load, probability, z] = this.call("routerLoad", [logits], { k });
+    return { load, probability, z };
   };
   combine = (slots: Tensor, weights: Tensor) => this.#one("combine", [slots, weights]);
 

@@ -9,6 +9,7 @@ import { EXPERT_OPS } from "./ops/experts.ts";
 import { LOSS_OPS } from "./ops/loss.ts";
 import { MATRIX_OPS } from "./ops/matrix.ts";
 import { SAMPLING_OPS } from "./ops/sampling.ts";
+import { TUNING_OPS } from "./ops/tuning.ts";
 import { VIEW_OPS } from "./ops/views.ts";
 
 export const OPS = {
@@ -18,6 +19,7 @@ export const OPS = {
   ...EXPERT_OPS,
   ...LOSS_OPS,
   ...SAMPLING_OPS,
+  ...TUNING_OPS,
   ...VIEW_OPS,
 } satisfies Record<string, Op>;
 

@@ -117,12 +117,15 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
   const adapter = (module: string, out: number, into: number, experts?: number) => {
     const lowRank = adapters?.at({ name: module, experts });
     if (!lowRank) return {};
-    const { rank, scale, dropout } = lowRank;
+    const { rank, scale, dropout, decomposed } = lowRank;
     const matrices = (adapters?.stack ?? 1) * (experts ?? 1);
     const stack = experts === undefined && adapters?.stack === undefined ? [] : [matrices];
     const low = (half: "A" | "B", ...shape: number[]) =>
       visit({ name: `${module}.lora_${half}.weight`, shape: [...stack, ...shape], ...(experts ? { experts } : {}), kind: "adapter" });
-    return { adapter: { a: low("A", rank, into), b: low("B", out, rank), scale, dropout, stream: stream++ } };
+    const [a, b] = [low("A", rank, into), low("B", out, rank)];
+    const length = `${module}.lora_magnitude_vector`;
+    const magnitude = decomposed && visit({ name: length, shape: [...stack, out], ...(experts ? { experts } : {}), kind: "adapter" });
+    return { adapter: { a, b, ...(magnitude ? { magnitude } : {}), scale, dropout, stream: stream++ } };
   };
   const matrix = (name: string, out: number, into: number) => ({
     weight: visit({ name: `${name}.weight`, shape: [out, into], kind: "matrix" }),

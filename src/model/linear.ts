@@ -1,5 +1,6 @@
 /** Applies weight matrices to activations, one matrix or one per expert, with an optional bias and low-rank adapter. */
 import type { Graph, Tensor } from "../graph/graph.ts";
+import { times } from "../tensor/shape.ts";
 
 /** A low-rank branch beside a matrix: scale * B(A(x)) (https://arxiv.org/abs/2106.09685). */
 export interface Adapter<T = Tensor> {
@@ -7,6 +8,8 @@ export interface Adapter<T = Tensor> {
   readonly a: T;
   /** [out, rank], or [experts, out, rank]; of a stack [n, out, rank], or [n * experts, out, rank]. */
   readonly b: T;
+  /** The length of each row of the adapted matrix, [out] or [experts, out], in place of the one that it has (DoRA); never of a stack. */
+  readonly magnitude?: T;
   readonly scale: number;
   readonly dropout: number;
   /** The stream of random numbers for this adapter's dropout, distinct from every other's. */
@@ -68,6 +71,7 @@ export interface Slots {
 
 /** Maps x [rows, in] to [rows, out]. */
 export function linear(g: Graph, x: Tensor, { weight, bias, adapter }: Linear, { seed, adapted }: Branches = {}): Tensor {
+  if (adapter?.magnitude) return decomposed(g, x, weight, bias, adapter, seed);
   const y = g.linear(x, weight, bias);
   if (!adapter) return y;
   if (adapted) return g.addRows(y, stacked(g, adapted.pick(x), adapter, adapted.groups, 1), adapted.rows);
@@ -77,13 +81,15 @@ export function linear(g: Graph, x: Tensor, { weight, bias, adapter }: Linear, {
 
 /** The expert slots of a mixture, sorted by expert; and those of rows that have an adapter of a stack, sorted by adapter and expert. */
 export interface ExpertSlots extends Slots {
+  /** [rows, chosen] i32: the expert of each slot. */
+  readonly experts: Tensor;
   /** `slots` says where these slots are among all, [chosen * adapted]. */
   readonly adapted?: Pick<Adapted, "pick"> & { readonly slots: Tensor; readonly groups: Slots };
 }
 
 /** @param experts [rows, chosen] i32, from `route` @param count how many experts there are */
 export function expertSlots(g: Graph, experts: Tensor, count: number, { adapted }: Branches): ExpertSlots {
-  const slots = g.group(experts, count);
+  const slots = { ...g.group(experts, count), experts };
   if (!adapted) return slots;
   const found = g.adaptedSlots(experts, adapted.rows, adapted.ids, count);
   return { ...slots, adapted: { pick: adapted.pick, slots: found.slots, groups: g.group(found.keys, adapted.count * count) } };
@@ -91,6 +97,7 @@ export function expertSlots(g: Graph, experts: Tensor, count: number, { adapted 
 
 /** A float32 matrix with its adapter's product added: for an op that takes a whole matrix. Drops nothing: the branch sees no inputs. */
 export function adapted(g: Graph, { weight, adapter }: Linear): Tensor {
+  if (adapter?.magnitude) throw new RangeError("use_dora: a router has no magnitudes, as in PEFT; leave mlp.gate out");
   return adapter ? g.add(weight, g.scale(g.linearT(adapter.b, adapter.a), adapter.scale)) : weight;
 }
 
@@ -99,7 +106,7 @@ export function expertLinear(
   g: Graph,
   x: Tensor,
   { weight, adapter }: ExpertLinear,
-  { order, offsets, adapted }: ExpertSlots,
+  { order, offsets, experts, adapted }: ExpertSlots,
   slots: number,
   { seed }: Branches = {},
 ): Tensor {
@@ -109,8 +116,36 @@ export function expertLinear(
     const own = slots === 1 ? g.gather(x, adapted.slots) : adapted.pick(x); // x has a row per slot, or one per token
     return g.addRows(y, stacked(g, own, adapter, adapted.groups, slots), adapted.slots);
   }
-  const low = g.groupedLinear(dropped(g, x, adapter, seed), adapter.a, order, offsets, slots);
-  return g.add(y, g.groupedLinear(g.scale(low, adapter.scale), adapter.b, order, offsets, 1));
+  const input = dropped(g, x, adapter, seed);
+  const low = g.groupedLinear(input, adapter.a, order, offsets, slots);
+  const branch = g.groupedLinear(g.scale(low, adapter.scale), adapter.b, order, offsets, 1);
+  if (!adapter.magnitude) return g.add(y, branch);
+  const [count, out] = weight.shape;
+  const rows = g.reshape(experts, [times(experts.shape[0], Number(experts.shape[1]))]);
+  const by = g.gather(g.reshape(lengthened(g, weight, adapter), [Number(count), Number(out)]), rows); // [slots, out]
+  if (input === x) return g.mul(g.add(y, branch), by);
+  const without = g.groupedLinear(input, weight, order, offsets, slots);
+  return g.add(y, g.add(g.mul(g.add(without, branch), by), g.scale(without, -1)));
+}
+
+/**
+ * A matrix whose rows have learnt lengths (DoRA, https://arxiv.org/abs/2402.09353): W' = m / |W + s B A| (W + s B A). As in PEFT, gradients take
+ * the norm for a constant, and with dropout the branch adds (W' - W) times what is left of x.
+ */
+function decomposed(g: Graph, x: Tensor, weight: Tensor, bias: Tensor | undefined, adapter: Adapter, seed?: Tensor): Tensor {
+  const by = lengthened(g, weight, adapter);
+  const input = dropped(g, x, adapter, seed);
+  const branch = g.linear(g.scale(g.linear(input, adapter.a), adapter.scale), adapter.b);
+  if (input === x) return g.scaleColumns(g.add(g.linear(x, weight), branch), by, bias);
+  const without = g.linear(input, weight);
+  return g.add(g.linear(x, weight, bias), g.add(g.scaleColumns(g.add(without, branch), by), g.scale(without, -1)));
+}
+
+/** m / |W + s B A| of each row, [out] or [experts * out]. */
+function lengthened(g: Graph, weight: Tensor, { a, b, magnitude, scale }: Adapter): Tensor {
+  const float = (t: Tensor) => (t.dtype === "f32" ? t : g.call("castF32", [t])[0]);
+  const inverse = g.inverseNorms(weight, float(a), float(b), scale);
+  return g.mul(g.reshape(magnitude as Tensor, inverse.shape), inverse);
 }
 
 /** B(A(x)) for rows with different adapters; the scale is part of B. */

@@ -71,6 +71,12 @@ export interface TrainingArguments {
   readonly early_stopping_threshold: number;
   /** Ours: the decay of a moving average of the trained parameters, which is evaluated and saved in their place. Null: none. */
   readonly ema_decay: number | null;
+  /** Weight of the load-balancing loss of all routers (https://arxiv.org/abs/2101.03961), as transformers computes it. Default 0. */
+  readonly router_aux_loss_coef: number;
+  /** Ours: weight of the routers' z-loss (https://arxiv.org/abs/2202.08906). Default 0. */
+  readonly router_z_loss_coef: number;
+  /** Ours: how far a step moves the routers' correction biases towards an even load (https://arxiv.org/abs/2408.15664). Default 0. */
+  readonly router_bias_update_rate: number;
   /** Files in `output_dir`. Default: none. */
   readonly report_to: readonly Report[];
 }
@@ -117,6 +123,9 @@ const DEFAULTS: TrainingArguments = {
   early_stopping_patience: null,
   early_stopping_threshold: 0,
   ema_decay: null,
+  router_aux_loss_coef: 0,
+  router_z_loss_coef: 0,
+  router_bias_update_rate: 0,
   report_to: [],
 };
 
@@ -132,6 +141,7 @@ const REMEDIES: Readonly<Record<string, string>> = {
   fsdp: "there is one process; leave it out",
   push_to_hub: "upload the folder with another tool",
   packing: "pack when reading the data",
+  output_router_logits: "give router_aux_loss_coef",
   dataloader_num_workers: "rows are read in this process; leave it out",
 };
 
@@ -189,6 +199,9 @@ const CHECKS: Readonly<Record<keyof TrainingArguments, Check>> = {
   early_stopping_patience: orNull(whole(1)),
   early_stopping_threshold: real(0),
   ema_decay: orNull(below1),
+  router_aux_loss_coef: real(0),
+  router_z_loss_coef: real(0),
+  router_bias_update_rate: real(0, 1),
   report_to: [(list) => Array.isArray(list) && list.every((r) => REPORTS.includes(r)), `a list of ${REPORTS.join(", ")}`],
 };
 

@@ -26,8 +26,15 @@ export interface TrainerState {
   stale_evaluations: number;
   /** The sum of the losses of all steps so far. */
   total_loss: number;
-  /** Losses since the last line of the log, and how many. */
-  unlogged: { loss: number; steps: number };
+  unlogged: Unlogged;
+}
+
+/** Sums over the steps since the last line of the log. */
+export interface Unlogged {
+  loss: number;
+  steps: number;
+  /** Of measures beside the loss, by name. */
+  metrics: Record<string, number>;
 }
 
 export function newState(): TrainerState {
@@ -42,7 +49,7 @@ export function newState(): TrainerState {
     best_model_checkpoint: null,
     stale_evaluations: 0,
     total_loss: 0,
-    unlogged: { loss: 0, steps: 0 },
+    unlogged: { loss: 0, steps: 0, metrics: {} },
   };
 }
 

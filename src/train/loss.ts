@@ -30,6 +30,19 @@ export interface Objective<R = CausalExample> {
   readonly check: (example: R, index: number, limits: RowLimits) => void;
   /** @param total the sum of `count` over all batches of the step */
   readonly collate: (examples: readonly R[], total: number) => Batch;
+  /** Called with a batch's examples before they are collated: what the loss compares with is computed here. Default: nothing. */
+  readonly prepare?: (examples: readonly R[]) => Promise<void>;
+  /** Outputs of the loss's graph that the meter reads, by name: how many numbers of a batch each has. Default: none. */
+  readonly outputs?: (batch: Batch) => Readonly<Record<string, number>>;
+  /** Measures of a step or of an evaluation beside the loss, from the outputs of its batches. Default: none. */
+  readonly meter?: () => Meter<R>;
+}
+
+/** Takes note of the batches of a step or of an evaluation. */
+export interface Meter<R> {
+  add(examples: readonly R[], outputs: Readonly<Record<string, Float32Array>>): void;
+  /** Numbers for the log, by name. */
+  values(): Readonly<Record<string, number>>;
 }
 
 /**

@@ -79,3 +79,8 @@ export function mixed(word: number): number {
 function rotated(word: number, by: number): number {
   return ((word << by) | (word >>> (32 - by))) >>> 0;
 }
+
+/** A number of the standard normal distribution, by Box and Muller's transform. */
+export function normal(random: Random): number {
+  return Math.sqrt(-2 * Math.log(1 - random.real())) * Math.cos(2 * Math.PI * random.real());
+}

@@ -1,6 +1,6 @@
 /** Which parameters of a model are trained, from names of layers, modules and experts. Knows no adapters. */
 import { namesModule } from "../checkpoint/lora.ts";
-import type { Model } from "../model/model.ts";
+import type { Model, ModelParameter } from "../model/model.ts";
 import { kindOf, layerOf, ranges } from "./trainee.ts";
 
 export interface Selection {
@@ -10,6 +10,14 @@ export interface Selection {
   readonly modules?: readonly string[] | string;
   /** Of routed experts' matrices, only these: all, or experts by layer. Default: all. */
   readonly experts?: "all" | Readonly<Record<string, readonly number[]>>;
+  /** Layers that are not: `0-5`. With layer 0 the embeddings are frozen too. Default: none. */
+  readonly freeze_layers?: string | readonly number[];
+  /** Modules that are not, as `modules`. Default: none. */
+  readonly freeze_modules?: readonly string[] | string;
+  /** Modules outside of layers that are trained whatever else is chosen, such as a new head. Default: none. */
+  readonly always?: readonly string[];
+  /** Keep the routers' correction biases as states, so that a Trainer can update them by load. Default false. */
+  readonly router_bias?: boolean;
 }
 
 export interface Selected {
@@ -19,35 +27,46 @@ export interface Selected {
 }
 
 /** Updated by another rule than the gradient, if at all. */
-const NEVER = /e_score_correction_bias$/;
+export const ROUTER_BIAS = /e_score_correction_bias$/;
 
 /** Throws RangeError for a selection that matches nothing, listing what can be selected, and for layers and experts that do not exist. */
-export function select(model: Model, { layers, modules, experts = "all" }: Selection): Selected {
+export function select(model: Model, selection: Selection): Selected {
+  const { layers, modules, experts = "all", freeze_layers, freeze_modules, always = [] } = selection;
   const wanted = layers === undefined ? null : parseLayers(layers, model.layers);
+  const frozen = freeze_layers === undefined ? [] : parseLayers(freeze_layers, model.layers);
   const byLayer =
     experts === "all"
       ? null
       : new Map(Object.entries(experts).map(([layer, ids]) => [checkedLayer(layer, model), checkedExperts(ids, layer, model)]));
   const trained = new Set<string>();
   const some = new Map<string, readonly number[]>();
-  for (const p of model.parameters) {
-    if (p.kind === "adapter" || NEVER.test(p.name)) continue;
+  /** Whether the selection means a parameter, apart from the experts that it names. */
+  const means = (p: ModelParameter): boolean => {
+    if (p.kind === "adapter" || ROUTER_BIAS.test(p.name)) return false;
     const layer = layerOf(p.name);
-    if (wanted && (layer === null || !wanted.includes(layer))) continue;
-    if (modules !== undefined && !matches(modules, p.name)) continue;
+    if (wanted && (layer === null || !wanted.includes(layer))) return false;
+    if (frozen.includes(layer ?? (p.name === model.embedding ? 0 : -1))) return false;
+    if (freeze_modules !== undefined && matches(freeze_modules, p.name)) return false;
+    return modules === undefined || matches(modules, p.name);
+  };
+  for (const p of model.parameters) {
+    if (!means(p)) continue;
     if (byLayer && p.experts !== undefined) {
-      const ids = layer === null ? undefined : byLayer.get(layer);
+      const ids = byLayer.get(layerOf(p.name) ?? -1);
       if (!ids || ids.length === 0) continue;
       if (ids.length < p.experts) some.set(p.name, ids);
     }
     trained.add(p.name);
   }
   if (trained.size === 0) {
-    const kinds = [...new Set(model.parameters.filter((p) => p.kind !== "adapter" && !NEVER.test(p.name)).map((p) => kindOf(p.name)))];
+    const kinds = [
+      ...new Set(model.parameters.filter((p) => p.kind !== "adapter" && !ROUTER_BIAS.test(p.name)).map((p) => kindOf(p.name))),
+    ];
     throw new RangeError(
-      `the selection ${JSON.stringify({ layers, modules, experts: experts === "all" ? undefined : experts })} matches no parameter; layers are ${ranges([...Array(model.layers).keys()])}, modules ${kinds.join(", ")}`,
+      `the selection ${JSON.stringify({ layers, modules, experts: experts === "all" ? undefined : experts, freeze_layers, freeze_modules })} matches no parameter; layers are ${ranges([...Array(model.layers).keys()])}, modules ${kinds.join(", ")}`,
     );
   }
+  for (const p of model.parameters) if (always.length > 0 && matches(always, p.name)) trained.add(p.name);
   return { trained, experts: some };
 }
 

@@ -8,6 +8,7 @@ import type { Dtype } from "../tensor/dtype.ts";
 import { symbol } from "../tensor/shape.ts";
 import { CAUSAL, type Objective } from "./loss.ts";
 import { adamw, update } from "./optimiser.ts";
+import { type RouterOptions, routedLoss } from "./router.ts";
 
 export interface LossOptions {
   /** Whether a parameter is trained: a float32 state of its name. All others are weights. */
@@ -20,6 +21,8 @@ export interface LossOptions {
   readonly objective?: Pick<Objective, "loss">;
   /** Rows whose logits are in memory at a time, at most. Default 128. */
   readonly chunk?: number;
+  /** What is added to the loss in training for the routers, and what is counted of them. Default: nothing. */
+  readonly router?: RouterOptions | null;
   /**
    * The format of products. `bf16`: trained matrices are rounded to bfloat16 once a step, and activations and gradients where they meet a
    * bfloat16 matrix, trained or frozen; sums, parameters and the optimiser stay float32. Fast where processors multiply bfloat16. Default `f32`.
@@ -129,8 +132,9 @@ function gradientsOf(model: Model, options: StepOptions): TrainingStep {
   return { graph, trained };
 }
 
+/** @param drops whether it is for a step of training: it drops numbers, and has the routers' losses */
 function lossGraph(model: Model, options: LossOptions, drops: boolean): { graph: Graph; forward: Forward } {
-  const { trains, holds = () => false, dtypeOf, objective = CAUSAL, chunk = 128, compute = "f32" } = options;
+  const { trains, holds = () => false, dtypeOf, objective = CAUSAL, chunk = 128, compute = "f32", router = null } = options;
   const graph = new Graph();
   const rows = symbol("rows");
   const forward = model.forward(
@@ -138,7 +142,9 @@ function lossGraph(model: Model, options: LossOptions, drops: boolean): { graph:
     (p) => {
       if (!trains(p) && !holds(p)) return graph.weight(p.name, p.shape, dtypeOf(p.name));
       const state = graph.state(p.name, p.shape, "f32");
-      return compute === "bf16" && p.kind !== "float32" ? graph.call("castBf16", [state])[0] : state;
+      return compute === "bf16" && p.kind !== "float32" && !p.name.endsWith(".lora_magnitude_vector")
+        ? graph.call("castBf16", [state])[0]
+        : state;
     },
     {
       ids: graph.input("ids", [rows], "i32"),
@@ -148,6 +154,7 @@ function lossGraph(model: Model, options: LossOptions, drops: boolean): { graph:
       ...(drops ? { seed: graph.input("seed", [2], "i32") } : {}),
     },
   );
-  graph.output("loss", objective.loss(graph, forward, chunk));
+  const loss = objective.loss(graph, forward, chunk);
+  graph.output("loss", drops && router ? routedLoss(graph, loss, forward, router) : loss);
   return { graph, forward };
 }

@@ -3,8 +3,9 @@ import type { Numbers, Program, State } from "../backend/backend.ts";
 import { gradientName } from "../graph/backward.ts";
 import type { Graph } from "../graph/graph.ts";
 import { plan } from "../graph/plan.ts";
-import type { Objective } from "./loss.ts";
+import type { Meter, Objective } from "./loss.ts";
 import { type AdamwOptions, adamwRates, momentName, PLAIN_RATES, RATES } from "./optimiser.ts";
+import { type RouterOptions, Routers } from "./router.ts";
 import { type AccumulatingStep, accumulatingStep, evaluationStep, expertsName } from "./step.ts";
 import { type Trainee, trainedParameters } from "./trainee.ts";
 
@@ -16,6 +17,8 @@ export interface StepperOptions<R> {
   readonly decays: (parameter: string) => boolean;
   /** The format of products. */
   readonly compute: "f32" | "bf16";
+  /** Losses of the routers, and the update of their biases. */
+  readonly router: RouterOptions;
 }
 
 export interface StepResult {
@@ -24,6 +27,8 @@ export interface StepResult {
   readonly gradientNorm: number;
   /** Where the first number that is not finite came up; null: all are finite. */
   readonly fault: string | null;
+  /** Measures beside the loss, by name. */
+  readonly metrics: Readonly<Record<string, number>>;
 }
 
 /** No limit: the factor is exactly 1. */
@@ -39,6 +44,7 @@ export class Stepper<R> {
   readonly #masks: Record<string, Float32Array> = {};
   readonly #plain: boolean;
   readonly #programs = new Map<string, Program>();
+  readonly #routers: Routers;
   /** The optimiser's moments by name. */
   readonly moments: ReadonlyMap<string, State>;
 
@@ -52,9 +58,11 @@ export class Stepper<R> {
       objective: options.objective,
       compute: options.compute,
     };
+    this.#routers = new Routers(trainee, options.router);
     const partial = (name: string) => trainee.experts.has(name);
     this.#training = accumulatingStep(trainee.model, {
       ...shared,
+      router: options.router,
       partial,
       clip: options.clip > 0 ? options.clip : UNLIMITED,
       checkpointing: options.checkpointing,
@@ -93,13 +101,22 @@ export class Stepper<R> {
     const { objective } = this.#options;
     const { gradients, norm, update } = this.#training;
     const total = batches.flat().reduce((n, e) => n + objective.count(e), 0);
-    const outputs: Record<string, Float32Array> = { loss: new Float32Array(1) };
-    for (const name of gradients.outputs.keys()) if (name.startsWith("probe.")) outputs[name] = new Float32Array(1);
+    const probes: Record<string, Float32Array> = { loss: new Float32Array(1) };
+    for (const name of gradients.outputs.keys()) if (name.startsWith("probe.")) probes[name] = new Float32Array(1);
+    const meter = objective.meter?.();
+    this.#routers.begin();
     let loss = 0;
     for (const [i, batch] of batches.entries()) {
-      const { rows, sequences, inputs } = objective.collate(batch, total);
-      const given = { ...inputs, ...this.#masks, seed: Int32Array.of(seed, step * batches.length + i) };
-      await this.#program("gradients", gradients, rows).run({ rows, sequences }, given, outputs);
+      await objective.prepare?.(batch);
+      const collated = objective.collate(batch, total);
+      const { rows, sequences, inputs } = collated;
+      const share = batch.reduce((n, e) => n + objective.count(e), 0) / Math.max(1, total);
+      const given = { ...inputs, ...this.#masks, ...this.#routers.inputs(share), seed: Int32Array.of(seed, step * batches.length + i) };
+      const measured = sized(objective.outputs?.(collated));
+      const outputs = { ...probes, ...measured };
+      await this.#program("gradients", gradients, rows).run({ rows, sequences }, given, { ...outputs, ...this.#routers.outputs });
+      meter?.add(batch, measured);
+      this.#routers.add(share);
       loss += outputs.loss[0];
       const fault = this.#fault(outputs);
       if (fault !== null) return this.#halted(loss, fault);
@@ -110,16 +127,20 @@ export class Stepper<R> {
     const given: Record<string, Numbers> = { [RATES]: adamwRates(rates, step + 1) };
     if (this.#plain) given[PLAIN_RATES] = adamwRates({ ...rates, weightDecay: 0 }, step + 1);
     await this.#program("update", update, 1).run({}, given, { gradientNorm });
-    return { loss, gradientNorm: gradientNorm[0], fault: null };
+    return { loss, gradientNorm: gradientNorm[0], fault: null, metrics: { ...meter?.values(), ...this.#routers.end() } };
   }
 
   /** The loss summed over what the objective counts, and that count. Updates nothing. */
-  async evaluate(examples: readonly R[]): Promise<{ sum: number; count: number }> {
+  async evaluate(examples: readonly R[], meter?: Meter<R>): Promise<{ sum: number; count: number }> {
     const { objective } = this.#options;
     const count = examples.reduce((n, e) => n + objective.count(e), 0);
-    const { rows, sequences, inputs } = objective.collate(examples, count);
+    await objective.prepare?.(examples);
+    const collated = objective.collate(examples, count);
+    const { rows, sequences, inputs } = collated;
     const loss = new Float32Array(1);
-    await this.#program("evaluation", this.#evaluation, rows).run({ rows, sequences }, inputs, { loss });
+    const measured = sized(objective.outputs?.(collated));
+    await this.#program("evaluation", this.#evaluation, rows).run({ rows, sequences }, inputs, { loss, ...measured });
+    meter?.add(examples, measured);
     return { sum: loss[0] * count, count };
   }
 
@@ -148,7 +169,7 @@ export class Stepper<R> {
 
   #halted(loss: number, fault: string): StepResult {
     for (const state of this.#gradients.values()) state.write(new Float32Array(state.bytes / 4));
-    return { loss, gradientNorm: Number.NaN, fault };
+    return { loss, gradientNorm: Number.NaN, fault, metrics: {} };
   }
 
   /** The gradient that is not finite, of the layer nearest to the loss. */
@@ -156,6 +177,10 @@ export class Stepper<R> {
     const bad = [...this.#gradients].reverse().find(([, state]) => state.read().some((x) => !Number.isFinite(x)));
     return bad ? `the ${bad[0].replace(".", " of ")}` : "the norm of all gradients together";
   }
+}
+
+function sized(counts: Readonly<Record<string, number>> = {}): Record<string, Float32Array> {
+  return Object.fromEntries(Object.entries(counts).map(([name, count]) => [name, new Float32Array(count)]));
 }
 
 /** Programs are prepared for powers of two of rows. */

@@ -3,6 +3,7 @@ import type { Backend, State, Weights } from "../backend/backend.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { elements } from "../tensor/shape.ts";
+import type { Objective } from "./loss.ts";
 
 export interface Trainee {
   readonly model: Model;
@@ -21,6 +22,13 @@ export interface Trainee {
 /** A model that a Trainer can train. */
 export interface Trainable {
   trainee(): Trainee | Promise<Trainee>;
+  /** What it learns unless told otherwise. Default: to predict the next token. */
+  // biome-ignore lint/suspicious/noExplicitAny: rows of any kind, which the Trainer's data has to match
+  readonly objective?: Objective<any>;
+  /** What training that needs a reference compares it with. */
+  reference?(): Trainee;
+  /** The model as it is, for others to be compared with. */
+  frozen?(): Trainee;
   /** Writes what is trained, so that it can be loaded without the trainer. */
   save_pretrained(folder: string): Promise<void>;
 }

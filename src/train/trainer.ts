@@ -13,6 +13,7 @@ import { CAUSAL, type Objective } from "./loss.ts";
 import { checkMemory, estimateMemory, type MemoryEstimate } from "./memory.ts";
 import { reporter, type TrainerCallback } from "./report.ts";
 import { schedule } from "./schedule.ts";
+import { ROUTER_BIAS } from "./selection.ts";
 import { type EpochRows, ordered, type Rows, rowsOf, type TrainingData } from "./source.ts";
 import { Stepper } from "./stepper.ts";
 import { type Trainable, type Trainee, trainableTable } from "./trainee.ts";
@@ -23,7 +24,7 @@ export interface TrainerOptions<R = CausalExample> {
   readonly train_dataset?: TrainingData<R>;
   readonly eval_dataset?: TrainingData<R>;
   readonly callbacks?: readonly TrainerCallback[];
-  /** Default: next-token prediction. */
+  /** Default: the model's own: the problem of a classifier, else next-token prediction. */
   readonly objective?: Objective<R>;
 }
 
@@ -79,7 +80,7 @@ export class Trainer<R = CausalExample> {
   constructor({ model, args, train_dataset, eval_dataset, callbacks = [], objective }: TrainerOptions<R>) {
     this.args = trainingArguments(args, eval_dataset !== undefined);
     this.#model = model;
-    this.#objective = objective ?? (CAUSAL as unknown as Objective<R>);
+    this.#objective = objective ?? model.objective ?? (CAUSAL as unknown as Objective<R>);
     this.#training = train_dataset;
     if (train_dataset) rowsOf(train_dataset, "train_dataset", this.#objective.length);
     this.#evaluationAtHand = Array.isArray(eval_dataset);
@@ -183,16 +184,18 @@ export class Trainer<R = CausalExample> {
       const begun = performance.now();
       const epoch = rows.epoch(0, { shuffle: false });
       const size = this.args.per_device_eval_batch_size;
+      const meter = this.#objective.meter?.();
       let [sum, count] = [0, 0];
       for (let at = 0; at < epoch.length; at += size) {
         const batch = await this.#checkedRows(epoch, at, Math.min(epoch.length, at + size), "eval_dataset", trainee);
-        const found = await stepper.evaluate(batch);
+        const found = await stepper.evaluate(batch, meter);
         sum += found.sum;
         count += found.count;
       }
       const runtime = (performance.now() - begun) / 1000;
       return {
         eval_loss: sum / Math.max(1, count),
+        ...Object.fromEntries(Object.entries(meter?.values() ?? {}).map(([name, x]) => [`eval_${name}`, x])),
         eval_runtime: runtime,
         eval_samples_per_second: epoch.length / runtime,
         epoch: this.state.epoch,
@@ -259,13 +262,14 @@ export class Trainer<R = CausalExample> {
   }
 
   async #steps(): Promise<Stepper<R>> {
-    const { max_grad_norm, gradient_checkpointing, decay_norms, bf16 } = this.args;
+    const { max_grad_norm, gradient_checkpointing, decay_norms, bf16, router_aux_loss_coef, router_z_loss_coef, ...args } = this.args;
     this.#stepper ??= new Stepper(await this.#subject(), {
       objective: this.#objective,
       clip: max_grad_norm,
       checkpointing: gradient_checkpointing,
       decays: (name) => decay_norms || decaysByName(name),
       compute: bf16 ? "bf16" : "f32",
+      router: { aux: router_aux_loss_coef, z: router_z_loss_coef, biasRate: args.router_bias_update_rate },
     });
     return this.#stepper;
   }
@@ -331,15 +335,18 @@ export class Trainer<R = CausalExample> {
     state.total_loss += result.loss;
     state.unlogged.loss += result.loss;
     state.unlogged.steps++;
+    for (const [name, x] of Object.entries(result.metrics)) state.unlogged.metrics[name] = (state.unlogged.metrics[name] ?? 0) + x;
     for (const batch of batches) for (const row of batch) state.num_input_tokens_seen += this.#objective.length(row);
     this.#average?.update();
     const logs =
       args.logging_strategy === "steps" &&
       (state.global_step % args.logging_steps === 0 || (state.global_step === 1 && args.logging_first_step));
     if (logs || (args.logging_strategy === "epoch" && state.global_step % stepsPerEpoch === 0)) {
-      const loss = state.unlogged.loss / state.unlogged.steps;
-      state.unlogged = { loss: 0, steps: 0 };
-      await this.#log({ loss, grad_norm: result.gradientNorm, learning_rate: learningRate, epoch: state.epoch, step: state.global_step });
+      const { loss: sum, steps, metrics } = state.unlogged;
+      const means = Object.fromEntries(Object.entries(metrics).map(([name, total]) => [name, total / steps]));
+      state.unlogged = { loss: 0, steps: 0, metrics: {} };
+      const place = { epoch: state.epoch, step: state.global_step };
+      await this.#log({ loss: sum / steps, grad_norm: result.gradientNorm, learning_rate: learningRate, ...means, ...place });
     }
     await this.#call("on_step_end", {});
   }
@@ -413,7 +420,8 @@ export class Trainer<R = CausalExample> {
   /** The states that a checkpoint holds. */
   async #kept() {
     const trainee = await this.#subject();
-    const trained = [...trainee.states].filter(([name]) => trainee.trained.has(name));
+    const updated = (name: string) => this.args.router_bias_update_rate > 0 && ROUTER_BIAS.test(name);
+    const trained = [...trainee.states].filter(([name]) => trainee.trained.has(name) || updated(name));
     return new Map([...trained, ...(await this.#steps()).moments, ...(this.#average?.states() ?? [])]);
   }
 

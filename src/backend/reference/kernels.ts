@@ -9,6 +9,7 @@ import { LOSS_KERNELS } from "./loss.ts";
 import { MATRIX_KERNELS } from "./matrix.ts";
 import type { Kernel } from "./operand.ts";
 import { SAMPLING_KERNELS } from "./sampling.ts";
+import { TUNING_KERNELS } from "./tuning.ts";
 import { VIEW_KERNELS } from "./views.ts";
 
 /** The kernels of all ops, including those of the CPU's lowering. */
@@ -19,6 +20,7 @@ export const KERNELS: Readonly<Record<OpName | CpuOpName, Kernel>> = {
   ...EXPERT_KERNELS,
   ...LOSS_KERNELS,
   ...SAMPLING_KERNELS,
+  ...TUNING_KERNELS,
   ...VIEW_KERNELS,
   ...CPU_KERNELS,
 };

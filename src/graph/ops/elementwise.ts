@@ -106,7 +106,7 @@ export const ELEMENTWISE_OPS = {
       matches(dy, "f32", 2) && matches(index, "i32", 1) && sameDim(dy.shape[0], index.shape[0]) && rows !== undefined
         ? [f32(rows, dy.shape[1])]
         : null,
-    gradient: FIRST_ORDER,
+    gradient: (emit, { inputs: [, index] }, [dy]) => [dy && emit("gather", [dy, index])[0], null],
   },
   /** x [rows, n] with row index[i] replaced by row i of `by` [m, n], for example to put image embeddings in place of placeholders. */
   replaceRows: {

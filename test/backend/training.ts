@@ -5,7 +5,7 @@ import { symbol } from "../../src/tensor/shape.ts";
 import { Builder, type Case, MATRIX_DTYPES, noise, RAGGED } from "./builder.ts";
 
 export function trainingCases(): Case[] {
-  return [...products(), ...groupedProducts(), ...sequences(), ...rowOps(), ...mixtures(), ...losses(), ...updates()];
+  return [...products(), ...groupedProducts(), ...sequences(), ...rowOps(), ...mixtures(), ...losses(), ...updates(), ...methods()];
 }
 
 /** Traces calls as gradients, so that backends see a training step. */
@@ -263,4 +263,54 @@ function updates(): Case[] {
       2e-6,
     );
   });
+}
+
+/** Magnitudes of matrices in each format, elementwise losses, and the routers' losses. */
+function methods(): Case[] {
+  const shapes = [
+    [1, 5, 3, 1],
+    [7, 33, 70, 4],
+    [130, 48, 320, 16],
+  ];
+  const magnitudes = MATRIX_DTYPES.flatMap((dtype) =>
+    shapes.map(([rows, n, k, rank]) => {
+      const b = new Builder();
+      const pair = (...stack: number[]) =>
+        [
+          [...stack, rank, k],
+          [...stack, n, rank],
+        ].map((shape, i) => b.weight(`pair${stack.length}${i}`, shape));
+      const [a, low] = pair();
+      const [as, lows] = pair(3);
+      const one = b.g.inverseNorms(b.weight("w", [n, k], dtype), a, low, 0.7);
+      const each = b.g.inverseNorms(b.weight("stack", [3, n, k], dtype), as, lows, 0.7);
+      const x = b.rows("x", rows, n);
+      const bias = b.weight("bias", [n]);
+      return b.done(
+        `training: magnitudes ${dtype} rows ${rows} [${n},${k}]`,
+        [one, each, b.g.scaleColumns(x, one, bias), b.g.scaleColumns(x, bias)],
+        { rows },
+        4e-6,
+      );
+    }),
+  );
+  const routers = RAGGED.flatMap((rows) =>
+    [
+      [3, 1],
+      [33, 6],
+    ].map(([experts, k]) => {
+      const b = new Builder();
+      const logits = b.rows("logits", rows, experts);
+      const { load, probability, z } = b.g.routerLoad(logits, k);
+      const far = b.input("far", [symbol("rows"), experts], noise(rows * experts, 94).map((x) => x * 100));
+      const back = gradients(b, "routerLoadGrad", [b.input("dp", [experts], noise(experts, 95)), b.input("dz", [1], Float32Array.of(0.4)), logits]);
+      return b.done(
+        `training: routers' losses rows ${rows} experts ${experts}`,
+        [load, probability, z, ...back, b.g.softplus(far), ...gradients(b, "softplusGrad", [logits, far]), b.g.mul(logits, far)],
+        { rows },
+        4e-6,
+      );
+    }),
+  );
+  return [...magnitudes, ...routers];
 }

@@ -195,6 +195,16 @@ const RULES: Record<string, (s: Subject, shape: Shapes) => Tensor[]> = {
     );
     return [s.g.crossEntropy(s.trained([rows, k]), s.trained([n + 1, k]), labels, more, seed % 2 ? s.trained([n + 1]) : undefined)];
   },
+  scatterRows: (s, { rows, n, k }) => [s.g.scatterRows(s.trained([rows, n]), s.whole([rows], k), k)],
+  mul: (s, { rows, n }) => [s.g.mul(s.trained([rows, n]), s.trained([rows, n]))],
+  softplus: (s, { rows, n }) => [s.g.softplus(s.g.scale(s.trained([rows, n]), 5))],
+  scaleColumns: (s, { rows, n, more }) => [
+    s.g.scaleColumns(s.trained([rows, n]), s.trained([n]), more > 1 ? s.trained([n]) : undefined),
+  ],
+  routerLoad: (s, { rows, n, more }) => {
+    const { probability, z } = s.g.routerLoad(s.trained([rows, n + 2]), 2);
+    return more === 1 ? [probability] : more === 2 ? [z] : [probability, z];
+  },
   dot: (s, { n }) => [s.g.dot(s.trained([n]), s.trained([n]))],
   reshape: (s, { rows, n }) => [s.g.reshape(s.trained([rows, 2 * n]), [2, rows * n])],
   slice: (s, { rows, n, k }) => [s.g.slice(s.trained([rows + 1, n + k]), 0, 1, rows), s.g.slice(s.trained([rows, n + k]), 1, k, n)],
@@ -203,11 +213,13 @@ const RULES: Record<string, (s: Subject, shape: Shapes) => Tensor[]> = {
 
 /** Straight-through gradients of a rounding cannot be compared with finite differences. */
 const STRAIGHT = ["castF32", "castBf16", "castF16"];
+/** Constants for gradients, whatever their slope. */
+const CONSTANT = ["inverseNorms"];
 
 describe("finite differences", () => {
   test("every op with a gradient is covered", () => {
     const rules = Object.entries(OPS as OpTable).flatMap(([op, { gradient }]) => (typeof gradient === "string" ? [] : [op]));
-    expect([...Object.keys(RULES), ...STRAIGHT].sort()).toEqual(rules.sort());
+    expect([...Object.keys(RULES), ...STRAIGHT, ...CONSTANT].sort()).toEqual(rules.sort());
   });
 
   test.each(Object.entries(RULES))("%s", async (_op, make) => {
@@ -242,6 +254,39 @@ describe("finite differences", () => {
     expect(await compare(subject, 1e-2)).toBeLessThan(1e-3);
     const grad = backward(subject.g, "loss", ["p0"]).calls.find((c) => c.op === "crossEntropyGrad");
     expect(grad?.outputs.length).toBe(1);
+  });
+
+  test("the lengths of rows are constants: gradients flow beside them", async () => {
+    const subject = new Subject(8, {});
+    const [a, b, m] = [subject.trained([2, 5]), subject.trained([4, 2]), subject.trained([4])];
+    const by = subject.g.mul(m, subject.g.inverseNorms(subject.frozen([4, 5], "f32"), a, b, 1.5));
+    const y = subject.g.scaleColumns(subject.g.linear(subject.g.linear(subject.given([3, 5], noise(15, 4)), a), b), by);
+    subject.loss([y]);
+    const sources = await writeWeights(subject, join(folder, "weights.bin"));
+    const { gradients } = await gradientsOn(referenceBackend(), subject, sources);
+    const others = await gradientsOn(native, subject, sources);
+    others.program.dispose();
+    // The same with the lengths given as numbers has finite differences.
+    const lengths = new Float32Array(4);
+    const w = subject.weights.get("w0")?.values as Float32Array;
+    const [va, vb] = ["p0", "p1"].map((name) => subject.states.get(name) as Float32Array);
+    for (let i = 0; i < 4; i++) {
+      let sum = 0;
+      for (let j = 0; j < 5; j++) sum += (w[i * 5 + j] + 1.5 * (vb[i * 2] * va[j] + vb[i * 2 + 1] * va[5 + j])) ** 2;
+      lengths[i] = 1 / Math.sqrt(sum);
+    }
+    const constant = new Subject(8, {});
+    const [a2, b2, m2] = [constant.trained([2, 5]), constant.trained([4, 2]), constant.trained([4])];
+    const x2 = constant.given([3, 5], noise(15, 4));
+    const by2 = constant.g.mul(m2, constant.given([4], lengths));
+    const y2 = constant.g.scaleColumns(constant.g.linear(constant.g.linear(x2, a2), b2), by2);
+    const weights = subject.inputs[Object.keys(subject.inputs).at(-1) as string];
+    constant.g.output("loss", constant.g.scale(constant.g.dot(constant.g.reshape(y2, [12]), constant.given([12], weights)), 1));
+    expect(await compare(constant, 2e-3)).toBeLessThan(1e-3);
+    const expected = await gradientsOn(referenceBackend(), constant, []);
+    for (const [name, values] of expected.gradients)
+      for (const found of [gradients.get(name), others.gradients.get(name)] as Float32Array[])
+        for (const [i, value] of values.entries()) expect(Math.abs(found[i] - value), `${name} ${i}`).toBeLessThan(1e-5);
   });
 
   test.each(STRAIGHT)("%s passes gradients straight through", async (op) => {

@@ -30,7 +30,19 @@ const selection = z.strictObject({
     ])
     .optional()
     .describe("routed experts that are trained: all, {layer: [numbers]}, or {top_by_routing_load: n}. Default: all"),
+  freeze_layers: z
+    .union([z.string().min(1), z.number().transform(String), z.array(z.int().min(0))])
+    .optional()
+    .describe("of the model's own numbers: layers that stay frozen, 0-5; with layer 0 the embeddings too. Default: none"),
+  freeze_modules: z
+    .union([z.string().min(1), z.array(z.string().min(1)).min(1)])
+    .optional()
+    .describe("of the model's own numbers: modules that stay frozen, as modules: mlp.experts. Default: none"),
 });
+
+/** What methods that say how the model is trained, not which part of it, train. */
+const TUNINGS = ["lora", "full", "experts"] as const;
+export type Tuning = (typeof TUNINGS)[number];
 
 const recipe = z.strictObject({
   model: z.string().min(1).default("default").describe("a folder, a hub id, or default, the bundled model"),
@@ -38,9 +50,17 @@ const recipe = z.strictObject({
   device: z.enum(["auto", "cpu", "reference"]).default("auto").describe("where to compute"),
   threads: z.int().min(1).max(1024).optional().describe("compute threads; default: one per physical core"),
   method: z
-    .enum(["lora", "full", "experts"])
+    .enum([...TUNINGS, "classification", "dpo"])
     .default("lora")
-    .describe("adapters, the model's own numbers, or those of routed experts alone"),
+    .describe("adapters, the model's own numbers, or those of routed experts alone; a classifier's head; preferences"),
+  tuning: z.enum(TUNINGS).optional().describe("what classification and dpo train; a classifier's head always. Default: lora"),
+  beta: z.number().gt(0).optional().describe("of dpo: how closely the model stays with the one before. Default: 0.1"),
+  label_smoothing: z
+    .number()
+    .min(0)
+    .lt(0.5)
+    .optional()
+    .describe("of dpo: the share of preferences that are the wrong way round. Default: 0"),
   adapter: z.string().min(1).optional().describe("of method lora: a folder of adapters to go on from; default: new ones"),
   target_modules: z
     .union([z.string().min(1), z.array(z.string().min(1)).min(1)])
@@ -58,6 +78,11 @@ const recipe = z.strictObject({
 });
 
 export type Recipe = z.output<typeof recipe> & { readonly args: TrainingArguments };
+
+/** Which part of the model is trained. */
+export function tuningOf({ method, tuning }: Pick<Recipe, "method" | "tuning">): Tuning {
+  return method === "classification" || method === "dpo" ? (tuning ?? "lora") : method;
+}
 
 /** Names that a configuration can have at its top level. */
 const TOP = [...Object.keys(recipe.shape), ...ARGUMENT_NAMES];
@@ -80,11 +105,23 @@ export function parseRecipe(raw: Readonly<Record<string, unknown>>, source = "co
   const fail = (what: string) => new RecipeError(`${source}: ${what}`);
   if (found.eval_dataset !== undefined && found.validation_fraction !== undefined)
     throw fail("eval_dataset and validation_fraction both say what to evaluate on; give one");
-  if (found.method !== "lora") {
-    const idle =
-      ["adapter", "target_modules"].find((name) => own[name] !== undefined) ?? (Object.keys(found.lora).length > 0 ? "lora" : undefined);
-    if (idle !== undefined) throw fail(`${idle} has no effect with method ${found.method}`);
-  } else if (found.train.modules !== undefined) throw fail("train.modules has no effect with method lora; give target_modules");
+  const tuning = tuningOf(found);
+  const named = tuning === found.method ? `method ${tuning}` : `tuning ${tuning}`;
+  if (found.tuning !== undefined && tuning === found.method) throw fail(`tuning has no effect with method ${found.method}, which says it`);
+  const ofDpo = (["beta", "label_smoothing"] as const).find((name) => found[name] !== undefined);
+  if (ofDpo !== undefined && found.method !== "dpo") throw fail(`${ofDpo} has no effect with method ${found.method}`);
+  const idle =
+    tuning === "lora"
+      ? (["modules", "freeze_layers", "freeze_modules"] as const)
+          .filter((name) => found.train[name] !== undefined)
+          .map((name) => `train.${name}`)
+      : ["adapter", "target_modules", ...(Object.keys(found.lora).length > 0 ? ["lora"] : [])].filter((name) => own[name] !== undefined);
+  if (idle.length > 0)
+    throw fail(`${idle[0]} has no effect with ${named}${tuning === "lora" ? "; give target_modules and train.layers" : ""}`);
+  if (Number(args.router_bias_update_rate ?? 0) > 0 && tuning === "lora")
+    throw fail(
+      "router_bias_update_rate has no effect with adapters, under which the model's own numbers stay as they are; give tuning or method full",
+    );
   if (found.target_modules !== undefined && found.lora.target_modules !== undefined)
     throw fail("target_modules and lora.target_modules say the same thing; give one");
   if (found.adapter !== undefined && (found.target_modules !== undefined || Object.keys(found.lora).length > 0))

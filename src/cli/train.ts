@@ -42,8 +42,10 @@ export async function addTrain(program: Command): Promise<void> {
 function fieldsText(): string {
   return (
     "\nFields of the configuration:\n" +
-    "  model, dtype, device, threads, method (lora, full, experts), adapter, target_modules, lora.*,\n" +
-    "  train.layers, train.modules, train.experts, dataset, eval_dataset, validation_fraction, data.*,\n" +
+    "  model, dtype, device, threads, adapter, target_modules, lora.*,\n" +
+    "  method (lora, full, experts, classification, dpo), tuning, beta, label_smoothing,\n" +
+    "  train.layers, train.modules, train.experts, train.freeze_layers, train.freeze_modules,\n" +
+    "  dataset, eval_dataset, validation_fraction, data.*,\n" +
     "  and the names of transformers' TrainingArguments: output_dir, learning_rate, num_train_epochs, max_steps,\n" +
     "  per_device_train_batch_size, gradient_accumulation_steps, lr_scheduler_type, warmup_steps, weight_decay,\n" +
     "  max_grad_norm, bf16, logging_steps, eval_strategy, eval_steps, save_steps, save_total_limit, seed, ...\n" +
@@ -103,7 +105,17 @@ async function overview({ trainer, rows, evaluation }: Run): Promise<string> {
 /** The first batch as text; what is not learnt is in brackets. */
 async function firstBatch({ trainer, tokenizer }: Run): Promise<string> {
   const lines: string[] = [];
-  for (const [r, { input_ids, labels }] of (await trainer.rows(0)).entries()) {
+  const shown = (ids: readonly number[]) => JSON.stringify(tokenizer.decode(ids, { skip_special_tokens: false }));
+  for (const [r, row] of (await trainer.rows(0)).entries()) {
+    if ("prompt_ids" in row) {
+      lines.push(`row ${r}: ${shown(row.prompt_ids)}\n  chosen ${shown(row.chosen_ids)}\n  rejected ${shown(row.rejected_ids)}`);
+      continue;
+    }
+    const { input_ids, labels } = row;
+    if (!Array.isArray(labels) || labels.length !== input_ids.length) {
+      lines.push(`row ${r}, ${input_ids.length} tokens, ${JSON.stringify(labels)}: ${shown(input_ids)}`);
+      continue;
+    }
     let text = "";
     for (let i = 0; i < input_ids.length; ) {
       const learnt = labels[i] >= 0;

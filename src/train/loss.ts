@@ -26,6 +26,8 @@ export interface Objective<R = CausalExample> {
   readonly count: (example: R) => number;
   /** The tokens of an example, for batches and memory. */
   readonly length: (example: R) => number;
+  /** How many sequences an example is at most, each as long as the data set says the example is. Default 1. */
+  readonly sequences?: number;
   /** Throws a RangeError that names the row if it cannot be used. */
   readonly check: (example: R, index: number, limits: RowLimits) => void;
   /** @param total the sum of `count` over all batches of the step */

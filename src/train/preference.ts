@@ -42,6 +42,7 @@ export function preference(options: PreferenceOptions, reference: Reference | nu
     loss: (g, forward, chunk) => loss(g, forward, options, chunk),
     count: () => 1,
     length: ({ prompt_ids, chosen_ids, rejected_ids }) => 2 * prompt_ids.length + chosen_ids.length + rejected_ids.length,
+    sequences: 2,
     check: (row, index, limits) => check(row, index, limits, reference !== null),
     async prepare(rows) {
       const open = rows.filter((row) => (row.ref_chosen_logps === undefined || row.ref_rejected_logps === undefined) && !known.has(row));

@@ -123,6 +123,7 @@ export class Trainer<R = CausalExample> {
       for (let i = at; i < Math.min(epoch.length, at + perStep); i++) tokens += epoch.tokens(i);
       most = Math.max(most, tokens);
     }
+    if (!Array.isArray(this.#training)) most *= this.#objective.sequences ?? 1;
     return estimateMemory(await this.#subject(), stepper.workspaceBytes(most), this.args.ema_decay !== null);
   }
 

@@ -302,8 +302,16 @@ function methods(): Case[] {
       const b = new Builder();
       const logits = b.rows("logits", rows, experts);
       const { load, probability, z } = b.g.routerLoad(logits, k);
-      const far = b.input("far", [symbol("rows"), experts], noise(rows * experts, 94).map((x) => x * 100));
-      const back = gradients(b, "routerLoadGrad", [b.input("dp", [experts], noise(experts, 95)), b.input("dz", [1], Float32Array.of(0.4)), logits]);
+      const far = b.input(
+        "far",
+        [symbol("rows"), experts],
+        noise(rows * experts, 94).map((x) => x * 100),
+      );
+      const back = gradients(b, "routerLoadGrad", [
+        b.input("dp", [experts], noise(experts, 95)),
+        b.input("dz", [1], Float32Array.of(0.4)),
+        logits,
+      ]);
       return b.done(
         `training: routers' losses rows ${rows} experts ${experts}`,
         [load, probability, z, ...back, b.g.softplus(far), ...gradients(b, "softplusGrad", [logits, far]), b.g.mul(logits, far)],

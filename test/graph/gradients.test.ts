@@ -198,9 +198,7 @@ const RULES: Record<string, (s: Subject, shape: Shapes) => Tensor[]> = {
   scatterRows: (s, { rows, n, k }) => [s.g.scatterRows(s.trained([rows, n]), s.whole([rows], k), k)],
   mul: (s, { rows, n }) => [s.g.mul(s.trained([rows, n]), s.trained([rows, n]))],
   softplus: (s, { rows, n }) => [s.g.softplus(s.g.scale(s.trained([rows, n]), 5))],
-  scaleColumns: (s, { rows, n, more }) => [
-    s.g.scaleColumns(s.trained([rows, n]), s.trained([n]), more > 1 ? s.trained([n]) : undefined),
-  ],
+  scaleColumns: (s, { rows, n, more }) => [s.g.scaleColumns(s.trained([rows, n]), s.trained([n]), more > 1 ? s.trained([n]) : undefined)],
   routerLoad: (s, { rows, n, more }) => {
     const { probability, z } = s.g.routerLoad(s.trained([rows, n + 2]), 2);
     return more === 1 ? [probability] : more === 2 ? [z] : [probability, z];

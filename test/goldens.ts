@@ -45,5 +45,5 @@ export function relativeError(actual: ArrayLike<number>, expected: ArrayLike<num
     worst = Math.max(worst, Math.abs(actual[i] - expected[i]));
     top = Math.max(top, Math.abs(expected[i]));
   }
-  return worst / top;
+  return worst === 0 ? 0 : worst / top;
 }

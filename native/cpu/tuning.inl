@@ -49,6 +49,12 @@ static void scale_columns(const Operands& o, const Worker& worker) {
   }
 }
 
+// A matrix of floats, or one of a stack.
+static inline const float* matrix_of(const Tensor& t, int64_t e) {
+  if (t.rank < 3) return t.as<float>();
+  return t.parts ? static_cast<const float*>(t.parts[e]) : t.as<float>() + e * t.dims[1] * t.dims[2];
+}
+
 // 1 / |w_i + scale * (b . a)_i| of each row of a matrix in any format, or of each of a stack. A thread adds up a row in its scratch memory.
 static void inverse_norms(const Operands& o, const Worker& worker) {
   const Tensor &w = o.in(0), &a = o.in(1), &b = o.in(2), &y = o.out(0);
@@ -63,8 +69,9 @@ static void inverse_norms(const Operands& o, const Worker& worker) {
     const int64_t e = i / n;
     if (stacked) matrix.data = w.parts[e];
     read_row(matrix, i % n, row);
+    const float *down = matrix_of(a, e), *up = matrix_of(b, e) + i % n * rank;
     for (int64_t r = 0; r < rank; r++) {
-      const float by = scale * b.as<float>()[i * rank + r], *from = a.as<float>() + (e * rank + r) * k;
+      const float by = scale * up[r], *from = down + r * k;
       int64_t c = 0;
       for (; c + W <= k; c += W) store(row + c, load(row + c) + by * load(from + c));
       for (; c < k; c++) row[c] += by * from[c];

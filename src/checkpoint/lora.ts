@@ -182,7 +182,12 @@ export function lowRankAt(config: AdapterConfig, module: string): LowRank {
   const name = parameterOf(config, module) ?? module;
   const rank = patternAt(config.rank_pattern, name) ?? config.r;
   const alpha = patternAt(config.alpha_pattern, name) ?? config.lora_alpha;
-  return { rank, scale: alpha / (config.use_rslora ? Math.sqrt(rank) : rank), dropout: config.lora_dropout, ...(config.use_dora ? { decomposed: true } : {}) };
+  return {
+    rank,
+    scale: alpha / (config.use_rslora ? Math.sqrt(rank) : rank),
+    dropout: config.lora_dropout,
+    ...(config.use_dora ? { decomposed: true } : {}),
+  };
 }
 
 /** Whether names or a regular expression select a module, as in `target_modules`. */

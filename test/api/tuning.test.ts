@@ -22,7 +22,14 @@ import { GOLDENS, relativeError } from "../goldens.ts";
 
 const BASE = join(GOLDENS, "moe-tiny");
 const out = scratch();
-const ARGS = { learning_rate: 5e-3, max_grad_norm: 0, lr_scheduler_type: "constant", logging_steps: 1, shuffle: false, save_strategy: "no" } as const;
+const ARGS = {
+  learning_rate: 5e-3,
+  max_grad_norm: 0,
+  lr_scheduler_type: "constant",
+  logging_steps: 1,
+  shuffle: false,
+  save_strategy: "no",
+} as const;
 const ROWS = [3, 90, 41].map((first) => {
   const input_ids = Array.from({ length: 12 }, (_, i) => 3 + ((first * (i + 1) * 7) % 500));
   return { input_ids, labels: input_ids };
@@ -93,7 +100,13 @@ test("DoRA with dropout: what is left of x goes through W' - W, and x through W;
   const g = new Graph();
   const values = new Map<string, Float32Array>();
   const state = (name: string, shape: number[]) => {
-    values.set(name, noise(shape.reduce((a, b) => a * b), values.size + 1));
+    values.set(
+      name,
+      noise(
+        shape.reduce((a, b) => a * b),
+        values.size + 1,
+      ),
+    );
     return g.state(name, shape, "f32");
   };
   const x = g.input("x", [rows, into], "f32");
@@ -111,7 +124,9 @@ test("DoRA with dropout: what is left of x goes through W' - W, and x through W;
   g.output("z", expertLinear(g, x, many, slots, chosen, { seed }));
   g.output("dropped", g.dropout(x, seed, dropout, 3));
   const backend = referenceBackend();
-  const states = new Map(g.values.filter((t) => t.kind === "state").map((t) => [t.name as string, backend.state("f32", t.shape.map(Number))]));
+  const states = new Map(
+    g.values.filter((t) => t.kind === "state").map((t) => [t.name as string, backend.state("f32", t.shape.map(Number))]),
+  );
   for (const [name, numbers] of values) states.get(name)?.write(numbers);
   const program = backend.prepare(g, {}, await backend.load([]), states);
   const xs = noise(rows * into, 40);
@@ -124,7 +139,8 @@ test("DoRA with dropout: what is left of x goes through W' - W, and x through W;
     const w = Array.from({ length: into }, (_, j) => at(prefix ? "ws" : "w", (e * wide + i) * into + j));
     const moved_ = w.map((v, j) => {
       let sum = v;
-      for (let q = 0; q < rank; q++) sum += scale * at(`${prefix}b`, (e * wide + i) * rank + q) * at(`${prefix}a`, (e * rank + q) * into + j);
+      for (let q = 0; q < rank; q++)
+        sum += scale * at(`${prefix}b`, (e * wide + i) * rank + q) * at(`${prefix}a`, (e * rank + q) * into + j);
       return sum;
     });
     const by = at(`${prefix}m`, e * wide + i) / Math.hypot(...moved_);
@@ -176,7 +192,12 @@ test("a new head learns by itself or beside adapters, and its folders load", asy
   const folder = join(out, "adapters-saved");
   await model.save_pretrained(folder);
   const config = JSON.parse(readFileSync(join(folder, "adapter_config.json"), "utf8"));
-  expect(config).toMatchObject({ task_type: "SEQ_CLS", modules_to_save: ["classifier", "score"], use_dora: true, base_model_name_or_path: BASE });
+  expect(config).toMatchObject({
+    task_type: "SEQ_CLS",
+    modules_to_save: ["classifier", "score"],
+    use_dora: true,
+    base_model_name_or_path: BASE,
+  });
   expect(() => model.generate({ input_ids: [[5]] })).toThrow(/is a classifier/);
   const again = kept(await PeftModel.from_pretrained(await classifier(), folder));
   const input_ids = rows.map((row) => row.input_ids);

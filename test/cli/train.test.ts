@@ -95,14 +95,90 @@ test("a run writes config, environment, logs, curves, checkpoints and the adapte
   expect(again.err).toMatch(/already contains a model/);
 }, 120_000);
 
+const SHORT = "model: default\nmax_steps: 3\nper_device_train_batch_size: 4\nlogging_steps: 1\nlearning_rate: 1.0e-3\nthreads: 1\n";
+
+/** A configuration beside its rows. */
+function beside(rows: readonly object[], text: string): { config: string; out: string } {
+  const folder = temporary();
+  writeFileSync(join(folder, "rows.jsonl"), rows.map((row) => JSON.stringify(row)).join("\n"));
+  const out = join(folder, "run");
+  writeFileSync(join(folder, "c.yaml"), `${SHORT}${text}\ndataset: ${join(folder, "rows.jsonl")}\noutput_dir: ${out}\n`);
+  return { config: join(folder, "c.yaml"), out };
+}
+
+const logOf = (out: string) =>
+  readFileSync(join(out, "log.jsonl"), "utf8")
+    .trim()
+    .split("\n")
+    .map((line) => JSON.parse(line));
+
+test("a classifier: adapters with a head, or the top of the model, by names that the data has", async () => {
+  const rows = Array.from({ length: 16 }, (_, i) => ({
+    text: i % 2 ? `Great, number ${i}!` : `Awful, number ${i}.`,
+    label: i % 2 ? "good" : "bad",
+  }));
+  const text = "method: classification\nvalidation_fraction: 0.25\neval_strategy: steps\neval_steps: 3\n";
+  const { config, out } = beside(rows, text);
+  const dry = await run(["train", config, "--dry-run"]);
+  expect(dry.code, dry.err).toBe(0);
+  expect(dry.out).toMatch(/score +- +\d/);
+  expect(dry.out).toMatch(/row 0, \d+ tokens, [01]: ".*number \d+/);
+  const done = await run(["train", config, "--lora.use_dora", "true"]);
+  expect(done.code, done.err).toBe(0);
+  expect(logOf(out).find((e) => e.eval_loss !== undefined)).toMatchObject({
+    eval_accuracy: expect.any(Number),
+    eval_f1: expect.any(Number),
+  });
+  expect(JSON.parse(readFileSync(join(out, "final", "adapter_config.json"), "utf8"))).toMatchObject({
+    task_type: "SEQ_CLS",
+    use_dora: true,
+  });
+  const top = `${out}-top`;
+  const flags = ["--tuning", "full", "--train.freeze_layers", "0-5", "--train.freeze_modules", "[mlp.experts]", "--output_dir", top];
+  const whole = await run(["train", config, ...flags]);
+  expect(whole.code, whole.err).toBe(0);
+  expect(whole.out).toMatch(/self_attn\.q_proj +6-7 /);
+  expect(whole.out).toMatch(/mlp\.experts\.gate_proj +frozen/);
+  expect(JSON.parse(readFileSync(join(top, "final", "config.json"), "utf8"))).toMatchObject({
+    architectures: ["Ernie4_5_MoeForSequenceClassification"],
+    id2label: { "0": "bad", "1": "good" },
+    problem_type: "single_label_classification",
+  });
+}, 120_000);
+
+test("preferences: TRL's rewards in the log, and what routers do", async () => {
+  const rows = Array.from({ length: 8 }, (_, i) => ({ prompt: `Say ${i}.`, chosen: `${i}, of course.`, rejected: "No." }));
+  const { config, out } = beside(rows, "method: dpo\nbeta: 0.2\ntarget_modules: [q_proj]\nrouter_aux_loss_coef: 0.01\nlora: {r: 2}\n");
+  const dry = await run(["train", config, "--dry-run"]);
+  expect(dry.out).toMatch(/row 0: ".*Say \d.*\n {2}chosen "\d, of course\..*\n {2}rejected "No\./);
+  const done = await run(["train", config]);
+  expect(done.code, done.err).toBe(0);
+  const [first] = logOf(out);
+  expect(first["rewards/margins"]).toBeCloseTo(0, 5);
+  expect(first.loss - 0.01 * first.aux_loss).toBeCloseTo(Math.log(2), 5);
+  expect(first.expert_load_max).toBeGreaterThan(1);
+  const clash = await run(["train", config, "--tuning", "full"]);
+  expect(clash.err).toMatch(/target_modules has no effect with tuning full/);
+  const all = beside(rows, "method: dpo\ntuning: full\ntrain: {layers: 7, modules: [self_attn]}\nrouter_bias_update_rate: 0.001\n");
+  const whole = await run(["train", all.config]);
+  expect(whole.code, whole.err).toBe(0);
+  expect(logOf(all.out)[0].loss).toBeCloseTo(Math.log(2), 5);
+  expect(logOf(all.out)[2]["rewards/margins"]).toBeGreaterThan(0);
+}, 120_000);
+
 test.each<[string[], RegExp]>([
+  [["--beta", "0.1"], /beta has no effect with method lora/],
+  [["--tuning", "full"], /tuning has no effect with method lora, which says it/],
+  [["--train.freeze_layers", "0-1"], /train\.freeze_layers has no effect with method lora/],
+  [["--router_bias_update_rate", "0.001"], /router_bias_update_rate has no effect with adapters/],
+  [["--output_router_logits", "true"], /there is no option --output_router_logits/],
   [["--lerning_rate", "1"], /there is no option --lerning_rate; did you mean 'learning_rate'\?/],
   [["--learning_rate"], /--learning_rate needs a value/],
   [["--lora.rank", "3"], /there is no field 'lora\.rank'; there are r, lora_alpha/],
   [["--train.layer", "3"], /there is no field 'train\.layer'; did you mean 'layers'\?/],
   [["--train.layers", "4-9"], /layers: '4-9' is outside of 0-7/],
   [["--method", "full"], /target_modules has no effect with method full/],
-  [["--method", "lorra"], /method: .*"lora"\|"full"\|"experts"/],
+  [["--method", "lorra"], /method: .*"lora"\|"full"\|"experts"\|"classification"\|"dpo"/],
   [["--train.modules", "[q_proj]"], /train\.modules has no effect with method lora/],
   [["--eval_dataset", "x.jsonl"], /eval_dataset and validation_fraction both say/],
   [["--data.seed", "3"], /data\.seed is given as seed, beside data/],

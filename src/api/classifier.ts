@@ -11,16 +11,15 @@ import type { TensorEntry } from "../checkpoint/safetensors.ts";
 import type { Request } from "../engine/sequence.ts";
 import { type ClassifierConfig, type ErnieConfig, PROBLEMS, type Problem, readClassifier } from "../model/config.ts";
 import { configFor } from "../model/fit.ts";
-import { elements } from "../tensor/shape.ts";
 import { optionFault } from "../tokenizer/options.ts";
 import { classification } from "../train/classification.ts";
 import type { ClassExample } from "../train/data/example.ts";
 import type { Objective } from "../train/loss.ts";
-import { normal, Random } from "../train/random.ts";
 import type { Selection } from "../train/selection.ts";
 import type { Trainee } from "../train/trainee.ts";
 import { type LoadAdapterOptions, RuntimeAdapters, readBranches, type WeightedAdapterOptions } from "./adapters.ts";
 import { type ModelInputs, readRows } from "./generation.ts";
+import { newHead } from "./head.ts";
 import { type Head, type LoadedModel, loadModel } from "./load.ts";
 import { checkPretrained, type NamedTensor, type PretrainedOptions, resolvePretrained } from "./model.ts";
 import { saveModel, traineeOf, unfrozen } from "./tuning.ts";
@@ -293,20 +292,6 @@ function headOf({ folder, file, tensors }: AdapterFolder, id2label: ClassifierPa
 
 async function classifies(folder: string): Promise<boolean> {
   return configFor(await openCheckpoint(folder)).classifier !== null;
-}
-
-/** A head that has learnt nothing yet, as transformers begins one. */
-function newHead({ id2label, problem_type = undefined, num_labels, seed = 42 }: ClassifierParts): Head {
-  const { labels } = readClassifier(id2label === undefined ? { num_labels } : { id2label }, "");
-  return {
-    classifier: { labels, problem: problem_type ?? null, bias: false },
-    sources: new Map(),
-    fresh({ name, shape }) {
-      if (name !== "score.weight") return null;
-      const random = new Random(seed, name);
-      return Float32Array.from({ length: elements(shape) }, () => 0.02 * normal(random));
-    },
-  };
 }
 
 /** Formats of tensors that `openAdapter` accepts. */

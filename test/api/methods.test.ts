@@ -10,6 +10,7 @@ import {
   type CausalLM,
   DPOTrainer,
   LoraConfig,
+  mergeAdapter,
   PeftModel,
   type PreferenceRow,
   type SequenceClassifier,
@@ -159,6 +160,9 @@ describe.each(["reference", "cpu"])("on %s", (device) => {
       await model.save_pretrained(saved);
       const again = kept(await PeftModel.from_pretrained(await base(device), saved));
       expect(await lastLogits(again)).toEqual(await lastLogits(model));
+      const whole = join(out, device, `${name}-merged`);
+      await mergeAdapter(BASE, saved, whole);
+      expect(relativeError(await lastLogits(await base(device, whole)), await recorded(`${name}.merged_logits`))).toBeLessThan(1e-3);
     },
     60_000,
   );
@@ -301,7 +305,11 @@ test.each(["bf16", "int8", "int4"])(
     const model = kept(await PeftModel.create(model0, config));
     expect(relativeError(await lastLogits(model), await lastLogits(model0))).toBeLessThan(2e-2);
     const trainer = kept(
-      new Trainer({ model, args: { ...ARGS, output_dir: join(out, `dora-${dtype}`) }, train_dataset: await causalRows() }),
+      new Trainer({
+        model,
+        args: { ...ARGS, bf16: dtype === "bf16", output_dir: join(out, `dora-${dtype}`) },
+        train_dataset: await causalRows(),
+      }),
     );
     await trainer.train();
     const found = logged(trainer, "loss");

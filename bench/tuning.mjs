@@ -4,15 +4,16 @@
  *
  *   npm run build && node bench/tuning.mjs --train train.csv --test test.csv --text text --label category --out intents.jsonl
  *   node bench/tuning.mjs --train reviews.csv --text review --label label --names 0=差评,1=好评 --synonyms cilin.txt --out reviews.jsonl
- *     [--methods majority,words,base,lora,full,top,lora+synonyms,tenth,tenth+synonyms] [--seeds 1,2,3] [--rows 2000] [--held 500] [--epochs 2]
+ *     [--methods majority,words,base,lora,full,lora+head,top+head,lora+synonyms,tenth,tenth+synonyms] [--seeds 1,2,3] [--rows 2000] [--held 500] [--epochs 2]
  *
  * majority        the most frequent class                      words           logistic regression on a bag of words (bench/words.mjs)
  * base            the model as it is, asked --question         lora            adapters of every matrix, routed experts included
- * full            every parameter                              top             every parameter of the highest quarter of the layers, frozen below
+ * full            every parameter
+ * lora+head       a classifier's head, and adapters of every matrix   top+head     a head and the highest quarter of the layers, frozen below
  * lora+synonyms   lora, and a copy with synonyms of 10 % of the rows
  * tenth           lora on 10 % of the rows                     tenth+synonyms  the same with four copies with synonyms of each, in as many steps
  *
- * Models learn to answer a text with the name of its class, and then do so under a pattern of all names, greedily.
+ * Models without a head learn to answer a text with the name of its class, and then do so under a pattern of all names, greedily.
  */
 import { execFileSync } from "node:child_process";
 import { appendFileSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
@@ -21,10 +22,11 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { parse } from "csv-parse/sync";
-import { AutoModelForCausalLM, AutoTokenizer, openDataset, PeftModel, Trainer } from "../dist/index.js";
+import { AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, openDataset, PeftModel, Trainer } from "../dist/index.js";
 import { features, logisticRegression, vocabularyOf } from "./words.mjs";
 
-const METHODS = ["majority", "words", "base", "lora", "full", "top", "lora+synonyms", "tenth", "tenth+synonyms"];
+const PROBLEM = "single_label_classification";
+const METHODS = ["majority", "words", "base", "lora", "full", "lora+head", "top+head", "lora+synonyms", "tenth", "tenth+synonyms"];
 const { values: flags } = parseArgs({
   options: {
     train: { type: "string" },
@@ -122,28 +124,37 @@ function withSynonyms(train, fraction, copies, seed) {
   const dictionary = flags.synonyms ? ["--synonyms", flags.synonyms] : [];
   const how = ["--method", "synonyms", "--fraction", `${fraction}`, "--copies", `${copies}`, "--seed", `${seed}`, "--fields", "text"];
   execFileSync(process.execPath, [mixtape, "augment", from, to, ...how, ...dictionary, "--overwrite"], {
-    stdio: ["ignore", "ignore", "inherit"],
+    stdio: ["ignore", "ignore", "pipe"],
   });
   const lines = readFileSync(to, "utf8").trim().split("\n");
   return lines.map((line) => JSON.parse(line));
 }
 
-async function tuned(method, train, seed, visits) {
+/** Trains on rows, `visits` of them in all, and answers the held-out ones. */
+async function tuned(part, train, seed, visits, head = false) {
   const file = join(folder, "rows.jsonl");
-  writeFileSync(file, train.map(({ text, label }) => `${JSON.stringify({ instruction: text, output: label })}\n`).join(""));
-  const data = await openDataset(file, { tokenizer });
-  const base = await AutoModelForCausalLM.from_pretrained(flags.model, { threads });
+  const written = head ? (row) => row : ({ text, label }) => ({ instruction: text, output: label });
+  writeFileSync(file, train.map((row) => `${JSON.stringify(written(row))}\n`).join(""));
+  const data = await openDataset(file, { tokenizer, ...(head ? { task: "classification", labels } : {}) });
+  const base = head
+    ? await AutoModelForSequenceClassification.from_pretrained(flags.model, {
+        threads,
+        seed,
+        id2label: { ...labels },
+        problem_type: PROBLEM,
+      })
+    : await AutoModelForCausalLM.from_pretrained(flags.model, { threads });
   let model = base;
-  if (method === "lora") model = await PeftModel.create(base, { r: 8, lora_alpha: 16, target_modules: "all-linear" }, { seed });
+  if (part === "lora") model = await PeftModel.create(base, { r: 8, lora_alpha: 16, target_modules: "all-linear" }, { seed });
   else {
-    const count = base.config.layers;
-    await base.trainable(method === "top" ? { layers: `${count - Math.ceil(count / 4)}-${count - 1}` } : {});
+    const { layers } = base.config;
+    await base.trainable(part === "top" ? { freeze_layers: `0-${layers - Math.ceil(layers / 4) - 1}` } : {});
   }
   const args = {
     output_dir: join(folder, "run"),
     max_steps: Math.ceil(visits / batch),
     per_device_train_batch_size: batch,
-    learning_rate: Number(method === "lora" ? flags["lora-rate"] : flags["full-rate"]),
+    learning_rate: Number(part === "lora" ? flags["lora-rate"] : flags["full-rate"]),
     warmup_ratio: 0.1,
     lr_scheduler_type: "cosine",
     save_strategy: "no",
@@ -151,12 +162,26 @@ async function tuned(method, train, seed, visits) {
   };
   const trainer = new Trainer({ model, args, train_dataset: data });
   const { metrics } = await trainer.train();
-  const found = await answers(model, "{text}");
+  const found = await (head ? classes(model) : answers(model, "{text}"));
   trainer.dispose();
   if (model !== base) await model.dispose();
   await base.dispose();
   await data.close();
   return { found, tokens_per_second: Math.round(metrics.train_tokens_per_second), loss: metrics.train_loss };
+}
+
+/** The likeliest class by a head, of texts encoded as those that it was trained on. */
+async function classes(model) {
+  const file = join(folder, "held.jsonl");
+  writeFileSync(file, testRows.map((row) => `${JSON.stringify(row)}\n`).join(""));
+  const data = await openDataset(file, { tokenizer, task: "classification", labels });
+  const input_ids = await Promise.all(testRows.map(async (_, i) => (await data.row(i)).input_ids));
+  const { logits } = await model.forward({ input_ids });
+  await data.close();
+  return testRows.map((_, i) => {
+    const row = [...logits.data.slice(i * labels.length, (i + 1) * labels.length)];
+    return labels[row.indexOf(Math.max(...row))];
+  });
 }
 
 async function measure(method, seed) {
@@ -174,6 +199,9 @@ async function measure(method, seed) {
       await model.dispose();
       return { found };
     }
+    case "lora+head":
+    case "top+head":
+      return tuned(method.slice(0, -"+head".length), train, seed, visits, true);
     case "lora+synonyms":
       return tuned("lora", withSynonyms(train, 0.1, 1, seed), seed, visits);
     case "tenth":

@@ -24,8 +24,9 @@ const ask = async (name) => {
 const [base, tuned] = await Promise.all([ask(null), ask("tuned")]);
 const wanted = rows.map(({ input_ids }, i) => text(input_ids.slice(starts[i])));
 
+const line = (answer) => answer.replace(/\s+/g, " ").slice(0, 120);
 for (const [i, answer] of wanted.entries())
-  console.log(`${text(prompts[i])}\n  wanted: ${answer}\n  base:   ${base[i].slice(0, 150)}\n  tuned:  ${tuned[i].slice(0, 150)}`);
+  console.log(`${line(text(prompts[i]))}\n  wanted: ${line(answer)}\n  base:   ${line(base[i])}\n  tuned:  ${line(tuned[i])}`);
 const right = (answers) => answers.filter((answer, i) => answer === wanted[i]).length;
 console.log(`as wanted: base ${right(base)} of ${wanted.length}, tuned ${right(tuned)}`);
 await model.dispose();

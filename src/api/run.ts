@@ -70,9 +70,10 @@ export async function openRun(recipe: Recipe, folder: string, options: RunOption
     const given = { model, args, train_dataset: rows, eval_dataset: evaluation ?? undefined, callbacks: options.callbacks };
     if (method === "dpo") {
       const { beta, label_smoothing } = recipe;
-      // Adapters are compared with their base; a model that changes itself, with another one of the same files.
+      // Adapters are compared with their base; a model that changes itself, with another one of the same files and formats.
       const ref_model = tuningOf(recipe) === "lora" ? undefined : await baseOf(recipe, folder, all, options);
       if (ref_model) undo.push(() => ref_model.dispose());
+      if (ref_model) await modelOf(recipe, ref_model, rows);
       const preferences = { ...given, train_dataset: rows as Dataset<PreferenceExample>, eval_dataset: (evaluation ?? undefined) as never };
       const dpo = new DPOTrainer({ ...preferences, ref_model, args: { ...args, beta, label_smoothing } });
       undo.push(() => dpo.dispose());

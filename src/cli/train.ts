@@ -180,6 +180,12 @@ async function finish({ trainer }: Run, { args, method }: Recipe, metrics: LogEn
   );
 }
 
+/** What an evaluation measured, without how long it took. */
+function measures(logs: LogEntry): string {
+  const found = Object.entries(logs).filter(([name]) => name.startsWith("eval_") && !/_runtime$|_per_second$/.test(name));
+  return found.map(([name, value]) => `${name} ${value?.toFixed(4)}`).join("  ");
+}
+
 /** Loss, speed and time left: a bar on a terminal, else a line for each entry of the log. */
 async function progress(): Promise<TrainerCallback & { stop(): void }> {
   const { default: cliProgress } = await import("cli-progress");
@@ -210,7 +216,7 @@ async function progress(): Promise<TrainerCallback & { stop(): void }> {
         process.stderr.write(
           `step ${logs.step} of ${state.max_steps}  loss ${loss}  grad_norm ${logs.grad_norm?.toFixed(3)}  learning_rate ${logs.learning_rate?.toExponential(2)}  ${speed.toFixed(0)} tokens/s  ${Math.ceil(left)} s left\n`,
         );
-      if (logs.eval_loss !== undefined) process.stderr.write(`step ${logs.step}  eval_loss ${logs.eval_loss.toFixed(4)}\n`);
+      if (logs.eval_loss !== undefined) process.stderr.write(`step ${logs.step}  ${measures(logs)}\n`);
     },
     on_save({ checkpoint }) {
       if (!bar) process.stderr.write(`saved ${checkpoint}\n`);

@@ -125,6 +125,7 @@ test("a classifier: adapters with a head, or the top of the model, by names that
   expect(dry.out).toMatch(/row 0, \d+ tokens, [01]: ".*number \d+/);
   const done = await run(["train", config, "--lora.use_dora", "true"]);
   expect(done.code, done.err).toBe(0);
+  expect(done.err).toMatch(/step 3 {2}eval_loss \d\.\d{4} {2}eval_accuracy [01]\.\d{4} {2}eval_f1 [01]\.\d{4}\n/);
   expect(logOf(out).find((e) => e.eval_loss !== undefined)).toMatchObject({
     eval_accuracy: expect.any(Number),
     eval_f1: expect.any(Number),

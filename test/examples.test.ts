@@ -27,27 +27,31 @@ test.each(all.filter((name) => name.endsWith(".mjs") && name !== "compare.mjs"))
 
 test("there is a recipe for each kind of work", () => expect(recipes).toEqual(["intents", "reviews", "style", "translation"]));
 
-test.each(recipes)("the recipe %s learns, and its adapter answers beside the base", async (name) => {
-  const cwd = join(folder, name);
-  const dry = await run(["train", "recipe.yaml", "--dry-run", "--threads", "1"], { cwd });
-  expect(dry.code, dry.err).toBe(0);
-  expect(dry.out).toMatch(/mlp\.experts\.gate_proj +1-7/);
-  expect(dry.out).toMatch(/first batch .*\nrow 0, \d+ tokens: "\[.*User: .*\nAssistant: \].+<\|end_of_sentence\|>"/s);
-  expect(existsSync(join(cwd, "run"))).toBe(false);
+test.each(recipes)(
+  "the recipe %s learns, and its adapter answers beside the base",
+  async (name) => {
+    const cwd = join(folder, name);
+    const dry = await run(["train", "recipe.yaml", "--dry-run", "--threads", "1"], { cwd });
+    expect(dry.code, dry.err).toBe(0);
+    expect(dry.out).toMatch(/mlp\.experts\.gate_proj +1-7/);
+    expect(dry.out).toMatch(/first batch .*\nrow 0, \d+ tokens: "\[.*User: .*\\nAssistant: \].+<\|end_of_sentence\|>"/s);
+    expect(existsSync(join(cwd, "run"))).toBe(false);
 
-  const out = join(temporary(), "run");
-  const few = ["--max_steps", "6", "--warmup_ratio", "0", "--logging_steps", "1", "--threads", "1", "--eval_strategy", "no"];
-  const ends = ["--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", out];
-  const done = await run(["train", "recipe.yaml", ...few, ...ends], { cwd });
-  expect(done.code, done.err).toBe(0);
-  const losses = [...done.err.matchAll(/^step \d of 6 {2}loss (\S+)/gm)].map(([, loss]) => Number(loss));
-  expect(losses).toHaveLength(6);
-  expect(Math.min(losses[4], losses[5])).toBeLessThan(0.9 * losses[0]);
+    const out = join(temporary(), "run");
+    const few = ["--max_steps", "6", "--warmup_ratio", "0", "--logging_steps", "1", "--threads", "1", "--eval_strategy", "no"];
+    const ends = ["--save_strategy", "no", "--load_best_model_at_end", "false", "--output_dir", out];
+    const done = await run(["train", "recipe.yaml", ...few, ...ends], { cwd });
+    expect(done.code, done.err).toBe(0);
+    const losses = [...done.err.matchAll(/^step \d of 6 {2}loss (\S+)/gm)].map(([, loss]) => Number(loss));
+    expect(losses).toHaveLength(6);
+    expect(Math.min(losses[4], losses[5])).toBeLessThan(0.9 * losses[0]);
 
-  const { stdout } = await promisify(execFile)(process.execPath, [join(folder, "compare.mjs"), cwd, join(out, "final")]);
-  const [, base, rows, tuned] = /\nas wanted: base (\d+) of (\d+), tuned (\d+)\n$/.exec(stdout) ?? [];
-  expect(stdout.match(/^ {2}wanted: .+\n {2}base: {3}.*\n {2}tuned: {2}.*$/gm)).toHaveLength(Number(rows));
-  expect(Math.max(Number(base), Number(tuned))).toBeLessThanOrEqual(Number(rows));
-  const pairs = [...stdout.matchAll(/^ {2}base: {3}(.*)\n {2}tuned: {2}(.*)$/gm)];
-  expect(pairs.some(([, one, other]) => one !== other)).toBe(true); // the adapter has an effect
-});
+    const { stdout } = await promisify(execFile)(process.execPath, [join(folder, "compare.mjs"), cwd, join(out, "final")]);
+    const [, base, rows, tuned] = /\nas wanted: base (\d+) of (\d+), tuned (\d+)\n$/.exec(stdout) ?? [];
+    expect(stdout.match(/^ {2}wanted: .+\n {2}base: {3}.*\n {2}tuned: {2}.*$/gm)).toHaveLength(Number(rows));
+    expect(Math.max(Number(base), Number(tuned))).toBeLessThanOrEqual(Number(rows));
+    const pairs = [...stdout.matchAll(/^ {2}base: {3}(.*)\n {2}tuned: {2}(.*)$/gm)];
+    expect(pairs.some(([, one, other]) => one !== other)).toBe(true); // the adapter has an effect
+  },
+  240_000,
+);

@@ -145,7 +145,8 @@ export async function readRecipe(file: string): Promise<Record<string, unknown>>
     value = file.endsWith(".json") ? JSON.parse(text) : parseYaml(text);
   } catch (cause) {
     const at = cause instanceof YAMLParseError && cause.linePos ? `, line ${cause.linePos[0].line}` : "";
-    throw new RecipeError(`${file}${at}: ${(cause as Error).message.split("\n")[0]}`, { cause });
+    const absent = (cause as NodeJS.ErrnoException).code === "ENOENT";
+    throw new RecipeError(`${file}${at}: ${absent ? "there is no such file" : (cause as Error).message.split("\n")[0]}`, { cause });
   }
   if (typeof value !== "object" || value === null || Array.isArray(value))
     throw new RecipeError(`${file}: must be an object of fields, like {dataset: rows.jsonl}`);
@@ -154,7 +155,7 @@ export async function readRecipe(file: string): Promise<Record<string, unknown>>
 
 /**
  * Puts `--name value` and `--name=value` over a configuration: `--learning_rate 1e-4`, `--lora.r 8`, `--train.layers 20-27`. Values are
- * YAML: numbers, true, null, lists like [a, b].
+ * YAML: numbers, true, lists like [a, b]; null takes a field out.
  * @throws RecipeError for an unknown name, with the nearest one, and for a flag without a value
  */
 export function override(raw: Readonly<Record<string, unknown>>, flags: readonly string[]): Record<string, unknown> {
@@ -175,7 +176,9 @@ export function override(raw: Readonly<Record<string, unknown>>, flags: readonly
       at[name] = inner;
       at = inner as Record<string, unknown>;
     }
-    at[names.at(-1) as string] = parsed(text, path);
+    const value = parsed(text, path);
+    if (value === null) delete at[names.at(-1) as string];
+    else at[names.at(-1) as string] = value;
   }
   return next;
 }

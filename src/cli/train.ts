@@ -66,7 +66,9 @@ async function train(config: string, fields: readonly string[], flags: TrainFlag
   try {
     const folder = await findFolder(recipe.model, flags, { signal: interrupt.signal });
     const display = await progress();
-    const run = await openRun(recipe, folder, { callbacks: [display], warning_callback: warn, signal: interrupt.signal });
+    // when the trainer has found nothing wrong: a run that is refused leaves an earlier one's files as they are
+    const files: TrainerCallback = { on_train_begin: () => writeRunFiles(recipe) };
+    const run = await openRun(recipe, folder, { callbacks: [files, display], warning_callback: warn, signal: interrupt.signal });
     try {
       process.stdout.write(`${await overview(run)}\n`);
       if (flags.dryRun) {
@@ -77,7 +79,7 @@ async function train(config: string, fields: readonly string[], flags: TrainFlag
         notice("stopping after this step");
         stop.abort();
       });
-      await writeRunFiles(recipe);
+      await makeFolder(recipe);
       const done = await run.trainer.train({ resume_from_checkpoint: flags.resume ?? false, signal: stop.signal }).finally(display.stop);
       await finish(run, recipe, done.metrics, stop.signal.aborted);
     } finally {
@@ -130,18 +132,22 @@ async function firstBatch({ trainer, tokenizer }: Run): Promise<string> {
   return `first batch (in brackets: not learnt)\n${lines.join("\n")}`;
 }
 
+async function makeFolder({ args: { output_dir } }: Recipe): Promise<void> {
+  const { mkdir } = await import("node:fs/promises");
+  await mkdir(output_dir, { recursive: true }).catch((cause: Error) => {
+    throw new UsageError(`output_dir ${output_dir} can't be made (${cause.message})`, { cause });
+  });
+}
+
 /** The run's configuration and where it runs, beside its checkpoints. */
 async function writeRunFiles(recipe: Recipe): Promise<void> {
-  const { mkdir, writeFile } = await import("node:fs/promises");
+  const { writeFile } = await import("node:fs/promises");
   const { cpus, platform, release, totalmem } = await import("node:os");
   const { join } = await import("node:path");
   const { stringify } = await import("yaml");
   const { version } = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8")) as { version: string };
   const { args, ...own } = recipe;
   const folder = args.output_dir;
-  await mkdir(folder, { recursive: true }).catch((cause: Error) => {
-    throw new UsageError(`output_dir ${folder} can't be made (${cause.message})`, { cause });
-  });
   const { seed: _seed, shuffle: _shuffle, max_length: _length, ...data } = own.data; // they are among the arguments
   await writeFile(join(folder, "config.yaml"), stringify({ ...own, data, ...args }));
   const [cpu] = cpus();

@@ -73,9 +73,11 @@ test("a run writes config, environment, logs, curves, checkpoints and the adapte
   ).toEqual([1, 2, 3, 4]);
   expect(readFileSync(join(out, "curves.svg"), "utf8")).toContain("evaluation loss");
 
+  const begun = json("environment.json");
   const twice = await run(["train", config, "--seed", "7", "--lora.r=2"]);
   expect(twice).toMatchObject({ code: 1 });
   expect(twice.err).toMatch(/holds 2 checkpoints of another run; go on with it by resume_from_checkpoint/);
+  expect(json("environment.json")).toEqual(begun); // the run that was refused wrote nothing
   // What a run wrote as its configuration is a configuration; more steps go on from the last checkpoint.
   const on = await run(["train", join(out, "config.yaml"), "--resume", "--max_steps", "6"]);
   expect(on.code, on.err).toBe(0);

@@ -39,7 +39,8 @@ const ADAMW = { learningRate: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDe
 
 const checkpoint = await openCheckpoint(flags.model);
 const config = readConfig(checkpoint.config);
-const adapters = rank > 0 ? { at: ({ name }) => (/lm_head|embed_tokens|mlp\.gate$/.test(name) ? null : { rank, scale: 2, dropout: 0 }) } : null;
+const adapters =
+  rank > 0 ? { at: ({ name }) => (/lm_head|embed_tokens|mlp\.gate$/.test(name) ? null : { rank, scale: 2, dropout: 0 }) } : null;
 const model = ernie(config, adapters);
 const { sources } = locate(
   model.parameters.filter((p) => p.kind !== "adapter"),

@@ -368,12 +368,13 @@ napi_value seconds(napi_env env, const Arguments& a) {
   return out;
 }
 
-// limits(isa, threads): a promise of { readBytesPerSecond, int8OpsPerSecond, floatOpsPerSecond }, measured.
+// limits(isa, threads, memory): a promise of { readBytesPerSecond, int8OpsPerSecond, floatOpsPerSecond }, measured.
 napi_value limits(napi_env env, const Arguments& a) {
   const KernelTable& kernels = choose_kernels(text(env, a.at(0)));
   const int threads = static_cast<int>(number(env, a.at(1)));
+  const auto memory = static_cast<size_t>(number(env, a.at(2)));
   auto measured = std::make_shared<Limits>();
-  return in_background(env, nullptr, [&kernels, threads, measured] { *measured = measure_limits(kernels, threads); },
+  return in_background(env, nullptr, [=, &kernels] { *measured = measure_limits(kernels, threads, memory); },
                        [measured](napi_env e) {
                          napi_value out;
                          check(e, napi_create_object(e, &out));

@@ -16,12 +16,13 @@ static constexpr double PASS_SECONDS = 0.01;
 static constexpr int64_t UNIT = 4096;
 
 // So large that the caches hold almost nothing of it when the next pass begins.
-static size_t buffer_bytes() {
+static size_t buffer_bytes(size_t memory) {
   long cache = 0;
 #ifdef _SC_LEVEL3_CACHE_SIZE
   cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
-  return std::clamp<size_t>(cache > 0 ? 8 * static_cast<size_t>(cache) : 0, size_t{256} << 20, size_t{2} << 30);
+  const size_t wanted = std::clamp<size_t>(cache > 0 ? 8 * static_cast<size_t>(cache) : 0, size_t{256} << 20, size_t{2} << 30);
+  return std::min(wanted, std::max(memory, size_t{64} << 20));
 }
 
 static double seconds_of(Team& team, const std::function<void(const Worker&)>& job) {
@@ -45,12 +46,12 @@ static double arithmetic(Team& team, LimitKernels::Loop loop, int64_t ops_a_turn
   return static_cast<double>(turns) * static_cast<double>(ops_a_turn) * team.count() / fastest(team, job);
 }
 
-Limits measure_limits(const KernelTable& kernels, int threads) {
+Limits measure_limits(const KernelTable& kernels, int threads, size_t memory) {
   Team team(threads);
   const LimitKernels& limit = kernels.limits;
   Limits found{};
   {
-    Memory buffer(buffer_bytes());
+    Memory buffer(buffer_bytes(memory));
 #ifdef MADV_HUGEPAGE
     madvise(buffer.data(), buffer.bytes(), MADV_HUGEPAGE);
 #endif

@@ -8,4 +8,5 @@ struct Limits {
 };
 
 // Takes about a second, and temporarily a buffer of eight times the last-level cache, at least 256 MiB.
-Limits measure_limits(const KernelTable& kernels, int threads);
+// Takes at most `memory` bytes for the buffer that is read, or 64 MiB if that is less.
+Limits measure_limits(const KernelTable& kernels, int threads, size_t memory);

@@ -65,7 +65,7 @@ export interface Addon {
     common: Float32Array | null,
   ): Promise<void>;
   moments(x: Float32Array, k: number, weight: number, to: Float32Array): Promise<void>;
-  limits(isa: string, threads: number): Promise<MachineLimits>;
+  limits(isa: string, threads: number, memory: number): Promise<MachineLimits>;
   memory(bytes: number): Handle;
   readMemory(memory: Handle, byteOffset: number, to: Uint8Array): void;
   writeMemory(memory: Handle, byteOffset: number, from: Uint8Array): void;

@@ -25,7 +25,7 @@ export function instructionSets(): string[] {
 
 /** Measures the best speed that an instruction set's kernels could reach. Takes about a second, off the event loop. */
 export function machineLimits(isa: string, threads: number): Promise<MachineLimits> {
-  return openAddon().limits(isa, threads);
+  return openAddon().limits(isa, threads, Math.floor(hostMemory().free / 4)); // a model may fill the memory already
 }
 
 export interface NativeOptions {

@@ -65,7 +65,7 @@ export class BadRows {
     const listed = this.#kept.slice(0, LISTED).map((row) => `  ${placed(row)}`);
     const rows = this.#count === 1 ? "1 row cannot be used" : `${this.#count} rows cannot be used`;
     return new DataError(
-      `${least}${rows}, and max_bad_rows allows ${this.#limit}:\n${listed.join("\n")}\nMend them, or allow more to be skipped with max_bad_rows.`,
+      `${least}${rows}, and max_bad_rows allows ${this.#limit}:\n${listed.join(";\n")}.\nMend them, or allow more to be skipped with max_bad_rows.`,
       this.#kept,
     );
   }

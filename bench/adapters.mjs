@@ -6,6 +6,7 @@
  *   npm run build && node bench/adapters.mjs [--model default] [--users 8] [--rank 16] [--modules q_proj,k_proj,v_proj,o_proj] [--threads 2] [--rounds 5]
  */
 import { parseArgs } from "node:util";
+import { GREEDY } from "../dist/engine/sampling.js";
 import { AutoModelForCausalLM } from "../dist/index.js";
 import { report } from "./figures.mjs";
 
@@ -46,18 +47,6 @@ for (let i = 0; i < users; i++) {
 }
 console.log(`${users} adapters take ${(engine.adapters.bytes / 2 ** 20).toFixed(1)} MiB\n`);
 
-const SAMPLING = {
-  temperature: 0,
-  topK: 0,
-  topP: 1,
-  minP: 0,
-  repetitionPenalty: 1,
-  presencePenalty: 0,
-  frequencyPenalty: 0,
-  noRepeatNgram: 0,
-  logitBias: new Map(),
-  seed: 0,
-};
 const KINDS = {
   "all on the base": () => undefined,
   "all on one": () => "adapter-0",
@@ -74,7 +63,7 @@ async function round(kind) {
   await Promise.all(
     prompts.map(async (prompt, user) => {
       let count = 0;
-      for await (const _ of engine.submit({ tokens: prompt, sampling: SAMPLING, maxNewTokens: tokens, adapter: KINDS[kind](user) })) {
+      for await (const _ of engine.submit({ tokens: prompt, sampling: GREEDY, maxNewTokens: tokens, adapter: KINDS[kind](user) })) {
         if (count++ === 0) first = Math.max(first, performance.now() - start);
         last = Math.max(last, performance.now() - start);
       }

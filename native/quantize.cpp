@@ -5,13 +5,7 @@
 #include <initializer_list>
 
 #include "halves.h"
-
-// The loops below are plain; the compiler builds one version for each of these targets, and the loader picks one.
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FAST
-#endif
+#include "targets.h"
 
 namespace {
 

@@ -10,13 +10,7 @@
 #include "halves.h"
 #include "kernels.h"
 #include "quantize.h"
-
-// As in quantize.cpp: one version of each loop for each of these targets.
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FAST
-#endif
+#include "targets.h"
 
 namespace {
 

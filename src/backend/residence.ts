@@ -25,7 +25,7 @@ export function noHugePages(read: Read = readText): string | null {
 /** Whether a file is on a tmpfs with huge pages: mapped from there, it is on huge pages that all processes share. */
 export function onSharedHugePages(file: string, read: Read = readText): boolean {
   let mount = { at: "", options: "" };
-  // A line is `36 35 98:0 /root /mount/point rw,... - tmpfs tmpfs rw,huge=always`; blanks in paths are written \\040.
+  // A line is `36 35 98:0 /root /mount/point rw,... - tmpfs tmpfs rw,huge=always`; blanks in paths are written \040.
   for (const line of (read("/proc/self/mountinfo") ?? "").split("\n")) {
     const [place, system] = line.split(" - ");
     const at = place.split(" ")[4]?.replace(/\\(\d{3})/g, (_, octal: string) => String.fromCharCode(Number.parseInt(octal, 8)));

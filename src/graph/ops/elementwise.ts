@@ -11,6 +11,16 @@ function cast(dtype: "f32" | "bf16" | "f16"): Op {
   };
 }
 
+/** x [rows, n], of which `index` [m] names those that `by` [m, n] changes. */
+const withRows: Op["outputs"] = ([x, by, index]) =>
+  matches(x, "f32", 2) &&
+  matches(by, "f32", 2) &&
+  sameDim(x.shape[1], by.shape[1]) &&
+  matches(index, "i32", 1) &&
+  sameDim(by.shape[0], index.shape[0])
+    ? [f32(...x.shape)]
+    : null;
+
 export const ELEMENTWISE_OPS = {
   /** `x / sqrt(mean(x^2) + eps) * weight` over the last axis (https://arxiv.org/abs/1910.07467). */
   rmsNorm: {
@@ -110,14 +120,7 @@ export const ELEMENTWISE_OPS = {
   },
   /** x [rows, n] with row index[i] replaced by row i of `by` [m, n], for example to put image embeddings in place of placeholders. */
   replaceRows: {
-    outputs: ([x, by, index]) =>
-      matches(x, "f32", 2) &&
-      matches(by, "f32", 2) &&
-      sameDim(x.shape[1], by.shape[1]) &&
-      matches(index, "i32", 1) &&
-      sameDim(by.shape[0], index.shape[0])
-        ? [f32(...x.shape)]
-        : null,
+    outputs: withRows,
     gradient: (emit, { inputs: [, , index] }, [dy], [wantsX, wantsBy]) => [
       wantsX && dy ? emit("zeroRows", [dy, index])[0] : null,
       wantsBy && dy ? emit("gather", [dy, index])[0] : null,
@@ -127,14 +130,7 @@ export const ELEMENTWISE_OPS = {
   },
   /** x [rows, n] with row i of `by` [m, n] added to row index[i]; no row occurs twice: the low-rank branches of the rows that have an adapter. */
   addRows: {
-    outputs: ([x, by, index]) =>
-      matches(x, "f32", 2) &&
-      matches(by, "f32", 2) &&
-      sameDim(x.shape[1], by.shape[1]) &&
-      matches(index, "i32", 1) &&
-      sameDim(by.shape[0], index.shape[0])
-        ? [f32(...x.shape)]
-        : null,
+    outputs: withRows,
     gradient: SERVING,
     inPlace: [0],
   },

@@ -47,3 +47,15 @@ export function relativeError(actual: ArrayLike<number>, expected: ArrayLike<num
   }
   return worst === 0 ? 0 : worst / top;
 }
+
+/** The optimiser of the recorded runs, as arguments of a Trainer. */
+export const RECORDED_ARGS = {
+  learning_rate: 5e-3,
+  adam_beta1: 0.9,
+  adam_beta2: 0.95,
+  adam_epsilon: 1e-8,
+  weight_decay: 0.01,
+  max_grad_norm: 0,
+  lr_scheduler_type: "constant",
+  max_steps: 10,
+} as const;

@@ -22,20 +22,13 @@ import { type RouterOptions, Routers } from "../../src/train/router.ts";
 import { accumulatingStep } from "../../src/train/step.ts";
 import type { Trainable } from "../../src/train/trainee.ts";
 import { scratch } from "../checkpoint/craft.ts";
-import { GOLDENS, relativeError } from "../goldens.ts";
+import { GOLDENS, RECORDED_ARGS, relativeError } from "../goldens.ts";
 
 const FOLDER = fileURLToPath(new URL("../fixtures/methods/", import.meta.url));
 const BASE = join(GOLDENS, "moe-tiny");
 const out = scratch();
 const ARGS = {
-  learning_rate: 5e-3,
-  adam_beta1: 0.9,
-  adam_beta2: 0.95,
-  adam_epsilon: 1e-8,
-  weight_decay: 0.01,
-  max_grad_norm: 0,
-  lr_scheduler_type: "constant",
-  max_steps: 10,
+  ...RECORDED_ARGS,
   per_device_train_batch_size: 8,
   logging_steps: 1,
   shuffle: false,

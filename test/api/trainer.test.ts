@@ -6,20 +6,13 @@ import { mergeAdapter } from "../../src/api/merge.ts";
 import { readHeader, readTensor } from "../../src/checkpoint/safetensors.ts";
 import { AutoModelForCausalLM, type CausalLM, get_peft_model, LoraConfig, PeftModel, Trainer } from "../../src/index.ts";
 import { scratch } from "../checkpoint/craft.ts";
-import { type Goldens, openGoldens, relativeError } from "../goldens.ts";
+import { type Goldens, openGoldens, RECORDED_ARGS, relativeError } from "../goldens.ts";
 
 const folder = scratch();
 const LENGTH = 24;
 /** The recorded optimiser. */
 const ARGS = {
-  learning_rate: 5e-3,
-  adam_beta1: 0.9,
-  adam_beta2: 0.95,
-  adam_epsilon: 1e-8,
-  weight_decay: 0.01,
-  max_grad_norm: 0,
-  lr_scheduler_type: "constant",
-  max_steps: 10,
+  ...RECORDED_ARGS,
   per_device_train_batch_size: 2,
   logging_steps: 1,
 } as const;

@@ -7,7 +7,7 @@
 // (blocks of 32 numbers, row by row), which occur only in files; no kernel reads them.
 #define DTYPES(_) \
   _(F32, 0, "f32") _(F16, 1, "f16") _(BF16, 2, "bf16") _(I32, 3, "i32") _(INT8, 4, "int8") _(INT8ROW, 5, "int8row") _(INT4, 6, "int4") \
-  _(BF16PAIR, 7, "bf16pair") _(INT8KV, 8, "int8kv") _(Q8_0, 100, "q8_0") _(Q4_0, 101, "q4_0")
+  _(BF16PAIR, 7, "bf16pair") _(INT8KV, 8, "int8kv") _(FP8, 9, "fp8") _(FP8KV, 10, "fp8kv") _(Q8_0, 100, "q8_0") _(Q4_0, 101, "q4_0")
 #define ENUMERATOR(id, code, name) id = code,
 enum Dtype : int32_t { DTYPES(ENUMERATOR) };
 #undef ENUMERATOR

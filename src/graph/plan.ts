@@ -37,6 +37,8 @@ export const DTYPE_CODES: Readonly<Record<Dtype, number>> = {
   int4: 6,
   bf16pair: 7,
   int8kv: 8,
+  fp8: 9,
+  fp8kv: 10,
 };
 
 export interface Plan {
@@ -104,7 +106,7 @@ export function bytesOf(t: Pick<Tensor, "dtype" | "shape">, sizes: SymbolValues)
   if (t.dtype === "int8row") return sizeOf(t.shape[0], sizes) * int8RowBytes(sizeOf(t.shape[1], sizes));
   if (t.dtype === "int8kv") return elements(t.shape.slice(0, 3), sizes) * int8KvBytes(sizeOf(t.shape[3], sizes));
   if (t.dtype === "bf16pair") return elements(t.shape, sizes) * 2 * ELEMENT_BYTES.bf16;
-  if (t.dtype === "int8" || t.dtype === "int4")
+  if (t.dtype === "int8" || t.dtype === "int4" || t.dtype === "fp8")
     throw new Error("internal: only weights can be in block formats, and they have their own memory");
   return elements(t.shape, sizes) * ELEMENT_BYTES[t.dtype];
 }

@@ -6,15 +6,17 @@
  * - `bf16pair`: activations as the sum of two bfloat16 numbers, all high parts of a row before its low parts; exact to 2^-17.
  *   Products with bfloat16 weights use it, because rounding activations to a single bfloat16 would change which experts are chosen.
  * - `int8row`: activations quantised row by row, in groups of 64 (see `quantized.ts`); exists only within a step.
+ * - `fp8`: a weight matrix in blocks as `int8` has them, of E4M3 numbers.
+ * - `fp8kv`: E4M3 numbers in the cache, one byte each.
  * - `int8kv`: keys and values in the cache, [blocks, heads, tokens, head width] (see `quantized.ts`).
  */
-export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "int8row" | "bf16pair" | "int8kv";
+export type Dtype = "f32" | "f16" | "bf16" | "i32" | "int8" | "int4" | "fp8" | "int8row" | "bf16pair" | "int8kv" | "fp8kv";
 
-/** Formats of the KV cache. */
-export type KvDtype = "f32" | "f16" | "int8kv";
+/** Formats of the KV cache; `bf16` and `fp8kv` only on GPUs. */
+export type KvDtype = "f32" | "f16" | "bf16" | "int8kv" | "fp8kv";
 
 /** Bytes per element. Block formats are absent: their elements share bytes and scales. */
-export const ELEMENT_BYTES = { f32: 4, f16: 2, bf16: 2, i32: 4 } as const satisfies Partial<Record<Dtype, number>>;
+export const ELEMENT_BYTES = { f32: 4, f16: 2, bf16: 2, i32: 4, fp8kv: 1 } as const satisfies Partial<Record<Dtype, number>>;
 
 /** Rounds `x` to the nearest bfloat16 value (ties to even), returned as a float32. */
 export function roundBf16(x: number): number {

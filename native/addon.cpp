@@ -3,85 +3,16 @@
 #include <cmath>
 #include <cstring>
 
+#include "calls.h"
 #include "cpu/dispatch.h"
+#include "cuda.h"
+#include "device.h"
 #include "machine.h"
 #include "residence.h"
 #include "rounding.h"
 #include "runner.h"
 
 namespace {
-
-using Arguments = std::vector<napi_value>;
-
-template <napi_value (*F)(napi_env, const Arguments&)>
-napi_value entry(napi_env env, napi_callback_info info) {
-  size_t n = 8;
-  Arguments args(n);
-  try {
-    check(env, napi_get_cb_info(env, info, &n, args.data(), nullptr, nullptr));
-    args.resize(n);
-    return F(env, args);
-  } catch (const Pending&) {
-  } catch (const std::exception& e) {
-    napi_throw_error(env, nullptr, e.what());
-  }
-  return nullptr;
-}
-
-// Runs `work` on Node's thread pool; `result` then creates the value that the promise resolves to.
-struct Job {
-  std::function<void()> work;
-  std::function<napi_value(napi_env)> result;
-  std::string error;
-  napi_deferred deferred = nullptr;
-  napi_async_work handle = nullptr;
-  napi_ref keep = nullptr;  // what must stay alive until completion
-};
-
-napi_value in_background(napi_env env, napi_value keep, std::function<void()> work, std::function<napi_value(napi_env)> result) {
-  auto job = std::make_unique<Job>();
-  job->work = std::move(work);
-  job->result = std::move(result);
-  napi_value promise;
-  check(env, napi_create_promise(env, &job->deferred, &promise));
-  if (keep) check(env, napi_create_reference(env, keep, 1, &job->keep));
-  auto execute = [](napi_env, void* data) {
-    auto* j = static_cast<Job*>(data);
-    try {
-      j->work();
-    } catch (const std::exception& e) {
-      j->error = *e.what() ? e.what() : "internal: an error without a message";
-    }
-  };
-  auto complete = [](napi_env e, napi_status, void* data) {
-    std::unique_ptr<Job> j(static_cast<Job*>(data));
-    napi_value value = nullptr;
-    if (j->keep) napi_delete_reference(e, j->keep);
-    napi_delete_async_work(e, j->handle);
-    if (j->error.empty()) {
-      try {
-        value = j->result ? j->result(e) : nullptr;
-        if (!value) napi_get_undefined(e, &value);
-        napi_resolve_deferred(e, j->deferred, value);
-        return;
-      } catch (const std::exception& x) {
-        j->error = x.what();
-      } catch (const Pending&) {
-        napi_value thrown;
-        napi_get_and_clear_last_exception(e, &thrown);
-        j->error = "internal: cannot convert the result";
-      }
-    }
-    napi_value message;
-    napi_create_string_utf8(e, j->error.c_str(), NAPI_AUTO_LENGTH, &message);
-    napi_create_error(e, nullptr, message, &value);
-    napi_reject_deferred(e, j->deferred, value);
-  };
-  check(env, napi_create_async_work(env, nullptr, to_js(env, "mixtape"), execute, complete, job.get(), &job->handle));
-  check(env, napi_queue_async_work(env, job->handle));
-  job.release();  // `complete` owns it now
-  return promise;
-}
 
 // isas(): names of the instruction sets that this processor supports, best first.
 napi_value isas(napi_env env, const Arguments&) {
@@ -143,22 +74,21 @@ napi_value describe(napi_env env, const Arguments&) {
   return out;
 }
 
+// The CPU as JavaScript holds it.
+struct Opened {
+  std::shared_ptr<Device> device;
+  std::shared_ptr<Runner> runner;
+};
+
 // open(isa, threads): a device.
 napi_value open(napi_env env, const Arguments& a) {
-  return wrap(env, std::make_shared<Runner>(env, choose_kernels(text(env, a.at(0))), static_cast<int>(number(env, a.at(1)))));
-}
-
-FilePart file_part(napi_env env, napi_value p) {
-  return {text(env, get(env, p, "file")), static_cast<uint64_t>(number(env, get(env, p, "offset"))), static_cast<uint64_t>(number(env, get(env, p, "bytes")))};
+  auto device = std::make_shared<Device>(choose_kernels(text(env, a.at(0))), static_cast<int>(number(env, a.at(1))));
+  return wrap(env, std::make_shared<Opened>(Opened{std::move(device), std::make_shared<Runner>(env)}));
 }
 
 // load([{ name, stored, dtype, shape, parts: [{ file, offset, bytes }] }]): a promise of weights.
 napi_value load(napi_env env, const Arguments& a) {
-  auto specs = list<WeightSpec>(env, a.at(0), [&](napi_value v) {
-    return WeightSpec{text(env, get(env, v, "name")), static_cast<Dtype>(number(env, get(env, v, "stored"))), static_cast<Dtype>(number(env, get(env, v, "dtype"))),
-                      list<int64_t>(env, get(env, v, "shape"), [&](napi_value d) { return static_cast<int64_t>(number(env, d)); }),
-                      list<FilePart>(env, get(env, v, "parts"), [&](napi_value p) { return file_part(env, p); })};
-  });
+  auto specs = weight_specs(env, a.at(0));
   auto loaded = std::make_shared<std::shared_ptr<Weights>>();
   return in_background(env, nullptr, [specs = std::move(specs), loaded] { *loaded = std::make_shared<Weights>(specs); },
                        [loaded](napi_env e) { return wrap(e, *loaded); });
@@ -328,43 +258,39 @@ napi_value write_memory(napi_env env, const Arguments& a) {
 
 // prepare(device, plan, weights, [memory]): a program. `plan` is a NativePlan of src/backend/addon.ts.
 napi_value prepare(napi_env env, const Arguments& a) {
-  napi_value p = a.at(1);
-  auto string = [&](napi_value v) { return text(env, v); };
-  Plan plan;
-  plan.ops = list<std::string>(env, get(env, p, "ops"), string);
-  plan.weights = list<std::string>(env, get(env, p, "weights"), string);
-  plan.values = numbers<int32_t>(env, get(env, p, "values"));
-  plan.calls = numbers<int32_t>(env, get(env, p, "calls"));
-  plan.params = numbers<double>(env, get(env, p, "params"));
-  plan.capacity = list<int64_t>(env, get(env, p, "capacity"), [&](napi_value v) { return static_cast<int64_t>(number(env, v)); });
-  plan.arena_bytes = static_cast<size_t>(number(env, get(env, p, "arenaBytes")));
-  return wrap(env, std::make_shared<Bound>(alive<Runner>(env, a.at(0), "backend"), alive<Weights>(env, a.at(2), "model"),
-                                           list<std::shared_ptr<Memory>>(env, a.at(3), [&](napi_value v) { return alive<Memory>(env, v, "state"); }), plan));
+  const auto opened = alive<Opened>(env, a.at(0), "backend");
+  if (opened->runner->closed()) throw std::runtime_error("the backend has been disposed of");
+  struct Bound {
+    std::shared_ptr<Device> device;
+    std::shared_ptr<Weights> weights;
+    std::vector<std::shared_ptr<Memory>> states;
+    std::unique_ptr<Program> program;
+    ~Bound() {
+      if (program) device->forget(*program);
+    }
+  };
+  auto bound = std::make_shared<Bound>();
+  bound->device = opened->device;
+  bound->weights = alive<Weights>(env, a.at(2), "model");
+  bound->states = list<std::shared_ptr<Memory>>(env, a.at(3), [&](napi_value v) { return alive<Memory>(env, v, "state"); });
+  std::vector<Memory*> memories;
+  for (const auto& state : bound->states) memories.push_back(state.get());
+  auto program = std::make_unique<Program>(plan_of(env, a.at(1)), bound->device->kernels(), *bound->weights, memories);
+  bound->device->announce(*program);
+  bound->program = std::move(program);
+  return wrap(env, std::make_shared<Prepared>(Prepared{[bound](Step& step) { bound->device->run(*bound->program, step); }, [bound] { return bound->program->seconds(); }}));
 }
 
-// run(program, sizes, [input | null], [output | null], calls): a promise; the arrays must stay untouched until it settles.
-napi_value run(napi_env env, const Arguments& a) {
-  auto bound = alive<Bound>(env, a.at(0), "program");
-  Step step;
-  step.sizes = list<int64_t>(env, a.at(1), [&](napi_value v) { return static_cast<int64_t>(number(env, v)); });
-  step.inputs = list<Span>(env, a.at(2), [&](napi_value v) { return span_or_null(env, v); });
-  step.outputs = list<Span>(env, a.at(3), [&](napi_value v) { return span_or_null(env, v); });
-  step.calls = numbers<int32_t>(env, a.at(4));
-  napi_value keep;
-  check(env, napi_create_array_with_length(env, 2, &keep));
-  check(env, napi_set_element(env, keep, 0, a[2]));
-  check(env, napi_set_element(env, keep, 1, a[3]));
-  Runner& runner = *bound->runner;
-  return runner.run(env, std::move(bound), std::move(step), keep);
-}
+// run(device, program, sizes, [input | null], [output | null], calls): a promise; the arrays must stay untouched until it settles.
+napi_value run(napi_env env, const Arguments& a) { return run_step(env, *alive<Opened>(env, a.at(0), "backend")->runner, a); }
 
 // seconds(program): total seconds of each call over all runs.
 napi_value seconds(napi_env env, const Arguments& a) {
-  auto bound = alive<Bound>(env, a.at(0), "program");
+  auto prepared = alive<Prepared>(env, a.at(0), "program");
   napi_value out;
   check(env, napi_create_array(env, &out));
   uint32_t i = 0;
-  for (double s : bound->program->seconds()) check(env, napi_set_element(env, out, i++, to_js(env, s)));
+  for (double s : prepared->seconds()) check(env, napi_set_element(env, out, i++, to_js(env, s)));
   return out;
 }
 
@@ -387,15 +313,8 @@ napi_value limits(napi_env env, const Arguments& a) {
 
 // disposeDevice(device): stops its threads once no run is pending.
 napi_value dispose_device(napi_env env, const Arguments& a) {
-  const std::shared_ptr<Runner> runner = std::move(unwrap<Runner>(env, a.at(0)));
-  if (runner) runner->close();
-  return nullptr;
-}
-
-// dispose...(handle): frees the memory once no run uses it.
-template <class T>
-napi_value dispose(napi_env env, const Arguments& a) {
-  unwrap<T>(env, a.at(0)).reset();
+  const std::shared_ptr<Opened> opened = std::move(unwrap<Opened>(env, a.at(0)));
+  if (opened) opened->runner->close();
   return nullptr;
 }
 
@@ -408,8 +327,13 @@ napi_value init(napi_env env, napi_value exports) {
       {"convert", entry<convert>}, {"round", entry<round>}, {"moments", entry<moments>}, {"checkFinite", entry<check_finite>}, {"random", entry<random>}, {"limits", entry<limits>},
       {"memory", entry<memory>}, {"readMemory", entry<read_memory>}, {"writeMemory", entry<write_memory>},
       {"prepare", entry<prepare>}, {"run", entry<run>}, {"seconds", entry<seconds>},
-      {"disposeDevice", entry<dispose_device>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Bound>>},
+      {"disposeDevice", entry<dispose_device>}, {"disposeWeights", entry<dispose<Weights>>}, {"disposeMemory", entry<dispose<Memory>>}, {"disposeProgram", entry<dispose<Prepared>>},
   };
+  for (const Function& f : cuda_functions()) {
+    napi_value v;
+    if (napi_create_function(env, f.name, NAPI_AUTO_LENGTH, f.call, nullptr, &v) != napi_ok) return nullptr;
+    napi_set_named_property(env, exports, f.name, v);
+  }
   for (const auto& f : functions) {
     napi_value v;
     if (napi_create_function(env, f.name, NAPI_AUTO_LENGTH, f.call, nullptr, &v) != napi_ok) return nullptr;

@@ -1,31 +1,14 @@
-// Runs programs: an instruction set's kernels, a team of threads, the workspace shared by all programs, and a dedicated
-// thread that takes steps from a queue and is worker 0 of the team. Knows no Node.
+// Runs programs on the CPU: an instruction set's kernels, a team of threads, and the workspace shared by all programs. Knows no Node.
 #pragma once
-#include <deque>
-#include <mutex>
+#include <memory>
 #include <set>
 
 #include "plan.h"
-
-// A run of a program, from queueing to reporting its outcome to the caller.
-struct Step {
-  Step() = default;
-  Step(Step&&) = default;
-  virtual ~Step() = default;
-
-  Program* program = nullptr;
-  std::vector<int64_t> sizes;
-  std::vector<Span> inputs, outputs;
-  std::vector<int32_t> calls;
-  std::string error;  // "" on success
-};
+#include "queue.h"
 
 class Device {
  public:
-  // `done` is called on the device's thread after each step, which `finished` then returns.
-  Device(const KernelTable& kernels, int threads, std::function<void()> done);
-  // Waits for the running step; drops those that have not started.
-  ~Device();
+  Device(const KernelTable& kernels, int threads);
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
@@ -36,23 +19,13 @@ class Device {
   void announce(const Program& program);
   void forget(const Program& program);
 
-  // Steps run one at a time, in the order of these calls. A step is destroyed by the thread that calls `finished` or ~Device.
-  void post(std::unique_ptr<Step> step);
-  std::vector<std::unique_ptr<Step>> finished();
+  // One step at a time; the calling thread is worker 0 of the team.
+  void run(Program& program, const Step& step);
 
  private:
-  void loop();
-  void run(Step& step);
-
   const KernelTable& kernels_;
-  const std::function<void()> done_;
   Team team_;
-  std::mutex lock_;  // protects the next three
+  std::mutex lock_;  // protects the next
   std::multiset<size_t> arenas_;
-  std::deque<std::unique_ptr<Step>> waiting_;
-  std::vector<std::unique_ptr<Step>> finished_;
-  std::unique_ptr<Memory> workspace_;  // used only by the device's thread
-  alignas(64) std::atomic<uint32_t> posted_{0};
-  std::atomic<bool> stop_{false};
-  std::thread thread_;
+  std::unique_ptr<Memory> workspace_;
 };

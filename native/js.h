@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "plan.h"
+#include "layout.h"
 
 struct Pending {};  // thrown when a JavaScript exception is pending
 

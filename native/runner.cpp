@@ -3,38 +3,24 @@
 namespace {
 
 struct Promised : Step {
-  Promised(Step&& step, std::shared_ptr<Bound> b) : Step(std::move(step)), bound(std::move(b)) { program = bound->program.get(); }
+  Promised(Step&& step, std::shared_ptr<Prepared> p) : Step(std::move(step)), prepared(std::move(p)) { run = prepared->run; }
 
-  std::shared_ptr<Bound> bound;
+  std::shared_ptr<Prepared> prepared;
   napi_deferred deferred = nullptr;
   napi_ref keep = nullptr;
 };
 
 }  // namespace
 
-Bound::Bound(std::shared_ptr<Runner> r, std::shared_ptr<Weights> w, std::vector<std::shared_ptr<Memory>> s, const Plan& plan)
-    : runner(std::move(r)), weights(std::move(w)), states(std::move(s)) {
-  Device* device = runner->device();
-  if (!device) throw std::runtime_error("the backend has been disposed of");
-  std::vector<Memory*> memories;
-  for (const auto& state : states) memories.push_back(state.get());
-  program = std::make_unique<Program>(plan, device->kernels(), *weights, memories);
-  device->announce(*program);
-}
-
-Bound::~Bound() {
-  if (runner->device()) runner->device()->forget(*program);
-}
-
-Runner::Runner(napi_env env, const KernelTable& kernels, int threads) : env_(env) {
-  // The device's thread only wakes ours: finished steps wait in the device's list, so that none is lost on shutdown.
+Runner::Runner(napi_env env) : env_(env) {
+  // The queue's thread only wakes ours: finished steps wait in the queue's list, so that none is lost on shutdown.
   auto wake = [](napi_env e, napi_value, void* self, void*) {
     if (e) static_cast<Runner*>(self)->shared_from_this()->settle(e);
   };
   check(env, napi_create_threadsafe_function(env, nullptr, nullptr, to_js(env, "mixtape"), 0, 1, nullptr, nullptr, this, wake, &wake_));
   check(env, napi_unref_threadsafe_function(env, wake_));
   try {
-    device_ = std::make_unique<Device>(kernels, threads, [this] { napi_call_threadsafe_function(wake_, nullptr, napi_tsfn_nonblocking); });
+    queue_ = std::make_unique<Queue>([this] { napi_call_threadsafe_function(wake_, nullptr, napi_tsfn_nonblocking); });
   } catch (...) {
     napi_release_threadsafe_function(wake_, napi_tsfn_abort);
     throw;
@@ -44,20 +30,20 @@ Runner::Runner(napi_env env, const KernelTable& kernels, int threads) : env_(env
 
 Runner::~Runner() { shut(); }
 
-napi_value Runner::run(napi_env env, std::shared_ptr<Bound> bound, Step step, napi_value keep) {
-  if (!device_ || closing_) throw std::runtime_error("the backend has been disposed of");
-  auto pending = std::make_unique<Promised>(std::move(step), std::move(bound));
+napi_value Runner::run(napi_env env, std::shared_ptr<Prepared> prepared, Step step, napi_value keep) {
+  if (!queue_ || closing_) throw std::runtime_error("the backend has been disposed of");
+  auto pending = std::make_unique<Promised>(std::move(step), std::move(prepared));
   napi_value promise;
   check(env, napi_create_reference(env, keep, 1, &pending->keep));
   check(env, napi_create_promise(env, &pending->deferred, &promise));
   if (!pending_++) napi_ref_threadsafe_function(env, wake_);
-  device_->post(std::move(pending));
+  queue_->post(std::move(pending));
   return promise;
 }
 
 void Runner::settle(napi_env env) {
-  if (!device_) return;
-  for (const auto& step : device_->finished()) {
+  if (!queue_) return;
+  for (const auto& step : queue_->finished()) {
     auto& done = static_cast<Promised&>(*step);
     napi_delete_reference(env, done.keep);
     napi_value value;
@@ -83,8 +69,8 @@ void Runner::close() {
 }
 
 void Runner::shut() {
-  if (!device_) return;
-  device_.reset();
+  if (!queue_) return;
+  queue_.reset();
   napi_remove_env_cleanup_hook(env_, tear_down, this);
   napi_release_threadsafe_function(wake_, napi_tsfn_abort);
 }
@@ -93,5 +79,5 @@ void Runner::shut() {
 // promises of the others never settle. N-API releases the threadsafe function itself.
 void Runner::tear_down(void* data) {
   const std::shared_ptr<Runner> self = static_cast<Runner*>(data)->shared_from_this();
-  self->device_.reset();
+  self->queue_.reset();
 }

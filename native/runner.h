@@ -1,35 +1,27 @@
-// A device as exposed to JavaScript: each run is a promise, settled on its environment's thread when the device's thread
-// finishes the step. The device keeps the process alive only while a run is pending.
+// A queue of steps as exposed to JavaScript: each run is a promise, settled on its environment's thread when the queue's thread finishes the
+// step. It keeps the process alive only while a run is pending. Knows programs only as something that runs.
 #pragma once
-#include "device.h"
 #include "js.h"
+#include "queue.h"
 
-class Runner;
-
-// A program together with everything that must outlive it.
-struct Bound {
-  Bound(std::shared_ptr<Runner> runner, std::shared_ptr<Weights> weights, std::vector<std::shared_ptr<Memory>> states, const Plan& plan);
-  ~Bound();
-
-  const std::shared_ptr<Runner> runner;
-  const std::shared_ptr<Weights> weights;
-  const std::vector<std::shared_ptr<Memory>> states;
-  std::unique_ptr<Program> program;
+// A prepared program: what it needs stays alive in `run`.
+struct Prepared {
+  std::function<void(Step&)> run;
+  std::function<std::vector<double>()> seconds;
 };
 
 // Used only on the environment's thread.
 class Runner : public std::enable_shared_from_this<Runner> {
  public:
-  Runner(napi_env env, const KernelTable& kernels, int threads);
+  explicit Runner(napi_env env);
   ~Runner();
   Runner(const Runner&) = delete;
   Runner& operator=(const Runner&) = delete;
 
-  // Null once closed.
-  Device* device() const { return device_.get(); }
+  bool closed() const { return !queue_ || closing_; }
   // Throws std::runtime_error if closed. `keep`: what must not be collected before the promise settles.
-  napi_value run(napi_env env, std::shared_ptr<Bound> bound, Step step, napi_value keep);
-  // Refuses new runs, and stops the threads once none is pending.
+  napi_value run(napi_env env, std::shared_ptr<Prepared> prepared, Step step, napi_value keep);
+  // Refuses new runs, and stops the thread once none is pending.
   void close();
 
  private:
@@ -39,7 +31,7 @@ class Runner : public std::enable_shared_from_this<Runner> {
 
   const napi_env env_;
   napi_threadsafe_function wake_ = nullptr;
-  std::unique_ptr<Device> device_;
+  std::unique_ptr<Queue> queue_;
   int pending_ = 0;
   bool closing_ = false;
 };

@@ -72,6 +72,7 @@ export interface Addon {
   prepare(device: Handle, plan: NativePlan, weights: Handle, states: readonly Handle[]): Handle;
   /** Runs the calls at these positions. An input or output that none of them touches may be null. */
   run(
+    device: Handle,
     program: Handle,
     sizes: readonly number[],
     inputs: readonly (Numbers | null)[],
@@ -83,6 +84,50 @@ export interface Addon {
   disposeWeights(weights: Handle): void;
   disposeMemory(memory: Handle): void;
   disposeProgram(program: Handle): void;
+
+  /** Opens the CUDA library. @throws Error with the loader's message, or if it is of another version */
+  cudaLibrary(path: string): void;
+  cudaOps(): string[];
+  cudaCards(): { driver: number; runtime: number; cards: readonly CudaCard[] };
+  cudaOpen(index: number): Handle;
+  cudaFree(device: Handle): { free: number; total: number };
+  /** Time each call instead of replaying graphs. */
+  cudaProfile(device: Handle, on: boolean): void;
+  cudaLimits(device: Handle): Promise<CudaLimits>;
+  cudaLoad(device: Handle, specs: readonly object[]): Promise<Handle>;
+  /** Bytes copied so far by the running `cudaLoad`. */
+  cudaLoaded(device: Handle): number;
+  cudaWeightBytes(weights: Handle): number;
+  cudaMemory(device: Handle, dtype: number, shape: readonly number[]): Handle;
+  cudaRead(memory: Handle, byteOffset: number, to: Uint8Array): void;
+  cudaWrite(memory: Handle, byteOffset: number, from: Uint8Array): void;
+  cudaPrepare(device: Handle, plan: NativePlan, weights: Handle, states: readonly Handle[]): Handle;
+  cudaRun: Addon["run"];
+  disposeCuda(device: Handle): void;
+  disposeCudaWeights(weights: Handle): void;
+  disposeCudaMemory(memory: Handle): void;
+}
+
+/** A card as the CUDA library sees it. */
+export interface CudaCard {
+  readonly name: string;
+  /** Compute capability. */
+  readonly major: number;
+  readonly minor: number;
+  readonly multiprocessors: number;
+  /** Bytes of memory. */
+  readonly total: number;
+  readonly free: number;
+  /** Why the backend cannot use it; empty if it can. */
+  readonly refused: string;
+}
+
+/** A card's peak rates; copying counts bytes read and written. */
+export interface CudaLimits {
+  readonly copyBytesPerSecond: number;
+  readonly readBytesPerSecond: number;
+  readonly bf16FlopsPerSecond: number;
+  readonly fp8FlopsPerSecond: number;
 }
 
 /** Codes of dtypes, and of formats that occur only in files. */

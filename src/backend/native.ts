@@ -1,19 +1,18 @@
 /** The CPU backend in C++: runs the CPU's passes on a graph and passes the plan to the addon. Knows no kernel. */
 import { realpathSync } from "node:fs";
-import type { Tensor } from "../graph/call.ts";
 import type { Graph } from "../graph/graph.ts";
-import { needed } from "../graph/needed.ts";
-import { bytesOf, DTYPE_CODES, type Plan, plan } from "../graph/plan.ts";
+import { bytesOf, DTYPE_CODES, plan } from "../graph/plan.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { GROUP } from "../tensor/quantized.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
-import { checkRange, fitting } from "./arrays.ts";
+import { checkRange } from "./arrays.ts";
 import type { Backend, Program, Residence, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
 import { lowered } from "./cpu.ts";
 import { hostMemory } from "./memory.ts";
+import { plannedProgram, UNBOUNDED } from "./planned.ts";
 import { settle } from "./residence.ts";
 
 export type { MachineLimits } from "./addon.ts";
@@ -109,15 +108,16 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
           return (state as Held<State>).handle;
         }),
       );
-      return nativeProgram(addon, handle, planned);
+      return plannedProgram(planned, {
+        run: (...step) => addon.run(device, handle, ...step),
+        seconds: () => addon.seconds(handle),
+        dispose: () => addon.disposeProgram(handle),
+      });
     },
 
     dispose: () => addon.disposeDevice(device),
   };
 }
-
-/** Capacity of symbols that no value in the workspace depends on. */
-const UNBOUNDED = 2 ** 31 - 1;
 
 function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held<State> {
   const bytes = bytesOf({ dtype, shape }, {});
@@ -142,54 +142,6 @@ function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held
       addon.writeMemory(handle, (at ?? 0) * 4, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
     },
     dispose: () => addon.disposeMemory(handle),
-  };
-}
-
-/** The calls, inputs and symbols that a run needs for its requested outputs. */
-interface Errand {
-  /** Positions in the plan's calls. */
-  readonly calls: Int32Array;
-  readonly inputs: ReadonlySet<Tensor>;
-  readonly symbols: ReadonlySet<string>;
-}
-
-function nativeProgram(addon: Addon, handle: Handle, planned: Plan): Program {
-  const errands = new Map<string, Errand>();
-  const errandFor = (names: readonly string[]): Errand => {
-    const key = names.join("\n");
-    const known = errands.get(key) ?? errandOf(planned, names);
-    errands.set(key, known);
-    return known;
-  };
-  const returned = [...planned.graph.outputs];
-  return {
-    calls: planned.calls,
-    async run(sizes, inputs, outputs) {
-      const errand = errandFor(Object.keys(outputs));
-      return addon.run(
-        handle,
-        planned.symbols.map((s) => {
-          if (sizes[s] === undefined && errand.symbols.has(s)) throw new Error(`internal: the size '${s}' was not given`);
-          return sizes[s] ?? 0;
-        }),
-        planned.inputs.map((t) => (errand.inputs.has(t) ? fitting(t, `input '${t.name}'`, inputs[t.name as string], sizes) : null)),
-        returned.map(([name, t]) => (outputs[name] ? fitting(t, `output '${name}'`, outputs[name], sizes) : null)),
-        errand.calls,
-      );
-    },
-    seconds: () => addon.seconds(handle),
-    dispose: () => addon.disposeProgram(handle),
-  };
-}
-
-function errandOf({ graph, calls }: Plan, names: readonly string[]): Errand {
-  const positions = new Map(calls.map((call, i) => [call, i]));
-  const wanted = needed(graph, names); // includes calls that became views, which the plan does not have
-  const touched = wanted.flatMap((call) => [...call.inputs, ...call.outputs]);
-  return {
-    calls: Int32Array.from(wanted.flatMap((call) => positions.get(call) ?? [])),
-    inputs: new Set(touched.filter((t) => t.kind === "input")),
-    symbols: new Set(touched.flatMap((t) => t.shape.flatMap((d) => (typeof d === "number" ? [] : [d.symbol])))),
   };
 }
 

@@ -43,6 +43,7 @@ export async function execute(
   const weights = await addon.load([]);
   const program = addon.prepare(device, plan, weights, []);
   await addon.run(
+    device,
     program,
     [],
     inputs,

@@ -22,7 +22,7 @@ export function biasFits(bias: Tensor | undefined, shape: Shape): boolean {
 }
 
 /** Formats of weight matrices. */
-const MATRIX: ReadonlySet<Dtype> = new Set(["f32", "f16", "bf16", "int8", "int4"]);
+const MATRIX: ReadonlySet<Dtype> = new Set(["f32", "f16", "bf16", "int8", "int4", "fp8"]);
 
 /** Whether activations [rows, n] are in float32 or, beside a bfloat16 matrix, in bfloat16. */
 export function isActivation(x: Tensor | undefined, w: Tensor): x is Tensor {

@@ -1,0 +1,174 @@
+/** The CUDA backend: a card's memory and programs, through the addon's library. Knows no kernel. */
+import { existsSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import type { Graph } from "../../graph/graph.ts";
+import { bytesOf, DTYPE_CODES, plan } from "../../graph/plan.ts";
+import type { Dtype } from "../../tensor/dtype.ts";
+import type { SymbolValues } from "../../tensor/shape.ts";
+import { type Addon, type CudaCard, type CudaLimits, type Handle, openAddon, STORED_CODES } from "../addon.ts";
+import { checkRange } from "../arrays.ts";
+import type { Backend, Program, State, WeightSource, Weights } from "../backend.ts";
+import { plannedProgram, UNBOUNDED } from "../planned.ts";
+import { FEW_ROWS, loweredForCuda } from "./lowering.ts";
+
+export type { CudaCard, CudaLimits } from "../addon.ts";
+
+/** What the system has: cards, and why the backend cannot use them. */
+export interface CudaSystem {
+  readonly cards: readonly CudaCard[];
+  /** Versions such as `13.0`; null without a driver. */
+  readonly driver: string | null;
+  readonly runtime: string | null;
+  /** Why no card can be used; empty if one can. */
+  readonly refused: string;
+}
+
+const LIBRARY = fileURLToPath(new URL("../../../native/build/mixtape_cuda.so", import.meta.url));
+/** The oldest driver that the runtime works with. */
+const OLDEST_DRIVER = 12040;
+
+const version = (code: number) => `${Math.floor(code / 1000)}.${Math.floor((code % 1000) / 10)}`;
+
+/** Looks for cards. Throws nothing: what is wrong is in `refused`. */
+export function cudaSystem(): CudaSystem {
+  const none = { cards: [], driver: null, runtime: null };
+  if (!existsSync(LIBRARY))
+    return { ...none, refused: "mixtape was built without CUDA: install nvcc 12.4 or newer and run 'npm rebuild mixtape'" };
+  const addon = openAddon();
+  try {
+    addon.cudaLibrary(LIBRARY);
+    const { driver, runtime, cards } = addon.cudaCards();
+    if (driver === 0) return { ...none, runtime: version(runtime), refused: "there is no NVIDIA driver" };
+    const versions = { driver: version(driver), runtime: version(runtime) };
+    const major = Math.floor(runtime / 1000);
+    if (driver < Math.max(OLDEST_DRIVER, major * 1000))
+      return { ...versions, cards, refused: `the driver supports CUDA ${version(driver)}; ${Math.max(major, 12)}.0 or newer is needed` };
+    if (cards.length === 0) return { ...versions, cards, refused: "no NVIDIA GPU is visible (see CUDA_VISIBLE_DEVICES)" };
+    const usable = cards.some((card) => card.refused === "");
+    return { ...versions, cards, refused: usable ? "" : `${cards[0].name}: ${cards[0].refused}` };
+  } catch (error) {
+    return { ...none, refused: `the CUDA library cannot be used: ${(error as Error).message}` };
+  }
+}
+
+export interface CudaOptions {
+  /** Which of the visible cards. Default 0. */
+  readonly card?: number;
+  /** Time each call, which costs the captured graphs. Default false. */
+  readonly profile?: boolean;
+}
+
+/** A backend on one card, with what only cards have. */
+export interface CudaBackend extends Backend {
+  readonly card: CudaCard;
+  limits(): Promise<CudaLimits>;
+  /** Times each call from now on, instead of replaying graphs. */
+  profile(on: boolean): void;
+}
+
+type Held<T> = T & { readonly handle: Handle };
+
+/** @throws Error if there is no such card, or it cannot be used */
+export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = {}): CudaBackend {
+  const system = cudaSystem();
+  if (system.refused) throw new Error(`device 'cuda': ${system.refused}`);
+  const card = system.cards[index];
+  if (!card) throw new Error(`device 'cuda:${index}': there ${system.cards.length === 1 ? "is 1 GPU" : `are ${system.cards.length} GPUs`}, numbered from 0`);
+  if (card.refused) throw new Error(`device 'cuda:${index}': ${card.name}: ${card.refused}`);
+  const addon = openAddon();
+  const device = addon.cudaOpen(index);
+  addon.cudaProfile(device, profile);
+  const ops = new Set(addon.cudaOps());
+  /** Traced graphs behind the passes: for few rows and for many. A graph must not grow once it has been prepared. */
+  const passed = new WeakMap<Graph, Map<boolean, Graph>>();
+
+  return {
+    name: `cuda:${index}`,
+    threads: 1,
+    card,
+    memory: () => addon.cudaFree(device),
+    limits: () => addon.cudaLimits(device),
+    profile: (on) => addon.cudaProfile(device, on),
+
+    async load(sources: readonly WeightSource[]): Promise<Held<Weights>> {
+      const coded = sources.map((s) => ({ ...s, stored: STORED_CODES[s.stored], dtype: DTYPE_CODES[s.dtype] }));
+      const handle = await addon.cudaLoad(device, coded);
+      return {
+        names: sources.map((s) => s.name),
+        mappedBytes: 0,
+        ownedBytes: addon.cudaWeightBytes(handle),
+        handle,
+        placement: () => ({ state: "resident", movedBytes: 0, mappedBytes: 0, why: "" }),
+        settled: Promise.resolve(),
+        pages: async () => ({ huge: 0, small: 0 }),
+        lost: () => false,
+        dispose: () => addon.disposeCudaWeights(handle),
+      };
+    },
+
+    state: (dtype, shape) => cudaState(addon, device, dtype, shape),
+
+    prepare(graph: Graph, capacity: SymbolValues, weights: Weights, states: ReadonlyMap<string, State>): Program {
+      const few = (capacity["rows"] ?? 0) <= FEW_ROWS;
+      const kinds = passed.get(graph) ?? new Map<boolean, Graph>();
+      passed.set(graph, kinds);
+      const through = kinds.get(few) ?? loweredForCuda(graph, few ? FEW_ROWS : Number.POSITIVE_INFINITY, (op) => ops.has(op));
+      kinds.set(few, through);
+      const planned = plan(through, capacity);
+      const handle = addon.cudaPrepare(
+        device,
+        {
+          ops: planned.ops,
+          values: planned.values,
+          calls: planned.program,
+          params: planned.params,
+          arenaBytes: planned.arenaBytes,
+          weights: planned.weights.map((t) => t.name as string),
+          capacity: planned.symbols.map((s) => capacity[s] ?? UNBOUNDED),
+        },
+        (weights as Held<Weights>).handle,
+        planned.states.map((t) => {
+          const state = states.get(t.name as string);
+          if (!state) throw new Error(`internal: the state ${t.name} was not given`);
+          return (state as Held<State>).handle;
+        }),
+      );
+      return plannedProgram(planned, {
+        run: (...step) => addon.cudaRun(device, handle, ...step),
+        seconds: () => addon.seconds(handle),
+        dispose: () => addon.disposeProgram(handle),
+      });
+    },
+
+    dispose: () => addon.disposeCuda(device),
+  };
+}
+
+/** Caches are traced as [blocks, tokens, heads, width] and laid out as [blocks, heads, tokens, width]. */
+function cudaState(addon: Addon, device: Handle, dtype: Dtype, shape: readonly number[]): Held<State> {
+  const [blocks, tokens, heads, width] = shape;
+  const laidOut = shape.length === 4 ? [blocks, heads, tokens, width] : shape;
+  const bytes = bytesOf({ dtype, shape: laidOut }, {});
+  const handle = addon.cudaMemory(device, DTYPE_CODES[dtype], laidOut);
+  const check = () => {
+    if (dtype !== "f32")
+      throw new Error(`internal: a state of ${dtype} has a layout private to the backend; only float32 can be read and written`);
+  };
+  return {
+    bytes,
+    handle,
+    read(at = 0, count = bytes / 4 - at) {
+      check();
+      checkRange(bytes / 4, at, count);
+      const values = new Float32Array(count);
+      addon.cudaRead(handle, at * 4, new Uint8Array(values.buffer));
+      return values;
+    },
+    write(values, at) {
+      check();
+      checkRange(bytes / 4, at, values.length);
+      addon.cudaWrite(handle, (at ?? 0) * 4, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
+    },
+    dispose: () => addon.disposeCudaMemory(handle),
+  };
+}

@@ -1,0 +1,6 @@
+// Hopper's products with matrices in INT4.
+#include "gemm_hopper.cuh"
+
+namespace cuda::gemm {
+void run_hopper_int4(const Product& p, Launch& launch, int64_t most_rows) { run_hopper_format<INT4>(p, launch, most_rows); }
+}  // namespace cuda::gemm

@@ -7,7 +7,10 @@ void paged_write(const Operands& o, Launch& launch);
 void rope_write(const Operands& o, Launch& launch);
 void whole(const Operands& o, Launch& launch);
 
-static void paged_attention(const Operands& o, Launch& launch) { general(o, launch); }
+static void paged_attention(const Operands& o, Launch& launch) {
+  if (decodes(o.in(1))) decode(o, 1 << 20, launch);
+  else general(o, launch);
+}
 
 }  // namespace attention
 

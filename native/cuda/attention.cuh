@@ -151,5 +151,8 @@ __device__ __forceinline__ bool last_to_arrive(int32_t* counter, int count) {
 
 // The kernels that serve calls; each launches what it needs. `general` takes any format and width.
 void general(const Operands& o, Launch& launch);
+// Sequences of up to `few` rows; only formats and widths that `decodes` names.
+bool decodes(const Tensor& keys);
+void decode(const Operands& o, int few, Launch& launch);
 
 }  // namespace cuda::attention

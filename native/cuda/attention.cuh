@@ -154,5 +154,8 @@ void general(const Operands& o, Launch& launch);
 // Sequences of up to `few` rows; only formats and widths that `decodes` names.
 bool decodes(const Tensor& keys);
 void decode(const Operands& o, int few, Launch& launch);
+// Sequences of more than `few` rows; only what `prompts` names.
+bool prompts(const Tensor& keys, const Launch& launch);
+void prompt(const Operands& o, int few, Launch& launch);
 
 }  // namespace cuda::attention

@@ -240,7 +240,7 @@ void sample(const Operands& o, Launch& launch) {
 
 struct Top {
   const float* logits;
-  int32_t* ids;
+  int32_t* ids;  // null if nobody wants them
   float* logprobs;
   Piece* pieces;
   int32_t* arrived;
@@ -276,8 +276,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) top_kernel(Top p) {
     const uint64_t best = merge_block(key, keys[j % 2], [](uint64_t u, uint64_t v) { return max(u, v); });
     const int id = token_of(best), piece = id / p.length;
     if (tid == 0) {
-      p.ids[static_cast<int64_t>(r) * count + j] = id;
-      p.logprobs[static_cast<int64_t>(r) * count + j] = x[id] - norm;
+      if (p.ids) p.ids[static_cast<int64_t>(r) * count + j] = id;
+      if (p.logprobs) p.logprobs[static_cast<int64_t>(r) * count + j] = x[id] - norm;
     }
     if (warp != piece / 32 || j + 1 == count) continue;
     uint64_t next = 0;

@@ -5,7 +5,7 @@
 
 #include "calls.h"
 #include "cpu/dispatch.h"
-#include "cuda.h"
+#include "cards.h"
 #include "device.h"
 #include "machine.h"
 #include "residence.h"

@@ -46,8 +46,6 @@ void describe(int32_t index, CudaCard& card) {
   card.total = total;
 }
 
-const cuda::Entry* const TABLES[] = {cuda::ELEMENTWISE, cuda::MATRIX, cuda::EXPERTS, cuda::GEMM, cuda::ATTENTION, cuda::SAMPLING};
-
 const CudaInterface INTERFACE = {
     .version = CUDA_INTERFACE_VERSION,
     .error = [] { return last_error.c_str(); },
@@ -104,10 +102,8 @@ const CudaInterface INTERFACE = {
       });
     },
     .op = [](size_t index) -> const char* {
-      for (const cuda::Entry* table : TABLES)
-        for (const cuda::Entry* e = table; e->op; e++)
-          if (!index--) return e->op;
-      return nullptr;
+      const cuda::Entry* e = cuda::entry(index);
+      return e ? e->op : nullptr;
     },
     .prepare = [](CudaDevice* d, const CudaPlan* plan) { return made<CudaProgram>([&] { return new CudaProgram(d, *plan); }); },
     .discard = [](CudaProgram* p) { delete p; },

@@ -17,12 +17,12 @@ size_t aligned(size_t n) { return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 [[noreturn]] void broken(const std::string& what) { throw Error("internal: " + what); }
 
-const cuda::Entry* const TABLES[] = {cuda::ELEMENTWISE, cuda::MATRIX, cuda::EXPERTS, cuda::GEMM, cuda::ATTENTION, cuda::SAMPLING};
-
-cuda::Kernel find(const std::string& op) {
-  for (const cuda::Entry* table : TABLES)
-    for (const cuda::Entry* e = table; e->op; e++)
-      if (op == e->op) return e->run;
+// `op`, or `opToBf16` and `opToF16`: the same kernel, which looks at the format of its result.
+cuda::Kernel find(std::string op) {
+  for (const char* ending : {"ToBf16", "ToF16"})
+    if (op.ends_with(ending)) op.resize(op.size() - std::strlen(ending));
+  for (size_t i = 0; const cuda::Entry* e = cuda::entry(i); i++)
+    if (op == e->op) return e->run;
   broken("the cuda backend has no kernel for the op '" + op + "'");
 }
 
@@ -82,6 +82,13 @@ class Launcher final : public cuda::Launch {
 };
 
 }  // namespace
+
+const cuda::Entry* cuda::entry(size_t index) {
+  for (const Entry* table : {ELEMENTWISE, MATRIX, EXPERTS, ATTENTION, SAMPLING})
+    for (const Entry* e = table; e->op; e++)
+      if (!index--) return e;
+  return nullptr;
+}
 
 CudaProgram::Instance::~Instance() {
   if (graph) cudaGraphExecDestroy(graph);

@@ -7,6 +7,11 @@
 #include "../layout.h"
 #include "device.cuh"
 
+namespace cuda {
+// All kernels, one after another; null after the last.
+const Entry* entry(size_t index);
+}  // namespace cuda
+
 struct CudaProgram {
   CudaProgram(CudaDevice* device, const CudaPlan& plan);
   ~CudaProgram();

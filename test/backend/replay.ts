@@ -28,9 +28,9 @@ interface Recording {
   readonly expected: readonly Numbers[];
 }
 
-function recordCase(c: Case, sources: readonly WeightSource[], expected: readonly Numbers[]): Recording {
+function recordCase(c: Case, lowered: Graph, sources: readonly WeightSource[], expected: readonly Numbers[]): Recording {
   const { name, tolerance, sizes } = c;
-  return { name, tolerance, plan: plan(loweredOf(c), sizes), sources, sizes, inputs: Object.fromEntries(c.inputs), expected };
+  return { name, tolerance, plan: plan(lowered, sizes), sources, sizes, inputs: Object.fromEntries(c.inputs), expected };
 }
 
 /** A whole model in float32 that computes a prompt in one step, against its recorded logits. */
@@ -113,7 +113,7 @@ export async function recordAll(folder: string): Promise<{ readonly file: string
   const recordings: Recording[] = [];
   for (const [i, c] of allCases().entries()) {
     const sources = await writeWeights(c, join(folder, `${i}.bin`));
-    const recording = recordCase(c, sources, await expectedOf(c, sources));
+    const recording = recordCase(c, loweredOf(c), sources, await expectedOf(c, sources));
     recordings.push(recording, { ...recording, name: `${c.name}, wild numbers`, tolerance: UNCOMPARED, inputs: wild(recording.inputs) });
   }
   for (const variant of ["moe-tiny", "dense-tiny"]) recordings.push(await recordModel(variant, await openGoldens(variant), 33));

@@ -1,4 +1,4 @@
-#include "cuda.h"
+#include "cards.h"
 
 #include <dlfcn.h>
 

@@ -72,7 +72,7 @@ struct Experts {
 template <Dtype D>
 struct GatedExperts {
   static constexpr int MATRICES = 2;
-  static constexpr bool PARTS_KNOWN = true;
+  static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
   Experts e;
   const float* x;
   Matrix gate, up, shared_gate, shared_up;
@@ -126,7 +126,7 @@ struct GatedExperts {
 template <Dtype D>
 struct DownExperts {
   static constexpr int MATRICES = 1;
-  static constexpr bool PARTS_KNOWN = false;
+  static constexpr bool PARTS_KNOWN = false, WEIGHTED = true;
   Experts e;
   const float *h, *hs;
   Matrix down, shared_down;

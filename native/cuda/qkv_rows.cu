@@ -27,7 +27,7 @@ struct Cache {
       const int32_t position = segment[2] + i, page = position / BLOCK_TOKENS;
       const int32_t block = page < page_count ? pages[s * page_count + page] : -1;
       if (block >= 0 && block < blocks) return static_cast<int64_t>(block) * BLOCK_TOKENS + position % BLOCK_TOKENS;
-      report(faults, Fault::PAGE, position, s);
+      report(faults, Fault::PAGE, block, blocks);
       return -1;
     }
     return -1;
@@ -73,7 +73,7 @@ __device__ __forceinline__ uint32_t largest_of_16(uint32_t top) {
 template <Dtype D>
 struct Qkv {
   static constexpr int MATRICES = 1;
-  static constexpr bool PARTS_KNOWN = true;
+  static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
   const float *x, *angles;
   Matrix wq, wk, wv;
   int32_t k, q_width;

@@ -7,7 +7,7 @@ namespace {
 template <Dtype D, bool GATED>
 struct Whole {
   static constexpr int MATRICES = GATED ? 2 : 1;
-  static constexpr bool PARTS_KNOWN = true;
+  static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
   Product p;
   int32_t first, rows;  // of this block; set by prepare
 

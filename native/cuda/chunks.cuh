@@ -123,17 +123,18 @@ struct Warp {
   static constexpr int STAGE = M * TILE_N * (C::ROW_BYTES + C::SCALE_BYTES);
   // About 6 KiB: two blocks fill a multiprocessor's share of the memory system, and leave the next kernel room to start its own.
   static constexpr int STAGES = M == 1 ? (C::ROW_BYTES == 64 ? 5 : 3) : (C::ROW_BYTES == 64 ? 3 : 2);
-  // Activations: 2 P columns and one of zeros; then each row's scale and the sums of its groups.
-  static constexpr int X = (2 * P + 1) * C::X_STRIDE, NOTES = P * 8 * 4;
-  static constexpr int BYTES = STAGES * STAGE + X + NOTES;
+  // Activations of a chunk: 2 P columns, then each row's [8]: the sums of its groups, its scale. After all of them, a column of zeros.
+  static constexpr int STRIDE = P == 1 && !C::SCALED ? C::CHUNK * 2 : C::X_STRIDE;
+  static constexpr int X = 2 * P * STRIDE, SLOT = X + (D == BF16 ? 0 : P * 8 * 4);
+  static constexpr int bytes(int slots) { return STAGES * STAGE + slots * SLOT + STRIDE; }
 
-  uint8_t *ring, *x;
-  float* notes;  // [P][8]: group sums, scale
+  uint8_t *ring, *x, *zeros;
   int lane, g, t;
   uint32_t to;       // where this lane's copies go in a stage
   uint32_t to_scale;
   int from;          // where its reading starts
-  const uint8_t* column[NT];  // its activations
+  const uint8_t* column[NT];  // its activations in slot 0
+  int32_t step[NT];           // and how far those in the next slot are
   float sums[M][NT][KEPT];
 
   // Weights to copy.
@@ -147,13 +148,13 @@ struct Warp {
     else return unit ^ (row & 1) << 2;
   }
 
-  __device__ void start(uint8_t* memory) {
+  __device__ void start(uint8_t* memory, int slots) {
     lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    ring = memory, x = ring + STAGES * STAGE, notes = reinterpret_cast<float*>(x + X);
+    ring = memory, x = ring + STAGES * STAGE, zeros = x + slots * SLOT;
     const int row = lane / UNITS;
     to = shared_address(ring) + row * C::ROW_BYTES + swizzle(row, lane % UNITS) * 16;
     to_scale = shared_address(ring) + M * TILE_N * C::ROW_BYTES + lane * C::SCALE_BYTES;
-    for (int i = lane; i < C::X_STRIDE / 4; i += 32) reinterpret_cast<uint32_t*>(x + 2 * P * C::X_STRIDE)[i] = 0;
+    for (int i = lane; i < STRIDE / 4; i += 32) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
     expect(P == 1 ? 1 : 0);
     __syncwarp();
   }
@@ -162,12 +163,13 @@ struct Warp {
   __device__ __forceinline__ void expect(uint32_t mask) {
 #pragma unroll
     for (int i = 0; i < NT; i++) {
-      const uint8_t* zeros = x + 2 * P * C::X_STRIDE;
-      if constexpr (P == 1 && C::SCALED) column[i] = (g / 2 == t ? x + g % 2 * C::X_STRIDE : zeros) + t * 64;
-      else if constexpr (P == 1) column[i] = (g < 2 ? x + g * C::X_STRIDE : zeros) + t * 16;
-      else column[i] = (mask >> (4 * i + g / 2) & 1 ? x + (8 * i + g) * C::X_STRIDE : zeros) + t * (C::X_STRIDE == 272 ? 32 : 16);
+      const bool has = P > 1 ? mask >> (4 * i + g / 2) & 1 : C::SCALED ? g / 2 == t : g < 2;
+      const int own = P > 1 ? 8 * i + g : C::SCALED ? g % 2 : g, columns = P == 1 && C::SCALED ? 32 : C::X_STRIDE == 272 ? 16 : 8;
+      column[i] = (has ? x + own * STRIDE : zeros) + t * columns * 2;
+      step[i] = has ? SLOT : 0;
     }
   }
+  __device__ __forceinline__ float* notes(int slot) const { return reinterpret_cast<float*>(x + slot * SLOT + X); }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -211,7 +213,7 @@ struct Warp {
   }
 
   // Splits a row's activations of a chunk in two.
-  __device__ __forceinline__ void convert(int position, float* v) {
+  __device__ __forceinline__ void convert(int slot, int position, float* v) {
     uint32_t high[V / 2], low[V / 2];
     if constexpr (C::BRAIN) {
 #pragma unroll
@@ -227,7 +229,7 @@ struct Warp {
       for (int i = 0; i < V; i++) top = max(top, bits<uint32_t>(v[i]) & 0x7fffffff);
       top = max(__reduce_max_sync(~0u, top) >> 23, 15u);
       const float by = bits<float>((268 - top) << 23);
-      if (lane == 0) notes[position * 8 + 4] = bits<float>((C::OFFSET ? min(top + 10, 254u) : top - 14) << 23);
+      if (lane == 0) notes(slot)[position * 8 + 4] = bits<float>((C::OFFSET ? min(top + 10, 254u) : top - 14) << 23);
 #pragma unroll
       for (int i = 0; i < V; i++) v[i] *= by;
       if constexpr (C::OFFSET > 0) {
@@ -237,7 +239,7 @@ struct Warp {
         // Of 32 columns; of 64 where they are a group, unless lanes take 32 each.
 #pragma unroll
         for (int d = 1; d < (P > 1 ? C::GROUP_COLUMNS : 32) / V; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-        if (lane % 8 == 0) notes[position * 8 + lane / 8] = sum * (-C::OFFSET * 0x1p-24f);
+        if (lane % 8 == 0) notes(slot)[position * 8 + lane / 8] = sum * (-C::OFFSET * 0x1p-24f);
       }
       if constexpr (D == INT4) v[2] *= 0.0625f, v[3] *= 0.0625f;
 #pragma unroll
@@ -247,13 +249,13 @@ struct Warp {
         low[i] = bits<uint32_t>(__floats2half2_rn(v[2 * i] - __low2float(h), v[2 * i + 1] - __high2float(h)));
       }
     }
-    uint8_t* at = x + 2 * position * C::X_STRIDE + lane * V * 2;
+    uint8_t* at = x + slot * SLOT + 2 * position * STRIDE + lane * V * 2;
     if constexpr (V == 4) {
       *reinterpret_cast<uint2*>(at) = make_uint2(high[0], high[1]);
-      *reinterpret_cast<uint2*>(at + C::X_STRIDE) = make_uint2(low[0], low[1]);
+      *reinterpret_cast<uint2*>(at + STRIDE) = make_uint2(low[0], low[1]);
     } else {
       *reinterpret_cast<uint32_t*>(at) = high[0];
-      *reinterpret_cast<uint32_t*>(at + C::X_STRIDE) = low[0];
+      *reinterpret_cast<uint32_t*>(at + STRIDE) = low[0];
     }
   }
 
@@ -261,19 +263,19 @@ struct Warp {
   static __device__ __forceinline__ uint4 unit(const uint8_t* stage, int m, int row, int u) {
     return *reinterpret_cast<const uint4*>(stage + (m * TILE_N + row) * C::ROW_BYTES + swizzle(row, u) * 16);
   }
-  __device__ __forceinline__ uint4 eight(int i, int at) const { return *reinterpret_cast<const uint4*>(column[i] + at); }
+  __device__ __forceinline__ uint4 eight(int slot, int i, int at) const { return *reinterpret_cast<const uint4*>(column[i] + slot * step[i] + at); }
 
-  // Multiplies a stage's chunk by the converted activations. `mask`: positions that have any.
-  __device__ __forceinline__ void multiply(int stage_number, uint32_t mask) {
+  // Multiplies a stage's chunk by a slot's activations. `mask`: positions that have any.
+  __device__ __forceinline__ void multiply(int stage_number, int slot, uint32_t mask) {
     const uint8_t* stage = ring + stage_number * STAGE;
-    if constexpr (!C::SCALED) multiply_floats(stage, mask);
-    else if constexpr (P == 1) multiply_one(stage);
-    else multiply_groups(stage, mask);
+    if constexpr (!C::SCALED) multiply_floats(stage, slot, mask);
+    else if constexpr (P == 1) multiply_one(stage, slot);
+    else multiply_groups(stage, slot, mask);
   }
 
   __device__ __forceinline__ bool empty(uint32_t mask, int i) const { return NT > 1 && !(mask >> 4 * i & 15); }
 
-  __device__ __forceinline__ void multiply_floats(const uint8_t* stage, uint32_t mask) {
+  __device__ __forceinline__ void multiply_floats(const uint8_t* stage, int slot, uint32_t mask) {
     float c[M][NT][4] = {};  // F16
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -283,7 +285,7 @@ struct Warp {
 #pragma unroll
       for (int i = 0; i < NT; i++) {
         if (empty(mask, i)) continue;
-        const uint4 v = eight(i, h * 64);
+        const uint4 v = eight(slot, i, h * 64);
 #pragma unroll
         for (int m = 0; m < M; m++) {
           float* sum = D == BF16 ? sums[m][i] : c[m][i];
@@ -295,7 +297,7 @@ struct Warp {
     if constexpr (D == F16) {
 #pragma unroll
       for (int i = 0; i < NT; i++) {
-        const float back = P == 1 ? notes[4] : mask >> (4 * i + t) & 1 ? notes[(4 * i + t) * 8 + 4] : 0.f;
+        const float back = P == 1 ? notes(slot)[4] : mask >> (4 * i + t) & 1 ? notes(slot)[(4 * i + t) * 8 + 4] : 0.f;
 #pragma unroll
         for (int m = 0; m < M; m++) {
           sums[m][i][0] += (c[m][i][0] + c[m][i][1]) * back;
@@ -306,14 +308,14 @@ struct Warp {
   }
 
   // Lane t has 32 columns of its own.
-  __device__ __forceinline__ void multiply_one(const uint8_t* stage) {
+  __device__ __forceinline__ void multiply_one(const uint8_t* stage, int slot) {
     uint4 v[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) v[j] = eight(0, j * 16);
-    const float back = notes[4], first = C::OFFSET ? notes[t] : 0.f;
+    for (int j = 0; j < 4; j++) v[j] = eight(slot, 0, j * 16);
+    const float back = notes(slot)[4], first = C::OFFSET ? notes(slot)[t] : 0.f;
 #pragma unroll
     for (int m = 0; m < M; m++) {
-      float c[4] = {first, 0, first, 0};
+      float c[4] = {first, 0, first, 0}, d[4] = {};  // two, for a shorter chain
       constexpr int units = C::ROW_BYTES / 64;
 #pragma unroll
       for (int u = 0; u < units; u++) {
@@ -325,21 +327,21 @@ struct Warp {
           C::widen(word(b, j), q);
           if constexpr (units == 1) {
             mma<false>(c, p[0], q[0], p[1], q[1], v[j].x, v[j].y);
-            mma<false>(c, p[2], q[2], p[3], q[3], v[j].z, v[j].w);
+            mma<false>(d, p[2], q[2], p[3], q[3], v[j].z, v[j].w);
           } else {
             const uint4& w = v[2 * u + j / 2];
-            mma<false>(c, p[0], q[0], p[1], q[1], j % 2 ? w.z : w.x, j % 2 ? w.w : w.y);
+            mma<false>(j % 2 ? d : c, p[0], q[0], p[1], q[1], j % 2 ? w.z : w.x, j % 2 ? w.w : w.y);
           }
         }
       }
       const f16* scale = reinterpret_cast<const f16*>(stage + M * TILE_N * C::ROW_BYTES + (m * TILE_N + g) * C::SCALE_BYTES) + t / units;
-      sums[m][0][0] += (c[0] + c[1]) * (__half2float(scale[0]) * back);
-      sums[m][0][1] += (c[2] + c[3]) * (__half2float(scale[8 * C::SCALE_BYTES / 2]) * back);
+      sums[m][0][0] += (c[0] + c[1] + (d[0] + d[1])) * (__half2float(scale[0]) * back);
+      sums[m][0][1] += (c[2] + c[3] + (d[2] + d[3])) * (__half2float(scale[8 * C::SCALE_BYTES / 2]) * back);
     }
   }
 
   // The four lanes t share each group.
-  __device__ __forceinline__ void multiply_groups(const uint8_t* stage, uint32_t mask) {
+  __device__ __forceinline__ void multiply_groups(const uint8_t* stage, int slot, uint32_t mask) {
     constexpr int GROUPS = C::CHUNK / C::GROUP_COLUMNS;
     float total[M][NT][2] = {};
 #pragma unroll
@@ -347,7 +349,7 @@ struct Warp {
       float c[M][NT][4];
 #pragma unroll
       for (int i = 0; i < NT; i++) {
-        const float first = C::OFFSET && mask >> (4 * i + t) & 1 ? notes[(4 * i + t) * 8 + q * (4 / GROUPS)] : 0.f;
+        const float first = C::OFFSET && mask >> (4 * i + t) & 1 ? notes(slot)[(4 * i + t) * 8 + q * (4 / GROUPS)] : 0.f;
 #pragma unroll
         for (int m = 0; m < M; m++) c[m][i][0] = first, c[m][i][1] = 0, c[m][i][2] = first, c[m][i][3] = 0;
       }
@@ -362,7 +364,7 @@ struct Warp {
 #pragma unroll
         for (int i = 0; i < NT; i++) {
           if (empty(mask, i)) continue;
-          const uint4 v = eight(i, q * 64);
+          const uint4 v = eight(slot, i, q * 64);
 #pragma unroll
           for (int m = 0; m < M; m++) {
             mma<false>(c[m][i], a[m][0], b[m][0], a[m][1], b[m][1], v.x, v.y);
@@ -384,7 +386,7 @@ struct Warp {
 #pragma unroll
           for (int i = 0; i < NT; i++) {
             if (empty(mask, i)) continue;
-            const uint4 v = eight(i, q * 128 + j * 16);
+            const uint4 v = eight(slot, i, q * 128 + j * 16);
 #pragma unroll
             for (int m = 0; m < M; m++) {
               mma<false>(c[m][i], p[m][0], r[m][0], p[m][1], r[m][1], v.x, v.y);
@@ -403,7 +405,7 @@ struct Warp {
     }
 #pragma unroll
     for (int i = 0; i < NT; i++) {
-      const float back = mask >> (4 * i + t) & 1 ? notes[(4 * i + t) * 8 + 4] : 0.f;
+      const float back = mask >> (4 * i + t) & 1 ? notes(slot)[(4 * i + t) * 8 + 4] : 0.f;
 #pragma unroll
       for (int m = 0; m < M; m++) sums[m][i][0] += total[m][i][0] * back, sums[m][i][1] += total[m][i][1] * back;
     }

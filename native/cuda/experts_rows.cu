@@ -6,37 +6,71 @@
 namespace cuda {
 namespace {
 
-// The experts that rows chose, in the order of their first slots, in shared memory. `place[e][p]`: slot | row << 16.
+// The experts that rows chose, in the order of their first slots, in shared memory. `place[e * stride + p]`: slot | row << 16.
 struct Chosen {
-  int32_t count;
+  int32_t count, stride;
   int32_t* expert;
   uint32_t* mask;
   int32_t* place;
 
-  static int bytes(int most) { return most * (8 + 4 * ROWS_MOST) + (ROW_THREADS + ROW_WARPS) * 4; }
+  static constexpr int FEW = 32;  // slots that each warp sorts for itself, which needs no barrier
+  static __host__ __device__ int list_words(int most, int positions) { return most * (2 + positions); }
+  static int bytes(int most, int slots, int positions) { return (slots <= FEW ? ROW_WARPS * list_words(most, positions) : list_words(most, positions) + ROW_THREADS + ROW_WARPS) * 4; }
 
-  // BY_ROW: a slot's position is its row; otherwise an expert's slots take the positions from 0 on.
+  __device__ void place_lists(int32_t* at, int32_t most, int32_t positions) {
+    stride = positions;
+    expert = at;
+    mask = reinterpret_cast<uint32_t*>(at + most);
+    place = at + 2 * most;
+  }
+
+  // BY_ROW: a slot's position is its row; otherwise an expert's slots take the positions from 0 on. `most_slots`: as in bytes().
   template <bool BY_ROW>
-  __device__ void find(uint8_t* shared, int32_t most, const int32_t* experts, int32_t rows, int32_t k, int32_t limit, FaultRecord* faults) {
-    int32_t* ids = reinterpret_cast<int32_t*>(shared);
-    uint32_t* firsts = reinterpret_cast<uint32_t*>(ids + ROW_THREADS);
-    expert = ids + ROW_THREADS + ROW_WARPS;
-    mask = reinterpret_cast<uint32_t*>(expert + most);
-    place = expert + 2 * most;
-    const int slot = threadIdx.x, slots = rows * k, warp = slot / 32;
-    int32_t id = -1;
-    if (slot < slots) {
-      id = experts[slot];
-      if (id < 0 || id >= limit) report(faults, Fault::EXPERT, id, limit), id = -1;
-      ids[slot] = id;
+  __device__ void find(uint8_t* shared, int32_t most, int32_t most_slots, int32_t positions, const int32_t* experts, int32_t rows, int32_t k, int32_t limit, FaultRecord* faults) {
+    int32_t* words = reinterpret_cast<int32_t*>(shared);
+    const int slots = rows * k, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    auto id_of = [&](int slot) {
+      const int32_t id = slot < slots ? experts[slot] : -1;
+      if (slot >= slots || (id >= 0 && id < limit)) return id;
+      report(faults, Fault::EXPERT, id, limit);
+      return -1;
+    };
+    if (most_slots <= FEW) {
+      place_lists(words + warp * list_words(most, positions), most, positions);
+      const int32_t id = id_of(lane);
+      const uint32_t alike = __match_any_sync(~0u, id), below = (1u << lane) - 1;
+      const bool first = id >= 0 && !(alike & below);
+      const uint32_t firsts = __ballot_sync(~0u, first);
+      count = __popc(firsts);
+      const int rank = __popc(firsts & ((1u << (__ffs(alike) - 1)) - 1)), row = lane / k;
+      if (id >= 0) {
+        const int p = BY_ROW ? row : __popc(alike & below);
+        if (p < positions) place[rank * stride + p] = lane | row << 16;
+      }
+      if (first) {
+        uint32_t bits = 0;
+        if constexpr (BY_ROW)
+          for (uint32_t rest = alike; rest; rest &= rest - 1) bits |= 1u << (__ffs(rest) - 1) / k;
+        else bits = (1u << min(__popc(alike), positions)) - 1;
+        expert[rank] = id;
+        mask[rank] = bits;
+      }
+      __syncwarp();
+      return;
     }
+    int32_t* ids = words;
+    uint32_t* firsts = reinterpret_cast<uint32_t*>(ids + ROW_THREADS);
+    place_lists(ids + ROW_THREADS + ROW_WARPS, most, positions);
+    const int slot = threadIdx.x;
+    const int32_t id = id_of(slot);
+    ids[slot] = id;
     __syncthreads();
     bool first = id >= 0;
     for (int i = 0; first && i < slot; i++) first = ids[i] != id;
     const uint32_t votes = __ballot_sync(~0u, first);
-    if (slot % 32 == 0) firsts[warp] = votes;
+    if (lane == 0) firsts[warp] = votes;
     __syncthreads();
-    int rank = __popc(votes & ((1u << slot % 32) - 1));
+    int rank = __popc(votes & ((1u << lane) - 1));
     count = 0;
     for (int i = 0; i < ROW_WARPS; i++) {
       const int n = __popc(firsts[i]);
@@ -48,9 +82,9 @@ struct Chosen {
       for (int i = slot, n = 0; i < slots; i++) {
         if (ids[i] != id) continue;
         const int row = i / k, p = BY_ROW ? row : n++;
-        if (p == ROWS_MOST) break;
+        if (p >= positions) break;
         bits |= 1u << p;
-        place[rank * ROWS_MOST + p] = i | row << 16;
+        place[rank * stride + p] = i | row << 16;
       }
       expert[rank] = id;
       mask[rank] = bits;
@@ -65,7 +99,7 @@ struct Experts {
   Size rows;
   int32_t k, count;  // experts of a row, and of the stack
   int32_t hidden, width, shared_width;  // 0: no shared experts
-  int32_t most;  // different experts
+  int32_t most, most_slots, positions;  // different experts, slots, and positions that the kernel has
   FaultRecord* faults;
 };
 
@@ -73,6 +107,7 @@ template <Dtype D>
 struct GatedExperts {
   static constexpr int MATRICES = 2;
   static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
+  static constexpr bool same(int positions) { return positions == 1; }
   Experts e;
   const float* x;
   Matrix gate, up, shared_gate, shared_up;
@@ -84,7 +119,7 @@ struct GatedExperts {
   __device__ int32_t early_items() const { return (e.shared_width + TILE_N - 1) / TILE_N; }
   __device__ int32_t prepare(uint8_t* shared) {
     rows = min(e.rows.get(), ROWS_MOST);
-    chosen.find<false>(shared, e.most, e.experts, rows, e.k, e.count, e.faults);
+    chosen.find<false>(shared, e.most, e.most_slots, e.positions, e.experts, rows, e.k, e.count, e.faults);
     return rows > 0 ? early_items() + chosen.count * tiles() : 0;
   }
   __device__ int32_t parts() const { return 1; }
@@ -106,7 +141,7 @@ struct GatedExperts {
   __device__ uint32_t mask(const Cursor& c) const { return c.item < early_items() ? (1u << rows) - 1 : chosen.mask[index(c.item)]; }
   __device__ const float* row_of(const Cursor& c, int p, float& factor) const {
     factor = 1;
-    return x + static_cast<int64_t>(c.item < early_items() ? p : chosen.place[index(c.item) * ROWS_MOST + p] >> 16) * e.hidden;
+    return x + static_cast<int64_t>(c.item < early_items() ? p : chosen.place[index(c.item) * chosen.stride + p] >> 16) * e.hidden;
   }
   __device__ void finish(int32_t item, int p, int n, const float* sums) const {
     const float v = silu(sums[0]) * sums[1];
@@ -117,7 +152,7 @@ struct GatedExperts {
     }
     const int32_t i = index(item);
     n += (item - early_items() - i * tiles()) * TILE_N;
-    if (n < e.width && chosen.mask[i] >> p & 1) h[static_cast<int64_t>(chosen.place[i * ROWS_MOST + p] & 0xffff) * e.width + n] = v;
+    if (n < e.width && chosen.mask[i] >> p & 1) h[static_cast<int64_t>(chosen.place[i * chosen.stride + p] & 0xffff) * e.width + n] = v;
   }
   __device__ void after(int32_t) const {}
 };
@@ -127,6 +162,7 @@ template <Dtype D>
 struct DownExperts {
   static constexpr int MATRICES = 1;
   static constexpr bool PARTS_KNOWN = false, WEIGHTED = true;
+  static constexpr bool same(int positions) { return positions == 1; }
   Experts e;
   const float *h, *hs;
   Matrix down, shared_down;
@@ -141,7 +177,7 @@ struct DownExperts {
   __device__ int32_t early_items() const { return e.shared_width ? tiles() : 0; }
   __device__ int32_t prepare(uint8_t* shared) {
     rows = min(e.rows.get(), ROWS_MOST);
-    chosen.find<true>(shared, e.most, e.experts, rows, e.k, e.count, e.faults);
+    chosen.find<true>(shared, e.most, e.most_slots, e.positions, e.experts, rows, e.k, e.count, e.faults);
     return rows > 0 && parts() > 0 ? tiles() : 0;
   }
   __device__ int32_t parts() const { return chosen.count + (e.shared_width > 0); }
@@ -162,7 +198,7 @@ struct DownExperts {
       factor = 1;
       return hs + static_cast<int64_t>(p) * e.shared_width;
     }
-    const int32_t slot = chosen.place[index(c.part) * ROWS_MOST + p] & 0xffff;
+    const int32_t slot = chosen.place[index(c.part) * chosen.stride + p] & 0xffff;
     factor = weights[slot];
     return h + static_cast<int64_t>(slot) * e.width;
   }
@@ -228,10 +264,11 @@ void experts_gated(const Operands& o, Launch& launch) {
   const bool shared = o.params[0] != 0;
   const Tensor &x = o.in(0), &gate = o.in(1), &up = o.in(2), &ids = o.in(shared ? 5 : 3);
   const int32_t rows = ids.most[0], k = ids.most[1], count = gate.most[0], slots = rows * k;
-  const Experts e{ids.as<int32_t>(), ids.rows(), k, count, gate.most[2], gate.most[1], shared ? o.in(3).most[0] : 0, count < slots ? count : slots, launch.faults};
+  const Experts e{ids.as<int32_t>(), ids.rows(), k, count, gate.most[2], gate.most[1], shared ? o.in(3).most[0] : 0, count < slots ? count : slots, slots, rows == 1 ? 1 : rows <= 4 ? 4 : rows <= 8 ? 8 : 16, launch.faults};
   if (fits(e, rows, e.hidden, e.hidden, {gate.dtype, up.dtype, shared ? o.in(3).dtype : gate.dtype, shared ? o.in(4).dtype : gate.dtype})) {
     const int items = ceil_div(e.shared_width, TILE_N) + e.most * ceil_div(e.width, TILE_N);
-    launch_rows<GatedExperts>(gate.dtype, rows, items, 1, Chosen::bytes(e.most), launch, [&](auto tag) {
+    auto own_bytes = [&](int positions) { return Chosen::bytes(e.most, slots, positions); };
+    launch_rows<GatedExperts>(gate.dtype, rows, items, 1, e.hidden, launch, own_bytes, [&](auto tag) {
       return GatedExperts<decltype(tag)::value>{e, x.as<float>(), matrix_of(gate), matrix_of(up), shared ? matrix_of(o.in(3)) : Matrix{}, shared ? matrix_of(o.in(4)) : Matrix{},
                                                o.out(0).as<float>(), shared ? o.out(1).as<float>() : nullptr, 0, {}};
     });
@@ -247,10 +284,11 @@ void experts_down(const Operands& o, Launch& launch) {
   const bool shared = o.params[0] != 0, has_residual = o.params[1] != 0;
   const Tensor &h = o.in(0), &down = o.in(shared ? 2 : 1), &ids = o.in(shared ? 4 : 2), &weights = o.in(shared ? 5 : 3), &y = o.out(0);
   const int32_t rows = ids.most[0], k = ids.most[1], count = down.most[0], slots = rows * k;
-  const Experts e{ids.as<int32_t>(), ids.rows(), k, count, down.most[1], down.most[2], shared ? o.in(3).most[1] : 0, count < slots ? count : slots, launch.faults};
+  const Experts e{ids.as<int32_t>(), ids.rows(), k, count, down.most[1], down.most[2], shared ? o.in(3).most[1] : 0, count < slots ? count : slots, slots, rows == 1 ? 1 : rows <= 4 ? 4 : rows <= 8 ? 8 : 16, launch.faults};
   const float* residual = has_residual ? o.in(shared ? 6 : 4).as<float>() : nullptr;
   if (fits(e, rows, e.width, e.shared_width, {down.dtype, shared ? o.in(3).dtype : down.dtype})) {
-    launch_rows<DownExperts>(down.dtype, rows, ceil_div(e.hidden, TILE_N), 1, Chosen::bytes(e.most), launch, [&](auto tag) {
+    auto own_bytes = [&](int positions) { return Chosen::bytes(e.most, slots, positions); };
+    launch_rows<DownExperts>(down.dtype, rows, ceil_div(e.hidden, TILE_N), 1, static_cast<int64_t>(k) * e.width + e.shared_width, launch, own_bytes, [&](auto tag) {
       return DownExperts<decltype(tag)::value>{e, h.as<float>(), shared ? o.in(1).as<float>() : nullptr, matrix_of(down), shared ? matrix_of(o.in(3)) : Matrix{},
                                               weights.as<float>(), residual, y.as<float>(), 0, {}};
     });

@@ -74,6 +74,7 @@ template <Dtype D>
 struct Qkv {
   static constexpr int MATRICES = 1;
   static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
+  static constexpr bool same(int) { return true; }
   const float *x, *angles;
   Matrix wq, wk, wv;
   int32_t k, q_width;
@@ -209,7 +210,7 @@ void qkv_rope(const Operands& o, Launch& launch) {
     const bool grouped = keys.dtype == INT8KV;
     float* waiting = grouped ? static_cast<float*>(launch.scratch(static_cast<size_t>(rows) * 2 * heads * dim * 4)) : nullptr;
     int32_t* done = grouped ? launch.counters(2 * heads * dim / 64) : nullptr;
-    launch_rows<Qkv>(d, rows, (wq.most[0] + 2 * heads * dim) / TILE_N, 1, 0, launch, [&](auto tag) {
+    launch_rows<Qkv>(d, rows, (wq.most[0] + 2 * heads * dim) / TILE_N, 1, k, launch, [](int) { return 0; }, [&](auto tag) {
       return Qkv<decltype(tag)::value>{x.as<float>(), angles.as<float>(), matrix_of(wq), matrix_of(wk), matrix_of(wv), k, wq.most[0], cache, q.as<float>(), waiting, done, x.rows(), 0};
     });
     return;

@@ -8,6 +8,7 @@ template <Dtype D, bool GATED>
 struct Whole {
   static constexpr int MATRICES = GATED ? 2 : 1;
   static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
+  static constexpr bool same(int) { return true; }
   Product p;
   int32_t first, rows;  // of this block; set by prepare
 
@@ -56,8 +57,9 @@ using Gated = Whole<D, true>;
 bool few_rows_product(const Product& p, Launch& launch) {
   if (p.order || !has_chunks(p.format) || p.k % chunk_of(p.format) || p.most > 64) return false;
   const int items = ceil_div(p.n, TILE_N), across = ceil_div(p.most, ROWS_MOST);
-  if (p.gated) launch_rows<Gated>(p.format, p.most, items, across, 0, launch, [&](auto tag) { return Gated<decltype(tag)::value>{p, 0, 0}; });
-  else launch_rows<Plain>(p.format, p.most, items, across, 0, launch, [&](auto tag) { return Plain<decltype(tag)::value>{p, 0, 0}; });
+  auto nothing = [](int) { return 0; };
+  if (p.gated) launch_rows<Gated>(p.format, p.most, items, across, p.k, launch, nothing, [&](auto tag) { return Gated<decltype(tag)::value>{p, 0, 0}; });
+  else launch_rows<Plain>(p.format, p.most, items, across, p.k, launch, nothing, [&](auto tag) { return Plain<decltype(tag)::value>{p, 0, 0}; });
   return true;
 }
 

@@ -28,6 +28,7 @@ struct Source {
 //   MATRICES                    1, or 2 for gate and up
 //   PARTS_KNOWN                 whether parts() is known before await_inputs
 //   WEIGHTED                    whether row_of sets a factor
+//   same(P)                     whether all items have the same activations
 //   early_items()               items whose first part's weights are known before await_inputs
 //   prepare(shared)             called by all threads after await_inputs; returns the number of items
 //   parts(), chunks(part)       of each item
@@ -36,19 +37,21 @@ struct Source {
 //   row_of(cursor, p, factor)   that row, and what to multiply it by
 //   finish(item, p, n, sums)    the result for weight row n (0 to 15) and position p, called by whole warps; some n and p are out of bounds
 //   after(item)                 called by all threads
-template <class Op, Dtype D, int P>
-__global__ void __launch_bounds__(ROW_THREADS, P <= 4 ? 3 : 1) rows_kernel(const Op given) {
+//
+// RESIDENT: the activations that a warp needs fit into its `slots` and are converted once; otherwise, for each chunk anew.
+template <class Op, Dtype D, int P, bool RESIDENT>
+__global__ void __launch_bounds__(ROW_THREADS, P == 1 ? 3 : P == 4 ? 2 : 1) rows_kernel(const Op given, const int32_t slots) {
   constexpr int M = Op::MATRICES;
   using W = Warp<D, P, M>;
-  constexpr int S = W::STAGES, V = W::V, READY = P <= 4 ? P : 1;
+  constexpr int S = W::STAGES, V = W::V;
   extern __shared__ __align__(128) uint8_t shared[];
   let_next_start();
   Op op = given;
   const int warp = threadIdx.x / 32;
-  float* partial = reinterpret_cast<float*>(shared + ROW_WARPS * W::BYTES);
+  float* partial = reinterpret_cast<float*>(shared + ROW_WARPS * W::bytes(slots));
   constexpr int SUMS = M * TILE_N * P;  // of a warp
   W w;
-  w.start(shared + warp * W::BYTES);
+  w.start(shared + warp * W::bytes(slots), slots);
 
   int32_t items = op.early_items();
   // To this warp's first chunk at or after the cursor that exists; whether it is in another part.
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(ROW_THREADS, P <= 4 ? 3 : 1) rows_kernel(const
   }
   await_inputs();
   const int32_t known = items;
-  items = op.prepare(shared + ROW_WARPS * W::BYTES + 2 * ROW_WARPS * SUMS * 4);
+  items = op.prepare(reinterpret_cast<uint8_t*>(partial + 2 * ROW_WARPS * SUMS));
   if ((settle(ahead) || ahead.item >= known || !started) && ahead.item < items) aim(ahead);
   for (; started < S; started++) {
     if (ahead.item < items) {
@@ -89,63 +92,69 @@ __global__ void __launch_bounds__(ROW_THREADS, P <= 4 ? 3 : 1) rows_kernel(const
 
   Cursor now{static_cast<int32_t>(blockIdx.x), 0, warp, op.chunks(0)};
   settle(now);
-  uint32_t mask = 0;
-  const float* row = nullptr;  // if P is 1
-  float values[READY][V], factors[READY], factor = 1;
-  // Called when another part begins.
-  auto meet = [&](const Cursor& c) {
-    if (c.item >= items) return 0u;
-    const uint32_t rows = op.mask(c);
-    if constexpr (P == 1)
-      if (rows) row = op.row_of(c, 0, factor);
-    return rows;
-  };
-  auto load_next = [&](const Cursor& c, uint32_t rows) {
-    if constexpr (P == 1) {
-      if (rows) w.load(row, c.chunk, values[0]), factors[0] = factor;
-    } else if constexpr (P <= 4) {
-#pragma unroll
-      for (int p = 0; p < P; p++)
-        if (rows >> p & 1) w.load(op.row_of(c, p, factors[p]), c.chunk, values[p]);
-    }
-  };
-  auto convert = [&](int p, float* v, float by) {
+  uint32_t mask = now.item < items ? op.mask(now) : 0;
+  if constexpr (P > 1) w.expect(mask);
+  auto convert = [&](int slot, int p, float* v, float by) {
     if constexpr (Op::WEIGHTED) {
 #pragma unroll
       for (int i = 0; i < V; i++) v[i] *= by;
     }
-    w.convert(p, v);
+    w.convert(slot, p, v);
   };
-  mask = meet(now);
-  if constexpr (P > 1) w.expect(mask);
-  load_next(now, mask);
+  // Loads the activations of TOGETHER chunks, so that the loads' latencies overlap.
+  constexpr int TOGETHER = !RESIDENT ? 1 : P == 1 ? 16 / V : P == 4 ? 8 / V : 1;
+  float values[TOGETHER][P][V], factors[TOGETHER][P];
+  auto load = [&](int i, const Cursor& c, uint32_t rows) {
+#pragma unroll
+    for (int p = 0; p < P; p++)
+      if (P == 1 || rows >> p & 1) w.load(op.row_of(c, p, factors[i][p]), c.chunk, values[i][p]);
+  };
+  if constexpr (RESIDENT) {
+    Cursor c = now;
+    for (int first = 0; c.item == now.item && c.item < items; first += TOGETHER) {
+      int count = 0;
+#pragma unroll
+      for (int i = 0; i < TOGETHER; i++) {
+        if (c.item != now.item) continue;
+        load(i, c, mask);
+        c.chunk += ROW_WARPS;
+        settle(c);
+        count++;
+      }
+#pragma unroll
+      for (int i = 0; i < TOGETHER; i++) {
+        if (i >= count) continue;
+#pragma unroll
+        for (int p = 0; p < P; p++)
+          if (P == 1 || mask >> p & 1) convert(first + i, p, values[i][p], factors[i][p]);
+      }
+    }
+    __syncwarp();
+  } else if (now.item < items) {
+    load(0, now, mask);
+  }
   int stage = 0, turn = 0;
   for (int32_t item = blockIdx.x; item < items; item += gridDim.x, turn ^= 1) {
     w.clear();
-    while (now.item == item) {
-      if constexpr (P <= 4) {
+    for (int slot = 0; now.item == item; slot += RESIDENT) {
+      if constexpr (!RESIDENT) {
 #pragma unroll
-        for (int p = 0; p < READY; p++)
-          if (P == 1 || mask >> p & 1) convert(p, values[p], factors[p]);
-      } else {
-#pragma unroll 4
-        for (int p = 0; p < P; p++) {
-          if (!(mask >> p & 1)) continue;
-          float v[V], by;
-          w.load(op.row_of(now, p, by), now.chunk, v);
-          convert(p, v, by);
-        }
+        for (int p = 0; p < P; p++)
+          if (P == 1 || mask >> p & 1) convert(0, p, values[0][p], factors[0][p]);
       }
       const uint32_t active = mask;
       now.chunk += ROW_WARPS;
       const bool moved = settle(now);
-      if (moved) mask = meet(now);
-      load_next(now, mask);
+      if constexpr (!RESIDENT)
+        if (now.item < items) {
+          if (moved) mask = op.mask(now);
+          load(0, now, mask);
+        }
       await_copies<S - 1>();
       __syncwarp();
-      w.multiply(stage, active);
+      w.multiply(stage, slot, active);
       __syncwarp();
-      if constexpr (P > 1)
+      if constexpr (P > 1 && !RESIDENT)
         if (moved) w.expect(mask);
       if (ahead.item < items) {
         w.fetch(stage, ahead.chunk);
@@ -184,16 +193,20 @@ __device__ __forceinline__ const uint8_t* scales_at(const Matrix& m, int64_t row
   return reinterpret_cast<const uint8_t*>(m.scales) + row * Chunks<D>::scale_pitch(k);
 }
 
-// Launches Op<format>, which `make(format tag)` builds, for up to P rows at a time.
+// Launches Op<format>, which `make(format tag)` builds, for up to P rows at a time. `depth`: columns of an item.
 template <template <Dtype> class Op, int P, class Make>
-void launch_rows(Dtype format, int items, int across, int op_bytes, Launch& launch, Make make) {
+void launch_rows(Dtype format, int items, int across, int64_t depth, int op_bytes, Launch& launch, Make make) {
   auto go = [&](auto tag) {
     constexpr Dtype D = decltype(tag)::value;
     using O = Op<D>;
-    constexpr int M = O::MATRICES;
-    const int bytes = ROW_WARPS * (Warp<D, P, M>::BYTES + 2 * M * TILE_N * P * 4) + op_bytes;
-    const int together = (P <= 4 ? 2 : 1) * launch.multiprocessors;
-    launch(rows_kernel<O, D, P>, dim3(items < together ? items : together, across), ROW_THREADS, bytes, make(tag));
+    constexpr int M = O::MATRICES, TOGETHER = P <= 4 ? 2 : 1, LIMIT = (227 << 10) / TOGETHER - 1024;  // blocks of a multiprocessor
+    const dim3 grid(items < TOGETHER * launch.multiprocessors ? items : TOGETHER * launch.multiprocessors, across);
+    auto bytes = [&](int slots) { return ROW_WARPS * (Warp<D, P, M>::bytes(slots) + 2 * M * TILE_N * P * 4) + op_bytes; };
+    if constexpr (O::same(P)) {
+      const int64_t slots = (depth / Chunks<D>::CHUNK + ROW_WARPS - 1) / ROW_WARPS;
+      if (slots < 256 && bytes(static_cast<int>(slots)) <= LIMIT) return launch(rows_kernel<O, D, P, true>, grid, ROW_THREADS, bytes(static_cast<int>(slots)), make(tag), static_cast<int32_t>(slots));
+    }
+    launch(rows_kernel<O, D, P, false>, grid, ROW_THREADS, bytes(1), make(tag), 1);
   };
   switch (format) {
     case BF16: return go(std::integral_constant<Dtype, BF16>{});
@@ -203,12 +216,13 @@ void launch_rows(Dtype format, int items, int across, int op_bytes, Launch& laun
     default: return go(std::integral_constant<Dtype, INT4>{});
   }
 }
-template <template <Dtype> class Op, class Make>
-void launch_rows(Dtype format, int most, int items, int across, int op_bytes, Launch& launch, Make make) {
-  if (most == 1) launch_rows<Op, 1>(format, items, across, op_bytes, launch, make);
-  else if (most <= 4) launch_rows<Op, 4>(format, items, across, op_bytes, launch, make);
-  else if (most <= 8) launch_rows<Op, 8>(format, items, across, op_bytes, launch, make);
-  else launch_rows<Op, 16>(format, items, across, op_bytes, launch, make);
+// `op_bytes(P)`: shared memory of the op's own.
+template <template <Dtype> class Op, class Bytes, class Make>
+void launch_rows(Dtype format, int most, int items, int across, int64_t depth, Launch& launch, Bytes op_bytes, Make make) {
+  if (most == 1) launch_rows<Op, 1>(format, items, across, depth, op_bytes(1), launch, make);
+  else if (most <= 4) launch_rows<Op, 4>(format, items, across, depth, op_bytes(4), launch, make);
+  else if (most <= 8) launch_rows<Op, 8>(format, items, across, depth, op_bytes(8), launch, make);
+  else launch_rows<Op, 16>(format, items, across, depth, op_bytes(16), launch, make);
 }
 
 }  // namespace cuda

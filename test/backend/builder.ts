@@ -1,5 +1,6 @@
 /** Builds the test cases of kernels: a graph with its inputs, weights and states, and what to compare. */
 import type { Numbers } from "../../src/backend/backend.ts";
+import type { OpTable } from "../../src/graph/call.ts";
 import { Graph, type Tensor } from "../../src/graph/graph.ts";
 import type { KvDtype } from "../../src/tensor/dtype.ts";
 import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
@@ -33,11 +34,16 @@ export function noise(n: number, seed: number): Float32Array {
 }
 
 export class Builder {
-  readonly g = new Graph();
+  readonly g: Graph;
   readonly inputs = new Map<string, Numbers>();
   readonly weights = new Map<string, { dtype: MatrixDtype; shape: readonly number[]; values: Float32Array }>();
   readonly states = new Map<string, { dtype: KvDtype; shape: readonly number[] }>();
   #seed = 1;
+
+  /** @param table rows of the ops that may occur; default: those that models are traced with */
+  constructor(table?: OpTable) {
+    this.g = new Graph(table);
+  }
 
   /** Activations [rows, n] of noise, or `values` if given. */
   input(name: string, shape: (number | ReturnType<typeof symbol>)[], values: Numbers): Tensor {

@@ -9,6 +9,10 @@ import { Builder, type Case, MATRIX_DTYPES, type MatrixDtype, noise, RAGGED } fr
 import { trainingCases } from "./training.ts";
 
 export function allCases(): Case[] {
+  return [...servingCases(), ...trainingCases()];
+}
+
+export function servingCases(): Case[] {
   return [
     ...linears(),
     ...groupedLinears(),
@@ -18,7 +22,6 @@ export function allCases(): Case[] {
     ...attentions(),
     ...samplers(),
     ...alternatives(),
-    ...trainingCases(),
   ];
 }
 

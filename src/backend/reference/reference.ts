@@ -20,7 +20,8 @@ interface ReferenceState extends State {
   readonly values: Float32Array;
 }
 
-export function referenceBackend(): Backend {
+/** @param kernels those of another lowering than the CPU's, by op */
+export function referenceBackend(kernels: Readonly<Record<string, Kernel>> = KERNELS): Backend {
   return {
     name: "reference",
     threads: 1,
@@ -61,7 +62,7 @@ export function referenceBackend(): Backend {
     },
 
     prepare(graph: Graph, _capacity: SymbolValues, weights: Weights, states: ReadonlyMap<string, State>): Program {
-      const kernels = new Map(graph.calls.map((call) => [call, kernelOf(call.op)]));
+      const bodies = new Map(graph.calls.map((call) => [call, kernelOf(kernels, call.op)]));
       const bound = new Map<Tensor, Numbers>();
       for (const t of graph.values) {
         if (t.kind === "weight") bound.set(t, found((weights as ReferenceWeights).values.get(t.name ?? ""), t));
@@ -85,7 +86,7 @@ export function referenceBackend(): Backend {
           }
           for (const call of needed(graph, Object.keys(outputs))) {
             const start = performance.now();
-            runCall(call, kernels.get(call) as Kernel, values, sizes);
+            runCall(call, bodies.get(call) as Kernel, values, sizes);
             seconds.set(call, (seconds.get(call) ?? 0) + (performance.now() - start) / 1000);
           }
         },
@@ -98,9 +99,9 @@ export function referenceBackend(): Backend {
   };
 }
 
-function kernelOf(op: string): Kernel {
-  if (!Object.hasOwn(KERNELS, op)) throw new Error(`internal: the reference backend has no kernel for the op '${op}'`);
-  return KERNELS[op as keyof typeof KERNELS];
+function kernelOf(kernels: Readonly<Record<string, Kernel>>, op: string): Kernel {
+  if (!Object.hasOwn(kernels, op)) throw new Error(`internal: the reference backend has no kernel for the op '${op}'`);
+  return kernels[op];
 }
 
 function runCall(call: Call, kernel: Kernel, values: Map<Tensor, Numbers>, sizes: SymbolValues): void {

@@ -6,7 +6,10 @@ namespace {
 
 // ---- Slots by expert
 
-// A block finds one expert's slots: it counts slots of lower experts, and its own in each warp's stretch; then it writes its own in order.
+// A block finds one expert's slots: it counts slots of lower experts, and its own in each warp's stretch; then it writes its own in order. A lane reads
+// four slots at a time and remembers which are the expert's, so that a warp reads its stretch once; hence at most MARKED slots a lane.
+constexpr int MARKED = 64;
+
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) group_kernel(const int32_t* experts, int32_t* order, int32_t* offsets, Count slots, int count, FaultRecord* faults) {
   __shared__ int32_t lower_in[32], own_in[32];
@@ -14,16 +17,26 @@ __global__ void __launch_bounds__(THREADS) group_kernel(const int32_t* experts, 
   const int n = static_cast<int>(slots.get()), expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   await_inputs();
   constexpr int WARPS = THREADS / 32;
-  const int stretch = (n + WARPS * 32 - 1) / (WARPS * 32) * 32, begin = min(n, warp * stretch), end = min(n, begin + stretch);
-  int lower = 0, own = 0;
-#pragma unroll 8
-  for (int i = begin + lane; i < end; i += 32) {
-    const int e = experts[i];
-    lower += e < expert, own += e == expert;
-    if (expert == 0 && (e < 0 || e >= count)) report(faults, Fault::EXPERT, e, count);
+  const int turns = (n + WARPS * 128 - 1) / (WARPS * 128), begin = warp * turns * 128;
+  int lower = 0;
+  uint64_t own = 0;  // a bit per slot
+#pragma unroll 4
+  for (int t = 0; t < turns; t++) {
+    const int i = begin + t * 128 + lane * 4;
+    int e[4] = {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};
+    if (i + 4 <= n) *reinterpret_cast<int4*>(e) = *reinterpret_cast<const int4*>(experts + i);
+    else
+      for (int j = 0; i + j < n; j++) e[j] = experts[i + j];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      lower += e[j] < expert;
+      own |= static_cast<uint64_t>(e[j] == expert) << (t * 4 + j);
+      if (expert == 0 && (e[j] < 0 || (e[j] >= count && i + j < n))) report(faults, Fault::EXPERT, e[j], count);
+    }
   }
-  lower = __reduce_add_sync(~0u, lower), own = __reduce_add_sync(~0u, own);
-  if (lane == 0) lower_in[warp] = lower, own_in[warp] = own;
+  lower = __reduce_add_sync(~0u, lower);
+  const int found = __reduce_add_sync(~0u, __popcll(own));
+  if (lane == 0) lower_in[warp] = lower, own_in[warp] = found;
   __syncthreads();
   const int lowers = lane < WARPS ? lower_in[lane] : 0, owns = lane < WARPS ? own_in[lane] : 0;
   const int first = __reduce_add_sync(~0u, lowers), all = __reduce_add_sync(~0u, owns);
@@ -32,12 +45,19 @@ __global__ void __launch_bounds__(THREADS) group_kernel(const int32_t* experts, 
     offsets[expert] = first;
     if (expert == count - 1) offsets[count] = first + all;
   }
-  if (all == 0) return;
-  for (int i = begin; i < end; i += 32) {
-    const bool mine = i + lane < end && experts[i + lane] == expert;
-    const uint32_t who = __ballot_sync(~0u, mine);
-    if (mine) order[at + __popc(who & ((1u << lane) - 1))] = i + lane;
-    at += __popc(who);
+  for (int t = 0; t < turns; t++) {
+    const uint32_t mine = static_cast<uint32_t>(own >> (t * 4)) & 15;
+    if (!__any_sync(~0u, mine)) continue;
+    int before = 0;  // of lower lanes
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const uint32_t who = __ballot_sync(~0u, mine >> j & 1);
+      before += __popc(who & ((1u << lane) - 1));
+    }
+    int total = before + __popc(mine), to = at + before;
+    for (int j = 0; j < 4; j++)
+      if (mine >> j & 1) order[to++] = begin + t * 128 + lane * 4 + j;
+    at += __shfl_sync(~0u, total, 31);
   }
 }
 
@@ -118,9 +138,10 @@ void group(const Operands& o, Launch& launch) {
   const int64_t most = std::max<int64_t>(1, order.most[0]);
   const Count slots = elements(experts);
   const int32_t* keys = experts.as<int32_t>();
-  if (most * count <= 128 * 65536) {
+  if (most <= 1024 * MARKED && most * count <= 128 * 65536) {
     auto run = [&](auto kernel, int threads) { launch(kernel, dim3(count), dim3(threads), 0, keys, order.as<int32_t>(), offsets.as<int32_t>(), slots, count, launch.faults); };
-    if (most <= 1024) run(group_kernel<128>, 128);
+    if (most <= 128 * 16) run(group_kernel<128>, 128);
+    else if (most <= 256 * 32) run(group_kernel<256>, 256);
     else run(group_kernel<1024>, 1024);
     return;
   }
@@ -158,12 +179,44 @@ void adapted_slots(const Operands& o, Launch& launch) {
 
 // ---- The weighted sum of a row's slots
 
+// Numbers known to be bfloat16: the loads of several can be in flight at once.
+struct Bf16 {
+  void* data;
+};
+
+template <int V>
+__device__ __forceinline__ Vec<V> load(const Bf16& x, int64_t i) {
+  return load<V>(Numbers{x.data, BF16}, i);
+}
+
 // Then shared is added, then residual, where there are any.
+template <class S>
 struct Combined {
-  Numbers slots, shared, residual;
+  S slots;
+  Numbers shared, residual;
   const float* weights;
   uint32_t n;
   int32_t k;
+  // AT_ONCE slots at a time, all loaded before the first is used; past the end, the last one again.
+  template <int AT_ONCE, int V>
+  __device__ __forceinline__ void add(Vec<V>& total, const float* w, int64_t from) const {
+    for (int j0 = 0; j0 < k; j0 += AT_ONCE) {
+      Vec<V> x[AT_ONCE];
+      float by[AT_ONCE];
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) {
+        const int slot = min(j0 + j, k - 1);
+        by[j] = w[slot];
+        x[j] = load<V>(slots, from + static_cast<int64_t>(slot) * n);
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) {
+        if (j0 + j >= k) continue;
+#pragma unroll
+        for (int v = 0; v < V; v++) total.at[v] += by[j] * x[j].at[v];
+      }
+    }
+  }
   template <int V>
   __device__ Vec<V> at(int r, int c) const {
     const float* w = weights + static_cast<int64_t>(r) * k;
@@ -171,20 +224,9 @@ struct Combined {
     Vec<V> total{}, added{}, old{};
     if (shared.data) added = load<V>(shared, i);
     if (residual.data) old = load<V>(residual, i);
-    constexpr int AT_ONCE = 8;
-    for (int j0 = 0; j0 < k; j0 += AT_ONCE) {
-      Vec<V> x[AT_ONCE];
-      float by[AT_ONCE];
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; j++) {
-        by[j] = 0, x[j] = {};
-        if (j0 + j < k) by[j] = w[j0 + j], x[j] = load<V>(slots, from + static_cast<int64_t>(j0 + j) * n);
-      }
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; j++)
-#pragma unroll
-        for (int v = 0; v < V; v++) total.at[v] += by[j] * x[j].at[v];
-    }
+    if (k == 6) add<6>(total, w, from);
+    else if (k == 8) add<8>(total, w, from);
+    else add<4>(total, w, from);
 #pragma unroll
     for (int v = 0; v < V; v++) {
       if (shared.data) total.at[v] += added.at[v];
@@ -199,23 +241,25 @@ struct Combined {
   }
 };
 
-Combined combined(const Operands& o, bool added) {
-  const Tensor& slots = o.in(0);
-  return {floats(slots), added ? floats(o.in(2)) : Numbers{nullptr, F32}, added ? floats(o.in(3)) : Numbers{nullptr, F32}, o.in(1).as<float>(), static_cast<uint32_t>(slots.most[1]), o.in(1).most[1]};
+// Calls f with the sum, and whether it can give four numbers at once.
+template <class F>
+void with_combined(const Operands& o, bool added, F f) {
+  const Numbers slots = floats(o.in(0)), shared = added ? floats(o.in(2)) : Numbers{nullptr, F32}, residual = added ? floats(o.in(3)) : Numbers{nullptr, F32};
+  const float* weights = o.in(1).as<float>();
+  const int32_t n = o.in(0).most[1], k = o.in(1).most[1];
+  const bool vectors = n % 4 == 0 && aligned(slots, shared, residual);
+  if (slots.dtype == BF16) f(Combined<Bf16>{{slots.data}, shared, residual, weights, static_cast<uint32_t>(n), k}, vectors);
+  else f(Combined<Numbers>{slots, shared, residual, weights, static_cast<uint32_t>(n), k}, vectors);
 }
-
-bool vectors(const Combined& f) { return f.n % 4 == 0 && aligned(f.slots, f.shared, f.residual); }
 
 template <bool ADDED>
 void combine(const Operands& o, Launch& launch) {
-  const Combined f = combined(o, ADDED);
-  map(f, o.out(0), vectors(f), launch);
+  with_combined(o, ADDED, [&](const auto& f, bool vectors) { map(f, o.out(0), vectors, launch); });
 }
 
 // combineAddNorm(slots, weights, shared, residual, weight; eps) -> sum, normed
 void combine_add_norm(const Operands& o, Launch& launch) {
-  const Combined f = combined(o, true);
-  norm(f, o.in(4), &o.out(0), o.out(1), static_cast<float>(o.params[0]), vectors(f), launch);
+  with_combined(o, true, [&](const auto& f, bool vectors) { norm(f, o.in(4), &o.out(0), o.out(1), static_cast<float>(o.params[0]), vectors, launch); });
 }
 
 }  // namespace

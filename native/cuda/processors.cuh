@@ -1,5 +1,6 @@
 // Logits processors, in the order of Hugging Face transformers: bias, mask, penalties, n-grams, temperature, top-k, top-p, min-p.
 #pragma once
+#include "cluster.cuh"
 #include "reduce.cuh"
 
 namespace cuda {
@@ -12,16 +13,16 @@ __device__ __forceinline__ uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x + 0.f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+__device__ __forceinline__ float of_key(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 constexpr uint32_t LOWEST_KEY = 0x00800000;  // above minus infinity's
+
+// A token ranks before another by larger number, ties by lower id.
+__device__ __forceinline__ uint64_t token_key(float x, int32_t id) { return static_cast<uint64_t>(key_of(x)) << 32 | (0xffffffffu - static_cast<uint32_t>(id)); }
+__device__ __forceinline__ int32_t token_of(uint64_t key) { return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key)); }
 
 // A row is processed by a cluster of blocks, each of which keeps its stretch of the row in shared memory; where there are no clusters, or a row is too long,
 // by one block in the row's own memory.
-constexpr int CLUSTER = 8, PROCESS_THREADS = 512, WAYS = 8;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define MIXTAPE_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define MIXTAPE_CLUSTER
-#endif
+constexpr int PROCESS_THREADS = 512;
 
 struct Process {
   const float* logits;
@@ -36,33 +37,31 @@ struct Process {
   FaultRecord* faults;
 };
 
-// Sums and maxima over a row.
+// Tokens that may be kept are sorted if they are at most this many.
+constexpr int CANDIDATES = 1024;
+// How far below the maximum candidates may reach; farther, they are all tokens.
+constexpr int DEPTHS = 8;
+__device__ constexpr float DEPTH[DEPTHS] = {1, 2, 3, 5, 7, 10, 14, 20};
+constexpr int WAYS = 8, MOST_SUMS = 2 * DEPTHS + 2;
+
+// What the blocks of a row tell each other.
 struct Exchange {
-  float warps[PROCESS_THREADS / 32][WAYS];
-  float own[2][WAYS];  // of this block; two take turns, so that a slow block can still read the last ones
-  float all[WAYS];
+  float warps[PROCESS_THREADS / 32][MOST_SUMS];
+  float own[2][MOST_SUMS];  // of this block; two take turns, so that a slow block can still read the last ones
+  float all[MOST_SUMS];
+  float listed;  // how many candidates this block has
+  uint64_t cut;  // in the first block: the last token kept
+  uint64_t candidates[CANDIDATES], sorted[CANDIDATES];
 };
 
 template <int C>
 __device__ __forceinline__ void row_barrier() {
-#if __CUDA_ARCH__ >= 900
   if constexpr (C > 1) {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    return;
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
   }
-#endif
-  __syncthreads();
-}
-
-// A number in the shared memory of a block of the cluster.
-__device__ __forceinline__ float remote(const float* own, int block) {
-  float x = *own;
-#if __CUDA_ARCH__ >= 900
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-#endif
-  return x;
 }
 
 // v becomes the row's sums, or maxima, in an order that does not change, for all threads.
@@ -85,9 +84,12 @@ __device__ void reduce_row(float (&v)[N], Exchange& e, int& turn) {
   row_barrier<C>();
   if constexpr (C > 1) {
     if (threadIdx.x < N) {
-      float x = remote(&e.own[turn][threadIdx.x], 0);
-      for (int i = 1; i < C; i++) x = merge(x, remote(&e.own[turn][threadIdx.x], i));
-      e.all[threadIdx.x] = x;
+      float each[C];
+#pragma unroll
+      for (int i = 0; i < C; i++) each[i] = remote_load(&e.own[turn][threadIdx.x], i);
+#pragma unroll
+      for (int i = 1; i < C; i++) each[0] = merge(each[0], each[i]);
+      e.all[threadIdx.x] = each[0];
     }
     turn ^= 1;
     __syncthreads();
@@ -131,20 +133,64 @@ __device__ uint32_t threshold(const float* x, int n, uint32_t floor, float top, 
   return low;
 }
 
-// Removes everything that top-k, top-p and min-p, in this order, do not keep. Returns the row's maximum.
+// Sorts the first block's candidates, best first; `size` is a power of two.
+__device__ void sort_candidates(uint64_t* keys, int size) {
+  for (int span = 2; span <= size; span *= 2)
+    for (int stride = span / 2; stride; stride /= 2) {
+      for (int t = threadIdx.x; t < size / 2; t += PROCESS_THREADS) {
+        const int i = 2 * t - (t & (stride - 1)), j = i + stride;
+        const uint64_t a = keys[i], b = keys[j];
+        if ((a < b) == ((i & span) == 0)) keys[i] = b, keys[j] = a;
+      }
+      __syncthreads();
+    }
+}
+
+// The last token that top-k and top-p keep, of sorted candidates, which include all that they keep; `size` is at least 32. By one warp. `total` is
+// the sum of e^(x - top) over the row.
+__device__ uint64_t last_kept(const uint64_t* keys, int size, int count, int top_k, float top_p, float top, double total) {
+  const int lane = threadIdx.x, each = size / 32, from = lane * each;
+  int kept = count;
+  if (top_k) {
+    const uint64_t worst = keys[min(top_k, count) - 1] >> 32;  // ties with the k-th are kept
+    int own = 0;
+    for (int i = from; i < from + each; i++) own += i < count && keys[i] >> 32 >= worst;
+    kept = __reduce_add_sync(~0u, own);
+  }
+  if (top_p < 1) {
+    auto mass = [&](int i) { return i < kept ? static_cast<double>(expf(of_key(static_cast<uint32_t>(keys[i] >> 32)) - top)) : 0.; };
+    double own = 0;
+    for (int i = from; i < from + each; i++) own += mass(i);
+    double upto = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const double other = __shfl_up_sync(~0u, upto, d);
+      if (lane >= d) upto += other;
+    }
+    if (top_k) total = __shfl_sync(~0u, upto, 31);
+    double before = upto - own;
+    int under = 0;
+    for (int i = from; i < from + each; i++) {
+      under += i < kept && (i == 0 || before < static_cast<double>(top_p) * total);
+      before += mass(i);
+    }
+    kept = __reduce_add_sync(~0u, under);
+  }
+  return keys[kept - 1];
+}
+
+// Keeps what top-k and top-p keep of many candidates.
 template <int C>
-__device__ void truncate(float* x, int n, int rank, int vocab, const float* f, const int32_t* ints, float top, Exchange& e, int& turn) {
-  const bool top_k = ints[TOP_K] > 0 && ints[TOP_K] < vocab, top_p = f[TOP_P] < 1, min_p = f[MIN_P] > 0;
-  if (top == -INFINITY) return;
+__device__ void truncate_many(float* x, int n, int rank, int top_k, float top_p, float top, Exchange& e, int& turn) {
   uint32_t lowest = LOWEST_KEY;
   float above;
-  if (top_k) lowest = threshold<C, false>(x, n, lowest, top, static_cast<float>(ints[TOP_K]), above, e, turn);  // ties with the k-th are kept
-  if (top_p) {
+  if (top_k) lowest = threshold<C, false>(x, n, lowest, top, static_cast<float>(top_k), above, e, turn);  // ties with the k-th are kept
+  if (top_p < 1) {
     float total[1] = {};
     for (int i = threadIdx.x; i < n; i += PROCESS_THREADS)
       if (key_of(x[i]) >= lowest) total[0] += expf(x[i] - top);
     reduce_row<C, 1, false>(total, e, turn);
-    const float target = f[TOP_P] * total[0];
+    const float target = top_p * total[0];
     lowest = threshold<C, true>(x, n, lowest, top, target, above, e, turn);
     // Of numbers equal to the last one kept, those with lower ids come first, until the sum reaches the target.
     float ties[CLUSTER] = {};
@@ -159,8 +205,7 @@ __device__ void truncate(float* x, int n, int rank, int vocab, const float* f, c
       if (b < rank) before += ties[b];
       all += ties[b];
     }
-    uint32_t bits = lowest & 0x80000000u ? lowest & 0x7fffffffu : ~lowest;
-    const float each = expf(__uint_as_float(bits) - top);
+    const float each = expf(of_key(lowest) - top);
     auto kept = [&](float i) { return (above == 0 && i == 0) || above + i * each < target; };
     if (!kept(all - 1) && threadIdx.x < 32) {
       int at = static_cast<int>(before);
@@ -175,7 +220,61 @@ __device__ void truncate(float* x, int n, int rank, int vocab, const float* f, c
     __syncthreads();
   }
   for (int i = threadIdx.x; i < n; i += PROCESS_THREADS)
-    if (key_of(x[i]) < lowest || (min_p && expf(x[i] - top) < f[MIN_P])) x[i] = -INFINITY;
+    if (key_of(x[i]) < lowest) x[i] = -INFINITY;
+}
+
+// Removes everything that top-k and top-p, in this order, do not keep. Mostly that is all but a few tokens near the maximum, which are sorted.
+template <int C>
+__device__ void truncate(float* x, int begin, int n, int rank, int top_k, float top_p, float top, Exchange& e, int& turn) {
+  float sums[MOST_SUMS] = {};  // tokens by depth, all tokens; the same for sums of e^(x - top)
+  for (int i = threadIdx.x; i < n; i += PROCESS_THREADS) {
+    const float depth = top - x[i];
+    if (depth == INFINITY) continue;
+    const float mass = top_p < 1 ? expf(-depth) : 0.f;
+    sums[DEPTHS] += 1, sums[2 * DEPTHS + 1] += mass;
+    if (depth > DEPTH[DEPTHS - 1]) continue;
+#pragma unroll
+    for (int d = 0; d < DEPTHS; d++)
+      if (depth <= DEPTH[d]) sums[d] += 1, sums[DEPTHS + 1 + d] += mass;
+  }
+  reduce_row<C, MOST_SUMS, false>(sums, e, turn);
+  float floor = -INFINITY, found = sums[DEPTHS];
+  const float total = sums[2 * DEPTHS + 1];
+#pragma unroll
+  for (int d = DEPTHS - 1; d >= 0; d--)  // with a margin for rounding
+    if (top_k ? sums[d] >= static_cast<float>(top_k) : sums[DEPTHS + 1 + d] > top_p * total * 1.0001f) floor = DEPTH[d], found = sums[d];
+  const int count = static_cast<int>(found);
+  if (count > CANDIDATES) return truncate_many<C>(x, n, rank, top_k, top_p, top, e, turn);
+
+  int* const listed = reinterpret_cast<int*>(&e.listed);
+  if (threadIdx.x == 0) *listed = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += PROCESS_THREADS) {
+    const float depth = top - x[i];
+    if (floor == -INFINITY ? depth < INFINITY : depth <= floor) e.candidates[atomicAdd(listed, 1)] = token_key(x[i], begin + i);
+  }
+  row_barrier<C>();
+  if (rank == 0) {
+    int size = 32, at = 0;
+    while (size < count) size *= 2;
+#pragma unroll
+    for (int b = 0; b < C; b++) {
+      const int some = C > 1 ? __float_as_int(remote_load(&e.listed, b)) : *listed;
+      for (int i = threadIdx.x; i < some; i += PROCESS_THREADS) e.sorted[at + i] = C > 1 ? remote_load(&e.candidates[i], b) : e.candidates[i];
+      at += some;
+    }
+    for (int i = at + static_cast<int>(threadIdx.x); i < size; i += PROCESS_THREADS) e.sorted[i] = 0;
+    __syncthreads();
+    sort_candidates(e.sorted, size);
+    if (threadIdx.x < 32) {
+      const uint64_t cut = last_kept(e.sorted, size, count, top_k, top_p, top, total);
+      if (threadIdx.x == 0) e.cut = cut;
+    }
+  }
+  row_barrier<C>();
+  const uint64_t cut = C > 1 ? remote_load(&e.cut, 0) : e.cut;
+  for (int i = threadIdx.x; i < n; i += PROCESS_THREADS)
+    if (token_key(x[i], begin + i) < cut) x[i] = -INFINITY;
 }
 
 // Penalties for tokens of the history, and a ban on those that would repeat an n-gram of it.
@@ -261,10 +360,17 @@ __device__ void process(const Process& p, float* shared) {
     float top[1] = {-INFINITY};
     const float temperature = f[TEMPERATURE];
     for (int i = threadIdx.x; i < n; i += PROCESS_THREADS) top[0] = fmaxf(top[0], x[i] = x[i] / temperature);
-    int turn = 0;
-    if ((ints[TOP_K] > 0 && ints[TOP_K] < vocab) || f[TOP_P] < 1 || f[MIN_P] > 0) {
+    const int top_k = ints[TOP_K] > 0 && ints[TOP_K] < vocab ? ints[TOP_K] : 0;
+    const float top_p = f[TOP_P], min_p = f[MIN_P];
+    if (top_k || top_p < 1 || min_p > 0) {
+      int turn = 0;
       reduce_row<C, 1, true>(top, e, turn);
-      truncate<C>(x, n, rank, vocab, f, ints, top[0], e, turn);
+      const float most = top[0];
+      if (most > -INFINITY) {
+        if (top_k || top_p < 1) truncate<C>(x, begin, n, rank, top_k, top_p, most, e, turn);
+        for (int i = threadIdx.x; min_p > 0 && i < n; i += PROCESS_THREADS)
+          if (expf(x[i] - most) < min_p) x[i] = -INFINITY;
+      }
       row_barrier<C>();  // no block may end while another reads its shared memory
     }
   }

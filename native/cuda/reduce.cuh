@@ -152,7 +152,7 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
 // sum = f(row), y = sum / sqrt(mean(sum^2) + eps) * weight, a row a block. A thread keeps N times V numbers of a row, and reads and writes only
 // these, so that results may overwrite inputs of the same format. `sum` may have no data.
 template <int V, int N, class F>
-__global__ void __launch_bounds__(1024) norm_kernel(F f, const float* weight, Numbers sum, Numbers y, Size rows, int32_t n, float eps) {
+__global__ void __launch_bounds__(512) norm_kernel(F f, const float* weight, Numbers sum, Numbers y, Size rows, int32_t n, float eps) {
   constexpr int UNROLL = N <= 8 ? N : 1;
   __shared__ float shared[2][32];
   let_next_start();
@@ -201,10 +201,10 @@ void norm(const F& f, const Tensor& weight, const Tensor* sum, const Tensor& out
     const int grid = std::min(std::max(1, out.most[0]), launch.multiprocessors * std::max(1, 2048 / threads));
     launch(kernel, dim3(grid), dim3(threads), 0, f, w.data, s, y, out.rows(), n, eps);
   };
-  if (columns <= 2 * 1024) fours ? run(norm_kernel<4, 2, F>, 2) : run(norm_kernel<1, 2, F>, 2);
-  else if (columns <= 8 * 1024) fours ? run(norm_kernel<4, 8, F>, 8) : run(norm_kernel<1, 8, F>, 8);
-  else if (columns <= 64 * 1024) fours ? run(norm_kernel<4, 64, F>, 64) : run(norm_kernel<1, 64, F>, 64);
-  else throw std::runtime_error("norms of more than 65536 columns are not supported");
+  if (columns <= 2 * 512) fours ? run(norm_kernel<4, 2, F>, 2) : run(norm_kernel<1, 2, F>, 2);
+  else if (columns <= 8 * 512) fours ? run(norm_kernel<4, 8, F>, 8) : run(norm_kernel<1, 8, F>, 8);
+  else if (columns <= 64 * 512) fours ? run(norm_kernel<4, 64, F>, 64) : run(norm_kernel<1, 64, F>, 64);
+  else throw std::runtime_error("norms of more than 32768 columns are not supported");
 }
 
 }  // namespace cuda

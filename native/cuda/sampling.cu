@@ -14,56 +14,81 @@ constexpr int32_t NONE_LEFT = -1, NOT_FINITE = -2;
 // depend on the number of rows, nor do results.
 constexpr int PIECES = 256, MERGE_THREADS = 256;
 
-__device__ __forceinline__ uint64_t token_key(float x, int32_t id) { return static_cast<uint64_t>(key_of(x)) << 32 | (0xffffffffu - static_cast<uint32_t>(id)); }
-__device__ __forceinline__ int32_t token_of(uint64_t key) { return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key)); }
-// A token ranks before another by larger number, ties by lower id.
 __device__ __forceinline__ uint64_t warp_best(uint64_t key) {
 #pragma unroll
   for (int d = 16; d; d /= 2) key = max(key, __shfl_xor_sync(~0u, key, d));
   return key;
 }
 
-struct Piece {
-  float top, sum;  // the maximum and the sum of e^(x - top)
-  uint64_t best;
-  bool finite;
+struct alignas(16) Piece {
+  float raw_top, raw_sum;  // of the logits: the maximum, and the sum of e^(x - top)
+  float top, sum;          // of the processed ones; the sum only if it is asked for
+  float raw_best;          // the logit of the best token
+  int32_t best;            // the best one after processing
+  int32_t finite, unused;
 };
 
-// For all lanes of a warp. V numbers at a time.
-template <int V>
-__device__ Piece read_piece(const float* x, int begin, int end) {
+__device__ __forceinline__ float warp_top(float x) { return of_key(__reduce_max_sync(~0u, key_of(x))); }
+
+// Adds numbers with the maximum `top` over the warp to a lane's sum of e^(x - all).
+template <int N>
+__device__ __forceinline__ void add_exponentials(const float (&v)[N], float top, float& all, float& sum) {
+  top = fmaxf(top, all);
+  if (top == -INFINITY) return;
+  float some = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) some += __expf(v[i] - top);
+  sum = sum * __expf(all - top) + some;
+  all = top;
+}
+
+// By a warp, for all lanes; V numbers at a time. With SAME, the processed logits are the logits.
+template <int V, bool SAME>
+__device__ Piece read_piece(const float* raw, const float* processed, int begin, int end, bool sums) {
   constexpr int HELD = 16 / V;
   const int lane = threadIdx.x % 32;
-  Piece piece{-INFINITY, 0, 0, true};
+  Piece piece{-INFINITY, 0, -INFINITY, 0, 0, INT32_MAX, 1, 0};
+  float best = -INFINITY;
   for (int i0 = begin; i0 < end; i0 += 512) {
-    Vec<V> v[HELD];
-    float top = -INFINITY;
+    float v[16], u[16];
 #pragma unroll
     for (int h = 0; h < HELD; h++) {
       const int i = i0 + (h * 32 + lane) * V;
-      if (i < end) v[h] = load<V>({const_cast<float*>(x), F32}, i);
+      Vec<V> a, b;
 #pragma unroll
-      for (int j = 0; j < V; j++) {
-        if (i >= end) v[h].at[j] = -INFINITY;
-        else piece.best = max(piece.best, token_key(v[h].at[j], i + j)), piece.finite = piece.finite && isfinite(v[h].at[j]);
-        top = fmaxf(top, v[h].at[j]);
+      for (int j = 0; j < V; j++) a.at[j] = b.at[j] = -INFINITY;
+      if (i < end) {
+        a = load<V>({const_cast<float*>(raw), F32}, i);
+        if constexpr (!SAME) b = load<V>({const_cast<float*>(processed), F32}, i);
       }
-    }
 #pragma unroll
-    for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-    top = fmaxf(top, piece.top);
-    if (top == -INFINITY) continue;
-    float sum = 0;
+      for (int j = 0; j < V; j++) v[h * V + j] = a.at[j], u[h * V + j] = SAME ? a.at[j] : b.at[j];
+    }
+    float raw_top = -INFINITY, top = -INFINITY;
 #pragma unroll
     for (int h = 0; h < HELD; h++)
 #pragma unroll
-      for (int j = 0; j < V; j++) sum += expf(v[h].at[j] - top);
-    piece.sum = piece.sum * expf(piece.top - top) + sum;
-    piece.top = top;
+      for (int j = 0; j < V; j++) {
+        const int i = i0 + (h * 32 + lane) * V + j, at = h * V + j;
+        raw_top = fmaxf(raw_top, v[at]), top = fmaxf(top, u[at]);
+        if (i >= end) continue;
+        if (!isfinite(v[at])) piece.finite = 0;
+        if (u[at] > best) best = u[at], piece.best = i, piece.raw_best = v[at];
+      }
+    add_exponentials(v, warp_top(raw_top), piece.raw_top, piece.raw_sum);
+    if (sums) add_exponentials(u, warp_top(top), piece.top, piece.sum);
+    else piece.top = fmaxf(piece.top, top);
   }
+  piece.raw_sum = warp_sum(piece.raw_sum);
   piece.sum = warp_sum(piece.sum);
-  piece.best = warp_best(piece.best);
   piece.finite = __all_sync(~0u, piece.finite);
+  piece.top = warp_top(piece.top);
+  // The lowest id of those with the maximum.
+  const int own = piece.best < end && best == piece.top ? piece.best : INT32_MAX;
+  const int32_t id = __reduce_min_sync(~0u, own);
+  const uint32_t who = __ballot_sync(~0u, own == id);
+  piece.raw_best = __shfl_sync(~0u, piece.raw_best, __ffs(static_cast<int>(who)) - 1);
+  piece.best = id;
   return piece;
 }
 
@@ -79,19 +104,6 @@ __device__ __forceinline__ bool last_of_row(int32_t* arrived) {
   }
   __syncthreads();
   return last;
-}
-
-// Over MERGE_THREADS, for every thread. `shared` has room for a number a warp.
-template <class T, class F>
-__device__ __forceinline__ T merge_block(T x, T* shared, F merge) {
-#pragma unroll
-  for (int d = 16; d; d /= 2) x = merge(x, __shfl_xor_sync(~0u, x, d));
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = shared[0];
-#pragma unroll
-  for (int i = 1; i < MERGE_THREADS / 32; i++) x = merge(x, shared[i]);
-  return x;
 }
 
 int blocks_a_row(int rows, Launch& launch) {
@@ -117,7 +129,7 @@ struct Sample {
   const int32_t* ints;
   int32_t* ids;
   float* logprobs;
-  Piece *raw, *pieces;  // [rows, PIECES]
+  Piece* pieces;  // [rows, PIECES]
   int32_t* arrived;
   Size rows;
   int32_t vocab, length;
@@ -162,75 +174,85 @@ __device__ int draw(const float* x, int begin, int end, float top, double left) 
 
 template <int V>
 __global__ void __launch_bounds__(MERGE_THREADS) sample_kernel(Sample p) {
-  __shared__ float numbers[4][MERGE_THREADS / 32];
-  __shared__ uint64_t keys[MERGE_THREADS / 32];
-  __shared__ double sums[MERGE_THREADS / 32], left_in;
-  __shared__ int chosen;
+  constexpr int WARPS = MERGE_THREADS / 32;
+  __shared__ float raw_tops[WARPS], tops[WARPS], raw_sums[WARPS];
+  __shared__ int32_t bests[WARPS], finites[WARPS], chosen;
+  __shared__ double sums[WARPS], left_in;
   let_next_start();
   const int rows = p.rows.get(), r = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, tid = threadIdx.x;
   await_inputs();
   if (r >= rows) return;
   const float *raw = p.logits + static_cast<int64_t>(r) * p.vocab, *x = p.processed + static_cast<int64_t>(r) * p.vocab;
+  const int32_t* n = p.ints + r * INTS;
+  const bool random = p.floats[r * FLOATS + TEMPERATURE] > 0;
   auto begin_of = [&](int piece) { return min(p.vocab, piece * p.length); };
-  Piece *raw_pieces = p.raw + r * PIECES, *pieces = p.pieces + r * PIECES;
-  for (int i = blockIdx.x * (MERGE_THREADS / 32) + warp; i < PIECES; i += gridDim.x * (MERGE_THREADS / 32)) {
-    const Piece a = read_piece<V>(raw, begin_of(i), begin_of(i + 1)), b = read_piece<V>(x, begin_of(i), begin_of(i + 1));
-    if (lane == 0) raw_pieces[i] = a, pieces[i] = b;
+  Piece* pieces = p.pieces + r * PIECES;
+  for (int i = blockIdx.x * WARPS + warp; i < PIECES; i += gridDim.x * WARPS) {
+    const Piece piece = read_piece<V, false>(raw, x, begin_of(i), begin_of(i + 1), random);
+    if (lane == 0) pieces[i] = piece;
   }
   if (!last_of_row(p.arrived + r)) return;
 
-  const Piece a = raw_pieces[tid], b = pieces[tid];
-  auto larger = [](float u, float v) { return fmaxf(u, v); };
-  auto plus = [](float u, float v) { return u + v; };
-  const float raw_top = merge_block(a.top, numbers[0], larger), top = merge_block(b.top, numbers[1], larger);
-  const bool finite = __syncthreads_and(a.finite);
-  const uint64_t best = merge_block(b.best, keys, [](uint64_t u, uint64_t v) { return max(u, v); });
-  const float raw_sum = merge_block(a.top == -INFINITY ? 0.f : a.sum * expf(a.top - raw_top), numbers[2], plus);
-  int id = token_of(best);
-  if (!finite || top == -INFINITY) {
-    if (tid == 0) p.ids[r] = finite ? NONE_LEFT : NOT_FINITE, p.logprobs[r] = -INFINITY;
+  const Piece own = pieces[tid];
+  float raw_top = warp_top(own.raw_top), top = warp_top(own.top);
+  if (lane == 0) raw_tops[warp] = raw_top, tops[warp] = top;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) raw_top = fmaxf(raw_top, raw_tops[i]), top = fmaxf(top, tops[i]);
+  const float raw_sum = warp_sum(own.raw_top == -INFINITY ? 0.f : own.raw_sum * expf(own.raw_top - raw_top));
+  const int32_t best = __reduce_min_sync(~0u, own.top == top ? own.best : INT32_MAX);
+  const int32_t finite = __all_sync(~0u, own.finite);
+  // In float64, the sum over the pieces up to each.
+  const double mass = random && own.top > -INFINITY ? static_cast<double>(own.sum) * static_cast<double>(expf(own.top - top)) : 0.;
+  double upto = 0;
+  if (random) warp_sum_before(mass, upto);
+  if (lane == 31) raw_sums[warp] = raw_sum, bests[warp] = best, finites[warp] = finite, sums[warp] = upto;
+  if (tid == 0) chosen = PIECES;
+  __syncthreads();
+  float raw_total = 0;
+  double total = 0;
+  int32_t id = INT32_MAX;
+  bool good = true;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) {
+    raw_total += raw_sums[i];
+    id = min(id, bests[i]);
+    good = good && finites[i];
+    if (i < warp) upto += sums[i];
+    total += sums[i];
+  }
+  if (!good || top == -INFINITY) {
+    if (tid == 0) p.ids[r] = good ? NONE_LEFT : NOT_FINITE, p.logprobs[r] = -INFINITY;
     return;
   }
-  const float* f = p.floats + r * FLOATS;
-  const int32_t* n = p.ints + r * INTS;
-  if (f[TEMPERATURE] > 0) {
-    // The piece in which the sum passes the random share of the total, then the token within it.
-    const double own = b.top == -INFINITY ? 0. : static_cast<double>(b.sum) * static_cast<double>(expf(b.top - top));
-    double upto;
-    warp_sum_before(own, upto);
-    if (lane == 31) sums[warp] = upto;
-    if (tid == 0) chosen = PIECES;
-    __syncthreads();
-    double total = 0;
-    for (int i = 0; i < MERGE_THREADS / 32; i++) {
-      if (i < warp) upto += sums[i];
-      total += sums[i];
-    }
-    const double left = total * random_number(static_cast<uint64_t>(static_cast<uint32_t>(n[SEED_HIGH])) << 32 | static_cast<uint32_t>(n[SEED_LOW]), static_cast<uint64_t>(n[STEP]));
-    if (own > 0 && upto > left) atomicMin(&chosen, tid);
-    __syncthreads();
-    if (chosen == PIECES) {  // past the end because of rounding: the last piece that has anything
-      __syncthreads();
-      if (tid == 0) chosen = 0;
-      __syncthreads();
-      if (own > 0) atomicMax(&chosen, tid);
-      __syncthreads();
-    }
-    if (tid == chosen) left_in = left - (upto - own);
-    __syncthreads();
-    if (warp) return;
-    id = draw(x, begin_of(chosen), begin_of(chosen + 1), top, left_in);
+  if (!random) {
+    if (own.best == id) p.ids[r] = id, p.logprobs[r] = own.raw_best - raw_top - logf(raw_total);
+    return;
   }
-  if (tid == 0) p.ids[r] = id, p.logprobs[r] = raw[id] - raw_top - logf(raw_sum);
+  // The piece in which the sum passes the random share of the total, then the token within it.
+  const double left = total * random_number(static_cast<uint64_t>(static_cast<uint32_t>(n[SEED_HIGH])) << 32 | static_cast<uint32_t>(n[SEED_LOW]), static_cast<uint64_t>(n[STEP]));
+  if (mass > 0 && upto > left) atomicMin(&chosen, tid);
+  __syncthreads();
+  if (chosen == PIECES) {  // past the end because of rounding: the last piece that has anything
+    __syncthreads();
+    if (tid == 0) chosen = 0;
+    __syncthreads();
+    if (mass > 0) atomicMax(&chosen, tid);
+    __syncthreads();
+  }
+  if (tid == chosen) left_in = left - (upto - mass);
+  __syncthreads();
+  if (warp) return;
+  id = draw(x, begin_of(chosen), begin_of(chosen + 1), top, left_in);
+  if (tid == 0) p.ids[r] = id, p.logprobs[r] = raw[id] - raw_top - logf(raw_total);
 }
 
 void sample(const Operands& o, Launch& launch) {
   const Tensor &logits = o.in(0), &processed = o.in(1);
   const int vocab = logits.most[1], most = std::max(1, logits.most[0]);
-  Sample p{logits.as<float>(), processed.as<float>(), o.in(2).as<float>(), o.in(3).as<int32_t>(), o.out(0).as<int32_t>(), o.out(1).as<float>(), nullptr, nullptr, launch.counters(most), logits.rows(), vocab,
-           piece_length(vocab)};
-  p.raw = static_cast<Piece*>(launch.scratch(static_cast<size_t>(most) * PIECES * 2 * sizeof(Piece)));
-  p.pieces = p.raw + static_cast<int64_t>(most) * PIECES;
+  const Sample p{logits.as<float>(),       processed.as<float>(), o.in(2).as<float>(),
+                 o.in(3).as<int32_t>(),    o.out(0).as<int32_t>(), o.out(1).as<float>(),
+                 static_cast<Piece*>(launch.scratch(static_cast<size_t>(most) * PIECES * sizeof(Piece))), launch.counters(most), logits.rows(), vocab, piece_length(vocab)};
   const dim3 grid(blocks_a_row(most, launch), most);
   if (vocab % 4 == 0 && aligned(numbers(logits), numbers(processed))) launch(sample_kernel<4>, grid, dim3(MERGE_THREADS), 0, p);
   else launch(sample_kernel<1>, grid, dim3(MERGE_THREADS), 0, p);
@@ -252,8 +274,9 @@ struct Top {
 // Each piece's best token competes; the winner's piece then enters its next one.
 template <int V>
 __global__ void __launch_bounds__(MERGE_THREADS) top_kernel(Top p) {
-  __shared__ float numbers[2][MERGE_THREADS / 32];
-  __shared__ uint64_t keys[2][MERGE_THREADS / 32];
+  constexpr int WARPS = MERGE_THREADS / 32;
+  __shared__ float tops[WARPS], sums[WARPS];
+  __shared__ uint64_t keys[2][WARPS];
   let_next_start();
   const int rows = p.rows.get(), count = p.count.get(), r = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, tid = threadIdx.x;
   await_inputs();
@@ -263,18 +286,31 @@ __global__ void __launch_bounds__(MERGE_THREADS) top_kernel(Top p) {
   auto begin_of = [&](int piece) { return min(p.vocab, piece * p.length); };
   Piece* pieces = p.pieces + r * PIECES;
   for (int i = blockIdx.x * (MERGE_THREADS / 32) + warp; i < PIECES; i += gridDim.x * (MERGE_THREADS / 32)) {
-    const Piece piece = read_piece<V>(x, begin_of(i), begin_of(i + 1));
+    const Piece piece = read_piece<V, true>(x, x, begin_of(i), begin_of(i + 1), false);
     if (lane == 0) pieces[i] = piece;
   }
   if (!last_of_row(p.arrived + r)) return;
   const Piece own = pieces[tid];  // of the piece tid
-  const float top = merge_block(own.top, numbers[0], [](float u, float v) { return fmaxf(u, v); });
-  const float total = merge_block(own.top == -INFINITY ? 0.f : own.sum * expf(own.top - top), numbers[1], [](float u, float v) { return u + v; });
+  float top = warp_top(own.top);
+  if (lane == 0) tops[warp] = top;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) top = fmaxf(top, tops[i]);
+  const float sum = warp_sum(own.top == -INFINITY ? 0.f : own.raw_sum * expf(own.top - top));
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) total += sums[i];
   const float norm = top + logf(total);
-  uint64_t key = own.best;
+  uint64_t key = own.best == INT32_MAX ? 0 : token_key(own.top, own.best);
   for (int j = 0; j < count; j++) {
-    const uint64_t best = merge_block(key, keys[j % 2], [](uint64_t u, uint64_t v) { return max(u, v); });
-    const int id = token_of(best), piece = id / p.length;
+    uint64_t best = warp_best(key);
+    if (lane == 0) keys[j % 2][warp] = best;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) best = max(best, keys[j % 2][i]);
+    const int id = max(0, token_of(best)), piece = id / p.length;  // of NaN alone, none is best
     if (tid == 0) {
       if (p.ids) p.ids[static_cast<int64_t>(r) * count + j] = id;
       if (p.logprobs) p.logprobs[static_cast<int64_t>(r) * count + j] = x[id] - norm;

@@ -6,6 +6,8 @@
 #pragma once
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "gemm_tile.cuh"
 #include "wgmma.cuh"
 
@@ -20,7 +22,7 @@ constexpr int HOPPER_THREADS = 384;
 
 template <Dtype F, int N> struct HopperShape {
   using W = Weights<F>;
-  static constexpr int COLUMNS = W::QUANTISED && N <= 64 ? 128 : 64;  // of k in a stage
+  static constexpr int COLUMNS = W::QUANTISED && N <= (F == INT4 ? 64 : 32) ? 128 : 64;  // of k in a stage
   static constexpr int BLOCKS = COLUMNS / 64;
   static constexpr int ROW = COLUMNS * W::BITS / 8;
   static constexpr int A_BYTES = TILE_M * ROW, B_BYTES = N * COLUMNS * 2, STAGE_BYTES = A_BYTES + B_BYTES;
@@ -28,14 +30,16 @@ template <Dtype F, int N> struct HopperShape {
   static constexpr int SCALES = 8, SCALE_BYTES = TILE_M * SCALES * 2, SCALE_BLOCKS = SCALES * W::GROUP_COLUMNS / 64;
   static constexpr int SCALE_PLACES = !W::QUANTISED ? 0 : F == INT4 ? 8 : 4;
   static constexpr int RESIDENT = N <= 64 ? 2 : 1;  // blocks of threads on a multiprocessor
-  static constexpr int BUDGET = (RESIDENT == 2 ? 113 : 227) * 1024 - 4096 - SCALE_PLACES * SCALE_BYTES;
+  // Each warpgroup's results of so many tokens, in 16 bits, pass through shared memory at a time, or half as many in 32 bits.
+  static constexpr int STORE_TOKENS = N <= 64 ? 32 : 64, STORE_BYTES = STORE_TOKENS * 144;
+  static constexpr int BUDGET = (RESIDENT == 2 ? 113 : 227) * 1024 - 3072 - SCALE_PLACES * SCALE_BYTES - 2 * STORE_BYTES;
   static constexpr int STAGES = BUDGET / STAGE_BYTES < 12 ? BUDGET / STAGE_BYTES : 12;
   static constexpr int UNIT = W::QUANTISED ? SCALE_BLOCKS / BLOCKS : 1;  // stages: parts of k are multiples of it
-  static constexpr int PRODUCER_REGISTERS = RESIDENT == 2 ? 48 : 56, CONSUMER_REGISTERS = RESIDENT == 2 ? 96 : 224;
+  static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = RESIDENT == 2 ? 96 : 232;
   static constexpr bool INTERLEAVED = !W::QUANTISED;  // rows of gate and up, by eights, if gated
   static_assert(STAGES >= 3 && (SCALE_PLACES == 0 || STAGES * BLOCKS <= SCALE_PLACES * SCALE_BLOCKS - SCALE_BLOCKS + 1));
 
-  static size_t shared_bytes(int experts) { return 1024 + STAGES * STAGE_BYTES + SCALE_PLACES * SCALE_BYTES + STAGES * 16 + 16 + (experts + 1) * 4; }
+  static size_t shared_bytes(int experts) { return 1024 + STAGES * STAGE_BYTES + SCALE_PLACES * SCALE_BYTES + 2 * STORE_BYTES + STAGES * 16 + 16 + (experts + 1) * 4; }
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -54,7 +58,7 @@ template <Dtype F, int N> struct HopperBlock {
   const Mapped& args;
   const Product& p;
   Schedule schedule;
-  uint32_t base, scale_base, full, empty;
+  uint32_t base, scale_base, store_base, full, empty;
   int stages, items;  // stages of a whole tile
 
   __device__ uint32_t a_at(int stage) const { return base + stage * S::STAGE_BYTES; }
@@ -120,26 +124,32 @@ template <Dtype F, int N> struct HopperBlock {
     constexpr int EACH = N / 16;
     Turn<S::STAGES> turn;
     int scale_place = 0;
-    const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
+    const int piece = threadIdx.x % 8, first = threadIdx.x / 8, lane = threadIdx.x % 32;
     const uint32_t offset = swizzled<128>(first * 128 + piece * 16);
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
       const Tile tile = schedule.locate(item / p.splits, N);
       const int part = item % p.splits, end = part_begin(part + 1);
-      int rows[EACH];
-#pragma unroll
-      for (int i = 0; i < EACH; i++) rows[i] = first + i * 16 < tile.count ? p.order[tile.first + first + i * 16] / p.slots : -1;
+      // A lane keeps the rows of two of its warp's tokens: of the copies lane / 4 and 8 + lane / 4 of the thread lane % 4 * 8.
+      int rows[2];
+      for (int j = 0; j < 2; j++) {
+        const int copy = lane / 4 + j * 8, token = threadIdx.x / 32 * 4 + lane % 4 + copy * 16;
+        rows[j] = copy < EACH && token < tile.count ? p.order[tile.first + token] / p.slots : -1;
+      }
       for (int s = part_begin(part); s < end; s++, turn++) {
         barrier_wait(empty + turn.stage * 8, turn.phase ^ 1);
         if (threadIdx.x == 0) {
           expect(turn, s, false);
           copy_weights(turn, tile, s, scale_place);
         }
+        __syncwarp();
+        const uint16_t* from = static_cast<const uint16_t*>(p.x) + s * S::COLUMNS + piece * 8;
+        const uint32_t to = b_at(turn.stage) + offset;
 #pragma unroll
-        for (int b = 0; b < S::BLOCKS; b++) {
-          const uint16_t* from = static_cast<const uint16_t*>(p.x) + s * S::COLUMNS + b * 64 + piece * 8;
+        for (int i = 0; i < EACH; i++) {
+          const int row = __shfl_sync(~0u, rows[i / 8], i % 8 * 4 + lane / 8);
+          const uint16_t* of_row = from + static_cast<int64_t>(max(row, 0)) * p.k;
 #pragma unroll
-          for (int i = 0; i < EACH; i++)
-            copy_async(b_at(turn.stage) + b * N * 128 + offset + i * 2048, from + static_cast<int64_t>(max(rows[i], 0)) * p.k, rows[i] >= 0);
+          for (int b = 0; b < S::BLOCKS; b++) copy_async(to + b * N * 128 + i * 2048, of_row + b * 64, row >= 0);
         }
         barrier_arrive_copied(full + turn.stage * 8);
       }
@@ -156,14 +166,14 @@ template <Dtype F, int N> struct HopperBlock {
     if (p.order) fence_async();
   }
 
-  // Multiplies stages [begin, end) from shared memory.
-  __device__ __forceinline__ void multiply_shared(float (&d)[N / 2], Turn<S::STAGES>& turn, Turn<S::STAGES>& done, int begin, int end, int half) const {
+  // Multiplies stages [begin, end) from shared memory, for the first TOKENS tokens of the tile.
+  template <int TOKENS> __device__ __forceinline__ void multiply_shared(float (&d)[TOKENS / 2], Turn<S::STAGES>& turn, Turn<S::STAGES>& done, int begin, int end, int half) const {
     for (int s = begin; s < end; s++, turn++) {
       await_stage(turn);
       wgmma_begin();
       const uint64_t a = descriptor(a_at(turn.stage) + half * 64 * 128), b = descriptor(b_at(turn.stage));
 #pragma unroll
-      for (int step = 0; step < 4; step++) Wgmma<N, F == F16>::from_shared(d, a + step * 2, b + step * 2, s > begin || step > 0);
+      for (int step = 0; step < 4; step++) Wgmma<TOKENS, F == F16>::from_shared(d, a + step * 2, b + step * 2);
       wgmma_commit();
       if (s > begin) {
         wgmma_wait<1>();
@@ -174,24 +184,25 @@ template <Dtype F, int N> struct HopperBlock {
     release(done);
   }
 
-  // Multiplies stages [begin, end) of quantised weights. `row0` and `row1`: the lane's rows in the tile.
-  __device__ __forceinline__ void multiply_widened(float (&d)[N / 2], Turn<S::STAGES>& turn, Turn<S::STAGES>& done, int& scale_place, int begin, int end, int row0, int row1) const {
+  // Likewise of quantised weights. A lane has the rows `row0` and `row1` of the tile.
+  template <int TOKENS> __device__ __forceinline__ void multiply_widened(float (&d)[TOKENS / 2], Turn<S::STAGES>& turn, Turn<S::STAGES>& done, int& scale_place, int begin, int end, int half) const {
+    const int fragment = half * 4 + threadIdx.x / 32 % 4, row0 = fragment * (p.gated ? 8 : 16) + threadIdx.x % 32 / 4, row1 = row0 + (p.gated ? 64 : 8);
     const uint32_t at0 = row0 * S::ROW, at1 = row1 * S::ROW, mask = swizzled<S::ROW>(at0) ^ at0;
     const int blocks = (end - begin) * S::BLOCKS;
     uint32_t even[16], odd[16];
     Turn<S::STAGES> widened = turn;
-    const auto widen = [&](uint32_t(&a)[16], int block) {
+    const auto widen = [&](uint32_t(&a)[16], int block) __attribute__((always_inline)) {
       if (block % S::BLOCKS == 0) await_stage(widened);
       const uint32_t at = a_at(widened.stage), scales = scale_base + scale_place * S::SCALE_BYTES + block % S::SCALE_BLOCKS * (64 / W::GROUP_COLUMNS) * 2;
       widen_block<F>(a, at + at0, at + at1, block % S::BLOCKS * (S::ROW / 16 / S::BLOCKS), mask, [&](int row, int i) { return load_half(scales + (row ? row1 : row0) * S::SCALES * 2 + i * 2); });
       if (block % S::BLOCKS == S::BLOCKS - 1) widened++;
       if (block % S::SCALE_BLOCKS == S::SCALE_BLOCKS - 1) scale_place = (scale_place + 1) % S::SCALE_PLACES;
     };
-    const auto multiply = [&](const uint32_t(&a)[16], int block) {
+    const auto multiply = [&](const uint32_t(&a)[16], int block) __attribute__((always_inline)) {
       wgmma_begin();
       const uint64_t b = descriptor(b_at(turn.stage) + block % S::BLOCKS * N * 128);
 #pragma unroll
-      for (int step = 0; step < 4; step++) Wgmma<N, false>::from_registers(d, a + step * 4, b + step * 2, block > 0 || step > 0);
+      for (int step = 0; step < 4; step++) Wgmma<TOKENS, false>::from_registers(d, a + step * 4, b + step * 2);
       wgmma_commit();
       if (block % S::BLOCKS == S::BLOCKS - 1) turn++;
       // The registers of the block before are free then.
@@ -210,12 +221,12 @@ template <Dtype F, int N> struct HopperBlock {
   }
 
   // Adds up the parts of a tile, in the block that is done last. Returns whether this is the one.
-  __device__ bool add_parts(float (&d)[N / 2], int item, volatile int* last) const {
+  template <int TOKENS> __device__ __forceinline__ bool add_parts(float (&d)[TOKENS / 2], int item, volatile int* last) const {
     const int thread = threadIdx.x - 128, tile = item / p.splits;
     float4* parts = reinterpret_cast<float4*>(p.partials) + static_cast<int64_t>(tile) * p.splits * (N / 8) * 256 + thread;
     float4* mine = parts + item % p.splits * (N / 8) * 256;
 #pragma unroll
-    for (int i = 0; i < N / 8; i++) __stcg(mine + i * 256, make_float4(d[i * 4], d[i * 4 + 1], d[i * 4 + 2], d[i * 4 + 3]));
+    for (int i = 0; i < TOKENS / 8; i++) __stcg(mine + i * 256, make_float4(d[i * 4], d[i * 4 + 1], d[i * 4 + 2], d[i * 4 + 3]));
     __threadfence();
     asm volatile("bar.sync 1, 256;" ::: "memory");
     if (thread == 0) {
@@ -227,32 +238,107 @@ template <Dtype F, int N> struct HopperBlock {
     __threadfence();
     // In the order of the parts, so that results do not depend on which is last.
 #pragma unroll
-    for (int i = 0; i < N / 2; i++) d[i] = 0;
+    for (int i = 0; i < TOKENS / 2; i++) d[i] = 0;
     for (int part = 0; part < p.splits; part++)
 #pragma unroll
-      for (int i = 0; i < N / 8; i++) {
+      for (int i = 0; i < TOKENS / 8; i++) {
         const float4 v = __ldcg(parts + (part * (N / 8) + i) * 256);
         d[i * 4] += v.x, d[i * 4 + 1] += v.y, d[i * 4 + 2] += v.z, d[i * 4 + 3] += v.w;
       }
     return true;
   }
 
-  // By the two other warpgroups; `half`: which half of the tile's weight rows.
-  __device__ void consume(int half, volatile int* last) const {
+  __device__ static uint32_t narrow(Dtype out, float a, float b) {
+    if (out == F16) {
+      const __half2 v = __floats2half2_rn(a, b);
+      return reinterpret_cast<const uint32_t&>(v);
+    }
+    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+
+  // Writes a warpgroup's results: turned in shared memory, so that columns of a row are written together.
+  template <int TOKENS, bool GATED, bool WIDE> __device__ __forceinline__ void store_half(const float (&d)[TOKENS / 2], const Tile& tile, int half) const {
+    constexpr int COLUMNS = GATED ? 32 : 64, BYTES = WIDE ? 4 : 2, PITCH = COLUMNS * BYTES + 16, PIECES = COLUMNS * BYTES / 16, EACH = 16 / BYTES;
+    constexpr int MOST = S::STORE_TOKENS / (WIDE ? 2 : 1), AT_ONCE = TOKENS < MOST ? TOKENS : MOST;
+    const uint32_t buffer = store_base + half * S::STORE_BYTES;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
+    const int first = tile.m * p.tile_columns() + half * COLUMNS, at = warp * (GATED ? 8 : 16) + lane / 4;
+    const float* bias = p.bias ? p.bias + static_cast<int64_t>(tile.expert) * p.n + first : nullptr;
+    const float bias0 = bias && first + at < p.n ? bias[at] : 0, bias1 = bias && !GATED && first + at + 8 < p.n ? bias[at + 8] : 0;
+    const auto value = [&](int i) { return GATED ? gated(d[i], d[i + 2]) : d[i] + (i % 4 < 2 ? bias0 : bias1); };
+#pragma unroll
+    for (int begin = 0; begin < TOKENS; begin += AT_ONCE) {
+      if (begin >= tile.count) break;
+      asm volatile("bar.sync %0, 128;" ::"r"(2 + half) : "memory");
+#pragma unroll
+      for (int g = 0; g < AT_ONCE / 8; g += 2) {
+        const int i = (begin / 8 + g) * 4;
+        if constexpr (WIDE) {
+#pragma unroll
+          for (int q = 0; q < 8; q++) {
+            if (GATED && q % 4 > 1) continue;
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(buffer + ((g + q / 4) * 8 + lane % 4 * 2 + q % 2) * PITCH + (at + q / 2 % 2 * 8) * 4), "f"(value(i + q)) : "memory");
+          }
+        } else if constexpr (GATED) {
+          store_transposed(buffer + (g * 8 + lane % 16) * PITCH + warp * 16, narrow(p.out, value(i), value(i + 1)), narrow(p.out, value(i + 4), value(i + 5)));
+        } else {
+          store_transposed(buffer + ((g + lane / 16) * 8 + lane % 8) * PITCH + (warp * 2 + lane / 8 % 2) * 16, narrow(p.out, value(i), value(i + 1)), narrow(p.out, value(i + 2), value(i + 3)),
+                           narrow(p.out, value(i + 4), value(i + 5)), narrow(p.out, value(i + 6), value(i + 7)));
+        }
+      }
+      asm volatile("bar.sync %0, 128;" ::"r"(2 + half) : "memory");
+      for (int i = thread; i < AT_ONCE * PIECES; i += 128) {
+        const int token = begin + i / PIECES, column = first + i % PIECES * EACH;
+        if (token >= tile.count || column >= p.n) continue;
+        const int64_t row = p.order ? p.order[tile.first + token] : tile.first + token;
+        const uint32_t from = buffer + i / PIECES * PITCH + i % PIECES * 16;
+        uint8_t* to = static_cast<uint8_t*>(p.y) + (row * p.n + column) * BYTES;
+        if (p.n % EACH == 0) {
+          *reinterpret_cast<uint4*>(to) = load_shared(from);
+        } else {
+          for (int j = 0; j < EACH && column + j < p.n; j++) {
+            if constexpr (WIDE) {
+              float v;
+              asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from + j * 4));
+              reinterpret_cast<float*>(to)[j] = v;
+            } else {
+              reinterpret_cast<__half*>(to)[j] = load_half(from + j * 2);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Where the consumers are.
+  struct Progress {
     Turn<S::STAGES> turn, done;
     int scale_place = 0;
-    const int lane = threadIdx.x % 32, fragment = half * 4 + threadIdx.x / 32 % 4;
-    const int row0 = fragment * (p.gated ? 8 : 16) + lane / 4, row1 = row0 + (p.gated ? 64 : 8);
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const int part = item % p.splits;
-      float d[N / 2];
-      if constexpr (W::QUANTISED) multiply_widened(d, turn, done, scale_place, part_begin(part), part_begin(part + 1), row0, row1);
-      else multiply_shared(d, turn, done, part_begin(part), part_begin(part + 1), half);
+  };
+
+  // A tile that has at most TOKENS tokens.
+  template <int TOKENS> __device__ __forceinline__ void consume_tile(Progress& at, int item, const Tile& tile, int half, volatile int* last) const {
+    const int begin = part_begin(item % p.splits), end = part_begin(item % p.splits + 1);
+    float d[TOKENS / 2] = {};
+    if constexpr (W::QUANTISED) multiply_widened<TOKENS>(d, at.turn, at.done, at.scale_place, begin, end, half);
+    else multiply_shared<TOKENS>(d, at.turn, at.done, begin, end, half);
 #pragma unroll
-      for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
-      if (p.splits > 1 && !add_parts(d, item, last)) continue;
+    for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
+    if (p.splits > 1 && !add_parts<TOKENS>(d, item, last)) return;
+    if (p.gated) p.out == F32 ? store_half<TOKENS, true, true>(d, tile, half) : store_half<TOKENS, true, false>(d, tile, half);
+    else p.out == F32 ? store_half<TOKENS, false, true>(d, tile, half) : store_half<TOKENS, false, false>(d, tile, half);
+  }
+
+  // By the two other warpgroups; `half`: which half of the tile's weight rows.
+  __device__ void consume(int half, volatile int* last) const {
+    Progress at;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
       const Tile tile = schedule.locate(item / p.splits, N);
-      store_fragment<N / 8>(p, tile, d, 0, tile.m * p.tile_columns() + row0);
+      if (N == 256 && tile.count <= 64) consume_tile<N == 256 ? 64 : N>(at, item, tile, half, last);
+      else if (N == 256 && tile.count <= 128) consume_tile<N == 256 ? 128 : N>(at, item, tile, half, last);
+      else if (N == 256 && tile.count <= 192) consume_tile<N == 256 ? 192 : N>(at, item, tile, half, last);
+      else consume_tile<N>(at, item, tile, half, last);
     }
   }
 };
@@ -264,7 +350,7 @@ template <Dtype F, int N> __global__ void __launch_bounds__(HOPPER_THREADS, (Hop
   using S = HopperShape<F, N>;
   extern __shared__ uint8_t shared[];
   const Product& p = args.p;
-  const uint32_t start = shared_address(shared), base = (start + 1023) & ~1023u, scales = base + S::STAGES * S::STAGE_BYTES, full = scales + S::SCALE_PLACES * S::SCALE_BYTES;
+  const uint32_t start = shared_address(shared), base = (start + 1023) & ~1023u, scales = base + S::STAGES * S::STAGE_BYTES, stores = scales + S::SCALE_PLACES * S::SCALE_BYTES, full = stores + 2 * S::STORE_BYTES;
   int32_t* last = reinterpret_cast<int32_t*>(shared + (full - start) + S::STAGES * 16);
   let_next_start();
   if (threadIdx.x == 0) {
@@ -280,7 +366,7 @@ template <Dtype F, int N> __global__ void __launch_bounds__(HOPPER_THREADS, (Hop
   __syncthreads();
   const int columns = p.tile_columns();
   const Schedule schedule{last + 4, p.offsets, p.experts, p.rows.get(), (p.n + columns - 1) / columns};
-  const HopperBlock<F, N> block{args, p, schedule, base, scales, full, full + S::STAGES * 8, p.k / S::COLUMNS, schedule.tiles() * p.splits};
+  const HopperBlock<F, N> block{args, p, schedule, base, scales, stores, full, full + S::STAGES * 8, p.k / S::COLUMNS, schedule.tiles() * p.splits};
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::PRODUCER_REGISTERS));
     if (p.order) block.produce_gathered();

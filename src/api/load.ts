@@ -1,7 +1,6 @@
 /** From a model folder to an engine that is ready to run: opens files, checks them, chooses formats, loads weights. */
 import { type Backend, RESIDENCES, type Residence, type State, type WeightSource, type Weights } from "../backend/backend.ts";
 import { physicalCores } from "../backend/cores.ts";
-import { nativeBackend } from "../backend/native.ts";
 import { type Checkpoint, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import { checkTiedHead, locate, unusedText } from "../checkpoint/names.ts";
@@ -12,8 +11,10 @@ import { configFor } from "../model/fit.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { computedAs } from "../tensor/stored.ts";
+import { openBackend } from "./backend.ts";
 import { type GenerationDefaults, readDefaults } from "./defaults.ts";
-import { KV_CACHE_DTYPES, KV_DTYPES, type KvCacheDtype } from "./kv.ts";
+
+import { KV_CACHE_DTYPES, KV_DTYPES, type KvCacheDtype, kvCacheName } from "./kv.ts";
 import { thisMachine, warningsFor } from "./room.ts";
 
 /** Formats of the weight matrices; `auto` uses each in its stored format. Norms, biases and the router are always float32. */
@@ -42,15 +43,18 @@ export interface LoadOptions {
   readonly dtype?: WeightDtype | (string & {});
   /** Compute threads. Default: one per physical core. */
   readonly threads?: number;
-  /** `auto` and `cpu` are the native CPU backend; `reference` is the slow TypeScript backend that defines every op. Default `auto`. */
-  readonly device?: "auto" | "cpu" | "reference" | (string & {});
+  /**
+   * `cpu` is the native CPU backend; `cuda`, or `cuda:1`, an NVIDIA GPU; `reference` the slow TypeScript backend that defines every op. `auto`:
+   * the first GPU, if there is one that works and the weights fit its memory, else the CPU, with a warning if a GPU was passed over. Default `auto`.
+   */
+  readonly device?: "auto" | "cpu" | "cuda" | "reference" | (string & {});
   /** An instruction set by name (`scalar`, `avx2`, ...). Default: the environment variable `MIXTAPE_ISA`, else the best available. */
   readonly isa?: string;
-  /** Format of the KV cache: `fp32`, `fp16` or `int8`. Default: fp32 for fp32 weights, int8 for int8 and int4, else fp16. */
+  /** Format of the KV cache: `fp32`, `fp16` or `int8`. or, on a GPU, `bf16` or `fp8`. Default: fp32 for fp32 weights; on a CPU int8 for int8 and int4, else fp16; on a GPU bf16. */
   readonly kv_cache_dtype?: KvCacheDtype;
-  /** Capacity of the KV cache in tokens. Default: 16 full sequences, or as many as fit half of the free memory that the weights leave. */
+  /** Capacity of the KV cache in tokens. Default: 16 full sequences, or as many as fit half of the free memory that the weights leave; 85 % of a GPU's. */
   readonly kv_cache_tokens?: number;
-  /** Maximum number of prompt tokens per step. Default 512. */
+  /** Maximum number of prompt tokens per step. Default 512, on a GPU 8192. */
   readonly chunk_size?: number;
   /** Reuse full blocks of the KV cache for prompts with the same prefix. Default true. */
   readonly prefix_cache?: boolean;
@@ -148,13 +152,18 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
       wanted === "auto" && p.kind === "matrix" ? computedAs(found.dtype) : parameterDtype(p, wanted === "auto" ? "f32" : wanted);
     return { name: p.name, stored: found.dtype, dtype, shape: p.shape, parts: found.parts };
   });
-  const backend = await openBackend(options);
+  const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
+  const backend = await openBackend(options, weights, warn);
   try {
-    const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
     const unused = unusedText(located);
     if (unused) warn(`${folder}: ${unused}`);
     for (const message of generation.warnings) warn(`${folder}: ${message}`);
-    for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
+    if (!backend.defaults.kvDtypes.includes(KV_DTYPES[options.kv_cache_dtype ?? "fp32"]))
+      throw new RangeError(
+        `kv_cache_dtype '${options.kv_cache_dtype}': the ${backend.name} backend has no such cache; it has ${backend.defaults.kvDtypes.map(kvCacheName).join(", ")}`,
+      );
+    if (!backend.name.startsWith("cuda"))
+      for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
     const tensors = await backend.load(weights, options.weights);
     const settings: EngineSettings = {
@@ -193,10 +202,4 @@ function checkCache({ kv_cache_dtype: dtype = "fp32", kv_cache_tokens = 1, chunk
     throw new RangeError(`kv_cache_dtype '${dtype}' is not known; known are ${KV_CACHE_DTYPES.join(", ")}`);
   for (const [name, value] of Object.entries({ kv_cache_tokens, chunk_size }))
     if (!Number.isSafeInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
-}
-
-async function openBackend({ device = "auto", threads, isa }: LoadOptions): Promise<Backend> {
-  if (device === "reference") return (await import("../backend/reference/reference.ts")).referenceBackend();
-  if (device === "auto" || device === "cpu") return nativeBackend({ threads, isa });
-  throw new RangeError(`device '${device}' is not known; known are auto, cpu, reference`);
 }

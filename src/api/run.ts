@@ -90,7 +90,7 @@ export async function openRun(recipe: Recipe, folder: string, options: RunOption
 
 async function baseOf(recipe: Recipe, folder: string, rows: Dataset, options: RunOptions): Promise<CausalLM | SequenceClassifier> {
   const { dtype, device, threads, data, args } = recipe;
-  const loading = { dtype, device, threads, warning_callback: options.warning_callback };
+  const loading = { dtype, device: device === "auto" ? "cpu" : device, threads, warning_callback: options.warning_callback };
   if (recipe.method !== "classification") return AutoModelForCausalLM.from_pretrained(folder, loading);
   const labels = rows.labels ?? [];
   const several = Array.isArray(((await rows.row(0)) as ClassExample).labels);

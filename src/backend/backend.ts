@@ -1,7 +1,7 @@
 /** The interface of a backend for engines and trainers. A backend runs traced graphs; it knows ops and memory, not models. */
 import type { Call } from "../graph/call.ts";
 import type { Graph } from "../graph/graph.ts";
-import type { Dtype } from "../tensor/dtype.ts";
+import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
 
@@ -92,10 +92,25 @@ export interface Program {
   dispose(): void;
 }
 
+/** What suits a backend where the caller does not choose. */
+export interface Defaults {
+  /** The most rows of a step. */
+  readonly rows: number;
+  /** The share of the memory that the weights leave which the KV cache may take. */
+  readonly cacheShare: number;
+  /** The formats of the KV cache that it has kernels for. */
+  readonly kvDtypes: readonly KvDtype[];
+  /** The format of the KV cache of a model whose embedding has this format. */
+  kvDtype(embedding: Dtype): KvDtype;
+}
+
 export interface Backend {
-  /** For display: `reference`, `avx512bf16`, ... */
+  /** For display: `reference`, `avx512bf16`, `cuda:0`, ... */
   readonly name: string;
   readonly threads: number;
+  /** Whether it has kernels for gradients and updates. */
+  readonly trains: boolean;
+  readonly defaults: Defaults;
   memory(): Memory;
   /** @param residence where mapped weights are kept; default `auto` */
   load(sources: readonly WeightSource[], residence?: Residence): Promise<Weights>;

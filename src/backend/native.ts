@@ -10,7 +10,7 @@ import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } 
 import { checkRange } from "./arrays.ts";
 import type { Backend, Program, Residence, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
-import { lowered } from "./cpu.ts";
+import { CPU_DEFAULTS, lowered } from "./cpu.ts";
 import { hostMemory } from "./memory.ts";
 import { plannedProgram, UNBOUNDED } from "./planned.ts";
 import { settle } from "./residence.ts";
@@ -53,6 +53,8 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
   return {
     name,
     threads,
+    trains: true,
+    defaults: CPU_DEFAULTS,
     memory: hostMemory,
 
     async load(sources: readonly WeightSource[], residence: Residence = "auto"): Promise<Held<Weights>> {

@@ -2,6 +2,7 @@
 import { randomInt } from "node:crypto";
 import { type Command, InvalidArgumentError, Option } from "commander";
 import { COUNTS } from "../api/defaults.ts";
+import { DEVICES, isDevice } from "../api/device.ts";
 import type { GenerationOptions } from "../api/generation.ts";
 import { KV_CACHE_DTYPES, type KvCacheDtype } from "../api/kv.ts";
 import type { LoadOptions } from "../api/load.ts";
@@ -80,13 +81,22 @@ export function addModelOptions(command: Command): Command {
   addModelOption(command)
     .addOption(new Option("--dtype <format>", "weight format in memory").choices(DTYPES).default("auto"))
     .option("--threads <n>", "compute threads (default: one per physical core)", whole(1))
-    .addOption(new Option("--device <name>", "where to compute").choices(["auto", "cpu", "reference"]).default("auto"));
+    .addOption(
+      new Option("--device <name>", "where to compute: auto (a GPU if one works and has room), cpu, cuda, cuda:1, reference")
+        .argParser(device)
+        .default("auto"),
+    );
   command
     .addOption(new Option("--kv-cache-dtype <format>", "KV cache format (default: depends on the weights)").choices(KV_CACHE_DTYPES))
     .option("--kv-cache-tokens <n>", "capacity of the KV cache (default: depends on free memory)", whole(1))
-    .option("--chunk-size <n>", "most prompt tokens per step (default: 512)", whole(1))
+    .option("--chunk-size <n>", "most prompt tokens per step (default: 512, on a GPU 8192)", whole(1))
     .addOption(residenceOption());
   return addHubOptions(command);
+}
+
+function device(name: string): string {
+  if (!isDevice(name)) throw new InvalidArgumentError(`Known are ${DEVICES}.`);
+  return name;
 }
 
 /** Adds `--adapter`. */

@@ -9,7 +9,6 @@ import { bytesOf } from "../graph/plan.ts";
 import { type Content, checkContent } from "../model/content.ts";
 import type { Model } from "../model/model.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
-import { isBlockDtype } from "../tensor/quantized.ts";
 import { type AdapterLimits, type Branches, type LoadedAdapter, LoadedAdapters } from "./adapters.ts";
 import { type Drawn, drawBatch } from "./batch.ts";
 import { BLOCK_TOKENS, Blocks } from "./blocks.ts";
@@ -33,11 +32,11 @@ export interface EngineOptions {
   readonly dtypeOf: (parameter: string) => Dtype;
   /** Parameters that are float32 states of the backend, such as those under training, by name; all others are weights. Default: none. */
   readonly states?: ReadonlyMap<string, State>;
-  /** Format of the KV cache. Default: f32 where the embeddings are f32, int8kv where they are int8, else f16. */
+  /** Format of the KV cache. Default: what suits the backend. */
   readonly kvDtype?: KvDtype;
-  /** Capacity of the KV cache in tokens, for all sequences together. Default: 16 full sequences, or as many as fit in half of the memory that the weights leave. */
+  /** Capacity of the KV cache in tokens, for all sequences together. Default: 16 full sequences, or as many as fit in the backend's share of the memory that the weights leave. */
   readonly kvTokens?: number;
-  /** The most rows in one step; longer prompts are computed in chunks. Default 512. */
+  /** The most rows in one step; longer prompts are computed in chunks. Default: what suits the backend. */
   readonly maxRows?: number;
   /** The most sequences computed at once; others wait. Default 512. */
   readonly maxSequences?: number;
@@ -79,18 +78,18 @@ export class Engine {
   #running = false;
 
   constructor(options: EngineOptions) {
-    const { model, backend, weights, dtypeOf, maxRows = 512, maxSequences = 512, promptMs = 200, prefixCache = true } = options;
+    const { model, backend, weights, dtypeOf, maxSequences = 512, promptMs = 200, prefixCache = true } = options;
+    const { maxRows = backend.defaults.rows } = options;
     for (const [name, value] of Object.entries({ maxRows, maxSequences }))
       if (!Number.isInteger(value) || value < 1) throw new RangeError(`${name} is ${value}; it must be a whole number of at least 1`);
-    const embedded = dtypeOf(model.embedding);
-    const kvDtype = options.kvDtype ?? (embedded === "f32" ? "f32" : isBlockDtype(embedded) ? "int8kv" : "f16");
+    const kvDtype = options.kvDtype ?? backend.defaults.kvDtype(dtypeOf(model.embedding));
     this.model = model;
     this.kvDtype = kvDtype;
     this.kvBytesPerToken = kvBytesPerToken(model, kvDtype);
     const available = backend.memory().free; // the page cache counts as free, including pages of mapped weights
     const mapped = weights.mappedBytes - weights.placement().movedBytes; // moved bytes are no longer available
     const left = Math.max(available - mapped, available / 16); // a model larger than memory is paged in from disk
-    const fits = Math.floor(left / 2 / this.kvBytesPerToken);
+    const fits = Math.floor((left * backend.defaults.cacheShare) / this.kvBytesPerToken);
     const sequences = Math.max(model.maxPositions, Math.min(16 * model.maxPositions, MOST_KV_TOKENS));
     const kvTokens = options.kvTokens ?? Math.min(sequences, Math.max(fits, BLOCK_TOKENS));
     this.#backend = backend;

@@ -2,6 +2,7 @@
 import { readFile } from "node:fs/promises";
 import { parse as parseYaml, YAMLParseError } from "yaml";
 import { z } from "zod";
+import { DEVICES, isDevice } from "../api/device.ts";
 import { KV_CACHE_DTYPES } from "../api/kv.ts";
 import { RESIDENCES } from "../api/residence.ts";
 import { PROBLEMS } from "../model/config.ts";
@@ -19,7 +20,11 @@ const modelSchema = z.strictObject({
   path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the bundled model"),
   dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
   threads: count(1).max(1024).optional().describe("Compute threads; default: one per physical core"),
-  device: z.enum(["auto", "cpu", "reference"]).default("auto").describe("Where to compute"),
+  device: z
+    .string()
+    .refine(isDevice, { error: `known devices are ${DEVICES}` })
+    .default("auto")
+    .describe(`Where to compute: ${DEVICES}`),
   kvCacheDtype: z.enum(KV_CACHE_DTYPES).optional().describe("Format of the KV cache; default: chosen by the format of the weights"),
   kvCacheTokens: count(32)
     .optional()

@@ -58,6 +58,7 @@ export class Stepper<R> {
       objective: options.objective,
       compute: options.compute,
     };
+    if (!trainee.backend.trains) throw new Error(`the ${trainee.backend.name} backend does not train; load the model with device: "cpu"`);
     this.#routers = new Routers(trainee, options.router);
     const partial = (name: string) => trainee.experts.has(name);
     this.#training = accumulatingStep(trainee.model, {

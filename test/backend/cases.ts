@@ -13,16 +13,7 @@ export function allCases(): Case[] {
 }
 
 export function servingCases(): Case[] {
-  return [
-    ...linears(),
-    ...groupedLinears(),
-    ...rowOps(),
-    ...routers(),
-    ...branches(),
-    ...attentions(),
-    ...samplers(),
-    ...alternatives(),
-  ];
+  return [...linears(), ...groupedLinears(), ...rowOps(), ...routers(), ...branches(), ...attentions(), ...samplers(), ...alternatives()];
 }
 
 /** Sums of many products in float32 depend on their order. */

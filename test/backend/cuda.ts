@@ -1,6 +1,6 @@
 /** The test cases of CUDA's kernels: those of all backends that serve, lowered for it, and its fused ops. */
 import { BLOCK_TOKENS } from "../../src/backend/backend.ts";
-import { FUSED_OPS } from "../../src/backend/fused.ts";
+import { FUSED_OPS } from "../../src/backend/cuda/fused.ts";
 import { CUDA_KERNELS } from "../../src/backend/reference/cuda.ts";
 import { KERNELS } from "../../src/backend/reference/kernels.ts";
 import type { OpTable, Tensor } from "../../src/graph/call.ts";
@@ -56,7 +56,12 @@ function routed(): Case[] {
     ].map(([experts, k, hidden, normMin]) => {
       const b = new Builder(CUDA_TABLE);
       // The reference's choice must not depend on how logits are rounded: a few rows of noise have no near ties.
-      const inputs = [b.rows("a", rows, hidden), b.rows("b", rows, hidden), b.weight("norm", [hidden]), b.weight("gate", [experts, hidden])];
+      const inputs = [
+        b.rows("a", rows, hidden),
+        b.rows("b", rows, hidden),
+        b.weight("norm", [hidden]),
+        b.weight("gate", [experts, hidden]),
+      ];
       const outputs = b.g.call("addRmsNormRoute", [...inputs, b.weight("bias", [experts])], { eps: 1e-5, k, normMin });
       return b.done(`addRmsNormRoute rows ${rows} experts ${experts} of ${k} width ${hidden}`, outputs, { rows }, 3e-6);
     }),
@@ -76,7 +81,9 @@ function combined(): Case[] {
       const [given, shared, residual] = [weights(), b.rows("shared", rows, n), b.rows("residual", rows, n)];
       const [sum] = b.g.call("combineAdd", [input("slots", 81), given, shared, residual]);
       const narrow = b.g.call("castBf16", [input("wide", 82)])[0];
-      const both = b.g.call("combineAddNorm", [narrow, given, b.g.scale(shared, 2), b.g.scale(residual, 0.5), b.weight("norm", [n])], { eps: 1e-5 });
+      const both = b.g.call("combineAddNorm", [narrow, given, b.g.scale(shared, 2), b.g.scale(residual, 0.5), b.weight("norm", [n])], {
+        eps: 1e-5,
+      });
       return b.done(`combineAdd combineAddNorm rows ${rows} of ${k} width ${n}`, [sum, ...both], { rows }, 2e-6);
     }),
   );
@@ -108,7 +115,12 @@ function feedForwards(): Case[] {
         const [y] = b.g.call("expertsDown", [...h, ...downs, chosen, weights, residual], { shared, residual: 1 });
         const [bare] = b.g.call("expertsDown", [...h, ...downs, chosen, weights], { shared, residual: 0 });
         const [added] = b.g.call("linearAdd", [x, b.weight("w", [hidden, hidden], dtype), residual]);
-        return b.done(`experts ${dtype} rows ${rows} of ${experts}${shared ? " shared" : ""}`, [...h, y, bare, added], { rows }, PRODUCTS[dtype]);
+        return b.done(
+          `experts ${dtype} rows ${rows} of ${experts}${shared ? " shared" : ""}`,
+          [...h, y, bare, added],
+          { rows },
+          PRODUCTS[dtype],
+        );
       }),
     ),
   );
@@ -135,7 +147,11 @@ function writes(): Case[] {
           [symbol("sequences"), symbol("pages")],
           Int32Array.from({ length: counts.length * pagesEach }, (_, i) => blocks - 1 - i),
         );
-        const positions = b.input("positions", [symbol("rows")], Int32Array.from(counts.flatMap((c) => Array.from({ length: c }, (_, i) => i))));
+        const positions = b.input(
+          "positions",
+          [symbol("rows")],
+          Int32Array.from(counts.flatMap((c) => Array.from({ length: c }, (_, i) => i))),
+        );
         const angles = b.g.angles(positions, dim, 500000);
         const half = (name: string): Tensor => b.state(name, [blocks, kvHeads, BLOCK_TOKENS, dim], dtype);
         const place = (name: string) => [half(`${name}.keys`), half(`${name}.values`), segments, pages];

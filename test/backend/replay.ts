@@ -17,7 +17,7 @@ import type { Case } from "./builder.ts";
 import { allCases } from "./cases.ts";
 import { expectedOf, loweredOf, writeWeights } from "./run.ts";
 
-interface Recording {
+export interface Recording {
   readonly name: string;
   readonly tolerance: number;
   readonly plan: Plan;
@@ -28,7 +28,7 @@ interface Recording {
   readonly expected: readonly Numbers[];
 }
 
-function recordCase(c: Case, lowered: Graph, sources: readonly WeightSource[], expected: readonly Numbers[]): Recording {
+export function recordCase(c: Case, lowered: Graph, sources: readonly WeightSource[], expected: readonly Numbers[]): Recording {
   const { name, tolerance, sizes } = c;
   return { name, tolerance, plan: plan(lowered, sizes), sources, sizes, inputs: Object.fromEntries(c.inputs), expected };
 }
@@ -123,7 +123,7 @@ export async function recordAll(folder: string): Promise<{ readonly file: string
 }
 
 /** A file of consecutive recordings. A list is its length (uint32) followed by its items; everything is little-endian. */
-function encode(recordings: readonly Recording[]): Buffer {
+export function encode(recordings: readonly Recording[]): Buffer {
   const pieces: Buffer[] = [];
   const raw = (a: Int32Array | Float32Array | Float64Array | Uint32Array) => pieces.push(Buffer.from(a.buffer, a.byteOffset, a.byteLength));
   const int = (n: number) => raw(Uint32Array.of(n));

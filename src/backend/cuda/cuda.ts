@@ -7,7 +7,7 @@ import type { Dtype } from "../../tensor/dtype.ts";
 import type { SymbolValues } from "../../tensor/shape.ts";
 import { type Addon, type CudaCard, type CudaLimits, type Handle, openAddon, STORED_CODES } from "../addon.ts";
 import { checkRange } from "../arrays.ts";
-import type { Backend, Program, State, WeightSource, Weights } from "../backend.ts";
+import type { Backend, Defaults, Program, State, WeightSource, Weights } from "../backend.ts";
 import { plannedProgram, UNBOUNDED } from "../planned.ts";
 import { FEW_ROWS, loweredForCuda } from "./lowering.ts";
 
@@ -66,6 +66,14 @@ export interface CudaBackend extends Backend {
   profile(on: boolean): void;
 }
 
+/** Matrix units want thousands of rows; what steps need beside weights and cache is small compared with a card's memory. */
+const CUDA_DEFAULTS: Defaults = {
+  rows: 8192,
+  cacheShare: 0.85,
+  kvDtypes: ["f32", "f16", "bf16", "int8kv", "fp8kv"],
+  kvDtype: (embedding) => (embedding === "f32" ? "f32" : "bf16"),
+};
+
 type Held<T> = T & { readonly handle: Handle };
 
 /** @throws Error if there is no such card, or it cannot be used */
@@ -73,7 +81,10 @@ export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = 
   const system = cudaSystem();
   if (system.refused) throw new Error(`device 'cuda': ${system.refused}`);
   const card = system.cards[index];
-  if (!card) throw new Error(`device 'cuda:${index}': there ${system.cards.length === 1 ? "is 1 GPU" : `are ${system.cards.length} GPUs`}, numbered from 0`);
+  if (!card)
+    throw new Error(
+      `device 'cuda:${index}': there ${system.cards.length === 1 ? "is 1 GPU" : `are ${system.cards.length} GPUs`}, numbered from 0`,
+    );
   if (card.refused) throw new Error(`device 'cuda:${index}': ${card.name}: ${card.refused}`);
   const addon = openAddon();
   const device = addon.cudaOpen(index);
@@ -85,6 +96,8 @@ export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = 
   return {
     name: `cuda:${index}`,
     threads: 1,
+    trains: false,
+    defaults: CUDA_DEFAULTS,
     card,
     memory: () => addon.cudaFree(device),
     limits: () => addon.cudaLimits(device),

@@ -166,7 +166,12 @@ const mixtureOf: Rule = (call, uses): readonly Rewrite[] | null => {
   const sharedDown = sum && uses.made(sum.inputs.find((t) => t !== combine.outputs[0]) as Tensor, "linear");
   const shared = sharedDown && uses.made(sharedDown.inputs[0], "gatedLinear");
   const joined =
-    sum && sharedDown && shared && shared.inputs[0] === x && shared.inputs[1].dtype === gate.dtype && sharedDown.inputs[1].dtype === gate.dtype;
+    sum &&
+    sharedDown &&
+    shared &&
+    shared.inputs[0] === x &&
+    shared.inputs[1].dtype === gate.dtype &&
+    sharedDown.inputs[1].dtype === gate.dtype;
   if (joined && sharedDown.inputs.length === 2 && uses.onlyFor(shared.outputs[0], sharedDown) && uses.onlyFor(sharedDown.outputs[0], sum)) {
     const [h, hs] = [call.outputs[0], shared.outputs[0]];
     return [
@@ -228,7 +233,14 @@ const combinedNorm: Rule = (call, uses) => {
   if (!combine || !uses.onlyFor(combine.outputs[0], sum)) return null;
   const [slots, weights] = combine.inputs;
   return [
-    { at: call, op: "combineAddNorm", inputs: [slots, weights, sum.inputs[1], a, w], params: call.params, outputs: call.outputs, gone: [sum, combine] },
+    {
+      at: call,
+      op: "combineAddNorm",
+      inputs: [slots, weights, sum.inputs[1], a, w],
+      params: call.params,
+      outputs: call.outputs,
+      gone: [sum, combine],
+    },
   ];
 };
 
@@ -240,7 +252,11 @@ function narrow(graph: Graph, has: (op: string) => boolean): Graph {
   for (const call of graph.calls) {
     const ending = CASTS[call.op];
     const [x] = call.inputs;
-    const maker = ending ? Object.keys(NARROWED).map((op) => uses.made(x, op)).find((c) => c !== null) : null;
+    const maker = ending
+      ? Object.keys(NARROWED)
+          .map((op) => uses.made(x, op))
+          .find((c) => c !== null)
+      : null;
     if (!maker || made.has(maker) || maker.outputs[NARROWED[maker.op]] !== x || !uses.onlyFor(x, call) || !has(maker.op)) continue;
     made.set(maker, { op: `${maker.op}${ending}`, outputs: maker.outputs.map((t) => (t === x ? call.outputs[0] : t)) });
     gone.add(call);

@@ -2,7 +2,7 @@
 import { roundBf16, roundEven } from "../../tensor/dtype.ts";
 import { GROUP } from "../../tensor/quantized.ts";
 import type { Numbers } from "../backend.ts";
-import type { FusedOpName } from "../fused.ts";
+import type { FusedOpName } from "../cuda/fused.ts";
 import { forEachRow, pageOf, rounded } from "./attention.ts";
 import { ELEMENTWISE_KERNELS } from "./elementwise.ts";
 import { EXPERT_KERNELS } from "./experts.ts";

@@ -8,6 +8,7 @@ import { needed } from "../../graph/needed.ts";
 import { elements, type SymbolValues } from "../../tensor/shape.ts";
 import { checkRange, fitting } from "../arrays.ts";
 import type { Backend, Numbers, Program, State, WeightSource, Weights } from "../backend.ts";
+import { CPU_DEFAULTS } from "../cpu.ts";
 import { hostMemory } from "../memory.ts";
 import { KERNELS } from "./kernels.ts";
 import type { Kernel, Operand } from "./operand.ts";
@@ -25,6 +26,8 @@ export function referenceBackend(kernels: Readonly<Record<string, Kernel>> = KER
   return {
     name: "reference",
     threads: 1,
+    trains: true,
+    defaults: CPU_DEFAULTS,
     memory: hostMemory,
 
     async load(sources: readonly WeightSource[]): Promise<ReferenceWeights> {

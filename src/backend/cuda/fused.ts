@@ -1,8 +1,8 @@
 /** Rows of the op table for what a GPU computes in one kernel where other backends run several ops; and the cache in its layout. */
-import { AFTER_BACKWARD, type Op, SERVING, type Tensor } from "../graph/call.ts";
-import { alike, f32, i32, isMatrix, matches } from "../graph/ops/shapes.ts";
-import type { Dtype } from "../tensor/dtype.ts";
-import { sameDim, sameShape, times } from "../tensor/shape.ts";
+import { AFTER_BACKWARD, type Op, SERVING, type Tensor } from "../../graph/call.ts";
+import { alike, f32, i32, isMatrix, matches } from "../../graph/ops/shapes.ts";
+import type { Dtype } from "../../tensor/dtype.ts";
+import { sameDim, sameShape, times } from "../../tensor/shape.ts";
 
 const FLOATS: ReadonlySet<Dtype> = new Set(["f32", "f16", "bf16"]);
 
@@ -62,7 +62,11 @@ export const FUSED_OPS = {
   /** `linear` plus residual [rows, n]. */
   linearAdd: {
     outputs: ([x, w, residual]) =>
-      isRows(x) && isMatrix(w, 2) && sameDim(x.shape[1], w.shape[1]) && matches(residual, "f32", 2) && sameShape(residual.shape, [x.shape[0], w.shape[0]])
+      isRows(x) &&
+      isMatrix(w, 2) &&
+      sameDim(x.shape[1], w.shape[1]) &&
+      matches(residual, "f32", 2) &&
+      sameShape(residual.shape, [x.shape[0], w.shape[0]])
         ? [f32(...residual.shape)]
         : null,
     gradient: AFTER_BACKWARD,
@@ -110,7 +114,11 @@ export const FUSED_OPS = {
       if (!isRows(h) || !isMatrix(down, 3) || !sameDim(h.shape[1], down.shape[2]) || !chosenFits(experts, weights)) return null;
       if (!sameDim(h.shape[0], times(experts.shape[0], Number(experts.shape[1])))) return null;
       const y = f32(experts.shape[0], down.shape[1]);
-      if (shared === 1 && !(isRows(hs) && isMatrix(sharedDown, 2) && sameDim(hs.shape[1], sharedDown.shape[1]) && sameDim(sharedDown.shape[0], down.shape[1]))) return null;
+      if (
+        shared === 1 &&
+        !(isRows(hs) && isMatrix(sharedDown, 2) && sameDim(hs.shape[1], sharedDown.shape[1]) && sameDim(sharedDown.shape[0], down.shape[1]))
+      )
+        return null;
       if (residual === 1 && !(matches(added, "f32", 2) && sameShape(added.shape, y.shape))) return null;
       return [y];
     },

@@ -3,9 +3,10 @@
 namespace {
 
 struct Promised : Step {
-  Promised(Step&& step, std::shared_ptr<Prepared> p) : Step(std::move(step)), prepared(std::move(p)) { run = prepared->run; }
+  Promised(Step&& step, std::shared_ptr<Runner> r, std::shared_ptr<Prepared> p) : Step(std::move(step)), runner(std::move(r)), prepared(std::move(p)) { run = prepared->run; }
 
-  std::shared_ptr<Prepared> prepared;
+  const std::shared_ptr<Runner> runner;  // which settles it
+  const std::shared_ptr<Prepared> prepared;
   napi_deferred deferred = nullptr;
   napi_ref keep = nullptr;
 };
@@ -32,7 +33,7 @@ Runner::~Runner() { shut(); }
 
 napi_value Runner::run(napi_env env, std::shared_ptr<Prepared> prepared, Step step, napi_value keep) {
   if (!queue_ || closing_) throw std::runtime_error("the backend has been disposed of");
-  auto pending = std::make_unique<Promised>(std::move(step), std::move(prepared));
+  auto pending = std::make_unique<Promised>(std::move(step), shared_from_this(), std::move(prepared));
   napi_value promise;
   check(env, napi_create_reference(env, keep, 1, &pending->keep));
   check(env, napi_create_promise(env, &pending->deferred, &promise));

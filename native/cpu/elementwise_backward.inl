@@ -124,7 +124,10 @@ static void cast(const Operands& o, const Worker& worker) {
   my_share(o.out(0), worker, begin, end);
   Y* y = o.out(0).as<Y>();
   auto from = [&](auto* x) {
-    for (int64_t i = begin; i < end; i++) convert(scalar(x[i]), y[i]);
+    int64_t i = begin;
+    if constexpr (std::is_same_v<Y, bf16>)
+      for (; i + W <= end; i += W) store(y + i, to_bf16(load(x + i)));
+    for (; i < end; i++) convert(scalar(x[i]), y[i]);
   };
   const Tensor& x = o.in(0);
   if (x.dtype == F32) from(x.as<float>());

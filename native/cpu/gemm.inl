@@ -25,7 +25,15 @@ struct Pairs {
     return DotBf16::add_pairs(acc, splat(pair), *reinterpret_cast<const vi_unaligned*>(b));
   }
 };
+// The same where tile registers multiply them (tiles.inl).
+struct Tiles : Pairs {};
+#ifdef HAS_AMX
+using Halves = Tiles;
+constexpr int64_t PART_ROWS = 32;  // of y, at which threads divide a product
+#else
 using Halves = std::conditional_t<DotBf16::pairs, Pairs, Floats>;
+constexpr int64_t PART_ROWS = TILE_A;
+#endif
 
 // Rows of numbers. With `index`, row i is row index[i] / per of the data.
 template <class T>
@@ -36,6 +44,9 @@ struct Rows {
   int64_t per = 1;
   const T* row(int64_t i) const { return data + (index ? index[i] / per : i) * stride; }
 };
+
+// W bfloat16 numbers as the lower halves of lanes.
+static inline vi halves_of(const bf16* p) { return __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vi); }
 
 template <int S, bool UPPER>
 static constexpr vi exchange_lanes() {
@@ -112,6 +123,13 @@ struct Across {
     for (int64_t at = 0; at < depth; at += U::numbers, to += P) {
       const T* row = rows.row(d + at) + i;
       const T* next = at + 1 < depth && U::numbers == 2 ? rows.row(d + at + 1) + i : nullptr;
+      if constexpr (U::numbers == 2 && P % W == 0) {
+        if (count == P && next) {
+#pragma GCC unroll 8
+          for (int r = 0; r < P; r += W) store(to + r, (vf)(halves_of(row + r) | halves_of(next + r) << 16));
+          continue;
+        }
+      }
       if (count == P && (next || U::numbers == 1)) {
 #pragma GCC unroll 32
         for (int r = 0; r < P; r++) to[r] = unit<U>(row, next, r);
@@ -238,7 +256,7 @@ struct Range {
 
 // Rows m of a times rows n of b, which start at a multiple of TILE_B, on this thread. With a depth of 0: zeros, or the bias.
 template <class U, class A, class B>
-static void multiply(const A& a, const B& b, Range m, Range n, int64_t depth, const Target& y, const Worker& worker) {
+static void multiply_vectors(const A& a, const B& b, Range m, Range n, int64_t depth, const Target& y, const Worker& worker) {
   if (m.begin >= m.end) return;
   float *b_piece = worker.scratch_of(worker.index), *a_piece = b_piece + B_ROWS * DEPTH;
   constexpr int half = TILE_A / 2;
@@ -276,6 +294,20 @@ static void multiply(const A& a, const B& b, Range m, Range n, int64_t depth, co
   }
 }
 
+#ifdef HAS_AMX
+template <class A, class B>
+static void multiply_tiles(const A& a, const B& b, Range m, Range n, int64_t depth, const Target& y, const Worker& worker);
+#endif
+
+template <class U, class A, class B>
+static inline void multiply(const A& a, const B& b, Range m, Range n, int64_t depth, const Target& y, const Worker& worker) {
+#ifdef HAS_AMX
+  if constexpr (std::is_same_v<U, Tiles>) multiply_tiles(a, b, m, n, depth, y, worker);
+  else
+#endif
+    multiply_vectors<U>(a, b, m, n, depth, y, worker);
+}
+
 // This thread's part of a product [m, n]: of the ways to lay a grid over it, the one with the least to copy.
 static inline void part_of(int64_t m, int64_t n, const Worker& worker, Range& rows, Range& columns) {
   int best = 1;
@@ -287,7 +319,7 @@ static inline void part_of(int64_t m, int64_t n, const Worker& worker, Range& ro
     if (copied < least) least = copied, best = across;
   }
   const Worker down{worker.index / best, worker.count / best, nullptr, nullptr}, across{worker.index % best, best, nullptr, nullptr};
-  down.share(m, TILE_A, rows.begin, rows.end);
+  down.share(m, PART_ROWS, rows.begin, rows.end);
   across.share(n, TILE_B, columns.begin, columns.end);
 }
 
@@ -319,6 +351,21 @@ static inline void with_weight(const Tensor& w, int64_t part, int64_t first, Vis
     case INT8: return blocks(Quantized<INT8>{});
     case INT4: return blocks(Quantized<INT4>{});
     default: return;  // the op table allows no other format
+  }
+}
+
+// Rounds n numbers to bfloat16 in place: they take the first half of the memory.
+static inline void halve(float* x, int64_t n) {
+  bf16* y = reinterpret_cast<bf16*>(x);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const vh halves = to_bf16(load(x + i));
+    store(y + i, halves);
+  }
+  for (; i < n; i++) {
+    const vf one = splat(x[i]);
+    const bf16 half{to_bf16(one)[0]};
+    __builtin_memcpy(y + i, &half, 2);
   }
 }
 

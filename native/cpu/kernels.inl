@@ -8,6 +8,9 @@
 #include "layout.inl"
 #include "sampling.inl"
 #include "gemm.inl"
+#ifdef HAS_AMX
+#include "tiles.inl"
+#endif
 #include "matrix_backward.inl"
 #include "experts_backward.inl"
 #include "attention_whole.inl"
@@ -83,6 +86,7 @@ static const KernelEntry ENTRIES[] = {
     {"norm", norm},
     {"clip", clip},
     {"adamw", adamw},
+    {"adamw8bit", adamw8bit},
     {"accumulate", accumulate},
     {"clear", clear},
     {"mul", mul},

@@ -1,13 +1,18 @@
-// Cross-entropy over a vocabulary and its gradient, without storing logits: each thread computes those of DEPTH ids at a time in its
+// Cross-entropy over a vocabulary and its gradient, without storing logits: each thread computes those of LOSS_IDS ids at a time in its
 // scratch. Then clipping and the optimiser's updates.
 
 namespace ISA {
 
 constexpr int64_t LOSS_ROWS = 1024;  // rows with a label that are computed together; a multiple of DEPTH, so that sums run in the same blocks
+#ifdef HAS_AMX
+constexpr int64_t LOSS_IDS = 2 * DEPTH;  // fast products are worth fewer passes over activations and gradients
+#else
+constexpr int64_t LOSS_IDS = DEPTH;  // of which a thread computes the logits at a time
+#endif
 
-// What a thread keeps in its scratch: logits [LOSS_ROWS, DEPTH], the rows that have a label, and three numbers for each of them.
+// What a thread keeps in its scratch: logits [LOSS_ROWS, LOSS_IDS], the rows that have a label, and three numbers for each of them.
 struct LossScratch {
-  float logits[LOSS_ROWS * DEPTH];
+  float logits[LOSS_ROWS * LOSS_IDS];
   int32_t rows[LOSS_ROWS];
   float top[LOSS_ROWS], total[LOSS_ROWS], label[LOSS_ROWS];
   double sums[LOSS_ROWS];
@@ -32,9 +37,9 @@ struct Head {
     return count;
   }
 
-  // logits [count, DEPTH] of the ids from `begin` on.
+  // logits [count, LOSS_IDS] of the ids from `begin` on.
   void logits(const int32_t* rows, int64_t count, Range ids, float* to, const Worker& worker) const {
-    const Target target{to, DEPTH, false, bias ? bias + ids.begin : nullptr};
+    const Target target{to, LOSS_IDS, false, bias ? bias + ids.begin : nullptr};
     with_numbers(x, [&](auto* data) {
       using X = std::remove_pointer_t<decltype(data)>;
       with_weight<true, X>(weight, 0, ids.begin, [&](auto unit, auto b) {
@@ -45,8 +50,8 @@ struct Head {
 
   // The ids of which a thread computes the logits, when all threads together are at `at`.
   Range ids_of(int64_t at, int thread) const {
-    const int64_t begin = min(vocab(), at + thread * DEPTH);
-    return {begin, min(vocab(), begin + DEPTH)};
+    const int64_t begin = min(vocab(), at + thread * LOSS_IDS);
+    return {begin, min(vocab(), begin + LOSS_IDS)};
   }
 };
 
@@ -65,12 +70,12 @@ static void cross_entropy(const Operands& o, const Worker& worker) {
     // The running maximum, sum and label's logit of this thread's share of the rows.
     float tops[LOSS_ROWS], picked[LOSS_ROWS];
     for (int64_t i = begin; i < end; i++) tops[i] = -INFINITY, own.sums[i] = 0;
-    for (int64_t at = 0; at < head.vocab(); at += DEPTH * worker.count) {
+    for (int64_t at = 0; at < head.vocab(); at += LOSS_IDS * worker.count) {
       const Range ids = head.ids_of(at, worker.index);
       if (ids.begin < ids.end) head.logits(own.rows, count, ids, own.logits, worker);
       const int64_t n = ids.end - ids.begin;
       for (int64_t i = 0; i < count && n; i++) {
-        const float* l = own.logits + i * DEPTH;
+        const float* l = own.logits + i * LOSS_IDS;
         const float top = largest_of(l, n);
         float rest = 0;
         vf sums = {};
@@ -123,13 +128,13 @@ static void cross_entropy_grad(const Operands& o, const Worker& worker) {
     const int64_t count = head.collect(row, own.rows, worker);
     Range rows, columns;
     part_of(count, k, worker, rows, columns);
-    for (int64_t at = 0; at < head.vocab(); at += DEPTH * worker.count) {
+    for (int64_t at = 0; at < head.vocab(); at += LOSS_IDS * worker.count) {
       const Range ids = head.ids_of(at, worker.index);
       const int64_t n = ids.end - ids.begin;
       if (n) head.logits(own.rows, count, ids, own.logits, worker);
       for (int64_t i = 0; i < count && n; i++) {
         const int64_t r = own.rows[i], label = head.labels.as<int32_t>()[r] - ids.begin;
-        float* l = own.logits + i * DEPTH;
+        float* l = own.logits + i * LOSS_IDS;
         const float by = dy.as<float>()[r], lse = logsumexp.as<float>()[r];
         int64_t j = 0;
         for (; j + W <= n; j += W) store(l + j, exp(load(l + j) - lse) * by);
@@ -139,20 +144,15 @@ static void cross_entropy_grad(const Operands& o, const Worker& worker) {
       if (d_bias && n)
         for (int64_t j = 0; j < n; j++) {
           float total = first ? 0.f : d_bias[ids.begin + j];
-          for (int64_t i = 0; i < count; i++) total += own.logits[i * DEPTH + j];
+          for (int64_t i = 0; i < count; i++) total += own.logits[i * LOSS_IDS + j];
           d_bias[ids.begin + j] = total;
         }
       with_numbers(head.x, [&](auto* data) {
         using X = std::remove_pointer_t<decltype(data)>;
         using U = std::conditional_t<sizeof(X) == 2, Halves, Floats>;
-        constexpr int64_t stride = DEPTH * 4 / static_cast<int64_t>(sizeof(X));
+        constexpr int64_t stride = LOSS_IDS * 4 / static_cast<int64_t>(sizeof(X));
         if constexpr (sizeof(X) == 2)  // in place: a row's bfloat16 numbers are not longer than its floats
-          for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < n; j++) {
-              bf16 half;
-              convert(own.logits[i * DEPTH + j], half);
-              __builtin_memcpy(reinterpret_cast<X*>(own.logits) + i * stride + j, &half, 2);
-            }
+          for (int64_t i = 0; i < count; i++) halve(own.logits + i * LOSS_IDS, n);
         if (d_head && n) {
           const Target target{d_head + ids.begin * k, k, !first};
           multiply<U>(Across<X>{{reinterpret_cast<X*>(own.logits), stride}}, Across<X>{{data, k, own.rows}}, {0, n}, {0, k}, count, target, worker);
@@ -228,6 +228,47 @@ static void adamw(const Operands& o, const Worker& worker) {
     m[i] = beta1 * m[i] + rest1 * g;
     v[i] = beta2 * v[i] + rest2 * g * g;
     parameter[i] = parameter[i] * kept - by * (m[i] / (__builtin_sqrtf(v[i] * inverse2) + eps));
+  }
+}
+
+// The same with moments in dynamic 8-bit numbers (native/dynamic.h), a block at a time: the update uses the new moments before they are
+// rounded.
+static void adamw8bit(const Operands& o, const Worker& worker) {
+  using dynamic::BLOCK;
+  const Tensor& state = o.in(0);
+  uint8_t *m_codes = o.in(2).as<uint8_t>(), *v_codes = o.in(3).as<uint8_t>();
+  float *m_scales = o.in(4).as<float>(), *v_scales = o.in(5).as<float>();
+  const float *rates = o.in(6).as<float>(), factor = o.has(7) ? *o.in(7).as<float>() : 1.f;
+  const float beta1 = rates[BETA1], beta2 = rates[BETA2], rest1 = 1 - beta1, rest2 = 1 - beta2, eps = rates[EPS];
+  const float kept = 1 - rates[LEARNING_RATE] * rates[WEIGHT_DECAY], by = rates[LEARNING_RATE] / rates[BIAS1], inverse2 = 1 / rates[BIAS2];
+  const int64_t n = state.rows() * state.width();
+  int64_t begin, end;
+  worker.share(n, BLOCK, begin, end);
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t count = min(BLOCK, end - at), block = at / BLOCK;
+    float *parameter = state.as<float>() + at, m[BLOCK], v[BLOCK];
+    const float* gradient = o.in(1).as<float>() + at;
+    for (int64_t i = 0; i < count; i++) {
+      const int code = m_codes[at + i] - 127;
+      m[i] = m_scales[block] * (code < 0 ? -dynamic::SIGNED.levels[-code] : dynamic::SIGNED.levels[code]);
+      v[i] = v_scales[block] * dynamic::UNSIGNED.levels[v_codes[at + i]];
+    }
+    float top_m = 0, top_v = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const float g = gradient[i] * factor;
+      m[i] = beta1 * m[i] + rest1 * g;
+      v[i] = beta2 * v[i] + rest2 * g * g;
+      parameter[i] = parameter[i] * kept - by * (m[i] / (__builtin_sqrtf(v[i] * inverse2) + eps));
+      top_m = max(top_m, m[i] < 0 ? -m[i] : m[i]);
+      top_v = max(top_v, v[i]);
+    }
+    m_scales[block] = top_m;
+    v_scales[block] = top_v;
+    for (int64_t i = 0; i < count; i++) {
+      const int level = dynamic::SIGNED.nearest((m[i] < 0 ? -m[i] : m[i]) / top_m);
+      m_codes[at + i] = static_cast<uint8_t>(m[i] < 0 ? 127 - (level < 127 ? level : 127) : 127 + level);
+      v_codes[at + i] = static_cast<uint8_t>(dynamic::UNSIGNED.nearest(v[i] / top_v));
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../dynamic.h"
 #include "../kernels.h"
 
 namespace ISA {
@@ -50,6 +51,12 @@ static inline bf16 to_bf16(float x) {
   uint32_t bits = to_bits(x);
   return bf16{static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
+// W numbers rounded to bfloat16; NaN stays NaN.
+static inline vh to_bf16(vf x) {
+  const vu bits = (vu)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, kept = bits >> 16 | 64u;
+  return __builtin_convertvector((vu)select(x == x, (vf)rounded, (vf)kept), vh);
+}
+static inline void store(bf16* p, vh v) { *reinterpret_cast<vh_unaligned*>(p) = v; }
 static inline float scalar(f16 h) {
   uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
   if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
@@ -60,6 +67,9 @@ static inline float scalar(f16 h) {
 
 // max (its second operand if one is NaN), load(const f16*), to_f16, store_bytes (the low byte of each lane), sum, largest, DotBf16, Dot8: defined by each instruction set.
 #include ISA_PRIMITIVES
+#ifdef HAS_AMX
+#include "isa/amx.h"
+#endif
 
 namespace ISA {
 

@@ -63,7 +63,10 @@ export interface Weights {
 /** Memory that outlives a run, initially zero: a KV cache, a trained parameter, an optimiser's moments. */
 export interface State {
   readonly bytes: number;
-  /** Returns a copy of its numbers, or of `count` from `at` on. Only for float32 states: the layout of a cache is private to the backend. */
+  /**
+   * Returns a copy of its numbers, or of `count` from `at` on. Only for float32 states, and for those of whole words, whose bits it returns: the
+   * layout of a cache is private to the backend.
+   */
   read(at?: number, count?: number): Float32Array;
   /** Overwrites all of its numbers; with `at`, as many as are given, from there on. Throws a RangeError if they do not fit. */
   write(values: Float32Array, at?: number): void;

@@ -125,7 +125,7 @@ function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held
   const bytes = bytesOf({ dtype, shape }, {});
   const handle = addon.memory(bytes);
   const check = () => {
-    if (dtype !== "f32")
+    if (dtype !== "f32" && dtype !== "i32")
       throw new Error(`internal: a state of ${dtype} has a layout private to the backend; only float32 can be read and written`);
   };
   return {

@@ -33,6 +33,8 @@ export function backward(graph: Graph, loss: string, trained: readonly string[])
     const before = gradients.get(t);
     gradients.set(t, before ? next.call("add", [before, gradient])[0] : gradient);
   };
+  /** A matrix and its adapter round the same gradient. */
+  const rounded = new Map<Tensor, Tensor[]>();
   next.within(BACKWARD, () => gradients.set(start, next.call("fill", [], { value: 1 }, { n: 1 })[0]));
   for (const call of [...graph.calls].reverse()) {
     const dy = call.outputs.map((t) => gradients.get(t) ?? null);
@@ -42,7 +44,12 @@ export function backward(graph: Graph, loss: string, trained: readonly string[])
     if (typeof gradient === "string") {
       throw new Error(`internal: backward: ${call.op}${call.scope ? ` of ${call.scope}` : ""} has no gradient: ${gradient}`);
     }
-    const emit: Emit = (op, inputs, params, sizes) => next.call(op, inputs, params, sizes);
+    const emit: Emit = (op, inputs, params, sizes) => {
+      if (op !== "castBf16") return next.call(op, inputs, params, sizes);
+      const made = rounded.get(inputs[0] as Tensor) ?? next.call(op, inputs, params, sizes);
+      rounded.set(inputs[0] as Tensor, made);
+      return made;
+    };
     next.within(BACKWARD + call.scope, () => {
       gradient(emit, call, dy, wanted).forEach((d, i) => {
         if (d && wanted[i]) add(call.inputs[i], d);

@@ -1,10 +1,11 @@
 /** The arguments of a training run, with transformers' names and defaults, and their checks. Runs nothing. */
 import { optionFault } from "../tokenizer/options.ts";
+import type { MomentFormat } from "./optimiser.ts";
 import { SCHEDULES, type ScheduleName, type ScheduleOptions } from "./schedule.ts";
 
 const STRATEGIES = ["no", "steps", "epoch"] as const;
 export type Strategy = (typeof STRATEGIES)[number];
-const OPTIMISERS = ["adamw_torch"] as const;
+const OPTIMISERS = ["adamw_torch", "adamw_8bit", "adamw_bnb_8bit"] as const;
 const REPORTS = ["jsonl", "tensorboard", "none"] as const;
 export type Report = (typeof REPORTS)[number];
 
@@ -31,6 +32,7 @@ export interface TrainingArguments {
   readonly warmup_steps: number;
   /** A share of all steps, rounded up. */
   readonly warmup_ratio: number;
+  /** `adamw_8bit`, also called `adamw_bnb_8bit`: moments in 8 bits. Default `adamw_torch`: in float32. */
   readonly optim: (typeof OPTIMISERS)[number];
   readonly adam_beta1: number;
   readonly adam_beta2: number;
@@ -244,6 +246,11 @@ function contradiction(args: TrainingArguments, hasEvaluation: boolean): string 
   if (args.group_by_length && !args.shuffle) return "group_by_length orders the rows, and shuffle: false keeps their order; give one";
   if (args.report_to.includes("none") && args.report_to.length > 1) return "report_to names 'none' and others";
   return null;
+}
+
+/** The format of the optimiser's moments. */
+export function momentFormat({ optim }: TrainingArguments): MomentFormat {
+  return optim === "adamw_torch" ? "f32" : "8bit";
 }
 
 /** Steps of warm-up in a run of `total` steps. */

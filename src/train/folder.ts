@@ -9,6 +9,7 @@ import { CheckpointError, errorCode, errorText } from "../checkpoint/error.ts";
 import { readHeader, readTensor } from "../checkpoint/safetensors.ts";
 import { writeAll, writeWhole } from "../checkpoint/stream.ts";
 import { type TensorData, writeSafetensors } from "../checkpoint/writer.ts";
+import { holdsCodes } from "./optimiser.ts";
 
 /** Trained parameters, moments and moving averages, exactly. */
 export const STATES_FILE = "trainer_states.safetensors";
@@ -86,13 +87,17 @@ export async function readState(checkpoint: string): Promise<Record<string, unkn
   }
 }
 
+function formatOf(state: string): "U8" | "F32" {
+  return holdsCodes(state) ? "U8" : "F32";
+}
+
 /** Writes states by name, one in memory at a time. */
 export async function writeStates(checkpoint: string, states: ReadonlyMap<string, Pick<State, "bytes" | "read">>): Promise<void> {
   const tensors = [...states].map(
     ([name, state]): TensorData => ({
       name,
-      dtype: "F32",
-      shape: [state.bytes / 4],
+      dtype: formatOf(name),
+      shape: [holdsCodes(name) ? state.bytes : state.bytes / 4],
       data: async () => new Uint8Array(state.read().buffer),
     }),
   );
@@ -106,7 +111,7 @@ export async function readStates(checkpoint: string, states: ReadonlyMap<string,
   for (const [name, { bytes }] of states) {
     const entry = tensors.get(name);
     if (!entry) throw new CheckpointError(path, `has no '${name}', which this run trains: the run was configured otherwise`);
-    if (entry.bytes !== bytes || entry.dtype !== "F32")
+    if (entry.bytes !== bytes || entry.dtype !== formatOf(name))
       throw new CheckpointError(path, `'${name}' has ${entry.bytes} bytes, this run's has ${bytes}: the run was configured otherwise`);
   }
   const extra = [...tensors.keys()].find((name) => !states.has(name));

@@ -1,5 +1,6 @@
 /** How much memory a run will take, before it starts. */
 import { elements } from "../tensor/shape.ts";
+import { type MomentFormat, momentStates } from "./optimiser.ts";
 import { type Trainee, trainedParameters } from "./trainee.ts";
 
 export interface MemoryEstimate {
@@ -16,15 +17,17 @@ export interface MemoryEstimate {
   readonly free: number;
 }
 
-/** @param workspace bytes of the largest step's. @param averages whether moving averages are kept */
-export function estimateMemory(trainee: Trainee, workspace: number, averages: boolean): MemoryEstimate {
-  const bytes = trainedParameters(trainee).reduce((n, p) => n + 4 * elements(p.shape), 0);
+/** @param workspace bytes of the largest step's. @param averages whether moving averages are kept. @param format of the moments */
+export function estimateMemory(trainee: Trainee, workspace: number, averages: boolean, format: MomentFormat): MemoryEstimate {
+  const trained = trainedParameters(trainee);
+  const bytes = trained.reduce((n, p) => n + 4 * elements(p.shape), 0);
+  const held = trained.flatMap((p) => momentStates(p.name, p.shape, format)).reduce((n, s) => n + 4 * elements(s.shape), 0);
   const { weights, backend } = trainee;
   const moved = weights.placement().movedBytes;
   const parts = {
     weights: weights.mappedBytes + weights.ownedBytes,
     parameters: bytes,
-    moments: (averages ? 4 : 3) * bytes,
+    moments: (averages ? 2 : 1) * bytes + held,
     workspace,
   };
   const free = Math.max(0, backend.memory().free - (weights.mappedBytes - moved));

@@ -7,7 +7,7 @@ import type { Forward, Model, ModelParameter } from "../model/model.ts";
 import type { Dtype } from "../tensor/dtype.ts";
 import { symbol } from "../tensor/shape.ts";
 import { CAUSAL, type Objective } from "./loss.ts";
-import { adamw, update } from "./optimiser.ts";
+import { adamw, type MomentFormat, update } from "./optimiser.ts";
 import { type RouterOptions, routedLoss } from "./router.ts";
 
 export interface LossOptions {
@@ -37,6 +37,8 @@ export interface StepOptions extends LossOptions {
   readonly clip?: number | null;
   /** Whether weight decay applies to a trained parameter. Default: to all. */
   readonly decays?: (parameter: string) => boolean;
+  /** The format of the optimiser's moments. Default `f32`. */
+  readonly moments?: MomentFormat;
   /** Whether only some experts of a stacked parameter are trained: those with a 1 in the input `experts.NAME` [experts, 1]. Default: no. */
   readonly partial?: (parameter: string) => boolean;
   /** Add the outputs `probe.i`: the norm of the hidden states before layer i, or after the final norm. Default false. */
@@ -76,7 +78,7 @@ export function expertsName(parameter: string): string {
 export function trainingStep(model: Model, options: StepOptions): TrainingStep {
   const { graph, trained } = gradientsOf(model, options);
   const names = trained.map((p) => p.name);
-  return { graph: adamw(graph, names, options.clip ?? null, options.decays), trained };
+  return { graph: adamw(graph, names, options.clip ?? null, options.decays, options.moments), trained };
 }
 
 /** Throws if no parameter is trained. */
@@ -94,7 +96,7 @@ export function accumulatingStep(model: Model, options: StepOptions): Accumulati
     parameter: g.state(name, shape, "f32"),
     gradient: g.state(gradientName(name), shape, "f32"),
   }));
-  update(g, steps, options.clip ?? null, options.decays);
+  update(g, steps, options.clip ?? null, options.decays, options.moments);
   for (const { gradient } of steps) g.call("clear", [gradient]);
   const norm = new Graph();
   const all = trained.map(({ name, shape }) => norm.state(gradientName(name), shape, "f32"));

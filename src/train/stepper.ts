@@ -4,7 +4,7 @@ import { gradientName } from "../graph/backward.ts";
 import type { Graph } from "../graph/graph.ts";
 import { plan } from "../graph/plan.ts";
 import type { Meter, Objective } from "./loss.ts";
-import { type AdamwOptions, adamwRates, momentName, PLAIN_RATES, RATES } from "./optimiser.ts";
+import { type AdamwOptions, adamwRates, type MomentFormat, momentStates, PLAIN_RATES, RATES } from "./optimiser.ts";
 import { type RouterOptions, Routers } from "./router.ts";
 import { type AccumulatingStep, accumulatingStep, evaluationStep, expertsName } from "./step.ts";
 import { type Trainee, trainedParameters } from "./trainee.ts";
@@ -17,6 +17,8 @@ export interface StepperOptions<R> {
   readonly decays: (parameter: string) => boolean;
   /** The format of products. */
   readonly compute: "f32" | "bf16";
+  /** The format of the optimiser's moments. */
+  readonly moments: MomentFormat;
   /** Losses of the routers, and the update of their biases. */
   readonly router: RouterOptions;
 }
@@ -45,7 +47,7 @@ export class Stepper<R> {
   readonly #plain: boolean;
   readonly #programs = new Map<string, Program>();
   readonly #routers: Routers;
-  /** The optimiser's moments by name. */
+  /** The optimiser's moments by the names of `momentStates`. */
   readonly moments: ReadonlyMap<string, State>;
 
   constructor(trainee: Trainee, options: StepperOptions<R>) {
@@ -67,6 +69,7 @@ export class Stepper<R> {
       partial,
       clip: options.clip > 0 ? options.clip : UNLIMITED,
       checkpointing: options.checkpointing,
+      moments: options.moments,
       // Decay would change the experts that are not trained.
       decays: (name) => options.decays(name) && !partial(name),
       probes: true,
@@ -76,7 +79,7 @@ export class Stepper<R> {
     const parameters = trainedParameters(trainee);
     const moments = new Map<string, State>();
     for (const { name, shape, experts } of parameters) {
-      for (const which of ["m", "v"] as const) moments.set(momentName(name, which), trainee.backend.state("f32", shape));
+      for (const s of momentStates(name, shape, options.moments)) moments.set(s.name, trainee.backend.state(s.dtype, s.shape));
       const chosen = trainee.experts.get(name);
       if (chosen) this.#masks[expertsName(name)] = Float32Array.from({ length: experts ?? 0 }, (_, e) => (chosen.includes(e) ? 1 : 0));
     }

@@ -4,13 +4,14 @@
  */
 import { mkdir, rm } from "node:fs/promises";
 import { join } from "node:path";
-import { decaysByName, type TrainingArguments, trainingArguments, warmupSteps } from "./arguments.ts";
+import { decaysByName, momentFormat, type TrainingArguments, trainingArguments, warmupSteps } from "./arguments.ts";
 import { Average } from "./average.ts";
 import type { CausalExample } from "./data/example.ts";
 import { listCheckpoints, readState, readStates, removeUnfinished, STATE_FILE, writeCheckpoint, writeJson, writeStates } from "./folder.ts";
 import { type LogEntry, newState, type TrainerControl, type TrainerState } from "./history.ts";
 import { CAUSAL, type Objective } from "./loss.ts";
 import { checkMemory, estimateMemory, type MemoryEstimate } from "./memory.ts";
+import { holdsCodes } from "./optimiser.ts";
 import { reporter, type TrainerCallback } from "./report.ts";
 import { schedule } from "./schedule.ts";
 import { ROUTER_BIAS } from "./selection.ts";
@@ -124,7 +125,7 @@ export class Trainer<R = CausalExample> {
       most = Math.max(most, tokens);
     }
     if (!Array.isArray(this.#training)) most *= this.#objective.sequences ?? 1;
-    return estimateMemory(await this.#subject(), stepper.workspaceBytes(most), this.args.ema_decay !== null);
+    return estimateMemory(await this.#subject(), stepper.workspaceBytes(most), this.args.ema_decay !== null, momentFormat(this.args));
   }
 
   /**
@@ -270,6 +271,7 @@ export class Trainer<R = CausalExample> {
       checkpointing: gradient_checkpointing,
       decays: (name) => decay_norms || decaysByName(name),
       compute: bf16 ? "bf16" : "f32",
+      moments: momentFormat(this.args),
       router: { aux: router_aux_loss_coef, z: router_z_loss_coef, biasRate: args.router_bias_update_rate },
     });
     return this.#stepper;
@@ -413,6 +415,7 @@ export class Trainer<R = CausalExample> {
   /** A checkpoint never holds numbers that are not finite. */
   async #checkFinite(): Promise<void> {
     for (const [name, state] of await this.#kept()) {
+      if (holdsCodes(name)) continue;
       const at = state.read().findIndex((x) => !Number.isFinite(x));
       if (at >= 0) await this.#diverged(this.state.global_step - 1, null, `the update of ${name}`);
     }

@@ -16,7 +16,7 @@ export interface Case {
   readonly sizes: SymbolValues;
   readonly inputs: ReadonlyMap<string, Numbers>;
   readonly weights: ReadonlyMap<string, { readonly dtype: MatrixDtype; readonly shape: readonly number[]; readonly values: Float32Array }>;
-  readonly states: ReadonlyMap<string, { readonly dtype: KvDtype; readonly shape: readonly number[] }>;
+  readonly states: ReadonlyMap<string, { readonly dtype: KvDtype | "i32"; readonly shape: readonly number[] }>;
   /** Largest difference allowed, relative to the largest value. */
   readonly tolerance: number;
 }
@@ -37,7 +37,7 @@ export class Builder {
   readonly g: Graph;
   readonly inputs = new Map<string, Numbers>();
   readonly weights = new Map<string, { dtype: MatrixDtype; shape: readonly number[]; values: Float32Array }>();
-  readonly states = new Map<string, { dtype: KvDtype; shape: readonly number[] }>();
+  readonly states = new Map<string, { dtype: KvDtype | "i32"; shape: readonly number[] }>();
   #seed = 1;
 
   /** @param table rows of the ops that may occur; default: those that models are traced with */
@@ -67,7 +67,7 @@ export class Builder {
     return this.g.weight(name, shape, dtype);
   }
 
-  state(name: string, shape: number[], dtype: KvDtype): Tensor {
+  state(name: string, shape: number[], dtype: KvDtype | "i32"): Tensor {
     this.states.set(name, { dtype, shape });
     return this.g.state(name, shape, dtype);
   }

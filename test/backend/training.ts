@@ -5,7 +5,17 @@ import { symbol } from "../../src/tensor/shape.ts";
 import { Builder, type Case, MATRIX_DTYPES, noise, RAGGED } from "./builder.ts";
 
 export function trainingCases(): Case[] {
-  return [...products(), ...groupedProducts(), ...sequences(), ...rowOps(), ...mixtures(), ...losses(), ...updates(), ...methods()];
+  return [
+    ...products(),
+    ...groupedProducts(),
+    ...sequences(),
+    ...rowOps(),
+    ...mixtures(),
+    ...losses(),
+    ...updates(),
+    ...roundedUpdates(),
+    ...methods(),
+  ];
 }
 
 /** Traces calls as gradients, so that backends see a training step. */
@@ -21,6 +31,7 @@ function products(): Case[] {
     [33, 33, 31],
     [257, 48, 320],
     [700, 77, 1100],
+    [1050, 530, 40], // more than a piece of each side
   ];
   const formats = [...MATRIX_DTYPES.map((dtype) => [dtype, false] as const), ["bf16", true] as const];
   return formats.flatMap(([dtype, narrow]) =>
@@ -109,7 +120,11 @@ function sequences(): Case[] {
     [5, 5, 33],
   ].flatMap(([heads, kvHeads, dim]) =>
     segments.flatMap((parts) =>
-      [1, 0].map((causal) => {
+      [
+        [1, false],
+        [0, false],
+        [1, true],
+      ].map(([causal, narrow]) => {
         const b = new Builder();
         const rows = parts.reduce((sum, [count]) => sum + count, 0);
         const context = parts.reduce((sum, [count, position]) => sum + count + position, 0);
@@ -121,14 +136,15 @@ function sequences(): Case[] {
         );
         const keys = (name: string, seed: number) =>
           b.input(name, [symbol("context"), kvHeads * dim], noise(context * kvHeads * dim, seed));
-        const [q, k, v] = [b.rows("q", rows, heads * dim), keys("k", 60), keys("v", 61)];
+        const given = [b.rows("q", rows, heads * dim), keys("k", 60), keys("v", 61), b.rows("dy", rows, heads * dim)];
+        const [q, k, v, dy] = narrow ? given.map((t) => gradients(b, "castBf16", [t])[0]) : given;
         const { y, logsumexp } = b.g.attention(q, k, v, table, dim, causal === 1);
-        const back = gradients(b, "attentionGrad", [b.rows("dy", rows, heads * dim), q, k, v, y, logsumexp, table], { dim, causal });
+        const back = gradients(b, "attentionGrad", [dy, q, k, v, y, logsumexp, table], { dim, causal: Number(causal) });
         return b.done(
-          `training: attention heads ${heads}/${kvHeads} dim ${dim} ${causal ? "causal" : "full"} ${parts.map((p) => p.join("@"))}`,
+          `training: attention heads ${heads}/${kvHeads} dim ${dim} ${causal ? "causal" : "full"}${narrow ? " narrow" : ""} ${parts.map((p) => p.join("@"))}`,
           [y, logsumexp, ...back],
           { rows, context, sequences: parts.length },
-          4e-6,
+          narrow ? 1e-2 : 4e-6, // rounded probabilities are not the same number when they differ in the last bit
         );
       }),
     ),
@@ -261,6 +277,32 @@ function updates(): Case[] {
       [norm, factor, none, b.g.scale(parameter, 1), b.g.scale(m, 1), b.g.scale(v, 1), sum, b.g.scale(total, 1)],
       {},
       2e-6,
+    );
+  });
+}
+
+/** Steps with moments in 8 bits. */
+function roundedUpdates(): Case[] {
+  const rates = Float32Array.of(1e-2, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05);
+  return [1, 257, 70000].map((n) => {
+    const b = new Builder();
+    const parameter = b.state("parameter", [n], "f32");
+    const codes = ["m", "v"].map((name) => b.state(name, [Math.ceil(n / 4)], "i32"));
+    const scales = ["mScales", "vScales"].map((name) => b.state(name, [Math.ceil(n / 256)], "f32"));
+    const steps = b.input("rates", [rates.length], rates);
+    const factor = b.input("factor", [1], Float32Array.of(0.5));
+    const passed: Tensor[] = [];
+    for (const [i, given] of [factor, undefined, factor].entries()) {
+      // Magnitudes of several decades, and a block of zeros.
+      const numbers = noise(n, 96 + i).map((x, at) => (at >= 512 && at < 768 ? 0 : x * 10 ** -(at % 5)));
+      b.g.call("adamw8bit", [parameter, b.input(`gradient${i}`, [n], numbers), ...codes, ...scales, steps, given]);
+      passed.push(b.g.scale(parameter, 1));
+    }
+    return b.done(
+      `training: updates of ${n} numbers in 8 bits`,
+      [...passed, ...scales.map((t) => b.g.scale(t, 1))],
+      {},
+      1e-3, // of two levels that are equally near, rounding decides
     );
   });
 }

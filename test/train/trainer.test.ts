@@ -191,6 +191,45 @@ test("a run that is aborted stops after the step, saves, and goes on from there"
   expect(query(model)).toEqual(query(whole.model));
 });
 
+test("with 8-bit moments a run learns as with float32 ones, in less memory, and goes on exactly", async () => {
+  const run = async (optim: "adamw_torch" | "adamw_8bit" | "adamw_bnb_8bit", more: Partial<TrainingArguments> = {}, resume?: string) => {
+    const model = await PeftModel.create(base, { r: 64, target_modules: ["q_proj", "down_proj"] });
+    const output_dir = join(folder, String(count++));
+    const steps = {
+      per_device_train_batch_size: 6,
+      max_steps: 40,
+      learning_rate: 3e-3,
+      lr_scheduler_type: "constant",
+      logging_steps: 1,
+    } as const;
+    const trainer = new Trainer({ model, args: { ...steps, save_strategy: "no", optim, ...more, output_dir }, train_dataset: ROWS });
+    const { moments, parameters } = await trainer.memory();
+    await trainer.train(resume === undefined ? {} : { resume_from_checkpoint: resume });
+    return {
+      losses: trainer.state.log_history.flatMap((e) => e.loss ?? []),
+      numbers: query(model),
+      share: moments / parameters,
+      output_dir,
+    };
+  };
+  const [plain, rounded] = [await run("adamw_torch"), await run("adamw_8bit")];
+  expect(plain.share).toBe(3);
+  expect(rounded.share).toBeLessThan(1.6); // gradients 1, codes 1/2, scales 1/128; matrices of fewer than 4,096 numbers as before
+  expect(rounded.share).toBeGreaterThan(1.5);
+  const end = ({ losses }: { losses: readonly number[] }) => losses.slice(-5).reduce((a, b) => a + b) / 5;
+  expect(end(plain)).toBeLessThan(0.5 * plain.losses[0]);
+  expect(Math.abs(end(rounded) - end(plain))).toBeLessThan(0.1 * end(plain));
+  expect(rounded.numbers).not.toEqual(plain.numbers);
+
+  const first = await run("adamw_8bit", { save_strategy: "steps", save_steps: 20 });
+  const second = await run("adamw_bnb_8bit", {}, join(first.output_dir, "checkpoint-20"));
+  expect(second.losses).toEqual(rounded.losses);
+  expect(second.numbers).toEqual(rounded.numbers);
+  await expect(run("adamw_torch", {}, join(first.output_dir, "checkpoint-20"))).rejects.toThrow(
+    /has no 'm\..*', which this run trains: the run was configured otherwise/,
+  );
+});
+
 test("a run on the model's own numbers goes on exactly, and its checkpoints are models", async () => {
   const run = async (output_dir: string, stop: number, resume: boolean) => {
     const model = await AutoModelForCausalLM.from_pretrained(join(GOLDENS, "..", "bf16", "moe"), { device: "cpu", threads: 1 });

@@ -1,6 +1,8 @@
 /** The loss over a vocabulary, chunk by chunk, and the optimiser's updates, as plain loops. */
 import { ADAMW_RATES } from "../../graph/ops/loss.ts";
 import { roundBf16 } from "../../tensor/dtype.ts";
+import { DYNAMIC_BLOCK, decodeDynamic, encodeDynamic } from "../../tensor/dynamic.ts";
+import type { Numbers } from "../backend.ts";
 import { accumulate, dot, type Kernel, type Operand } from "./operand.ts";
 
 /** Calls `visit(row, logits)` for each row that has a label. The next chunk overwrites the logits. */
@@ -75,14 +77,41 @@ export const LOSS_KERNELS = {
   },
 
   adamw([parameter, gradient, m, v, rates, factor]) {
-    const at = (name: (typeof ADAMW_RATES)[number]) => rates.data[ADAMW_RATES.indexOf(name)];
-    const [lr, beta1, beta2] = [at("learningRate"), at("beta1"), at("beta2")];
-    for (let i = 0; i < parameter.data.length; i++) {
-      const g = gradient.data[i] * (factor ? factor.data[0] : 1);
-      m.data[i] = beta1 * m.data[i] + (1 - beta1) * g;
-      v.data[i] = beta2 * v.data[i] + (1 - beta2) * g * g;
-      const step = m.data[i] / at("bias1") / (Math.sqrt(v.data[i] / at("bias2")) + at("eps"));
-      parameter.data[i] = parameter.data[i] * (1 - lr * at("weightDecay")) - lr * step;
+    step(parameter.data, gradient.data, m.data, v.data, rates, factor);
+  },
+
+  adamw8bit([parameter, gradient, m, v, mScales, vScales, rates, factor]) {
+    const moments = [
+      { codes: bytesOf(m), scales: mScales.data, signed: true },
+      { codes: bytesOf(v), scales: vScales.data, signed: false },
+    ];
+    for (let from = 0, block = 0; from < parameter.data.length; from += DYNAMIC_BLOCK, block++) {
+      const to = Math.min(parameter.data.length, from + DYNAMIC_BLOCK);
+      const [first, second] = moments.map(({ codes, scales, signed }) =>
+        Float32Array.from(codes.subarray(from, to), (code) => decodeDynamic(code, signed, scales[block])),
+      );
+      step(parameter.data.subarray(from, to), gradient.data.subarray(from, to), first, second, rates, factor);
+      [first, second].forEach((values, i) => {
+        const { codes, scales, signed } = moments[i];
+        scales[block] = encodeDynamic(values, signed, codes.subarray(from, to));
+      });
     }
   },
 } satisfies Record<string, Kernel>;
+
+/** A state's memory: codes are no numbers of their own. */
+function bytesOf({ data }: Operand): Uint8Array {
+  return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+}
+
+/** Updates parameters and moments in place. */
+function step(p: Numbers, gradient: Numbers, m: Numbers, v: Numbers, rates: Operand, factor: Operand | undefined): void {
+  const at = (name: (typeof ADAMW_RATES)[number]) => rates.data[ADAMW_RATES.indexOf(name)];
+  const [lr, beta1, beta2] = [at("learningRate"), at("beta1"), at("beta2")];
+  for (let i = 0; i < p.length; i++) {
+    const g = gradient[i] * (factor ? factor.data[0] : 1);
+    m[i] = beta1 * m[i] + (1 - beta1) * g;
+    v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+    p[i] = p[i] * (1 - lr * at("weightDecay")) - (lr * (m[i] / at("bias1"))) / (Math.sqrt(v[i] / at("bias2")) + at("eps"));
+  }
+}

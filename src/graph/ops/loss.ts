@@ -1,5 +1,6 @@
 /** The loss and the optimiser's updates. */
-import { sameDim, sameShape } from "../../tensor/shape.ts";
+import { DYNAMIC_BLOCK } from "../../tensor/dynamic.ts";
+import { elements, sameDim, sameShape } from "../../tensor/shape.ts";
 import { FIRST_ORDER, type Op, type Tensor } from "../call.ts";
 import { alike, biasFits, f32, isActivation, isMatrix, matches } from "./shapes.ts";
 
@@ -14,6 +15,19 @@ function headFits(x: Tensor | undefined, head: Tensor | undefined, labels: Tenso
     matches(labels, "i32", 1) &&
     sameDim(labels.shape[0], x.shape[0]) &&
     biasFits(bias, [head.shape[0]])
+  );
+}
+
+/** States of a parameter's moment in dynamic 8-bit numbers: four codes a word, and a scale a block. */
+function codesFit(codes: Tensor | undefined, scales: Tensor | undefined, parameter: Tensor): boolean {
+  const n = elements(parameter.shape.map(Number));
+  return (
+    matches(codes, "i32", 1) &&
+    matches(scales, "f32", 1) &&
+    codes.kind === "state" &&
+    scales.kind === "state" &&
+    codes.shape[0] === Math.ceil(n / 4) &&
+    scales.shape[0] === Math.ceil(n / DYNAMIC_BLOCK)
   );
 }
 
@@ -75,6 +89,24 @@ export const LOSS_OPS = {
         : null,
     gradient: FIRST_ORDER,
     writes: [0, 2, 3],
+  },
+  /**
+   * The same step with moments in block-wise dynamic 8-bit numbers (see `tensor/dynamic.ts`): codes m and v [numbers / 4], scales of both
+   * [numbers / 256]. Codes lie in the order of the parameter's numbers. The step uses the new moments before they are rounded.
+   */
+  adamw8bit: {
+    outputs: ([parameter, gradient, m, v, mScales, vScales, rates, factor]) =>
+      alike(parameter, gradient) &&
+      parameter.kind === "state" &&
+      codesFit(m, mScales, parameter) &&
+      codesFit(v, vScales, parameter) &&
+      matches(rates, "f32", 1) &&
+      sameShape(rates.shape, [ADAMW_RATES.length]) &&
+      biasFits(factor, [1])
+        ? []
+        : null,
+    gradient: FIRST_ORDER,
+    writes: [0, 2, 3, 4, 5],
   },
   /** Adds x to a state of its shape. */
   accumulate: {

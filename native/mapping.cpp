@@ -148,7 +148,11 @@ Mapping::Mapping(const std::string& path) : path_(path) {
 Mapping::~Mapping() {
   Faults::release(range_);
   munmap(data_, span());
-  if (copies_) munmap(copies_, span());
+  // Where a copy was moved away from, the system may have put something else by now.
+  for (size_t at = 0, end; at < moved_.size(); at = end) {
+    for (end = at + 1; end < moved_.size() && moved_[end] == moved_[at];) end++;
+    if (!moved_[at]) munmap(copies_ + at * HUGE_PAGE, (end - at) * HUGE_PAGE);
+  }
   close(file_);
 }
 
@@ -210,6 +214,7 @@ bool Mapping::copy_to_huge_pages(size_t first, size_t count, bool drop_cached) {
   madvise(copy, bytes, MADV_COLLAPSE);  // where there was no huge page at once: look harder; small pages still serve
   if (range_->failed || mprotect(copy, bytes, PROT_READ) != 0) return false;
   if (mremap(copy, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, data_ + offset) == MAP_FAILED) return false;
+  std::fill_n(moved_.begin() + static_cast<ptrdiff_t>(first), count, uint8_t{1});
   if (drop_cached) posix_fadvise(file_, static_cast<off_t>(offset), static_cast<off_t>(bytes), POSIX_FADV_DONTNEED);
   return true;
 #else
@@ -224,7 +229,7 @@ void Mapping::settle() {
 
 bool Mapping::reserve_copies() {
 #ifdef __linux__
-  if (!copies_) copies_ = reserve_huge(span(), PROT_READ | PROT_WRITE);
+  if (!copies_ && (copies_ = reserve_huge(span(), PROT_READ | PROT_WRITE))) moved_.resize(span() / HUGE_PAGE);
   return copies_ && madvise(copies_, span(), MADV_HUGEPAGE) == 0;
 #else
   return false;

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
 // Huge pages that hold this many bytes.
@@ -56,6 +57,7 @@ class Mapping {
   struct stat opened_ {};
   uint8_t* data_ = nullptr;    // at a huge page's boundary; the last huge page is reserved to its end
   uint8_t* copies_ = nullptr;  // where copies are made, at the same distance for all
+  std::vector<uint8_t> moved_;  // of each huge page, whether its copy was moved, so that the place is no longer ours
   size_t bytes_ = 0;
   std::atomic<bool> settled_{false};
   Range* range_ = nullptr;

@@ -1,10 +1,11 @@
 /** Weights that move to huge pages: when they do, that nothing changes meanwhile, and what happens where they can't. */
-import { cpSync, mkdtempSync, rmSync, truncateSync } from "node:fs";
+import { cpSync, mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
 import { resolvePretrained } from "../../src/api/model.ts";
 import { type Addon, type Handle, openAddon } from "../../src/backend/addon.ts";
+import { nativeBackend } from "../../src/backend/native.ts";
 import { noHugePages, onSharedHugePages, reasonToStay, settle } from "../../src/backend/residence.ts";
 import { AutoModelForCausalLM } from "../../src/index.ts";
 
@@ -194,6 +195,22 @@ describe.skipIf(noHugePages() !== null)("the bundled model", () => {
     const model = await AutoModelForCausalLM.from_pretrained("default", { weights: "mapped" });
     openAddon().moveWeights(handles()[0], 1, true, false);
     await model.dispose();
+  });
+
+  test("disposing of weights frees their own memory only, not what took the place where their copies were made", async () => {
+    const file = join(folder, "w.bin");
+    const bytes = 32 * 2 ** 20;
+    writeFileSync(file, new Uint8Array(bytes));
+    const backend = nativeBackend({ threads: 1 });
+    const source = { name: "w", stored: "f32", dtype: "f32", shape: [bytes / 4096, 1024], parts: [{ file, offset: 0, bytes }] } as const;
+    const weights = await backend.load([source], "resident");
+    expect(weights.placement()).toMatchObject({ state: "resident", movedBytes: bytes });
+    // The system puts new memory into the first gap that is large enough.
+    const states = Array.from({ length: 64 }, () => backend.state("f32", [2 ** 18]));
+    for (const state of states) state.write(Float32Array.of(7), 0);
+    weights.dispose();
+    expect(states.map((state) => state.read(0, 1)[0])).toEqual(states.map(() => 7));
+    backend.dispose();
   });
 });
 

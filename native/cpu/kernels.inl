@@ -2,6 +2,9 @@
 #include "vector.h"
 
 #include "matrix.inl"
+#ifdef HAS_AMX
+#include "tiles_int8.inl"
+#endif
 #include "experts.inl"
 #include "attention.inl"
 #include "elementwise.inl"

@@ -233,6 +233,16 @@ static inline void run_rows(int rows, const typename F::X* const* x, const void*
 
 constexpr int64_t PANEL = 32;  // weight rows that stay in the cache for all activation rows
 
+#ifdef HAS_AMX
+template <class F>
+constexpr bool by_tiles = std::is_same_v<F, Int8Blocks>;
+template <class XAt, class YAt>
+static int64_t rows_by_tiles(const void* w, int64_t n0, int64_t stop, int64_t k, int64_t rows, XAt x_at, YAt y_at, const float* bias, Ahead& ahead);
+#else
+template <class F>
+constexpr bool by_tiles = false;
+#endif
+
 // In how many passes, and how many rows at a time, so that no pass is left with a single row.
 template <class F>
 static inline int64_t passes_of(int64_t rows) { return (rows + F::max_rows - 1) / F::max_rows; }
@@ -244,14 +254,19 @@ template <class F>
 static inline Ahead next_panel(const void* w, int64_t n0, int64_t end, int64_t k, int64_t rows) {
   const int64_t from = n0 + PANEL, count = min(PANEL, end - from);
   if (count <= 0) return {};
-  return {static_cast<const uint8_t*>(w) + from * F::row_bytes(k), count * F::row_bytes(k), passes_of<F>(rows) * groups_of(k) * (PANEL / (F::wide * F::tile))};
+  const int64_t steps = by_tiles<F> ? (rows + 15) / 16 * (PANEL / F::tile) : passes_of<F>(rows) * (PANEL / (F::wide * F::tile));
+  return {static_cast<const uint8_t*>(w) + from * F::row_bytes(k), count * F::row_bytes(k), steps * groups_of(k)};
 }
 
 // Weight rows [n0, stop), at most a panel, times `rows` activation rows. XAt and YAt map a row number to a pointer.
 template <class F, class XAt, class YAt>
 static inline void one_panel(const void* w, int64_t n0, int64_t stop, int64_t k, int64_t rows, XAt x_at, YAt y_at, const float* bias, Ahead& ahead) {
-  const int64_t most = together<F>(rows);
-  for (int64_t r0 = 0; r0 < rows; r0 += most) {
+  int64_t first = 0;
+#ifdef HAS_AMX
+  if constexpr (by_tiles<F>) first = rows_by_tiles(w, n0, stop, k, rows, x_at, y_at, bias, ahead);
+#endif
+  const int64_t most = together<F>(rows - first);
+  for (int64_t r0 = first; r0 < rows; r0 += most) {
     const int count = static_cast<int>(min(most, rows - r0));
     const typename F::X* x[F::max_rows];
     float* y[F::max_rows];
@@ -329,13 +344,14 @@ static inline void gated_row(const void* gate, const void* up, int64_t begin, in
 template <class F, class XAt, class YAt>
 static inline void gated_panel(const void* gate, const void* up, int64_t begin, int64_t end, int64_t k, int64_t rows, XAt x_at, YAt y_at, const void* next = nullptr) {
   if (rows == 1) return gated_row<F>(gate, up, begin, end, k, x_at(0), y_at(0), next);
-  const int64_t most = together<F>(rows);
+  constexpr int64_t room = by_tiles<F> ? 16 : F::max_rows;
+  const int64_t most = by_tiles<F> ? room : together<F>(rows);
   for (int64_t n0 = begin; n0 < end; n0 += PANEL) {
     const int64_t stop = min(n0 + PANEL, end);
     Ahead next_gate = next_panel<F>(gate, n0, end, k, rows), next_up = next_panel<F>(up, n0, end, k, rows);
     for (int64_t r0 = 0; r0 < rows; r0 += most) {
       const int64_t count = min(most, rows - r0);
-      alignas(64) float g[F::max_rows][PANEL], u[F::max_rows][PANEL];
+      alignas(64) float g[room][PANEL], u[room][PANEL];
       auto x = [&](int64_t r) { return x_at(r0 + r); };
       one_panel<F>(gate, n0, stop, k, count, x, [&](int64_t r) { return g[r] - n0; }, nullptr, next_gate);
       one_panel<F>(up, n0, stop, k, count, x, [&](int64_t r) { return u[r] - n0; }, nullptr, next_up);

@@ -1,5 +1,5 @@
 // Products of large bfloat16 matrices by the tile instructions of AMX, for the same operands as those of gemm.inl. Both are copied in
-// pieces: the left one as registers [16 rows, 32 numbers], the right one as pairs with 32 columns side by side. Every number is summed in
+// pieces: the left one as registers [16 rows, 32 numbers], the right one as registers of 16 pairs by 16 columns. Every number is summed in
 // blocks of AMX_UNITS pairs, one after another, whatever the threads and the rows beside it.
 
 namespace ISA {
@@ -55,35 +55,47 @@ static void pack_left(const Across<T>& a, int64_t i, int64_t count, int64_t d, i
   }
 }
 
-// Columns j to j + count (at most C * 16) of the right operand: pairs of C * 16 columns, filled up with zeros to whole registers.
-template <int C, class B>
+// Columns j to j + count (at most 16) of the right operand: consecutive registers, filled up with zeros.
+template <class B>
 static void pack_right(const B& b, int64_t j, int64_t count, int64_t d, int64_t depth, float* to) {
-  constexpr int columns = C * AMX_ROWS;
-  b.template pack<Pairs, columns>(j, count, d, depth, to);
-  const int64_t filled = (depth + 1) / 2, all = whole_registers(depth) * 16;
-  __builtin_memset(to + filled * columns, 0, static_cast<size_t>((all - filled) * columns * 4));
+  b.template pack<Pairs, AMX_ROWS>(j, count, d, depth, to);
+  const int64_t filled = (depth + 1) / 2, all = whole_registers(depth) * AMX_ROWS;
+  __builtin_memset(to + filled * AMX_ROWS, 0, static_cast<size_t>((all - filled) * 64));
 }
 
-// R by C registers of y: `to` [16 R, 16 C], rows `stride` floats apart.
+static inline void fetch_register(const uint8_t* from) {
+#pragma GCC unroll 16
+  for (int line = 0; line < AMX_BYTES; line += 64) __builtin_prefetch(from + line);
+}
+
+// R by C registers of y: `to` [16 R, 16 C], rows `stride` floats apart. The next registers are fetched into the first cache meanwhile: at moments
+// when loads and products hardly overlap, apparently because the core's other hardware thread is busy, every load from the second cache is
+// waited for (docs/KERNELS.md has figures).
 template <int R, int C>
-static inline void square(const uint8_t* left, const float* right, int64_t steps, float* to, int64_t stride) {
+static inline void square(const uint8_t* left, const uint8_t* right, int64_t steps, float* to, int64_t stride) {
+  const uint8_t* second = right + steps * AMX_BYTES;
   Amx::zero<0>();
   if constexpr (C > 1) Amx::zero<1>();
   if constexpr (R > 1) Amx::zero<2>();
   if constexpr (R > 1 && C > 1) Amx::zero<3>();
-  const uint8_t* columns = reinterpret_cast<const uint8_t*>(right);
-  for (int64_t s = 0; s < steps; s++, left += R * AMX_BYTES, columns += C * AMX_BYTES) {
-    Amx::load<6>(columns, C * 64);
+  for (int64_t s = 0; s < steps; s++, left += R * AMX_BYTES, right += AMX_BYTES, second += AMX_BYTES) {
+    Amx::load<6>(right, 64);
     Amx::load<4>(left, 64);
+    fetch_register(left + R * AMX_BYTES);
     Amx::dot_bf16<0, 4, 6>();
     if constexpr (C > 1) {
-      Amx::load<7>(columns + 64, C * 64);
+      Amx::load<7>(second, 64);
+      fetch_register(right + AMX_BYTES);
       Amx::dot_bf16<1, 4, 7>();
     }
     if constexpr (R > 1) {
       Amx::load<5>(left + AMX_BYTES, 64);
+      fetch_register(left + (R + 1) * AMX_BYTES);
       Amx::dot_bf16<2, 5, 6>();
-      if constexpr (C > 1) Amx::dot_bf16<3, 5, 7>();
+      if constexpr (C > 1) {
+        fetch_register(second + AMX_BYTES);
+        Amx::dot_bf16<3, 5, 7>();
+      }
     }
   }
   Amx::store<0>(to, stride * 4);
@@ -123,11 +135,7 @@ static void multiply_tiles(const A& a, const B& b, Range m, Range n, int64_t dep
     int64_t d = 0;
     do {
       const int64_t deep = min(2 * AMX_UNITS, depth - d), steps = whole_registers(deep);
-      for (int64_t j = n0; j < n1; j += AMX_SQUARE) {
-        float* to = right_piece + (j - n0) * steps * 16;
-        if (n1 - j > AMX_ROWS) pack_right<2>(b, j, min(AMX_SQUARE, n1 - j), d, deep, to);
-        else pack_right<1>(b, j, n1 - j, d, deep, to);
-      }
+      for (int64_t j = n0; j < n1; j += AMX_ROWS) pack_right(b, j, min(AMX_ROWS, n1 - j), d, deep, right_piece + (j - n0) * steps * AMX_ROWS);
       const bool add = y.add || d > 0;
       for (int64_t m0 = m.begin; m0 < m.end; m0 += AMX_LEFT) {
         const int64_t m1 = min(m.end, m0 + AMX_LEFT);
@@ -138,7 +146,8 @@ static void multiply_tiles(const A& a, const B& b, Range m, Range n, int64_t dep
           if (two) pack_left(a, i + AMX_ROWS, min(AMX_ROWS, m1 - i - AMX_ROWS), d, deep, to + AMX_BYTES, 2 * AMX_BYTES);
         }
         for (int64_t j = n0; j < n1; j += AMX_SQUARE) {
-          const float *right = right_piece + (j - n0) * steps * 16, *bias = y.bias && d == 0 ? y.bias + j : nullptr;
+          const uint8_t* right = reinterpret_cast<const uint8_t*>(right_piece + (j - n0) * steps * AMX_ROWS);
+          const float* bias = y.bias && d == 0 ? y.bias + j : nullptr;
           const int64_t columns = min(AMX_SQUARE, n1 - j);
           for (int64_t i = m0; i < m1; i += AMX_SQUARE) {
             const uint8_t* left = left_piece + (i - m0) * steps * 64;

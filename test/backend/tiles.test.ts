@@ -33,8 +33,8 @@ describe.skipIf(!fits)(`emulated tiles${fits ? "" : ` (skipped: needs ${COMPILER
 
   beforeAll(async () => {
     const checks = works("address,undefined") ? ["SANITIZE=address,undefined"] : [];
-    const settings = [`CXX=${COMPILER}`, "EMULATE_TILES=1", "ISAS=amx", ...checks, "BUILD=build-tiles"];
-    const built = run("make", ["-s", "-j2", "-C", NATIVE, ...settings, "build-tiles/replay"]);
+    const settings = [`CXX=${COMPILER}`, "EMULATE_TILES=1", "ISAS=amx", ...checks, "BUILD=build-emulate"];
+    const built = run("make", ["-s", "-j2", "-C", NATIVE, ...settings, "build-emulate/replay"]);
     ({ file, count } = await recordAll(folder));
     await built;
   }, 900_000);
@@ -43,7 +43,7 @@ describe.skipIf(!fits)(`emulated tiles${fits ? "" : ` (skipped: needs ${COMPILER
     "all cases and two whole models, %i threads",
     async (threads) => {
       const env = { ...process.env, UBSAN_OPTIONS: "print_stacktrace=1" };
-      const found = await run(join(NATIVE, "build-tiles/replay"), ["amx", `${threads}`, file], { env, maxBuffer: 2 ** 26 }).catch(
+      const found = await run(join(NATIVE, "build-emulate/replay"), ["amx", `${threads}`, file], { env, maxBuffer: 2 ** 26 }).catch(
         (error) => error as { stdout: string; stderr: string },
       );
       expect({ stderr: found.stderr, text: found.stdout.trim() }).toEqual({

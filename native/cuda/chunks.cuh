@@ -47,7 +47,7 @@ struct Chunks;
 template <bool BRAIN_>
 struct FloatChunks {
   static constexpr bool BRAIN = BRAIN_, SCALED = false;
-  static constexpr int CHUNK = 64, ROW_BYTES = 128, SCALE_BYTES = 0, X_STRIDE = 192, OFFSET = 0;
+  static constexpr int CHUNK = 64, ROW_BYTES = 128, SCALE_BYTES = 0, OFFSET = 0;
   static __host__ __device__ int32_t pitch(int32_t k) { return 2 * k; }
   static __host__ __device__ int32_t scale_pitch(int32_t) { return 0; }
 };
@@ -58,7 +58,7 @@ struct Chunks<F16> : FloatChunks<false> {};
 
 struct ByteChunks {
   static constexpr bool BRAIN = false, SCALED = true;
-  static constexpr int CHUNK = 128, ROW_BYTES = 128, SCALE_BYTES = 4, X_STRIDE = 272, GROUP_COLUMNS = 64;
+  static constexpr int CHUNK = 128, ROW_BYTES = 128, SCALE_BYTES = 4, GROUP_COLUMNS = 64;
   static __host__ __device__ int32_t pitch(int32_t k) { return k; }
   static __host__ __device__ int32_t scale_pitch(int32_t k) { return k / 32; }
 };
@@ -91,7 +91,7 @@ struct Chunks<FP8> : ByteChunks {
 template <>
 struct Chunks<INT4> {
   static constexpr bool BRAIN = false, SCALED = true;
-  static constexpr int CHUNK = 128, ROW_BYTES = 64, SCALE_BYTES = 8, X_STRIDE = 320, GROUP_COLUMNS = 32, OFFSET = 8;
+  static constexpr int CHUNK = 128, ROW_BYTES = 64, SCALE_BYTES = 8, GROUP_COLUMNS = 32, OFFSET = 8;
   static __host__ __device__ int32_t pitch(int32_t k) { return k / 2; }
   static __host__ __device__ int32_t scale_pitch(int32_t k) { return k / 16; }
   // Eight columns as four pairs; the second and the fourth are 16 times too large, and their activations are 16 times smaller.
@@ -107,26 +107,27 @@ struct Chunks<INT4> {
 constexpr int chunk_of(Dtype d) { return d == BF16 || d == F16 ? 64 : 128; }
 constexpr bool has_chunks(Dtype d) { return d == BF16 || d == F16 || d == INT8 || d == FP8 || d == INT4; }
 
-// A warp's part of a product: a ring of chunks of M matrices, and the activations of one chunk for P rows.
+// A warp's part of a product: a ring of chunks, and the activations of chunks for P rows.
 //
 // Each row of activations takes two of the 8 columns of mma.sync: the numbers rounded to 16 bits, and what rounding took away. Lane (g, t) = (lane / 4,
 // lane % 4) holds weights of the rows g and g + 8; which columns is free, as long as activations have the same.
 // With a single row, 6 of 8 columns would be empty. There, the four lanes t take different scale groups, 32 columns each, and lane t's
 // activations are zero but in columns 2t and 2t + 1: so the results of lane t are of its own group, to be scaled once a chunk.
-template <Dtype D, int P, int M>
+template <Dtype D, int P>
 struct Warp {
   using C = Chunks<D>;
   static constexpr int NT = (P + 3) / 4;         // tiles of activations, 4 rows each
   static constexpr int V = C::CHUNK / 32;        // columns of a chunk that a lane converts
   static constexpr int KEPT = D == BF16 ? 4 : 2;
   static constexpr int UNITS = C::ROW_BYTES / 16, COPIES = TILE_N * UNITS / 32;
-  static constexpr int STAGE = M * TILE_N * (C::ROW_BYTES + C::SCALE_BYTES);
+  static constexpr int STAGE = TILE_N * (C::ROW_BYTES + C::SCALE_BYTES);
   // About 6 KiB: two blocks fill a multiprocessor's share of the memory system, and leave the next kernel room to start its own.
-  static constexpr int STAGES = M == 1 ? (C::ROW_BYTES == 64 ? 5 : 3) : (C::ROW_BYTES == 64 ? 3 : 2);
-  // Activations of a chunk: 2 P columns, then each row's [8]: the sums of its groups, its scale. After all of them, a column of zeros.
-  static constexpr int STRIDE = P == 1 && !C::SCALED ? C::CHUNK * 2 : C::X_STRIDE;
-  static constexpr int X = 2 * P * STRIDE, SLOT = X + (D == BF16 ? 0 : P * 8 * 4);
+  static constexpr int STAGES = C::ROW_BYTES == 64 ? 5 : 3;
+  // Activations of a chunk, a slot: 2 P columns, then each row's [8]: the sums of its groups, its scale. After all slots, a column of zeros.
+  static constexpr int STRIDE = C::CHUNK * 2, X = 2 * P * STRIDE, SLOT = X + (D == BF16 ? 0 : P * 8 * 4);
   static constexpr int bytes(int slots) { return STAGES * STAGE + slots * SLOT + STRIDE; }
+  // Columns that lane t takes in one piece, and by which odd columns' bytes are permuted so that reading is free of bank conflicts.
+  static constexpr int PIECE = P == 1 && C::SCALED ? 32 : C::ROW_BYTES == 128 && C::SCALED ? 16 : 8, ODD = PIECE == 8 ? 64 : 16;
 
   uint8_t *ring, *x, *zeros;
   int lane, g, t;
@@ -134,11 +135,12 @@ struct Warp {
   uint32_t to_scale;
   int from;          // where its reading starts
   const uint8_t* column[NT];  // its activations in slot 0
+  int odd;                    // ODD in odd columns
   int32_t step[NT];           // and how far those in the next slot are
-  float sums[M][NT][KEPT];
+  float sums[NT][KEPT];
 
   // Weights to copy.
-  const uint8_t* data[M];
+  const uint8_t* data[2];  // of the upper and the lower half of a tile's rows
   const uint8_t* scales;
   int32_t offset[COPIES];
 
@@ -150,10 +152,11 @@ struct Warp {
 
   __device__ void start(uint8_t* memory, int slots) {
     lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    odd = g % 2 * ODD;
     ring = memory, x = ring + STAGES * STAGE, zeros = x + slots * SLOT;
     const int row = lane / UNITS;
     to = shared_address(ring) + row * C::ROW_BYTES + swizzle(row, lane % UNITS) * 16;
-    to_scale = shared_address(ring) + M * TILE_N * C::ROW_BYTES + lane * C::SCALE_BYTES;
+    to_scale = shared_address(ring) + TILE_N * C::ROW_BYTES + lane * C::SCALE_BYTES;
     for (int i = lane; i < STRIDE / 4; i += 32) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
     expect(P == 1 ? 1 : 0);
     __syncwarp();
@@ -164,8 +167,8 @@ struct Warp {
 #pragma unroll
     for (int i = 0; i < NT; i++) {
       const bool has = P > 1 ? mask >> (4 * i + g / 2) & 1 : C::SCALED ? g / 2 == t : g < 2;
-      const int own = P > 1 ? 8 * i + g : C::SCALED ? g % 2 : g, columns = P == 1 && C::SCALED ? 32 : C::X_STRIDE == 272 ? 16 : 8;
-      column[i] = (has ? x + own * STRIDE : zeros) + t * columns * 2;
+      const int own = P > 1 ? 8 * i + g : C::SCALED ? g % 2 : g;
+      column[i] = (has ? x + own * STRIDE : zeros) + t * PIECE * 2;
       step[i] = has ? SLOT : 0;
     }
   }
@@ -173,32 +176,29 @@ struct Warp {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int m = 0; m < M; m++)
+    for (int i = 0; i < NT; i++)
 #pragma unroll
-      for (int i = 0; i < NT; i++)
-#pragma unroll
-        for (int j = 0; j < KEPT; j++) sums[m][i][j] = 0;
+      for (int j = 0; j < KEPT; j++) sums[i][j] = 0;
   }
 
-  // From now on, copies are of these matrices, of which `left` rows exist.
+  // From now on, copies are of these rows.
   template <class S>
   __device__ __forceinline__ void aim(const S& s, int32_t pitch, int32_t scale_pitch) {
 #pragma unroll
-    for (int m = 0; m < M; m++) data[m] = s.data[m] + lane % UNITS * 16;
+    for (int half = 0; half < 2; half++) data[half] = s.data[half] + lane % UNITS * 16;
 #pragma unroll
-    for (int i = 0; i < COPIES; i++) offset[i] = min(i * (32 / UNITS) + lane / UNITS, s.left - 1) * pitch;
-    if constexpr (C::SCALE_BYTES > 0) scales = (M == 1 || lane < TILE_N ? s.scales[0] : s.scales[M - 1]) + static_cast<int64_t>(min(lane % TILE_N, s.left - 1)) * scale_pitch;
+    for (int i = 0; i < COPIES; i++) offset[i] = min((i * (32 / UNITS) + lane / UNITS) % (TILE_N / 2), s.left[i / (COPIES / 2)] - 1) * pitch;
+    if constexpr (C::SCALE_BYTES > 0) {
+      const bool lower = lane & TILE_N / 2;
+      scales = (lower ? s.scales[1] : s.scales[0]) + static_cast<int64_t>(min(lane % (TILE_N / 2), (lower ? s.left[1] : s.left[0]) - 1)) * scale_pitch;
+    }
   }
 
   __device__ __forceinline__ void fetch(int stage, int32_t chunk) const {
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-      const uint8_t* at = data[m] + chunk * C::ROW_BYTES;
-#pragma unroll
-      for (int i = 0; i < COPIES; i++) copy16(to + stage * STAGE + m * TILE_N * C::ROW_BYTES + i * 512, at + offset[i]);
-    }
+    for (int i = 0; i < COPIES; i++) copy16(to + stage * STAGE + i * 512, data[i / (COPIES / 2)] + chunk * C::ROW_BYTES + offset[i]);
     if constexpr (C::SCALE_BYTES > 0)
-      if (lane < TILE_N * M) copy_small<C::SCALE_BYTES>(to_scale + stage * STAGE, scales + chunk * C::SCALE_BYTES);
+      if (lane < TILE_N) copy_small<C::SCALE_BYTES>(to_scale + stage * STAGE, scales + chunk * C::SCALE_BYTES);
   }
 
   __device__ __forceinline__ void load(const float* row, int32_t chunk, float* v) const {
@@ -212,8 +212,24 @@ struct Warp {
     }
   }
 
-  // Splits a row's activations of a chunk in two.
-  __device__ __forceinline__ void convert(int slot, int position, float* v) {
+  // Starts copying a row's activations of a chunk into a slot; `taken` reads this lane's.
+  __device__ __forceinline__ void fetch_x(int slot, int position, const float* row, int32_t chunk) const {
+    copy_small<V * 4>(shared_address(x + slot * SLOT + 2 * position * STRIDE + lane * V * 4), row + chunk * C::CHUNK + lane * V);
+  }
+  __device__ __forceinline__ void taken(int slot, int position, float* v) const {
+    const uint8_t* at = x + slot * SLOT + 2 * position * STRIDE + lane * V * 4;
+    if constexpr (V == 4) {
+      const float4 four = *reinterpret_cast<const float4*>(at);
+      v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    } else {
+      const float2 two = *reinterpret_cast<const float2*>(at);
+      v[0] = two.x, v[1] = two.y;
+    }
+    __syncwarp();  // before anybody writes there
+  }
+
+  // Splits a row's activations of a chunk in two and puts them into a slot.
+  __device__ __forceinline__ void put(int slot, int position, float* v) {
     uint32_t high[V / 2], low[V / 2];
     if constexpr (C::BRAIN) {
 #pragma unroll
@@ -252,18 +268,21 @@ struct Warp {
     uint8_t* at = x + slot * SLOT + 2 * position * STRIDE + lane * V * 2;
     if constexpr (V == 4) {
       *reinterpret_cast<uint2*>(at) = make_uint2(high[0], high[1]);
-      *reinterpret_cast<uint2*>(at + STRIDE) = make_uint2(low[0], low[1]);
+      *reinterpret_cast<uint2*>(x + slot * SLOT + (2 * position + 1) * STRIDE + (lane * V * 2 ^ ODD)) = make_uint2(low[0], low[1]);
     } else {
       *reinterpret_cast<uint32_t*>(at) = high[0];
-      *reinterpret_cast<uint32_t*>(at + STRIDE) = low[0];
+      *reinterpret_cast<uint32_t*>(x + slot * SLOT + (2 * position + 1) * STRIDE + (lane * V * 2 ^ ODD)) = low[0];
     }
   }
 
   static __device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-  static __device__ __forceinline__ uint4 unit(const uint8_t* stage, int m, int row, int u) {
-    return *reinterpret_cast<const uint4*>(stage + (m * TILE_N + row) * C::ROW_BYTES + swizzle(row, u) * 16);
+  static __device__ __forceinline__ uint4 unit(const uint8_t* stage, int row, int u) {
+    return *reinterpret_cast<const uint4*>(stage + row * C::ROW_BYTES + swizzle(row, u) * 16);
   }
-  __device__ __forceinline__ uint4 eight(int slot, int i, int at) const { return *reinterpret_cast<const uint4*>(column[i] + slot * step[i] + at); }
+  __device__ __forceinline__ uint4 eight(int slot, int i, int at) const {
+    // at ^ odd: t's piece has none of these bits.
+    return *reinterpret_cast<const uint4*>(column[i] + slot * step[i] + (at & ODD ? -odd : odd) + at);
+  }
 
   // Multiplies a stage's chunk by a slot's activations. `mask`: positions that have any.
   __device__ __forceinline__ void multiply(int stage_number, int slot, uint32_t mask) {
@@ -273,161 +292,130 @@ struct Warp {
     else multiply_groups(stage, slot, mask);
   }
 
-  __device__ __forceinline__ bool empty(uint32_t mask, int i) const { return NT > 1 && !(mask >> 4 * i & 15); }
-
   __device__ __forceinline__ void multiply_floats(const uint8_t* stage, int slot, uint32_t mask) {
-    float c[M][NT][4] = {};  // F16
+    float c[NT][4] = {};  // F16
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      uint4 a[M], b[M];
-#pragma unroll
-      for (int m = 0; m < M; m++) a[m] = unit(stage, m, g, 4 * h + t), b[m] = unit(stage, m, g + 8, 4 * h + t);
+      const uint4 a = unit(stage, g, 4 * h + t), b = unit(stage, g + 8, 4 * h + t);
 #pragma unroll
       for (int i = 0; i < NT; i++) {
-        if (empty(mask, i)) continue;
         const uint4 v = eight(slot, i, h * 64);
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-          float* sum = D == BF16 ? sums[m][i] : c[m][i];
-          mma<C::BRAIN>(sum, a[m].x, b[m].x, a[m].y, b[m].y, v.x, v.y);
-          mma<C::BRAIN>(sum, a[m].z, b[m].z, a[m].w, b[m].w, v.z, v.w);
-        }
+        float* sum = D == BF16 ? sums[i] : c[i];
+        mma<C::BRAIN>(sum, a.x, b.x, a.y, b.y, v.x, v.y);
+        mma<C::BRAIN>(sum, a.z, b.z, a.w, b.w, v.z, v.w);
       }
     }
     if constexpr (D == F16) {
 #pragma unroll
       for (int i = 0; i < NT; i++) {
         const float back = P == 1 ? notes(slot)[4] : mask >> (4 * i + t) & 1 ? notes(slot)[(4 * i + t) * 8 + 4] : 0.f;
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-          sums[m][i][0] += (c[m][i][0] + c[m][i][1]) * back;
-          sums[m][i][1] += (c[m][i][2] + c[m][i][3]) * back;
-        }
+        sums[i][0] += (c[i][0] + c[i][1]) * back;
+        sums[i][1] += (c[i][2] + c[i][3]) * back;
       }
     }
   }
 
+  static __device__ __forceinline__ const f16* scales_of(const uint8_t* stage, int row) {
+    return reinterpret_cast<const f16*>(stage + TILE_N * C::ROW_BYTES + row * C::SCALE_BYTES);
+  }
+
   // Lane t has 32 columns of its own.
   __device__ __forceinline__ void multiply_one(const uint8_t* stage, int slot) {
-    uint4 v[4];
+    constexpr int units = C::ROW_BYTES / 64;
+    const float first = C::OFFSET ? notes(slot)[t] : 0.f;
+    float c[4] = {first, 0, first, 0}, d[4] = {};  // two, for a shorter chain
 #pragma unroll
-    for (int j = 0; j < 4; j++) v[j] = eight(slot, 0, j * 16);
-    const float back = notes(slot)[4], first = C::OFFSET ? notes(slot)[t] : 0.f;
+    for (int u = 0; u < units; u++) {
+      const uint4 a = unit(stage, g, units * t + u), b = unit(stage, g + 8, units * t + u);
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-      float c[4] = {first, 0, first, 0}, d[4] = {};  // two, for a shorter chain
-      constexpr int units = C::ROW_BYTES / 64;
-#pragma unroll
-      for (int u = 0; u < units; u++) {
-        const uint4 a = unit(stage, m, g, units * t + u), b = unit(stage, m, g + 8, units * t + u);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          uint32_t p[4], q[4];
-          C::widen(word(a, j), p);
-          C::widen(word(b, j), q);
-          if constexpr (units == 1) {
-            mma<false>(c, p[0], q[0], p[1], q[1], v[j].x, v[j].y);
-            mma<false>(d, p[2], q[2], p[3], q[3], v[j].z, v[j].w);
-          } else {
-            const uint4& w = v[2 * u + j / 2];
-            mma<false>(j % 2 ? d : c, p[0], q[0], p[1], q[1], j % 2 ? w.z : w.x, j % 2 ? w.w : w.y);
-          }
+      for (int j = 0; j < 4; j++) {
+        uint32_t p[4], q[4];
+        C::widen(word(a, j), p);
+        C::widen(word(b, j), q);
+        if constexpr (units == 1) {
+          const uint4 v = eight(slot, 0, j * 16);
+          mma<false>(c, p[0], q[0], p[1], q[1], v.x, v.y);
+          mma<false>(d, p[2], q[2], p[3], q[3], v.z, v.w);
+        } else {
+          const uint4 v = eight(slot, 0, (2 * u + j / 2) * 16);
+          mma<false>(j % 2 ? d : c, p[0], q[0], p[1], q[1], j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
         }
       }
-      const f16* scale = reinterpret_cast<const f16*>(stage + M * TILE_N * C::ROW_BYTES + (m * TILE_N + g) * C::SCALE_BYTES) + t / units;
-      sums[m][0][0] += (c[0] + c[1] + (d[0] + d[1])) * (__half2float(scale[0]) * back);
-      sums[m][0][1] += (c[2] + c[3] + (d[2] + d[3])) * (__half2float(scale[8 * C::SCALE_BYTES / 2]) * back);
     }
+    const float back = notes(slot)[4];
+    sums[0][0] += (c[0] + c[1] + (d[0] + d[1])) * (__half2float(scales_of(stage, g)[t / units]) * back);
+    sums[0][1] += (c[2] + c[3] + (d[2] + d[3])) * (__half2float(scales_of(stage, g + 8)[t / units]) * back);
   }
 
   // The four lanes t share each group.
   __device__ __forceinline__ void multiply_groups(const uint8_t* stage, int slot, uint32_t mask) {
     constexpr int GROUPS = C::CHUNK / C::GROUP_COLUMNS;
-    float total[M][NT][2] = {};
+    float total[NT][2] = {};
 #pragma unroll
     for (int q = 0; q < GROUPS; q++) {
-      float c[M][NT][4];
+      float c[NT][4];
 #pragma unroll
       for (int i = 0; i < NT; i++) {
         const float first = C::OFFSET && mask >> (4 * i + t) & 1 ? notes(slot)[(4 * i + t) * 8 + q * (4 / GROUPS)] : 0.f;
-#pragma unroll
-        for (int m = 0; m < M; m++) c[m][i][0] = first, c[m][i][1] = 0, c[m][i][2] = first, c[m][i][3] = 0;
+        c[i][0] = first, c[i][1] = 0, c[i][2] = first, c[i][3] = 0;
       }
       if constexpr (D == INT4) {
-        uint32_t a[M][4], b[M][4];
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-          auto own = [&](int row) { return *reinterpret_cast<const uint32_t*>(stage + (m * TILE_N + row) * C::ROW_BYTES + swizzle(row, q) * 16 + t * 4); };
-          C::widen(own(g), a[m]);
-          C::widen(own(g + 8), b[m]);
-        }
+        uint32_t a[4], b[4];
+        auto own = [&](int row) { return *reinterpret_cast<const uint32_t*>(stage + row * C::ROW_BYTES + swizzle(row, q) * 16 + t * 4); };
+        C::widen(own(g), a);
+        C::widen(own(g + 8), b);
 #pragma unroll
         for (int i = 0; i < NT; i++) {
-          if (empty(mask, i)) continue;
           const uint4 v = eight(slot, i, q * 64);
-#pragma unroll
-          for (int m = 0; m < M; m++) {
-            mma<false>(c[m][i], a[m][0], b[m][0], a[m][1], b[m][1], v.x, v.y);
-            mma<false>(c[m][i], a[m][2], b[m][2], a[m][3], b[m][3], v.z, v.w);
-          }
+          mma<false>(c[i], a[0], b[0], a[1], b[1], v.x, v.y);
+          mma<false>(c[i], a[2], b[2], a[3], b[3], v.z, v.w);
         }
       } else {
-        uint4 a[M], b[M];
-#pragma unroll
-        for (int m = 0; m < M; m++) a[m] = unit(stage, m, g, 4 * q + t), b[m] = unit(stage, m, g + 8, 4 * q + t);
+        const uint4 a = unit(stage, g, 4 * q + t), b = unit(stage, g + 8, 4 * q + t);
 #pragma unroll
         for (int j = 0; j < 2; j++) {  // pairs of words
-          uint32_t p[M][4], r[M][4];
-#pragma unroll
-          for (int m = 0; m < M; m++) {
-            C::widen(word(a[m], 2 * j), p[m]), C::widen(word(a[m], 2 * j + 1), p[m] + 2);
-            C::widen(word(b[m], 2 * j), r[m]), C::widen(word(b[m], 2 * j + 1), r[m] + 2);
-          }
+          uint32_t p[4], r[4];
+          C::widen(word(a, 2 * j), p), C::widen(word(a, 2 * j + 1), p + 2);
+          C::widen(word(b, 2 * j), r), C::widen(word(b, 2 * j + 1), r + 2);
 #pragma unroll
           for (int i = 0; i < NT; i++) {
-            if (empty(mask, i)) continue;
             const uint4 v = eight(slot, i, q * 128 + j * 16);
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-              mma<false>(c[m][i], p[m][0], r[m][0], p[m][1], r[m][1], v.x, v.y);
-              mma<false>(c[m][i], p[m][2], r[m][2], p[m][3], r[m][3], v.z, v.w);
-            }
+            mma<false>(c[i], p[0], r[0], p[1], r[1], v.x, v.y);
+            mma<false>(c[i], p[2], r[2], p[3], r[3], v.z, v.w);
           }
         }
       }
+      const float a = __half2float(scales_of(stage, g)[q]), b = __half2float(scales_of(stage, g + 8)[q]);
 #pragma unroll
-      for (int m = 0; m < M; m++) {
-        const f16* scale = reinterpret_cast<const f16*>(stage + M * TILE_N * C::ROW_BYTES + (m * TILE_N + g) * C::SCALE_BYTES) + q;
-        const float a = __half2float(scale[0]), b = __half2float(scale[8 * C::SCALE_BYTES / 2]);
-#pragma unroll
-        for (int i = 0; i < NT; i++) total[m][i][0] += (c[m][i][0] + c[m][i][1]) * a, total[m][i][1] += (c[m][i][2] + c[m][i][3]) * b;
-      }
+      for (int i = 0; i < NT; i++) total[i][0] += (c[i][0] + c[i][1]) * a, total[i][1] += (c[i][2] + c[i][3]) * b;
     }
 #pragma unroll
     for (int i = 0; i < NT; i++) {
       const float back = mask >> (4 * i + t) & 1 ? notes(slot)[(4 * i + t) * 8 + 4] : 0.f;
-#pragma unroll
-      for (int m = 0; m < M; m++) sums[m][i][0] += total[m][i][0] * back, sums[m][i][1] += total[m][i][1] * back;
+      sums[i][0] += total[i][0] * back, sums[i][1] += total[i][1] * back;
     }
   }
 
-  // Writes the sums of an item, [M][16][P].
+  // Writes the sums of an item, [16][P].
   __device__ __forceinline__ void store(float* at) const {
+    each([&](int row, int position, float v) { at[row * P + position] = v; });
+  }
+  // Calls visit(row, position, sum) for the sums that this lane has.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
 #pragma unroll
-    for (int m = 0; m < M; m++)
+    for (int i = 0; i < NT; i++) {
+      const float* s = sums[i];
+      float a = KEPT == 4 ? s[0] + s[1] : s[0], b = KEPT == 4 ? s[KEPT - 2] + s[KEPT - 1] : s[1];
+      if constexpr (P == 1) {
 #pragma unroll
-      for (int i = 0; i < NT; i++) {
-        const float* s = sums[m][i];
-        float a = KEPT == 4 ? s[0] + s[1] : s[0], b = KEPT == 4 ? s[KEPT - 2] + s[KEPT - 1] : s[1];
-        if constexpr (P == 1) {
-#pragma unroll
-          for (int d = 1; d < 4; d *= 2) a += __shfl_xor_sync(~0u, a, d), b += __shfl_xor_sync(~0u, b, d);
-          if (t == 0) at[m * TILE_N + g] = a, at[m * TILE_N + g + 8] = b;
-        } else {
-          at[(m * TILE_N + g) * P + 4 * i + t] = a;
-          at[(m * TILE_N + g + 8) * P + 4 * i + t] = b;
-        }
+        for (int d = 1; d < 4; d *= 2) a += __shfl_xor_sync(~0u, a, d), b += __shfl_xor_sync(~0u, b, d);
+        if (t == 0) visit(g, 0, a), visit(g + 8, 0, b);
+      } else {
+        visit(g, 4 * i + t, a);
+        visit(g + 8, 4 * i + t, b);
       }
+    }
   }
 };
 

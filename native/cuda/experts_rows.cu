@@ -6,15 +6,17 @@
 namespace cuda {
 namespace {
 
-// The experts that rows chose, in the order of their first slots, in shared memory. `place[e * stride + p]`: slot | row << 16.
+// The experts that rows chose, in the order of their first slots, in shared memory. `place[e * stride + p]`: slot | row << 16;
+// `factor`: its weight.
 struct Chosen {
   int32_t count, stride;
   int32_t* expert;
   uint32_t* mask;
   int32_t* place;
+  float* factor;
 
   static constexpr int FEW = 32;  // slots that each warp sorts for itself, which needs no barrier
-  static __host__ __device__ int list_words(int most, int positions) { return most * (2 + positions); }
+  static __host__ __device__ int list_words(int most, int positions) { return most * (2 + 2 * positions); }
   static int bytes(int most, int slots, int positions) { return (slots <= FEW ? ROW_WARPS * list_words(most, positions) : list_words(most, positions) + ROW_THREADS + ROW_WARPS) * 4; }
 
   __device__ void place_lists(int32_t* at, int32_t most, int32_t positions) {
@@ -22,11 +24,11 @@ struct Chosen {
     expert = at;
     mask = reinterpret_cast<uint32_t*>(at + most);
     place = at + 2 * most;
+    factor = reinterpret_cast<float*>(place + most * positions);
   }
 
-  // BY_ROW: a slot's position is its row; otherwise an expert's slots take the positions from 0 on. `most_slots`: as in bytes().
-  template <bool BY_ROW>
-  __device__ void find(uint8_t* shared, int32_t most, int32_t most_slots, int32_t positions, const int32_t* experts, int32_t rows, int32_t k, int32_t limit, FaultRecord* faults) {
+  // by_row: a slot's position is its row; otherwise an expert's slots take the positions from 0 on. `most_slots`: as in bytes().
+  __device__ void find(uint8_t* shared, int32_t most, int32_t most_slots, int32_t positions, bool by_row, const float* weights, const int32_t* experts, int32_t rows, int32_t k, int32_t limit, FaultRecord* faults) {
     int32_t* words = reinterpret_cast<int32_t*>(shared);
     const int slots = rows * k, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     auto id_of = [&](int slot) {
@@ -38,18 +40,22 @@ struct Chosen {
     if (most_slots <= FEW) {
       place_lists(words + warp * list_words(most, positions), most, positions);
       const int32_t id = id_of(lane);
+      const float weight = weights && lane < slots ? weights[lane] : 1.f;
       const uint32_t alike = __match_any_sync(~0u, id), below = (1u << lane) - 1;
       const bool first = id >= 0 && !(alike & below);
       const uint32_t firsts = __ballot_sync(~0u, first);
       count = __popc(firsts);
       const int rank = __popc(firsts & ((1u << (__ffs(alike) - 1)) - 1)), row = lane / k;
       if (id >= 0) {
-        const int p = BY_ROW ? row : __popc(alike & below);
-        if (p < positions) place[rank * stride + p] = lane | row << 16;
+        const int p = by_row ? row : __popc(alike & below);
+        if (p < positions) {
+          place[rank * stride + p] = lane | row << 16;
+          factor[rank * stride + p] = weight;
+        }
       }
       if (first) {
         uint32_t bits = 0;
-        if constexpr (BY_ROW)
+        if (by_row)
           for (uint32_t rest = alike; rest; rest &= rest - 1) bits |= 1u << (__ffs(rest) - 1) / k;
         else bits = (1u << min(__popc(alike), positions)) - 1;
         expert[rank] = id;
@@ -81,10 +87,11 @@ struct Chosen {
       uint32_t bits = 0;
       for (int i = slot, n = 0; i < slots; i++) {
         if (ids[i] != id) continue;
-        const int row = i / k, p = BY_ROW ? row : n++;
+        const int row = i / k, p = by_row ? row : n++;
         if (p >= positions) break;
         bits |= 1u << p;
         place[rank * stride + p] = i | row << 16;
+        factor[rank * stride + p] = weights ? weights[i] : 1.f;
       }
       expert[rank] = id;
       mask[rank] = bits;
@@ -105,9 +112,10 @@ struct Experts {
 
 template <Dtype D>
 struct GatedExperts {
-  static constexpr int MATRICES = 2;
+  static constexpr int TILE = TILE_N / 2;
   static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
-  static constexpr bool same(int positions) { return positions == 1; }
+  // Up to four rows have positions of their own; of many, those that chose an expert are packed.
+  static constexpr bool same(Span span) { return span != Span::MANY; }
   Experts e;
   const float* x;
   Matrix gate, up, shared_gate, shared_up;
@@ -115,11 +123,11 @@ struct GatedExperts {
   int32_t rows;
   Chosen chosen;
 
-  __device__ int32_t tiles() const { return (e.width + TILE_N - 1) / TILE_N; }
-  __device__ int32_t early_items() const { return (e.shared_width + TILE_N - 1) / TILE_N; }
+  __device__ int32_t tiles() const { return (e.width + TILE - 1) / TILE; }
+  __device__ int32_t early_items() const { return (e.shared_width + TILE - 1) / TILE; }
   __device__ int32_t prepare(uint8_t* shared) {
     rows = min(e.rows.get(), ROWS_MOST);
-    chosen.find<false>(shared, e.most, e.most_slots, e.positions, e.experts, rows, e.k, e.count, e.faults);
+    chosen.find(shared, e.most, e.most_slots, e.positions, e.positions <= 4, nullptr, e.experts, rows, e.k, e.count, e.faults);
     return rows > 0 ? early_items() + chosen.count * tiles() : 0;
   }
   __device__ int32_t parts() const { return 1; }
@@ -128,30 +136,29 @@ struct GatedExperts {
   __device__ int32_t scale_pitch(int32_t) const { return Chunks<D>::scale_pitch(e.hidden); }
   // Of an item that is no shared one: the place of its expert among the chosen ones. The quotient of such small numbers is exact.
   __device__ int32_t index(int32_t item) const { return static_cast<int32_t>((item - early_items() + 0.5f) * __frcp_rn(static_cast<float>(tiles()))); }
-  __device__ Source<2> source(const Cursor& c) const {
+  __device__ Source source(const Cursor& c) const {
     const bool is_shared = c.item < early_items();
     const int32_t i = is_shared ? 0 : index(c.item);
-    const int32_t n = (is_shared ? c.item : c.item - early_items() - i * tiles()) * TILE_N;
+    const int32_t n = (is_shared ? c.item : c.item - early_items() - i * tiles()) * TILE;
     const int64_t row = is_shared ? n : static_cast<int64_t>(chosen.expert[i]) * e.width + n;
-    const Matrix &g = is_shared ? shared_gate : gate, &u = is_shared ? shared_up : up;
-    return {{data_at<D>(g, row, e.hidden), data_at<D>(u, row, e.hidden)},
-            {scales_at<D>(g, row, e.hidden), scales_at<D>(u, row, e.hidden)},
-            (is_shared ? e.shared_width : e.width) - n};
+    return tile_of<D>(is_shared ? shared_gate : gate, is_shared ? shared_up : up, row, (is_shared ? e.shared_width : e.width) - n, e.hidden);
   }
+  __device__ uint32_t everybody() const { return (1u << rows) - 1; }
   __device__ uint32_t mask(const Cursor& c) const { return c.item < early_items() ? (1u << rows) - 1 : chosen.mask[index(c.item)]; }
   __device__ const float* row_of(const Cursor& c, int p, float& factor) const {
     factor = 1;
-    return x + static_cast<int64_t>(c.item < early_items() ? p : chosen.place[index(c.item) * chosen.stride + p] >> 16) * e.hidden;
+    return x + static_cast<int64_t>(e.positions <= 4 || c.item < early_items() ? p : chosen.place[index(c.item) * chosen.stride + p] >> 16) * e.hidden;
   }
-  __device__ void finish(int32_t item, int p, int n, const float* sums) const {
-    const float v = silu(sums[0]) * sums[1];
+  __device__ int32_t target(const Cursor&, int p) const { return p; }
+  __device__ void finish(int32_t item, int p, int n, float sum, float up) const {
+    const float v = silu(sum) * up;
     if (item < early_items()) {
-      n += item * TILE_N;
+      n += item * TILE;
       if (n < e.shared_width && p < rows) hs[static_cast<int64_t>(p) * e.shared_width + n] = v;
       return;
     }
     const int32_t i = index(item);
-    n += (item - early_items() - i * tiles()) * TILE_N;
+    n += (item - early_items() - i * tiles()) * TILE;
     if (n < e.width && chosen.mask[i] >> p & 1) h[static_cast<int64_t>(chosen.place[i * chosen.stride + p] & 0xffff) * e.width + n] = v;
   }
   __device__ void after(int32_t) const {}
@@ -160,9 +167,9 @@ struct GatedExperts {
 // An item is 16 outputs; its parts are the shared experts and each chosen one.
 template <Dtype D>
 struct DownExperts {
-  static constexpr int MATRICES = 1;
+  static constexpr int TILE = TILE_N;
   static constexpr bool PARTS_KNOWN = false, WEIGHTED = true;
-  static constexpr bool same(int positions) { return positions == 1; }
+  static constexpr bool same(Span span) { return span == Span::ONE; }
   Experts e;
   const float *h, *hs;
   Matrix down, shared_down;
@@ -177,7 +184,7 @@ struct DownExperts {
   __device__ int32_t early_items() const { return e.shared_width ? tiles() : 0; }
   __device__ int32_t prepare(uint8_t* shared) {
     rows = min(e.rows.get(), ROWS_MOST);
-    chosen.find<true>(shared, e.most, e.most_slots, e.positions, e.experts, rows, e.k, e.count, e.faults);
+    chosen.find(shared, e.most, e.most_slots, e.positions, e.positions <= 4, weights, e.experts, rows, e.k, e.count, e.faults);
     return rows > 0 && parts() > 0 ? tiles() : 0;
   }
   __device__ int32_t parts() const { return chosen.count + (e.shared_width > 0); }
@@ -185,28 +192,30 @@ struct DownExperts {
   __device__ int32_t chunks(int32_t part) const { return depth(part) / Chunks<D>::CHUNK; }
   __device__ int32_t pitch(int32_t part) const { return Chunks<D>::pitch(depth(part)); }
   __device__ int32_t scale_pitch(int32_t part) const { return Chunks<D>::scale_pitch(depth(part)); }
-  __device__ Source<1> source(const Cursor& c) const {
+  __device__ Source source(const Cursor& c) const {
     const int32_t n = c.item * TILE_N, k = depth(c.part);
     const bool common = is_shared(c.part);
     const Matrix& m = common ? shared_down : down;
     const int64_t row = common ? n : static_cast<int64_t>(chosen.expert[index(c.part)]) * e.hidden + n;
-    return {{data_at<D>(m, row, k)}, {scales_at<D>(m, row, k)}, e.hidden - n};
+    return tile_of<D>(m, row, e.hidden - n, k);
   }
+  __device__ uint32_t everybody() const { return (1u << rows) - 1; }
   __device__ uint32_t mask(const Cursor& c) const { return is_shared(c.part) ? (1u << rows) - 1 : chosen.mask[index(c.part)]; }
   __device__ const float* row_of(const Cursor& c, int p, float& factor) const {
     if (is_shared(c.part)) {
       factor = 1;
       return hs + static_cast<int64_t>(p) * e.shared_width;
     }
-    const int32_t slot = chosen.place[index(c.part) * chosen.stride + p] & 0xffff;
-    factor = weights[slot];
-    return h + static_cast<int64_t>(slot) * e.width;
+    const int32_t at = index(c.part) * chosen.stride + p;
+    factor = chosen.factor[at];
+    return h + static_cast<int64_t>(chosen.place[at] & 0xffff) * e.width;
   }
-  __device__ void finish(int32_t item, int p, int n, const float* sums) const {
+  __device__ int32_t target(const Cursor& c, int p) const { return is_shared(c.part) ? p : chosen.place[index(c.part) * chosen.stride + p] >> 16; }
+  __device__ void finish(int32_t item, int p, int n, float sum, float) const {
     n += item * TILE_N;
     if (n >= e.hidden || p >= rows) return;
     const int64_t at = static_cast<int64_t>(p) * e.hidden + n;
-    y[at] = residual ? sums[0] + residual[at] : sums[0];
+    y[at] = residual ? sum + residual[at] : sum;
   }
   __device__ void after(int32_t) const {}
 };
@@ -264,16 +273,16 @@ void experts_gated(const Operands& o, Launch& launch) {
   const bool shared = o.params[0] != 0;
   const Tensor &x = o.in(0), &gate = o.in(1), &up = o.in(2), &ids = o.in(shared ? 5 : 3);
   const int32_t rows = ids.most[0], k = ids.most[1], count = gate.most[0], slots = rows * k;
-  const Experts e{ids.as<int32_t>(), ids.rows(), k, count, gate.most[2], gate.most[1], shared ? o.in(3).most[0] : 0, count < slots ? count : slots, slots, rows == 1 ? 1 : rows <= 4 ? 4 : rows <= 8 ? 8 : 16, launch.faults};
+  const Experts e{ids.as<int32_t>(), ids.rows(), k, count, gate.most[2], gate.most[1], shared ? o.in(3).most[0] : 0, count < slots ? count : slots, slots, positions_of(rows), launch.faults};
   if (fits(e, rows, e.hidden, e.hidden, {gate.dtype, up.dtype, shared ? o.in(3).dtype : gate.dtype, shared ? o.in(4).dtype : gate.dtype})) {
-    const int items = ceil_div(e.shared_width, TILE_N) + e.most * ceil_div(e.width, TILE_N);
-    auto own_bytes = [&](int positions) { return Chosen::bytes(e.most, slots, positions); };
-    launch_rows<GatedExperts>(gate.dtype, rows, items, 1, e.hidden, launch, own_bytes, [&](auto tag) {
+    const int items = ceil_div(e.shared_width, TILE_N / 2) + e.most * ceil_div(e.width, TILE_N / 2);
+    launch_rows<GatedExperts>(gate.dtype, rows, items, 1, e.hidden, Chosen::bytes(e.most, slots, e.positions), launch, [&](auto tag) {
       return GatedExperts<decltype(tag)::value>{e, x.as<float>(), matrix_of(gate), matrix_of(up), shared ? matrix_of(o.in(3)) : Matrix{}, shared ? matrix_of(o.in(4)) : Matrix{},
                                                o.out(0).as<float>(), shared ? o.out(1).as<float>() : nullptr, 0, {}};
     });
     return;
   }
+  if (up.dtype != gate.dtype) throw std::runtime_error("internal: expertsGated: gate and up differ in format");
   const Sorted s = sort(e, rows, launch);
   product({gate.dtype, matrix_of(gate), matrix_of(up), true, x.as<float>(), nullptr, nullptr, o.out(0).as<float>(), s.order, s.offsets, k, count, e.width, e.hidden, slots, x.rows()}, launch);
   if (shared) product(gated_product(x, o.in(3), o.in(4), o.out(1)), launch);
@@ -284,11 +293,10 @@ void experts_down(const Operands& o, Launch& launch) {
   const bool shared = o.params[0] != 0, has_residual = o.params[1] != 0;
   const Tensor &h = o.in(0), &down = o.in(shared ? 2 : 1), &ids = o.in(shared ? 4 : 2), &weights = o.in(shared ? 5 : 3), &y = o.out(0);
   const int32_t rows = ids.most[0], k = ids.most[1], count = down.most[0], slots = rows * k;
-  const Experts e{ids.as<int32_t>(), ids.rows(), k, count, down.most[1], down.most[2], shared ? o.in(3).most[1] : 0, count < slots ? count : slots, slots, rows == 1 ? 1 : rows <= 4 ? 4 : rows <= 8 ? 8 : 16, launch.faults};
+  const Experts e{ids.as<int32_t>(), ids.rows(), k, count, down.most[1], down.most[2], shared ? o.in(3).most[1] : 0, count < slots ? count : slots, slots, positions_of(rows), launch.faults};
   const float* residual = has_residual ? o.in(shared ? 6 : 4).as<float>() : nullptr;
   if (fits(e, rows, e.width, e.shared_width, {down.dtype, shared ? o.in(3).dtype : down.dtype})) {
-    auto own_bytes = [&](int positions) { return Chosen::bytes(e.most, slots, positions); };
-    launch_rows<DownExperts>(down.dtype, rows, ceil_div(e.hidden, TILE_N), 1, static_cast<int64_t>(k) * e.width + e.shared_width, launch, own_bytes, [&](auto tag) {
+    launch_rows<DownExperts>(down.dtype, rows, ceil_div(e.hidden, TILE_N), 1, static_cast<int64_t>(k) * e.width + e.shared_width, Chosen::bytes(e.most, slots, e.positions), launch, [&](auto tag) {
       return DownExperts<decltype(tag)::value>{e, h.as<float>(), shared ? o.in(1).as<float>() : nullptr, matrix_of(down), shared ? matrix_of(o.in(3)) : Matrix{},
                                               weights.as<float>(), residual, y.as<float>(), 0, {}};
     });

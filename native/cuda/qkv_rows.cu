@@ -72,9 +72,9 @@ __device__ __forceinline__ uint32_t largest_of_16(uint32_t top) {
 // Items are tiles of the keys' rows, then the values', then the queries'.
 template <Dtype D>
 struct Qkv {
-  static constexpr int MATRICES = 1;
+  static constexpr int TILE = TILE_N;
   static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
-  static constexpr bool same(int) { return true; }
+  static constexpr bool same(Span) { return true; }
   const float *x, *angles;
   Matrix wq, wk, wv;
   int32_t k, q_width;
@@ -96,21 +96,22 @@ struct Qkv {
   __device__ int32_t chunks(int32_t) const { return k / Chunks<D>::CHUNK; }
   __device__ int32_t pitch(int32_t) const { return Chunks<D>::pitch(k); }
   __device__ int32_t scale_pitch(int32_t) const { return Chunks<D>::scale_pitch(k); }
-  __device__ Source<1> source(const Cursor& c) const {
+  __device__ Source source(const Cursor& c) const {
     int32_t n = c.item * TILE_N;
     const Matrix* m = &wk;
     if (n >= 2 * kv_width()) m = &wq, n -= 2 * kv_width();
     else if (n >= kv_width()) m = &wv, n -= kv_width();
-    return {{data_at<D>(*m, n, k)}, {scales_at<D>(*m, n, k)}, TILE_N};
+    return tile_of<D>(*m, n, TILE_N, k);
   }
+  __device__ uint32_t everybody() const { return (1u << rows) - 1; }
   __device__ uint32_t mask(const Cursor&) const { return (1u << rows) - 1; }
   __device__ const float* row_of(const Cursor&, int p, float& factor) const {
     factor = 1;
     return x + static_cast<int64_t>(p) * k;
   }
-  __device__ void finish(int32_t item, int p, int n, const float* sums) const {
+  __device__ int32_t target(const Cursor&, int p) const { return p; }
+  __device__ void finish(int32_t item, int p, int n, float v, float) const {
     n += item * TILE_N;
-    float v = sums[0];
     const float pair = __shfl_xor_sync(~0u, v, 1);
     if (p >= rows) return;
     const int32_t kv = kv_width();
@@ -210,7 +211,7 @@ void qkv_rope(const Operands& o, Launch& launch) {
     const bool grouped = keys.dtype == INT8KV;
     float* waiting = grouped ? static_cast<float*>(launch.scratch(static_cast<size_t>(rows) * 2 * heads * dim * 4)) : nullptr;
     int32_t* done = grouped ? launch.counters(2 * heads * dim / 64) : nullptr;
-    launch_rows<Qkv>(d, rows, (wq.most[0] + 2 * heads * dim) / TILE_N, 1, k, launch, [](int) { return 0; }, [&](auto tag) {
+    launch_rows<Qkv>(d, rows, (wq.most[0] + 2 * heads * dim) / TILE_N, 1, k, 0, launch, [&](auto tag) {
       return Qkv<decltype(tag)::value>{x.as<float>(), angles.as<float>(), matrix_of(wq), matrix_of(wk), matrix_of(wv), k, wq.most[0], cache, q.as<float>(), waiting, done, x.rows(), 0};
     });
     return;

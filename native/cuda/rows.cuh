@@ -1,6 +1,6 @@
 // Products of a few rows of float32 activations with weights, bounded by the speed at which weights arrive from memory.
 //
-// A block computes items: 16 rows of a matrix (or of two, gate and up) times up to P rows of activations. Its warps take the chunks of columns
+// A block computes items: 16 rows of a matrix, or 8 of gate and the same 8 of up, times all rows of activations. Its warps take the chunks of columns
 // in turn. Each copies its next chunks into a ring of its own in shared memory, the first before the activations are there, and
 // multiplies them as chunks.cuh says; then the block adds up its warps' sums.
 #pragma once
@@ -16,40 +16,46 @@ struct Cursor {
   int32_t item, part, chunk, chunks;
 };
 
-// Weights of an item's part, from row 0 of the tile on. `left`: rows of the matrix from there on, at least 1.
-template <int M>
+// Weights of an item's part: the first rows of the two halves of its tile, and how many rows each half has.
 struct Source {
-  const uint8_t* data[M];
-  const uint8_t* scales[M];
-  int32_t left;
+  const uint8_t* data[2];
+  const uint8_t* scales[2];
+  int32_t left[2];  // at least 1
 };
 
 // What an op must say; see rows.cu and experts_rows.cu:
-//   MATRICES                    1, or 2 for gate and up
+//   TILE                        rows of the result in an item: 16, or 8 of gate and up
 //   PARTS_KNOWN                 whether parts() is known before await_inputs
 //   WEIGHTED                    whether row_of sets a factor
-//   same(P)                     whether all items have the same activations
+//   same(span)                  whether all items have the same rows of activations, each at its own position if the item uses it
+//   everybody()                 these positions
 //   early_items()               items whose first part's weights are known before await_inputs
 //   prepare(shared)             called by all threads after await_inputs; returns the number of items
 //   parts(), chunks(part)       of each item
 //   source(cursor), pitch(part), scale_pitch(part)
-//   mask(cursor)                bit p: whether there is a row of activations at position p
+//   mask(cursor)                bit p: whether there is a row of activations at position p; for MANY, positions are used from 0 on
 //   row_of(cursor, p, factor)   that row, and what to multiply it by
-//   finish(item, p, n, sums)    the result for weight row n (0 to 15) and position p, called by whole warps; some n and p are out of bounds
+//   target(cursor, p)           which sum it belongs to
+//   finish(item, p, n, sum, up) the result for result n of the tile and sum p, called by whole warps; some n and p are out of bounds
 //   after(item)                 called by all threads
 //
+// How many rows: ONE, FOUR, or MANY, which takes four at a time and keeps the sums in shared memory.
+enum class Span { ONE, FOUR, MANY };
+
 // RESIDENT: the activations that a warp needs fit into its `slots` and are converted once; otherwise, for each chunk anew.
-template <class Op, Dtype D, int P, bool RESIDENT>
-__global__ void __launch_bounds__(ROW_THREADS, P == 1 ? 3 : P == 4 ? 2 : 1) rows_kernel(const Op given, const int32_t slots) {
-  constexpr int M = Op::MATRICES;
-  using W = Warp<D, P, M>;
+// `width`: sums of a weight row.
+template <class Op, Dtype D, Span SPAN, bool RESIDENT>
+__global__ void __launch_bounds__(ROW_THREADS, SPAN == Span::ONE ? 3 : 2) rows_kernel(const Op given, const int32_t slots, const int32_t width) {
+  constexpr bool MANY = SPAN == Span::MANY;
+  constexpr int P = SPAN == Span::ONE ? 1 : 4;
+  using W = Warp<D, P>;
   constexpr int S = W::STAGES, V = W::V;
   extern __shared__ __align__(128) uint8_t shared[];
   let_next_start();
   Op op = given;
-  const int warp = threadIdx.x / 32;
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);  // so that the compiler knows it is the same for all lanes
   float* partial = reinterpret_cast<float*>(shared + ROW_WARPS * W::bytes(slots));
-  constexpr int SUMS = M * TILE_N * P;  // of a warp
+  const int count = TILE_N * (MANY ? width : P);  // sums of a warp
   W w;
   w.start(shared + warp * W::bytes(slots), slots);
 
@@ -79,7 +85,32 @@ __global__ void __launch_bounds__(ROW_THREADS, P == 1 ? 3 : P == 4 ? 2 : 1) rows
   }
   await_inputs();
   const int32_t known = items;
-  items = op.prepare(reinterpret_cast<uint8_t*>(partial + 2 * ROW_WARPS * SUMS));
+  items = op.prepare(reinterpret_cast<uint8_t*>(partial + (MANY ? 1 : 2) * ROW_WARPS * count));
+
+  Cursor now{static_cast<int32_t>(blockIdx.x), 0, warp, op.chunks(0)};
+  settle(now);
+  uint32_t mask = now.item < items ? op.mask(now) : 0;
+  const uint32_t all = now.item < items ? op.everybody() : 0;  // if RESIDENT
+  const int groups = MANY ? (32 - __clz(all) + 3) / 4 : 1;     // of four rows
+  // Visits the chunks of this warp's first item, and their rows.
+  auto resident = [&](auto visit) {
+    Cursor c = now;
+    for (int slot = 0; c.item == now.item && c.item < items; slot += groups) {
+#pragma unroll 1
+      for (int p = 0; p < (MANY ? 4 * groups : P); p++)
+        if (all >> p & 1) visit(c, slot + p / 4, p);
+      c.chunk += ROW_WARPS;
+      settle(c);
+    }
+  };
+  if constexpr (RESIDENT) {
+    resident([&](const Cursor& c, int slot, int p) {
+      float factor;
+      w.fetch_x(slot, p % 4, op.row_of(c, p, factor), c.chunk);
+    });
+    close_copies();
+  }
+  const int after_x = S - started;
   if ((settle(ahead) || ahead.item >= known || !started) && ahead.item < items) aim(ahead);
   for (; started < S; started++) {
     if (ahead.item < items) {
@@ -90,71 +121,77 @@ __global__ void __launch_bounds__(ROW_THREADS, P == 1 ? 3 : P == 4 ? 2 : 1) rows
     close_copies();
   }
 
-  Cursor now{static_cast<int32_t>(blockIdx.x), 0, warp, op.chunks(0)};
-  settle(now);
-  uint32_t mask = now.item < items ? op.mask(now) : 0;
-  if constexpr (P > 1) w.expect(mask);
-  auto convert = [&](int slot, int p, float* v, float by) {
+  auto put = [&](int slot, int p, float* v, float factor) {
     if constexpr (Op::WEIGHTED) {
 #pragma unroll
-      for (int i = 0; i < V; i++) v[i] *= by;
+      for (int i = 0; i < V; i++) v[i] *= factor;
     }
-    w.convert(slot, p, v);
+    w.put(slot, p, v);
   };
-  // Loads the activations of TOGETHER chunks, so that the loads' latencies overlap.
-  constexpr int TOGETHER = !RESIDENT ? 1 : P == 1 ? 16 / V : P == 4 ? 8 / V : 1;
-  float values[TOGETHER][P][V], factors[TOGETHER][P];
-  auto load = [&](int i, const Cursor& c, uint32_t rows) {
+  // Activations of the next four rows, loaded a step ahead.
+  float values[P][V], factors[P];
+  auto load = [&](const Cursor& c, uint32_t rows, int group) {
 #pragma unroll
     for (int p = 0; p < P; p++)
-      if (P == 1 || rows >> p & 1) w.load(op.row_of(c, p, factors[i][p]), c.chunk, values[i][p]);
+      if (rows >> (4 * group + p) & 1) w.load(op.row_of(c, 4 * group + p, factors[p]), c.chunk, values[p]);
   };
   if constexpr (RESIDENT) {
-    Cursor c = now;
-    for (int first = 0; c.item == now.item && c.item < items; first += TOGETHER) {
-      int count = 0;
-#pragma unroll
-      for (int i = 0; i < TOGETHER; i++) {
-        if (c.item != now.item) continue;
-        load(i, c, mask);
-        c.chunk += ROW_WARPS;
-        settle(c);
-        count++;
-      }
-#pragma unroll
-      for (int i = 0; i < TOGETHER; i++) {
-        if (i >= count) continue;
-#pragma unroll
-        for (int p = 0; p < P; p++)
-          if (P == 1 || mask >> p & 1) convert(first + i, p, values[i][p], factors[i][p]);
-      }
-    }
+    if (after_x == 0) await_copies<0>();
+    else if (after_x == 1) await_copies<1>();
+    else if (after_x == 2) await_copies<2>();
+    else await_copies<3>();
+    __syncwarp();
+    resident([&](const Cursor& c, int slot, int p) {
+      float factor = 1, v[V];
+      if constexpr (Op::WEIGHTED) op.row_of(c, p, factor);
+      w.taken(slot, p % 4, v);
+      put(slot, p % 4, v, factor);
+    });
     __syncwarp();
   } else if (now.item < items) {
-    load(0, now, mask);
+    load(now, mask, 0);
   }
+  if constexpr (P > 1 && !MANY) w.expect(mask);
+
   int stage = 0, turn = 0;
-  for (int32_t item = blockIdx.x; item < items; item += gridDim.x, turn ^= 1) {
+  for (int32_t item = blockIdx.x; item < items; item += gridDim.x) {
+    float* mine = partial + (turn * ROW_WARPS + warp) * count;
     w.clear();
-    for (int slot = 0; now.item == item; slot += RESIDENT) {
-      if constexpr (!RESIDENT) {
-#pragma unroll
-        for (int p = 0; p < P; p++)
-          if (P == 1 || mask >> p & 1) convert(0, p, values[0][p], factors[0][p]);
-      }
+    if constexpr (MANY) {
+      for (int i = w.lane; i < count; i += 32) mine[i] = 0;
+      __syncwarp();
+    }
+    for (int slot = 0; now.item == item;) {
+      const Cursor at = now;
       const uint32_t active = mask;
       now.chunk += ROW_WARPS;
       const bool moved = settle(now);
-      if constexpr (!RESIDENT)
-        if (now.item < items) {
-          if (moved) mask = op.mask(now);
-          load(0, now, mask);
+      const bool more = now.item < items;
+      if (moved && more) mask = op.mask(now);
+      const int steps = MANY ? (32 - __clz(active) + 3) / 4 : 1;
+      for (int group = 0; group < steps; group++) {
+        const uint32_t rows = MANY ? active >> 4 * group & 15 : active;
+        if constexpr (MANY) w.expect(rows);
+        if constexpr (!RESIDENT) {
+#pragma unroll
+          for (int p = 0; p < P; p++)
+            if (rows >> p & 1) put(0, p, values[p], factors[p]);
+          if (group + 1 < steps) load(at, active, group + 1);
+          else if (more) load(now, mask, 0);
         }
-      await_copies<S - 1>();
-      __syncwarp();
-      w.multiply(stage, slot, active);
-      __syncwarp();
-      if constexpr (P > 1 && !RESIDENT)
+        if (group == 0) await_copies<S - 1>();
+        __syncwarp();
+        w.multiply(stage, slot, rows);
+        __syncwarp();
+        if constexpr (MANY) {
+          w.each([&](int n, int p, float v) {
+            if (rows >> p & 1) mine[n * width + op.target(at, 4 * group + p)] += v;
+          });
+          w.clear();
+        }
+        if constexpr (RESIDENT) slot++;
+      }
+      if constexpr (P > 1 && !MANY)
         if (moved) w.expect(mask);
       if (ahead.item < items) {
         w.fetch(stage, ahead.chunk);
@@ -164,26 +201,29 @@ __global__ void __launch_bounds__(ROW_THREADS, P == 1 ? 3 : P == 4 ? 2 : 1) rows
       close_copies();
       stage = stage + 1 == S ? 0 : stage + 1;
     }
-    float* mine = partial + turn * ROW_WARPS * SUMS;
-    w.store(mine + warp * SUMS);
+    if constexpr (!MANY) w.store(mine);
     __syncthreads();
-    for (int i = threadIdx.x; i < (TILE_N * P + 31) / 32 * 32; i += ROW_THREADS) {
-      const int n = i % TILE_N, p = i / TILE_N;
-      float sums[M] = {};
-      if (p < P) {
+    const int positions = MANY ? width : P;
+    for (int i = threadIdx.x; i < (Op::TILE * positions + 31) / 32 * 32; i += ROW_THREADS) {
+      const int n = i % Op::TILE, p = i / Op::TILE;
+      float sum = 0, up = 0;
+      if (p < positions) {
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-          for (int j = 0; j < ROW_WARPS; j++) sums[m] += mine[j * SUMS + (m * TILE_N + n) * P + p];
+        for (int j = 0; j < ROW_WARPS; j++) {
+          const float* of = partial + (turn * ROW_WARPS + j) * count + n * positions + p;
+          sum += of[0];
+          if constexpr (Op::TILE < TILE_N) up += of[Op::TILE * positions];
+        }
       }
-      op.finish(item, p, n, sums);
+      op.finish(item, p, n, sum, up);
     }
     op.after(item);
+    if constexpr (MANY) __syncthreads();
+    else turn ^= 1;
   }
   await_copies<0>();
 }
 
-// Rows of a matrix, as an op's source.
 template <Dtype D>
 __device__ __forceinline__ const uint8_t* data_at(const Matrix& m, int64_t row, int32_t k) {
   return static_cast<const uint8_t*>(m.data) + row * Chunks<D>::pitch(k);
@@ -192,21 +232,41 @@ template <Dtype D>
 __device__ __forceinline__ const uint8_t* scales_at(const Matrix& m, int64_t row, int32_t k) {
   return reinterpret_cast<const uint8_t*>(m.scales) + row * Chunks<D>::scale_pitch(k);
 }
+// The tile from a row of a matrix on, of which `left` rows exist.
+template <Dtype D>
+__device__ __forceinline__ Source tile_of(const Matrix& m, int64_t row, int32_t left, int32_t k) {
+  const int64_t second = row + min(left - 1, TILE_N / 2);
+  return {{data_at<D>(m, row, k), data_at<D>(m, second, k)}, {scales_at<D>(m, row, k), scales_at<D>(m, second, k)}, {left, max(left - TILE_N / 2, 1)}};
+}
+// The tile whose halves are the same rows of gate and up.
+template <Dtype D>
+__device__ __forceinline__ Source tile_of(const Matrix& gate, const Matrix& up, int64_t row, int32_t left, int32_t k) {
+  return {{data_at<D>(gate, row, k), data_at<D>(up, row, k)}, {scales_at<D>(gate, row, k), scales_at<D>(up, row, k)}, {left, left}};
+}
 
-// Launches Op<format>, which `make(format tag)` builds, for up to P rows at a time. `depth`: columns of an item.
-template <template <Dtype> class Op, int P, class Make>
-void launch_rows(Dtype format, int items, int across, int64_t depth, int op_bytes, Launch& launch, Make make) {
+// Positions of a kernel for up to `most` rows.
+constexpr int positions_of(int most) { return most == 1 ? 1 : most <= 4 ? 4 : most <= 8 ? 8 : ROWS_MOST; }
+
+// Launches Op<format>, which `make(format tag)` builds, for up to `most` rows at a time. `depth`: columns of an item; `op_bytes`: shared memory
+// of the op's own.
+template <template <Dtype> class Op, Span SPAN, class Make>
+void launch_rows(Dtype format, int most, int items, int across, int64_t depth, int op_bytes, Launch& launch, Make make) {
   auto go = [&](auto tag) {
     constexpr Dtype D = decltype(tag)::value;
     using O = Op<D>;
-    constexpr int M = O::MATRICES, TOGETHER = P <= 4 ? 2 : 1, LIMIT = (227 << 10) / TOGETHER - 1024;  // blocks of a multiprocessor
-    const dim3 grid(items < TOGETHER * launch.multiprocessors ? items : TOGETHER * launch.multiprocessors, across);
-    auto bytes = [&](int slots) { return ROW_WARPS * (Warp<D, P, M>::bytes(slots) + 2 * M * TILE_N * P * 4) + op_bytes; };
-    if constexpr (O::same(P)) {
-      const int64_t slots = (depth / Chunks<D>::CHUNK + ROW_WARPS - 1) / ROW_WARPS;
-      if (slots < 256 && bytes(static_cast<int>(slots)) <= LIMIT) return launch(rows_kernel<O, D, P, true>, grid, ROW_THREADS, bytes(static_cast<int>(slots)), make(tag), static_cast<int32_t>(slots));
+    constexpr int P = SPAN == Span::ONE ? 1 : 4, WHOLE = (227 << 10) - 1024, HALF_OF_IT = (227 << 10) / 2 - 1024;
+    const int width = positions_of(most);
+    auto bytes = [&](int slots) { return ROW_WARPS * (Warp<D, P>::bytes(slots) + (SPAN == Span::MANY ? 1 : 2) * TILE_N * width * 4) + op_bytes; };
+    auto grid = [&](int together) { return dim3(items < together * launch.multiprocessors ? items : together * launch.multiprocessors, across); };
+    if constexpr (O::same(SPAN)) {
+      const int64_t chunks = (depth / Chunks<D>::CHUNK + ROW_WARPS - 1) / ROW_WARPS;
+      const int slots = static_cast<int>((chunks < 256 ? chunks : 256) * ceil_div(width, 4));
+      // Alone on its multiprocessor, a block gets fewer weights at a time; that pays if it has many items.
+      const bool alone = bytes(slots) > HALF_OF_IT;
+      if (bytes(slots) <= (items >= 4 * launch.multiprocessors ? WHOLE : HALF_OF_IT))
+        return launch(rows_kernel<O, D, SPAN, true>, grid(alone ? 1 : 2), ROW_THREADS, bytes(slots), make(tag), slots, width);
     }
-    launch(rows_kernel<O, D, P, false>, grid, ROW_THREADS, bytes(1), make(tag), 1);
+    launch(rows_kernel<O, D, SPAN, false>, grid(2), ROW_THREADS, bytes(1), make(tag), 1, width);
   };
   switch (format) {
     case BF16: return go(std::integral_constant<Dtype, BF16>{});
@@ -216,13 +276,11 @@ void launch_rows(Dtype format, int items, int across, int64_t depth, int op_byte
     default: return go(std::integral_constant<Dtype, INT4>{});
   }
 }
-// `op_bytes(P)`: shared memory of the op's own.
-template <template <Dtype> class Op, class Bytes, class Make>
-void launch_rows(Dtype format, int most, int items, int across, int64_t depth, Launch& launch, Bytes op_bytes, Make make) {
-  if (most == 1) launch_rows<Op, 1>(format, items, across, depth, op_bytes(1), launch, make);
-  else if (most <= 4) launch_rows<Op, 4>(format, items, across, depth, op_bytes(4), launch, make);
-  else if (most <= 8) launch_rows<Op, 8>(format, items, across, depth, op_bytes(8), launch, make);
-  else launch_rows<Op, 16>(format, items, across, depth, op_bytes(16), launch, make);
+template <template <Dtype> class Op, class Make>
+void launch_rows(Dtype format, int most, int items, int across, int64_t depth, int op_bytes, Launch& launch, Make make) {
+  if (most == 1) launch_rows<Op, Span::ONE>(format, most, items, across, depth, op_bytes, launch, make);
+  else if (most <= 4) launch_rows<Op, Span::FOUR>(format, most, items, across, depth, op_bytes, launch, make);
+  else launch_rows<Op, Span::MANY>(format, most, items, across, depth, op_bytes, launch, make);
 }
 
 }  // namespace cuda

@@ -86,6 +86,8 @@ static const KernelEntry ENTRIES[] = {
     {"pad", pad},
     {"crossEntropy", cross_entropy},
     {"crossEntropyGrad", cross_entropy_grad},
+    {"adaptedCrossEntropy", adapted_cross_entropy},
+    {"adaptedCrossEntropyGrad", adapted_cross_entropy_grad},
     {"norm", norm},
     {"clip", clip},
     {"adamw", adamw},

@@ -1,5 +1,5 @@
 // Cross-entropy over a vocabulary and its gradient, without storing logits: each thread computes those of LOSS_IDS ids at a time in its
-// scratch. Then clipping and the optimiser's updates.
+// scratch. A head may have an adapter's branch. Then clipping and the optimiser's updates.
 
 namespace ISA {
 
@@ -23,6 +23,8 @@ static LossScratch& loss_scratch(const Worker& worker, int thread) { return *rei
 struct Head {
   const Tensor &x, &weight, &labels;
   const float* bias;
+  const Tensor *low = nullptr, *up = nullptr;  // an adapter's branch: low [rows, rank] and its second matrix [vocab, rank]
+  int64_t rank() const { return up ? up->dims[1] : 0; }
   int64_t k() const { return weight.dims[1]; }
   int64_t vocab() const { return weight.dims[0]; }
 
@@ -46,6 +48,11 @@ struct Head {
         multiply<decltype(unit)>(Along<X>{{data, k(), rows}}, b, {0, count}, {0, ids.end - ids.begin}, k(), target, worker);
       });
     });
+    if (!up) return;
+    with_weight<true, float>(*up, 0, ids.begin, [&](auto unit, auto b) {
+      const Target more{to, LOSS_IDS, true};
+      multiply<decltype(unit)>(Along<float>{{low->as<float>(), rank(), rows}}, b, {0, count}, {0, ids.end - ids.begin}, rank(), more, worker);
+    });
   }
 
   // The ids of which a thread computes the logits, when all threads together are at `at`.
@@ -55,8 +62,7 @@ struct Head {
   }
 };
 
-static void cross_entropy(const Operands& o, const Worker& worker) {
-  const Head head{o.in(0), o.in(1), o.in(2), o.has(3) ? o.in(3).as<float>() : nullptr};
+static void cross_entropy_of(const Head& head, const Operands& o, const Worker& worker) {
   const int32_t* labels = head.labels.as<int32_t>();
   float *losses = o.out(0).as<float>(), *logsumexp = o.out(1).as<float>();
   LossScratch& own = loss_scratch(worker, worker.index);
@@ -111,16 +117,27 @@ static void cross_entropy(const Operands& o, const Worker& worker) {
   }
 }
 
-static void cross_entropy_grad(const Operands& o, const Worker& worker) {
+static void cross_entropy(const Operands& o, const Worker& worker) {
+  cross_entropy_of({o.in(0), o.in(1), o.in(2), o.has(3) ? o.in(3).as<float>() : nullptr}, o, worker);
+}
+
+static void adapted_cross_entropy(const Operands& o, const Worker& worker) {
+  cross_entropy_of({o.in(0), o.in(1), o.in(2), o.has(5) ? o.in(5).as<float>() : nullptr, &o.in(3), &o.in(4)}, o, worker);
+}
+
+// Gradients of a branch's low [rows, rank], if the head has one, and of the second matrix [vocab, rank].
+struct BranchGradients {
+  float *low, *up;
+};
+
+static void cross_entropy_grad_of(const Head& head, const Operands& o, float* d_head, float* d_bias, BranchGradients branch, const Worker& worker) {
   const Tensor &dy = o.in(0), &logsumexp = o.in(4), &dx = o.out(0);
-  const Head head{o.in(1), o.in(2), o.in(3), o.has(5) ? o.in(5).as<float>() : nullptr};
-  float* d_head = o.outputs > 1 ? o.out(1).as<float>() : nullptr;
-  float* d_bias = o.outputs > 2 ? o.out(2).as<float>() : nullptr;
   const int64_t k = head.k();
   LossScratch& own = loss_scratch(worker, worker.index);
   int64_t begin, end;
   worker.share(dx.rows(), 1, begin, end);
   __builtin_memset(dx.as<float>() + begin * k, 0, static_cast<size_t>((end - begin) * k) * 4);
+  if (branch.low) __builtin_memset(branch.low + begin * head.rank(), 0, static_cast<size_t>((end - begin) * head.rank()) * 4);
   worker.wait();
   int64_t row = 0;
   bool first = true;
@@ -147,6 +164,21 @@ static void cross_entropy_grad(const Operands& o, const Worker& worker) {
           for (int64_t i = 0; i < count; i++) total += own.logits[i * LOSS_IDS + j];
           d_bias[ids.begin + j] = total;
         }
+      if (branch.low) {  // before the logits' gradients are rounded, if they are
+        const int64_t rank = head.rank();
+        if (n) multiply<Floats>(Across<float>{{own.logits, LOSS_IDS}}, Across<float>{{head.low->as<float>(), rank, own.rows}}, {0, n}, {0, rank}, count, {branch.up + ids.begin * rank, rank, !first}, worker);
+        worker.wait();
+        Range its_rows, ranks;
+        part_of(count, rank, worker, its_rows, ranks);
+        for (int t = 0; t < worker.count; t++) {
+          const Range theirs = head.ids_of(at, t);
+          if (theirs.begin == theirs.end) continue;
+          const Along<float> d{{loss_scratch(worker, t).logits, LOSS_IDS}};
+          const Target target{branch.low, rank, true, nullptr, own.rows};
+          with_weight<false, float>(*head.up, 0, theirs.begin, [&](auto unit, auto b) { multiply<decltype(unit)>(d, b, its_rows, ranks, theirs.end - theirs.begin, target, worker); });
+        }
+        worker.wait();
+      }
       with_numbers(head.x, [&](auto* data) {
         using X = std::remove_pointer_t<decltype(data)>;
         using U = std::conditional_t<sizeof(X) == 2, Halves, Floats>;
@@ -170,6 +202,18 @@ static void cross_entropy_grad(const Operands& o, const Worker& worker) {
     }
     first = false;
   } while (row < head.x.rows());
+}
+
+static void cross_entropy_grad(const Operands& o, const Worker& worker) {
+  const Head head{o.in(1), o.in(2), o.in(3), o.has(5) ? o.in(5).as<float>() : nullptr};
+  float* d_head = o.outputs > 1 ? o.out(1).as<float>() : nullptr;
+  float* d_bias = o.outputs > 2 ? o.out(2).as<float>() : nullptr;
+  cross_entropy_grad_of(head, o, d_head, d_bias, {}, worker);
+}
+
+static void adapted_cross_entropy_grad(const Operands& o, const Worker& worker) {
+  const Head head{o.in(1), o.in(2), o.in(3), o.has(7) ? o.in(7).as<float>() : nullptr, &o.in(5), &o.in(6)};
+  cross_entropy_grad_of(head, o, nullptr, nullptr, {o.out(1).as<float>(), o.out(2).as<float>()}, worker);
 }
 
 // The L2 norm of all inputs. Threads sum pieces of all numbers in a row, whose size depends only on how many numbers there are;

@@ -44,21 +44,22 @@ export async function readBranches(
   if (tensors.size === 0) return new Map(); // only a head
   const found = adaptersIn(own);
   const parameters = ernie(config, found).parameters.filter((p) => p.kind === "adapter");
-  const router = parameters.find((p) => p.name.includes(".mlp.gate.lora_"));
-  if (router) throw merge(`adapts the router ${router.name.replace(/\.lora_.*/, "")}`);
-  const ranks = parameters.map((p) => Number(p.shape[p.shape.length - (p.name.endsWith(".lora_A.weight") ? 2 : 1)]));
+  const router = parameters.find((p) => p.branch?.module.endsWith(".mlp.gate"));
+  if (router) throw merge(`adapts the router ${router.branch?.module}`);
+  const ranks = parameters.map((p) => Number(p.shape[p.shape.length - (p.branch?.rankLast ? 1 : 2)]));
   const rank = ranks.reduce((most, each) => Math.max(most, each), 0);
   if (rank > limits.rank)
     throw new RangeError(`${adapter.folder}: an adapter of rank ${rank}, and max_lora_rank is ${limits.rank}; raise it if memory allows`);
   const values = await readAdapter(own, parameters);
   const branches = new Map<string, Branch>();
-  for (const { name, experts = 1 } of parameters) {
-    if (!name.endsWith(".lora_A.weight")) continue;
-    const module = name.replace(/\.lora_A\.weight$/, "");
+  const partNames = new Map(parameters.map(({ name, branch }) => [`${branch?.module} ${branch?.part}`, name]));
+  for (const { branch, experts = 1 } of parameters) {
+    if (branch?.part !== "a") continue;
+    const { module, rankLast } = branch;
     const lowRank = found.at({ name: module, ...(experts > 1 || /\.experts\.(gate|up|down)_proj$/.test(module) ? { experts } : {}) });
-    const [a, b] = ["A", "B"].map((half) => values.get(`${module}.lora_${half}.weight`));
+    const [a, b] = ["a", "b"].map((part) => values.get(partNames.get(`${module} ${part}`) as string));
     if (!lowRank || !a || !b) throw new Error(`internal: ${module} was not read`);
-    branches.set(module, { rank: lowRank.rank, scale: lowRank.scale, experts, a, b });
+    branches.set(module, { rank: lowRank.rank, scale: lowRank.scale, experts, a, b, ...(rankLast ? { table: true } : {}) });
   }
   return branches;
 }

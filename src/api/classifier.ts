@@ -7,7 +7,6 @@ import { join } from "node:path";
 import { type AdapterFolder, openAdapter } from "../checkpoint/adapter.ts";
 import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
-import type { TensorEntry } from "../checkpoint/safetensors.ts";
 import type { Request } from "../engine/sequence.ts";
 import { type ClassifierConfig, type ErnieConfig, PROBLEMS, type Problem, readClassifier } from "../model/config.ts";
 import { configFor } from "../model/fit.ts";
@@ -19,8 +18,8 @@ import type { Selection } from "../train/selection.ts";
 import type { Trainee } from "../train/trainee.ts";
 import { type LoadAdapterOptions, RuntimeAdapters, readBranches, type WeightedAdapterOptions } from "./adapters.ts";
 import { type ModelInputs, readRows } from "./generation.ts";
-import { newHead } from "./head.ts";
-import { type Head, type LoadedModel, loadModel } from "./load.ts";
+import { headOf, newHead } from "./head.ts";
+import { type LoadedModel, loadModel } from "./load.ts";
 import { checkPretrained, type NamedTensor, type PretrainedOptions, resolvePretrained } from "./model.ts";
 import { saveModel, traineeOf, unfrozen } from "./tuning.ts";
 
@@ -46,7 +45,6 @@ export interface ClassifyOptions extends ModelInputs {
 /** How logits become scores. */
 export type ActivationName = "softmax" | "sigmoid" | "none";
 
-const SCORE = /^(?:.*\.)?score\.(weight|bias)$/;
 const INPUTS = ["input_ids", "attention_mask", "adapter", "signal"] as const satisfies readonly (keyof ClassifyOptions)[];
 /** What the adapter of `from_pretrained` is called, as in PEFT. */
 const DEFAULT = "default";
@@ -267,35 +265,9 @@ export function activated(logits: Float32Array, name: ActivationName): Float32Ar
   return Float32Array.from(powers, (x) => x / sum);
 }
 
-/** The head in an adapter's folder. */
-function headOf({ folder, file, tensors }: AdapterFolder, id2label: ClassifierParts["id2label"]): Head {
-  const found = new Map<string, TensorEntry>();
-  for (const [name, entry] of tensors) {
-    const half = SCORE.exec(name)?.[1];
-    if (half !== undefined) found.set(`score.${half}`, entry);
-  }
-  const weight = found.get("score.weight");
-  if (!weight)
-    throw new CheckpointError(folder, "has no head: there is no tensor score.weight, which modules_to_save ['score'] would give");
-  const [classes] = weight.shape;
-  if (weight.shape.length !== 2 || classes < 1)
-    throw new CheckpointError(file, `tensor ${weight.name} has the shape [${weight.shape}], not [classes, hidden size]`);
-  const labels = readClassifier(id2label === undefined ? { num_labels: classes } : { id2label }, "").labels;
-  if (labels.length !== classes) throw new RangeError(`id2label names ${labels.length} classes, and ${weight.name} has ${classes} rows`);
-  return {
-    classifier: { labels, problem: null, bias: found.has("score.bias") },
-    sources: new Map(
-      [...found].map(([name, entry]) => [name, { stored: STORED[entry.dtype as keyof typeof STORED], parts: [entry], shape: entry.shape }]),
-    ),
-  };
-}
-
 async function classifies(folder: string): Promise<boolean> {
   return configFor(await openCheckpoint(folder)).classifier !== null;
 }
-
-/** Formats of tensors that `openAdapter` accepts. */
-const STORED = { F32: "f32", F16: "f16", BF16: "bf16" } as const;
 
 async function isAdapter(idOrFolder: string): Promise<boolean> {
   const there = (name: string) =>

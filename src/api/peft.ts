@@ -1,7 +1,7 @@
 /** Low-rank adapters with the API of PEFT: make, load, train, save and merge them. */
 import type { State } from "../backend/backend.ts";
 import { type Adaptable, adaptersIn, adaptersOf, openAdapter, readAdapter, selectedExperts, writeAdapter } from "../checkpoint/adapter.ts";
-import { type AdapterConfig, namesModule, parseAdapterConfig } from "../checkpoint/lora.ts";
+import { type AdapterConfig, parseAdapterConfig } from "../checkpoint/lora.ts";
 import { ernie } from "../model/ernie.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
 import { elements } from "../tensor/shape.ts";
@@ -11,7 +11,7 @@ import { kindOf, type Trainable, type Trainee, trainableLine, trainableTable } f
 import { SequenceClassifier } from "./classifier.ts";
 import type { GenerationOptions, ModelInputs } from "./generation.ts";
 import type { LoadedModel } from "./load.ts";
-import { adapterParameters, addProduct, branchesOf, lengthOf } from "./merge.ts";
+import { adapterParameters, addProduct, branchesOf, lengthOf, mergedConfig, savedParameters } from "./merge.ts";
 import { CausalLM, type GenerateOutput } from "./model.ts";
 import { traineeOf, valuesOf, withStates } from "./tuning.ts";
 
@@ -164,6 +164,7 @@ export class PeftModel<B extends Base = CausalLM> implements Trainable {
   async merge_and_unload(): Promise<B> {
     const { loaded } = this.base_model;
     const { model, states } = this.#adapted.loaded;
+    const { config, from } = mergedConfig(loaded.config, model);
     const merged = new Map(loaded.states);
     const put = (name: string, shape: readonly number[], values: Float32Array) => {
       const state = loaded.backend.state("f32", shape);
@@ -171,13 +172,16 @@ export class PeftModel<B extends Base = CausalLM> implements Trainable {
       merged.set(name, state);
     };
     for (const branch of branchesOf(model, this.peft_config, (name) => (states.get(name) as State).read())) {
-      const values = await valuesOf(loaded, branch.weight);
+      const values = await valuesOf(loaded, from(branch.weight));
       const each = values.length / (branch.experts ?? 1);
       for (let e = 0; e < (branch.experts ?? 1); e++) addProduct(values.subarray(e * each, (e + 1) * each), branch, e);
       put(branch.weight, branch.shape, values);
     }
     for (const { name, shape } of savedParameters(model, this.peft_config)) put(name, shape, (states.get(name) as State).read());
-    return modelOf(this.base_model, withStates(loaded, loaded.model, merged, { trained: new Set(), experts: new Map() }));
+    const whole = config === loaded.config ? loaded.model : ernie(config);
+    for (const { name, shape } of whole.parameters)
+      if (from(name) !== name && !merged.has(name)) put(name, shape, await valuesOf(loaded, from(name)));
+    return modelOf(this.base_model, withStates(loaded, whole, merged, { config, trained: new Set(), experts: new Map() }));
   }
 
   /** Frees the adapters and their engine. The base model stays. */
@@ -205,17 +209,6 @@ function modelOf<B extends Base>(base: B, loaded: LoadedModel): B {
   return (base instanceof CausalLM ? new CausalLM(loaded) : new SequenceClassifier(loaded, null)) as B;
 }
 
-/** The parameters of modules that are trained and saved as a whole. */
-function savedParameters(model: Model, { modules_to_save }: AdapterConfig): ModelParameter[] {
-  const saved = model.parameters.filter(
-    (p) => p.kind !== "adapter" && namesModule(modules_to_save, p.name.replace(/\.(weight|bias)$/, "")),
-  );
-  const stacked = saved.find((p) => p.experts !== undefined);
-  if (stacked)
-    throw new RangeError(`modules_to_save: ${stacked.name} belongs to routed experts; give them adapters, or train them by themselves`);
-  return saved;
-}
-
 /** What an adapter's folder holds. */
 function ownParameters(model: Model, config: AdapterConfig): ModelParameter[] {
   return [...adapterParameters(model), ...savedParameters(model, config)];
@@ -235,14 +228,19 @@ async function measure(base: LoadedModel, model: Model, config: AdapterConfig, v
   }
 }
 
+const EMBEDDING = "embed_tokens";
+
 /** PEFT's usual choice for models of this kind. */
 const DEFAULT_TARGETS = ["q_proj", "v_proj"];
 
 /** Every module that can have an adapter. */
 function modulesOf(model: Model): Adaptable[] {
-  return model.parameters
-    .filter((p) => (p.kind === "matrix" || /\.mlp\.gate\.weight$/.test(p.name)) && !/(^|\.)(embed_tokens|lm_head)\./.test(p.name))
+  const own = model.parameters
+    .filter((p) => p.kind === "matrix" || /\.mlp\.gate\.weight$/.test(p.name))
     .map(({ name, experts }) => ({ name: name.replace(/\.weight$/, ""), ...(experts ? { experts } : {}) }));
+  // A head that shares the embedding's matrix is a module without a parameter of its own.
+  const shares = model.classes === null && !own.some(({ name }) => name === "lm_head");
+  return shares ? [...own, { name: "lm_head" }] : own;
 }
 
 function adapted(base: Base, model: Model, values: ReadonlyMap<string, Float32Array>, trains: boolean): LoadedModel {
@@ -260,17 +258,20 @@ function adapted(base: Base, model: Model, values: ReadonlyMap<string, Float32Ar
 }
 
 /** The first numbers of an adapter's matrix, as PEFT draws them; zero for experts that are not selected, which then stay zero. */
-function beginning({ name, shape, experts }: ModelParameter, config: AdapterConfig, seed: number): Float32Array {
+function beginning({ name, shape, experts, branch }: ModelParameter, config: AdapterConfig, seed: number): Float32Array {
   const values = new Float32Array(elements(shape));
-  if (name.endsWith(".lora_magnitude_vector")) return values; // measured when the others have begun
+  if (!branch || branch.part === "magnitude") return values; // measured when the others have begun
   const [rank, into] = shape.slice(-2);
-  const half = name.endsWith(".lora_A.weight") ? "A" : "B";
   const { init_lora_weights: how } = config;
-  if (half === "B" && how !== false) return values;
   const random = new Random(seed, name);
+  if (branch.module.endsWith(EMBEDDING)) {
+    // As in PEFT: of a table's pair it is A that begins with zeros, and B is normal whatever the others' beginning.
+    return branch.part === "a" && how !== false ? values : values.map(() => normal(random));
+  }
+  if (branch.part === "b" && how !== false) return values;
   const bound = 1 / Math.sqrt(into); // torch's default for a linear layer: Kaiming's uniform with a = sqrt(5)
   const draw = how === "gaussian" ? () => normal(random) / rank : () => (2 * random.real() - 1) * bound;
-  const module: Adaptable = { name: name.replace(/\.lora_[AB]\.weight$/, ""), experts };
+  const module: Adaptable = { name: branch.module, experts };
   const chosen = experts === undefined ? [0] : selectedExperts(config, module);
   if (config.use_dora && chosen.length < (experts ?? 1))
     throw new RangeError(`use_dora: ${module.name} has magnitudes for all of its experts or for none; select all ${experts}`);

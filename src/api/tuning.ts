@@ -85,7 +85,11 @@ function originOf(loaded: LoadedModel): Origin {
   const { checkpoint, config, states, weights } = loaded;
   const sources = new Map(weights.map((w) => [w.name, w]));
   return {
-    config: config.classifier ? { ...checkpoint.config, ...classifierFields(config, config.classifier) } : checkpoint.config,
+    config: {
+      ...checkpoint.config,
+      ...(config.classifier ? classifierFields(config, config.classifier) : {}),
+      ...(config.tied ? {} : { tie_word_embeddings: false }),
+    },
     model: config,
     folder: checkpoint.folder,
     async fill(p, index, dtype, n, k, to) {
@@ -99,7 +103,7 @@ function originOf(loaded: LoadedModel): Origin {
 }
 
 /** What config.json says of a classifier. */
-function classifierFields({ architecture }: LoadedModel["config"], { labels, problem }: ClassifierConfig): Record<string, unknown> {
+export function classifierFields({ architecture }: LoadedModel["config"], { labels, problem }: ClassifierConfig): Record<string, unknown> {
   return {
     architectures: [architecture.replace("ForCausalLM", "ForSequenceClassification")],
     id2label: Object.fromEntries(labels.entries()),

@@ -1,7 +1,7 @@
 /**
  * Reads and writes PEFT's adapter folders: adapter_config.json and adapter_model.safetensors. Finds a model's adapter parameters in
  * them, in the layout of one pair of matrices per routed expert and in transformers 5's fused one, and checks every name and shape
- * before a number is read. Knows no model: it is asked for parameters by name and shape.
+ * before a number is read. An embedding's first matrix is stored as PEFT stores it, [rank, vocab], and is a table [vocab, rank] here. Knows no model: it is asked for parameters by name and shape.
  */
 import { mkdir } from "node:fs/promises";
 import { join, resolve } from "node:path";
@@ -17,6 +17,10 @@ import { type TensorData, writeSafetensors } from "./writer.ts";
 export const ADAPTER_CONFIG = "adapter_config.json";
 export const ADAPTER_WEIGHTS = "adapter_model.safetensors";
 const PREFIX = "base_model.model.";
+const COPY = /^((?:.*\.)?(?:embed_tokens|lm_head))\.base_layer\.weight$/;
+/** The module of an embedding, whose adapter has names and a first matrix of its own. */
+const EMBEDDING = /(^|\.)embed_tokens$/;
+const TABLE = ".lora_embedding_A";
 /** The first version whose fused experts' A has the width of the inputs. */
 const SWAPPED_SINCE = [0, 19];
 
@@ -30,6 +34,8 @@ export interface AdapterFolder {
   readonly tensors: ReadonlyMap<string, TensorEntry>;
   /** Whether fused experts' A and B have each other's widths, as PEFT wrote them before version 0.19. */
   readonly exchanged: boolean;
+  /** Copies of the base's own matrices, by module, which PEFT adds where it adapts the embedding or the head. Their numbers are not used. */
+  readonly copies: ReadonlyMap<string, TensorEntry>;
 }
 
 /** A module of a base model that can have an adapter. */
@@ -57,22 +63,24 @@ export async function openAdapter(path: string): Promise<AdapterFolder> {
   const config = parseAdapterConfig(raw, json);
   const header = await readHeader(file);
   const tensors = new Map<string, TensorEntry>();
+  const copies = new Map<string, TensorEntry>();
   for (const [name, entry] of header.tensors) {
     const plain = (name.startsWith(PREFIX) ? name.slice(PREFIX.length) : name).replace(
       /\.lora_magnitude_vector\.weight$/,
       ".lora_magnitude_vector",
     );
-    if (/\.lora_embedding_[AB]$|\.lora_[AB]\.bias$/.test(plain))
-      throw new CheckpointError(file, `tensor ${name}: adapters of embeddings and biases of adapters are not supported`);
+    if (/\.lora_[AB]\.bias$/.test(plain)) throw new CheckpointError(file, `tensor ${name}: biases of adapters are not supported`);
     if (entry.dtype !== "F32" && entry.dtype !== "F16" && entry.dtype !== "BF16")
       throw new CheckpointError(file, `tensor ${name} is stored as ${entry.dtype}; F32, F16 and BF16 are read`);
-    tensors.set(plain, entry);
+    const copied = COPY.exec(plain)?.[1];
+    if (copied === undefined) tensors.set(plain, entry);
+    else copies.set(copied, entry);
   }
   if (tensors.size === 0) throw new CheckpointError(file, "holds no tensors");
   const version = typeof raw.peft_version === "string" ? raw.peft_version.split(".").map(Number) : [0, 0];
   const [major, minor] = [version[0] ?? 0, version[1] ?? 0];
   const exchanged = major < SWAPPED_SINCE[0] || (major === SWAPPED_SINCE[0] && minor < SWAPPED_SINCE[1]);
-  return { folder, file, config, tensors, exchanged };
+  return { folder, file, config, tensors, exchanged, copies };
 }
 
 /** The name in the hub's layout of one expert's part of a stacked parameter or module. */
@@ -125,6 +133,7 @@ export function selectedExperts(config: AdapterConfig, { name, experts = 0 }: Ad
  */
 export async function readAdapter(adapter: AdapterFolder, parameters: readonly Parameter[]): Promise<Map<string, Float32Array>> {
   const used = new Set<string>();
+  checkCopies(adapter, parameters);
   const readers = new Map(
     parameters.map((p) => [p.name, p.experts === undefined ? plainReader(adapter, p, used) : stackedReader(adapter, p, used)]),
   );
@@ -137,6 +146,16 @@ export async function readAdapter(adapter: AdapterFolder, parameters: readonly P
   const values = new Map<string, Float32Array>();
   for (const [name, read] of readers) values.set(name, await read());
   return values;
+}
+
+/** Throws if a copy of the base's embedding or head has another size than the base's: the tokens of a resized vocabulary have other ids. */
+function checkCopies(adapter: AdapterFolder, parameters: readonly Parameter[]): void {
+  for (const [module, entry] of adapter.copies) {
+    const shapeOf = (name: string) => parameters.find((p) => p.name === `${module}.${name}`)?.shape;
+    const [a, b, table, rows] = ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"].map(shapeOf);
+    if (a && b) checkShape(adapter, entry, [b[0], a[1]]);
+    if (table && rows) checkShape(adapter, entry, [table[0], rows[0]]);
+  }
 }
 
 export interface AdapterValues extends Parameter {
@@ -158,6 +177,7 @@ export async function writeAdapter(
   await mkdir(folder, { recursive: true });
   const parts = parameters.flatMap(
     ({ name, shape, experts, values }): { name: string; shape: readonly number[]; values: Float32Array }[] => {
+      if (name.endsWith(TABLE)) return [{ name, shape: [...shape].reverse(), values: transposed(values, shape[0], shape[1]) }];
       if (experts === undefined) return [{ name, shape, values }];
       const each = values.length / experts;
       return Array.from({ length: experts }, (_, e) => ({
@@ -190,7 +210,7 @@ export async function writeAdapter(
 
 /** The module that an adapter's tensor belongs to; undefined for the tensors of modules that are saved whole. */
 function moduleOf(name: string): string | undefined {
-  return /^(.*)\.lora_(?:[AB]\.weight|magnitude_vector)$/.exec(name)?.[1];
+  return /^(.*)\.lora_(?:[AB]\.weight|embedding_[AB]|magnitude_vector)$/.exec(name)?.[1];
 }
 
 /** Experts of which both matrices are zero: they compute nothing and never learn. */
@@ -242,7 +262,8 @@ function checkRank({ file, config }: AdapterFolder, entry: TensorEntry, module: 
 }
 
 function plainAt(adapter: AdapterFolder, module: string): LowRank | null {
-  const [name, other] = [`${module}.lora_A.weight`, `${module}.lora_B.weight`];
+  const embeds = EMBEDDING.test(module);
+  const [name, other] = ["A", "B"].map((half) => `${module}.${embeds ? `lora_embedding_${half}` : `lora_${half}.weight`}`);
   const entry = adapter.tensors.get(name);
   if (entry) return checkRank(adapter, entry, module, entry.shape[0]);
   const lost = adapter.tensors.has(other) || adapterAt({ ...adapter.config, target_parameters: [] }, module) !== null;
@@ -286,9 +307,10 @@ type Read = () => Promise<Float32Array>;
 function plainReader(adapter: AdapterFolder, { name, shape }: Parameter, used: Set<string>): Read {
   const entry = adapter.tensors.get(name);
   if (!entry) throw missing(adapter, name);
-  checkShape(adapter, entry, shape);
+  const table = name.endsWith(TABLE);
+  checkShape(adapter, entry, table ? [...shape].reverse() : shape);
   used.add(name);
-  return () => floats(entry);
+  return async () => (table ? transposed(await floats(entry), shape[1], shape[0]) : floats(entry));
 }
 
 function stackedReader(adapter: AdapterFolder, parameter: Parameter, used: Set<string>): Read {
@@ -349,6 +371,13 @@ function fusedReader(adapter: AdapterFolder, { name, shape }: Parameter, used: S
         }
     return values;
   };
+}
+
+/** A matrix [n, k] as [k, n]. */
+function transposed(values: Float32Array, n: number, k: number): Float32Array {
+  const out = new Float32Array(values.length);
+  for (let i = 0; i < n; i++) for (let j = 0; j < k; j++) out[j * n + i] = values[i * k + j];
+  return out;
 }
 
 function checkShape({ file }: AdapterFolder, entry: TensorEntry, expected: readonly number[]): void {

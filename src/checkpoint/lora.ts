@@ -14,7 +14,8 @@ export interface AdapterConfig {
   readonly lora_dropout: number;
   /**
    * Names of modules, matched whole or as the last parts of a name; or a regular expression for whole names; or `all-linear`: every
-   * matrix but the embedding and the head, routed experts included. Null: none but `target_parameters`.
+   * matrix but the embedding and the head, routed experts included; these two can be named, embed_tokens and lm_head. Null: none but
+   * `target_parameters`.
    */
   readonly target_modules: readonly string[] | string | null;
   /** As `target_modules`; modules left out. */
@@ -163,6 +164,10 @@ export function parseAdapterConfig(value: unknown, source: string): AdapterConfi
     throw fail("layers_to_transform needs target_modules to be a list of names; with a regular expression, name the layers in it");
   if (config.use_dora && config.target_parameters.length > 0)
     throw fail("use_dora does not work with target_parameters, as in PEFT; name modules: mlp.experts.gate_proj");
+  if (given.ensure_weight_tying === true && TIED.some((name) => selects(config, name) || namesModule(config.modules_to_save, name)))
+    throw fail(
+      "ensure_weight_tying is true, which is not supported with embed_tokens or lm_head; leave it out: each has an adapter of its own",
+    );
   if (config.layers_pattern && !config.layers_to_transform) throw fail("layers_pattern has no effect without layers_to_transform");
   return config;
 }
@@ -196,6 +201,8 @@ export function namesModule(names: readonly string[] | string, module: string): 
   return names.some((name) => module === name || module.endsWith(`.${name}`));
 }
 
+/** Modules that may share a matrix. */
+const TIED = ["model.embed_tokens", "lm_head"];
 const ALL_LINEAR = "all-linear";
 const NO_LINEAR = /(^|\.)(lm_head|embed_tokens|score|mlp\.gate)$/;
 const FUSED = /^(.*\.experts)\.\d+\.(gate|up|down)_proj$/;

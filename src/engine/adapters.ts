@@ -13,10 +13,12 @@ export interface Branch {
   readonly scale: number;
   /** 1 for a single matrix. */
   readonly experts: number;
-  /** [rank, in], or [experts, rank, in]. */
+  /** [rank, in], or [experts, rank, in]; of an embedding [vocab, rank]. */
   readonly a: Float32Array;
   /** [out, rank], or [experts, out, rank]. */
   readonly b: Float32Array;
+  /** Whether it is an embedding's: `a` has a row for each token. Default false. */
+  readonly table?: boolean;
 }
 
 /** An adapter's branches by module: `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj`. */
@@ -106,7 +108,10 @@ export class LoadedAdapters {
     if (branches.size === 0) throw fail("it adapts no module");
     this.#checkCount(name);
     const expected = new Map(
-      this.#model.stacked({ count: 1, rank: 1, modules: new Set(branches.keys()) }).parameters.map((p) => [p.name, p]),
+      stackedParameters(this.#model.stacked({ count: 1, rank: 1, modules: new Set(branches.keys()) })).map((p) => [
+        `${partOf(p).module} ${halfOf(p)}`,
+        p,
+      ]),
     );
     for (const [module, branch] of branches) {
       if (!Number.isInteger(branch.rank) || branch.rank < 1) throw fail(`${module} has rank ${branch.rank}`);
@@ -114,7 +119,7 @@ export class LoadedAdapters {
         throw fail(`${module} has rank ${branch.rank}, and max_lora_rank is ${this.limits.rank}; raise it if memory allows`);
       if (!Number.isFinite(branch.scale)) throw fail(`${module} has the scale ${branch.scale}`);
       for (const half of ["A", "B"] as const) {
-        const parameter = expected.get(`${module}.lora_${half}.weight`);
+        const parameter = expected.get(`${module} ${half === "A" ? "a" : "b"}`);
         if (!parameter) throw fail(`the model has no module ${module} that can be adapted: the adapter is of another base`);
         const numbers = half === "A" ? branch.a : branch.b;
         const wanted = elements(parameter.shape) * branch.rank;
@@ -178,9 +183,10 @@ export class LoadedAdapters {
       const module = moduleOf(p);
       const own = modules.get(module);
       if (!own) continue;
+      const table = halfOf(p) === "a" && partOf(p).rankLast;
       const branch = found.get(module) ?? {
         ...own,
-        experts: Number(p.shape[0]) / room.count,
+        ...(table ? { table, experts: 1 } : { experts: Number(p.shape[0]) / room.count }),
         a: new Float32Array(),
         b: new Float32Array(),
       };
@@ -252,8 +258,12 @@ export class LoadedAdapters {
 }
 
 const stackedParameters = ({ parameters }: Model): ModelParameter[] => parameters.filter((p) => p.kind === "adapter");
-const moduleOf = ({ name }: ModelParameter): string => name.replace(/\.lora_[AB]\.weight$/, "");
-const halfOf = ({ name }: ModelParameter): "a" | "b" => (name.endsWith(".lora_A.weight") ? "a" : "b");
+function partOf({ name, branch }: ModelParameter): NonNullable<ModelParameter["branch"]> {
+  if (!branch) throw new Error(`internal: ${name} belongs to no branch`);
+  return branch;
+}
+const moduleOf = (p: ModelParameter): string => partOf(p).module;
+const halfOf = (p: ModelParameter): "a" | "b" => (partOf(p).part === "a" ? "a" : "b");
 
 /** One adapter's half as the stack holds it: the scale in B, zeros up to the stack's rank. */
 function padded(p: ModelParameter, branch: Branch, { rank }: Room): Float32Array {
@@ -264,8 +274,8 @@ function padded(p: ModelParameter, branch: Branch, { rank }: Room): Float32Array
 
 /** A copy of one adapter's half with another rank: cut off, or padded with zeros. */
 function resized(p: ModelParameter, values: Float32Array, from: number, to: number): Float32Array {
-  // A [experts, rank, in] has the rank's numbers of an expert in one run, B [experts, out, rank] those of a row.
-  const width = halfOf(p) === "a" ? Number(p.shape[2]) : 1;
+  // A [experts, rank, in] has the rank's numbers of an expert in one run; B [experts, out, rank] and a table [vocab, rank] those of a row.
+  const width = partOf(p).rankLast ? 1 : Number(p.shape[2]);
   const [run, long] = [from * width, to * width];
   const runs = values.length / run;
   const out = new Float32Array(runs * long);

@@ -2,7 +2,7 @@
 import { type Backend, BLOCK_TOKENS, type Program, type State, type Weights } from "../backend/backend.ts";
 import { Graph, type KvCache, type Tensor } from "../graph/graph.ts";
 import { SAMPLING_FLOATS, SAMPLING_INTS } from "../graph/ops/sampling.ts";
-import { linear } from "../model/linear.ts";
+import { adaptedRows, type Branches, type Linear, linear } from "../model/linear.ts";
 import type { Bind, Model } from "../model/model.ts";
 import type { Dtype, KvDtype } from "../tensor/dtype.ts";
 import { type SymbolValues, symbol } from "../tensor/shape.ts";
@@ -87,7 +87,12 @@ export class Programs {
     if (!adapted) return this.#backend.prepare(this.#graph, capacity, this.#weights, this.#states);
     if (!this.#adapted) throw new Error("internal: a step has adapters, and none is loaded");
     const { graph, states } = this.#adapted;
-    return this.#backend.prepare(graph, { ...capacity, adapted: capacity["rows"] }, this.#weights, new Map([...this.#states, ...states]));
+    return this.#backend.prepare(
+      graph,
+      { ...capacity, adapted: capacity["rows"], adaptedOuts: capacity["outs"] },
+      this.#weights,
+      new Map([...this.#states, ...states]),
+    );
   }
 
   /** Takes the memory of a stack of adapters, in place of an earlier one. @param model as `model`, with the stack's parameters */
@@ -156,12 +161,14 @@ function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout
           adapted: {
             rows: g.input("adaptedRows", [symbol("adapted")], "i32"),
             ids: g.input("adapterIds", [symbol("adapted"), 1], "i32"),
+            tokens: g.input("adaptedTokens", [symbol("adapted")], "i32"),
           },
         }
       : {}),
   });
   const last = traced.hiddenStates[traced.hiddenStates.length - 1];
-  const logits = linear(g, g.gather(last, g.input("picked", [symbol("outs")], "i32")), traced.head);
+  const picked = g.gather(last, g.input("picked", [symbol("outs")], "i32"));
+  const logits = linear(g, picked, traced.head, traced.head.adapter && stacked ? pickedRows(g, traced.head.adapter) : {});
   g.output(OUTPUTS.logits, logits);
   traced.hiddenStates.forEach((t, i) => {
     g.output(OUTPUTS.hidden(i), t);
@@ -170,6 +177,13 @@ function trace(model: Model, dtypeOf: (parameter: string) => Dtype, kv: KvLayout
     for (const which of ["logits", "experts", "weights"] as const) g.output(OUTPUTS.routing(layer)[which], values[which]);
   if (model.classes === null) traceSampling(g, logits);
   return g;
+}
+
+/** Of the picked rows, those that have an adapter of a stack. */
+function pickedRows(g: Graph, { a }: NonNullable<Linear["adapter"]>): Branches {
+  const adapted = symbol("adaptedOuts");
+  const rows = g.input("adaptedPicked", [adapted], "i32");
+  return { adapted: adaptedRows(g, Number(a.shape[0]), rows, g.input("pickedAdapters", [adapted, 1], "i32")) };
 }
 
 function traceSampling(g: Graph, logits: Tensor): void {

@@ -62,7 +62,7 @@ export class Steps {
     top = 0,
     started?: () => void,
   ): Promise<void> {
-    const { sizes, inputs } = layOutParts(parts, this.#programs);
+    const { sizes, inputs } = layOutParts(parts, picked, this.#programs);
     const all: SymbolValues = {
       ...sizes,
       outs: picked.length,
@@ -102,7 +102,7 @@ export class Steps {
   }
 }
 
-function layOutParts(parts: readonly Part[], { model }: Programs) {
+function layOutParts(parts: readonly Part[], picked: Int32Array, { model }: Programs) {
   const axes = model.positionAxes;
   const spans = parts.flatMap((p) => p.embeddings ?? []);
   const embedded = spans.reduce((n, s) => n + s.count, 0);
@@ -110,7 +110,8 @@ function layOutParts(parts: readonly Part[], { model }: Programs) {
   const pages = Math.max(...parts.map((p) => p.pages.length));
   const adapted = parts.reduce((n, p) => n + (p.adapter === undefined ? 0 : p.ids.length), 0);
   const context = parts.reduce((n, p) => n + p.start + p.ids.length, 0);
-  const sizes = { rows, sequences: parts.length, pages, context, embedded, adapted };
+  const outs = adapted > 0 ? adaptedOuts(parts, picked) : { rows: NOTHING.ints, ids: NOTHING.ints };
+  const sizes = { rows, sequences: parts.length, pages, context, embedded, adapted, adaptedOuts: outs.rows.length };
   const inputs = {
     ids: new Int32Array(rows),
     positions: new Int32Array(axes * rows),
@@ -118,7 +119,12 @@ function layOutParts(parts: readonly Part[], { model }: Programs) {
     pages: new Int32Array(parts.length * pages).fill(-1),
     embeddings: embedded > 0 ? new Float32Array(embedded * model.hiddenSize) : NOTHING.floats,
     embeddedRows: embedded > 0 ? new Int32Array(embedded) : NOTHING.ints,
-    ...(adapted > 0 ? { adaptedRows: new Int32Array(adapted), adapterIds: new Int32Array(adapted) } : {}),
+    ...(adapted > 0
+      ? {
+          ...{ adaptedRows: new Int32Array(adapted), adapterIds: new Int32Array(adapted), adaptedTokens: new Int32Array(adapted) },
+          ...{ adaptedPicked: outs.rows, pickedAdapters: outs.ids },
+        }
+      : {}),
   };
   let [row, filled, branched] = [0, 0, 0];
   parts.forEach((p, s) => {
@@ -134,9 +140,29 @@ function layOutParts(parts: readonly Part[], { model }: Programs) {
     }
     if (p.adapter !== undefined) {
       inputs.adapterIds?.fill(p.adapter, branched, branched + p.ids.length);
-      for (let i = 0; i < p.ids.length; i++) (inputs.adaptedRows as Int32Array)[branched++] = row + i;
+      for (let i = 0; i < p.ids.length; i++) {
+        (inputs.adaptedTokens as Int32Array)[branched] = p.adapter * model.vocabSize + p.ids[i];
+        (inputs.adaptedRows as Int32Array)[branched++] = row + i;
+      }
     }
     row += p.ids.length;
   });
   return { sizes, inputs };
+}
+
+/** Which of the picked rows have an adapter, counted among the picked ones, and the adapter of each. */
+function adaptedOuts(parts: readonly Part[], picked: Int32Array): { readonly rows: Int32Array; readonly ids: Int32Array } {
+  const [rows, ids]: [number[], number[]] = [[], []];
+  const ends: number[] = [];
+  for (const { ids: own } of parts) ends.push((ends[ends.length - 1] ?? 0) + own.length);
+  let part = 0;
+  picked.forEach((row, i) => {
+    if (part > 0 && row < ends[part - 1]) part = 0; // picked rows usually ascend
+    while (row >= ends[part]) part++;
+    const { adapter } = parts[part];
+    if (adapter === undefined) return;
+    rows.push(i);
+    ids.push(adapter);
+  });
+  return { rows: Int32Array.from(rows), ids: Int32Array.from(ids) };
 }

@@ -34,7 +34,7 @@ type Part = { readonly name: string; readonly branch: Branch; readonly factor: n
 function sideBySide(parts: readonly Part[]): Branch {
   const rank = parts.reduce((sum, { branch }) => sum + branch.rank, 0);
   const [{ branch: first }] = parts;
-  // A [experts, rank, in] and B [experts, out, rank] are runs of all ranks' numbers: per expert, and per row.
+  // A [experts, rank, in], B [experts, out, rank] and a table [vocab, rank] are runs of all ranks' numbers: per expert, and per row.
   const join = (half: "a" | "b", runs: number) => {
     const width = first[half].length / first.rank / runs;
     const out = new Float32Array(rank * width * runs);
@@ -48,7 +48,8 @@ function sideBySide(parts: readonly Part[]): Branch {
       }
     return out;
   };
-  return { rank, scale: 1, experts: first.experts, a: join("a", first.experts), b: join("b", first.b.length / first.rank) };
+  const runs = first.table ? first.a.length / first.rank : first.experts;
+  return { ...first, rank, scale: 1, a: join("a", runs), b: join("b", first.b.length / first.rank) };
 }
 
 function summed(parts: readonly Part[], module: string): Branch {
@@ -68,5 +69,5 @@ function summed(parts: readonly Part[], module: string): Branch {
     }
     return out;
   };
-  return { rank: first.rank, scale: 1, experts: first.experts, a: sum("a"), b: sum("b") };
+  return { ...first, scale: 1, a: sum("a"), b: sum("b") };
 }

@@ -162,6 +162,8 @@ export class Graph {
   /** The loss of each row. */
   crossEntropy = (x: Tensor, head: Tensor, labels: Tensor, chunk: number, bias?: Tensor) =>
     this.#one("crossEntropy", [x, head, labels, bias], { chunk });
+  adaptedCrossEntropy = (x: Tensor, head: Tensor, labels: Tensor, branch: { low: Tensor; up: Tensor }, chunk: number, bias?: Tensor) =>
+    this.#one("adaptedCrossEntropy", [x, head, labels, branch.low, branch.up, bias], { chunk });
 
   processLogits = (logits: Tensor, sampling: SamplingInputs) =>
     this.#one("processLogits", [

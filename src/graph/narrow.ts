@@ -6,7 +6,7 @@ import type { Tensor } from "./call.ts";
 import { checked, type Graph } from "./graph.ts";
 
 /** Products and losses whose first input is an activation and whose second is a matrix. */
-const PRODUCTS = new Set(["linear", "groupedLinear", "crossEntropy"]);
+const PRODUCTS = new Set(["linear", "groupedLinear", "crossEntropy", "adaptedCrossEntropy"]);
 
 /** Run it before `backward`, which then rounds gradients too. */
 export function narrow(graph: Graph): Graph {

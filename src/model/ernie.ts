@@ -10,11 +10,13 @@ import type { Dtype } from "../tensor/dtype.ts";
 import { type AttentionWeights, attention } from "./attention.ts";
 import { type ErnieConfig, isMoeLayer, moeLayers } from "./config.ts";
 import { contentKeys } from "./content.ts";
-import { adaptedRows, type Branches, type Linear } from "./linear.ts";
-import type { Forward, Model, ModelParameter, Step } from "./model.ts";
+import { adaptedRows, type Branches, type Embedding, embedded, type Linear } from "./linear.ts";
+import type { BranchPart, Forward, Model, ModelParameter, Step } from "./model.ts";
 import { type MlpWeights, type MoeWeights, mlp, moe, type Routing } from "./moe.ts";
 
 const EMBEDDING = "model.embed_tokens.weight";
+/** Modules of which transformers ties the matrices where a config says so. */
+const [EMBED, HEAD] = ["model.embed_tokens", "lm_head"];
 
 /** Low-rank adapters for a model's matrices, as `adaptersOf` and `adaptersIn` make them from PEFT's configs and folders. */
 export interface Adapters {
@@ -72,7 +74,7 @@ interface LayerWeights<T> {
 }
 
 interface ErnieWeights<T = Tensor> {
-  readonly embed: T;
+  readonly embed: Embedding<T>;
   readonly layers: readonly LayerWeights<T>[];
   readonly norm: T;
   readonly head: Linear<T>;
@@ -84,7 +86,7 @@ function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, step: Step, sta
   const angles = g.angles(step.positions, config.headDim, config.ropeTheta);
   const routing: (Routing & { layer: number })[] = [];
   const hiddenStates: Tensor[] = [];
-  let x = g.embed(step.ids, w.embed); // [rows, hidden]
+  let x = embedded(g, step.ids, w.embed, branches, adapted?.tokens); // [rows, hidden]
   if (step.embeddings) x = g.replaceRows(x, step.embeddings.values, step.embeddings.rows);
   w.layers.forEach((layer, i) => {
     g.within(`layers.${i}`, () => {
@@ -105,7 +107,7 @@ function forward(g: Graph, config: ErnieConfig, w: ErnieWeights, step: Step, sta
     });
   });
   hiddenStates.push(g.rmsNorm(x, w.norm, config.normEps));
-  return { hiddenStates, routing, head: w.head };
+  return { hiddenStates, routing, head: w.head, branches };
 }
 
 /** Calls `visit` for each parameter and puts its result in that parameter's place. The only list of names and shapes. */
@@ -120,11 +122,16 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
     const { rank, scale, dropout, decomposed } = lowRank;
     const matrices = (adapters?.stack ?? 1) * (experts ?? 1);
     const stack = experts === undefined && adapters?.stack === undefined ? [] : [matrices];
-    const low = (half: "A" | "B", ...shape: number[]) =>
-      visit({ name: `${module}.lora_${half}.weight`, shape: [...stack, ...shape], ...(experts ? { experts } : {}), kind: "adapter" });
-    const [a, b] = [low("A", rank, into), low("B", out, rank)];
-    const length = `${module}.lora_magnitude_vector`;
-    const magnitude = decomposed && visit({ name: length, shape: [...stack, out], ...(experts ? { experts } : {}), kind: "adapter" });
+    const low = (part: BranchPart["part"], name: string, ...shape: number[]) =>
+      visit({
+        name: `${module}.${name}`,
+        shape: [...stack, ...shape],
+        ...(experts ? { experts } : {}),
+        kind: "adapter",
+        branch: { module, part, rankLast: part === "b" },
+      });
+    const [a, b] = [low("a", "lora_A.weight", rank, into), low("b", "lora_B.weight", out, rank)];
+    const magnitude = decomposed && low("magnitude", "lora_magnitude_vector", out);
     return { adapter: { a, b, ...(magnitude ? { magnitude } : {}), scale, dropout, stream: stream++ } };
   };
   const matrix = (name: string, out: number, into: number) => ({
@@ -142,7 +149,25 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
     ...adapter(name, out, into, count),
   });
 
-  const embed = visit({ name: EMBEDDING, shape: [config.vocabSize, hidden], kind: "matrix" });
+  /** Throws for an adapter with learnt lengths: neither the loss nor the table computes those. */
+  const plain = (module: string) => {
+    const lowRank = adapters?.at({ name: module });
+    if (lowRank?.decomposed) throw new RangeError(`use_dora: ${module} has no magnitudes; leave it out, or use LoRA without use_dora`);
+    return lowRank;
+  };
+  const table = visit({ name: EMBEDDING, shape: [config.vocabSize, hidden], kind: "matrix" });
+  /** An embedding's adapter, named as in PEFT; A is a table here, with a row for each token, and its transpose in files. */
+  const tableAdapter = () => {
+    const lowRank = plain(EMBED);
+    if (!lowRank) return {};
+    const { rank, scale } = lowRank;
+    const count = adapters?.stack;
+    const low = (part: "a" | "b", name: string, shape: number[]) =>
+      visit({ name: `${EMBED}.${name}`, shape, kind: "adapter", branch: { module: EMBED, part, rankLast: true } });
+    const a = low("a", "lora_embedding_A", [(count ?? 1) * config.vocabSize, rank]);
+    return { adapter: { a, b: low("b", "lora_embedding_B", [...(count === undefined ? [] : [count]), hidden, rank]), scale } };
+  };
+  const embed: Embedding<T> = { table, ...tableAdapter() };
   const layers = Array.from({ length: config.layers }, (_, i) => {
     const at = `model.layers.${i}`;
     const mixture = m && isMoeLayer(config, i) ? m : null;
@@ -184,10 +209,12 @@ function visitParameters<T>(config: ErnieConfig, adapters: Adapters | null, visi
     };
     return { embed, layers, norm, head: score };
   }
+  plain(HEAD);
   const head = {
-    weight: config.tied ? embed : visit({ name: "lm_head.weight", shape: [config.vocabSize, hidden], kind: "matrix" }),
+    weight: config.tied ? table : visit({ name: `${HEAD}.weight`, shape: [config.vocabSize, hidden], kind: "matrix" }),
     // As in transformers: only a mixture's head has a bias, even if it shares the embedding's weights.
-    ...(config.useBias && m ? { bias: float32("lm_head.bias", config.vocabSize) } : {}),
+    ...(config.useBias && m ? { bias: float32(`${HEAD}.bias`, config.vocabSize) } : {}),
+    ...adapter(HEAD, config.vocabSize, hidden),
   };
   return { embed, layers, norm, head };
 }

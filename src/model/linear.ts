@@ -128,6 +128,40 @@ export function expertLinear(
   return g.add(y, g.add(g.mul(g.add(without, branch), by), g.scale(without, -1)));
 }
 
+/** A table with a row for each token, and its adapter. */
+export interface Embedding<T = Tensor> {
+  /** [vocab, hidden] */
+  readonly table: T;
+  /** A low-rank branch: a [vocab, rank], of a stack of n adapters [n * vocab, rank]; b [hidden, rank], or [n, hidden, rank]. */
+  readonly adapter?: Pick<Adapter<T>, "a" | "b" | "scale">;
+}
+
+/**
+ * The rows of a table, [rows, hidden]; its branch is scale * B(A's row), and nothing of it is dropped, as in PEFT.
+ * @param tokens of the rows that have an adapter of a stack: their rows in A
+ */
+export function embedded(g: Graph, ids: Tensor, { table, adapter }: Embedding, { adapted }: Branches, tokens?: Tensor): Tensor {
+  const x = g.embed(ids, table);
+  if (!adapter) return x;
+  if (!adapted || !tokens) return g.add(x, g.linear(g.scale(g.embed(ids, adapter.a), adapter.scale), adapter.b));
+  const { order, offsets } = adapted.groups;
+  return g.addRows(x, g.groupedLinear(g.embed(tokens, adapter.a), adapter.b, order, offsets, 1), adapted.rows);
+}
+
+/** -log softmax(head(x))[label] of each row, 0 where the label is negative; see the op `crossEntropy`. */
+export function crossEntropy(
+  g: Graph,
+  x: Tensor,
+  { weight, bias, adapter }: Linear,
+  labels: Tensor,
+  chunk: number,
+  { seed }: Branches = {},
+): Tensor {
+  if (!adapter) return g.crossEntropy(x, weight, labels, chunk, bias);
+  const low = g.scale(g.linear(dropped(g, x, adapter, seed), adapter.a), adapter.scale);
+  return g.adaptedCrossEntropy(x, weight, labels, { low, up: adapter.b }, chunk, bias);
+}
+
 /**
  * A matrix whose rows have learnt lengths (DoRA, https://arxiv.org/abs/2402.09353): W' = m / |W + s B A| (W + s B A). As in PEFT, gradients take
  * the norm for a constant, and with dropout the branch adds (W' - W) times what is left of x.

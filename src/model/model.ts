@@ -3,12 +3,23 @@ import type { Parameter } from "../checkpoint/names.ts";
 import type { Graph, KvCache, Tensor } from "../graph/graph.ts";
 import type { Dim } from "../tensor/shape.ts";
 import type { Content } from "./content.ts";
-import type { Linear } from "./linear.ts";
+import type { Branches, Linear } from "./linear.ts";
 import type { Routing } from "./moe.ts";
 
 /** A parameter; `kind` says whether it may be in half precision or int8, must stay float32, or belongs to an adapter. */
 export interface ModelParameter extends Parameter {
   readonly kind: "matrix" | "float32" | "adapter";
+  /** Of an adapter's parameter: the module beside which it is, and its part in the branch. */
+  readonly branch?: BranchPart;
+}
+
+/** A parameter's part in an adapter's branch: the first matrix, the second, or the lengths of DoRA. */
+export interface BranchPart {
+  /** `model.layers.3.self_attn.q_proj`, `model.layers.3.mlp.experts.gate_proj` (all experts), `model.embed_tokens`, `lm_head`. */
+  readonly module: string;
+  readonly part: "a" | "b" | "magnitude";
+  /** Whether the last axis counts the rank: of every second matrix, and of an embedding's first one, a table with a row for each token. */
+  readonly rankLast: boolean;
 }
 
 /** Adds a parameter to the graph: as a weight, or as a state if it is trained. */
@@ -28,8 +39,9 @@ export interface Step {
   readonly embeddings?: { readonly values: Tensor; readonly rows: Tensor };
   /**
    * For a model with a stack of adapters: the rows that have one, [adapted] i32, and which, [adapted, 1] i32. Without it no row has one.
+   * `tokens` [adapted] i32: their rows in the stacked tables of embeddings' adapters, which is the adapter times the vocabulary, plus the id.
    */
-  readonly adapted?: { readonly rows: Tensor; readonly ids: Tensor };
+  readonly adapted?: { readonly rows: Tensor; readonly ids: Tensor; readonly tokens: Tensor };
   /** [2] i32: the seed of dropout. Without it nothing is dropped. */
   readonly seed?: Tensor;
 }
@@ -49,6 +61,8 @@ export interface Forward {
   readonly routing: readonly (Routing & { readonly layer: number })[];
   /** Turns final hidden states into logits: of the vocabulary, or of a classifier's classes. */
   readonly head: Linear;
+  /** What the step says to the head's branch, where its rows are all rows of the step. */
+  readonly branches: Branches;
 }
 
 /** Room for several adapters beside a model's matrices, so that each row of a step can have another one. */

@@ -1,6 +1,7 @@
 /** What training minimises: how rows become a step's inputs, and how the loss is traced from them. Here: next-token prediction. */
 import type { Numbers } from "../backend/backend.ts";
 import type { Graph, Tensor } from "../graph/graph.ts";
+import { crossEntropy } from "../model/linear.ts";
 import type { Forward } from "../model/model.ts";
 import { symbol } from "../tensor/shape.ts";
 import { checkCausal, type RowLimits, segmentsOf } from "./check.ts";
@@ -53,9 +54,9 @@ export interface Meter<R> {
  * @param weights [rows]: 1 / (rows with a label) gives the mean
  * @param chunk rows whose logits are in memory at a time
  */
-export function causalLoss(g: Graph, { hiddenStates, head }: Forward, labels: Tensor, weights: Tensor, chunk: number): Tensor {
+export function causalLoss(g: Graph, { hiddenStates, head, branches }: Forward, labels: Tensor, weights: Tensor, chunk: number): Tensor {
   const last = hiddenStates[hiddenStates.length - 1];
-  return g.dot(g.crossEntropy(last, head.weight, labels, chunk, head.bias), weights);
+  return g.dot(crossEntropy(g, last, head, labels, chunk, branches), weights);
 }
 
 /** Next-token prediction: the mean over all tokens that have a label, each predicted from those before it in its segment. */

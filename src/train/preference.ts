@@ -4,6 +4,7 @@
  */
 import type { Program } from "../backend/backend.ts";
 import { Graph, type Tensor } from "../graph/graph.ts";
+import { crossEntropy } from "../model/linear.ts";
 import type { Forward } from "../model/model.ts";
 import { symbol } from "../tensor/shape.ts";
 import type { RowLimits } from "./check.ts";
@@ -86,10 +87,10 @@ function loss(g: Graph, forward: Forward, { label_smoothing: smoothing }: Prefer
 }
 
 /** The log-probability of each sequence's answer, [sequences]. */
-function logpsGraph(g: Graph, { hiddenStates, head }: Forward, chunk: number): Tensor {
+function logpsGraph(g: Graph, { hiddenStates, head, branches }: Forward, chunk: number): Tensor {
   const [rows, sequences] = [symbol("rows"), symbol("sequences")];
   const last = hiddenStates[hiddenStates.length - 1];
-  const losses = g.crossEntropy(last, head.weight, g.input("labels", [rows], "i32"), chunk, head.bias);
+  const losses = crossEntropy(g, last, head, g.input("labels", [rows], "i32"), chunk, branches);
   const sums = g.scatterRows(g.reshape(losses, [rows, 1]), g.input("sequenceOf", [rows], "i32"), sequences);
   return g.scale(g.reshape(sums, [sequences]), -1);
 }

@@ -130,7 +130,7 @@ test("what cannot be trained is refused, with what there is", async () => {
   const goldens = await openGoldens("moe-tiny");
   const base = await open(goldens);
   await expect(PeftModel.create(base, { target_modules: ["query"] })).rejects.toThrow(
-    /target_modules \["query"\] match no module of the model; it has self_attn\.q_proj, .*mlp\.gate, mlp\.experts\.gate_proj/,
+    /target_modules \["query"\] match no module of the model; it has embed_tokens, self_attn\.q_proj, .*mlp\.gate, mlp\.experts\.gate_proj, .*lm_head/,
   );
   await expect(base.trainable({ modules: ["lstm"] })).rejects.toThrow(
     /matches no parameter; layers are 0-3, modules embed_tokens, input_layernorm/,

@@ -243,11 +243,17 @@ function losses(): Case[] {
       );
       const [loss, logsumexp] = b.g.call("crossEntropy", [half, head, labels, bias], { chunk: 128 });
       const dy = b.input("dy", [symbol("rows")], noise(rows, 90));
+      const rank = [1, 3, 8, 40][i];
+      const low = b.rows("low", rows, rank);
+      const up = b.weight("up", [vocab, rank], narrow ? "bf16" : "f32");
+      const adapted = b.g.call("adaptedCrossEntropy", [half, head, labels, low, up, bias], { chunk: 128 });
+      const inputs = [dy, half, head, labels, adapted[1], low, up, bias];
+      const beside = [...adapted, ...gradients(b, "adaptedCrossEntropyGrad", inputs, { chunk: 128 })];
       const back = (head_: number) =>
         gradients(b, "crossEntropyGrad", [dy, half, head, labels, logsumexp, bias], { chunk: 128, head: head_ });
       return b.done(
         `training: crossEntropy ${dtype}${narrow ? " narrow" : ""} rows ${rows} vocabulary ${vocab}`,
-        [loss, logsumexp, ...back(1), ...back(0)],
+        [loss, logsumexp, ...back(1), ...back(0), ...beside],
         { rows },
         narrow ? 5e-3 : 5e-6, // gradients are rounded to bfloat16, which is not the same number when they differ in the last bit
       );

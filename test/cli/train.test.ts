@@ -187,7 +187,7 @@ test.each<[string[], RegExp]>([
   [["--data.seed", "3"], /data\.seed is given as seed, beside data/],
   [["--data.packin", "true"], /there is no field 'data\.packin'; did you mean 'packing'\?/],
   [["--learning_rate", "fast"], /learning_rate is "fast"; expected a number of at least 0/],
-  [["--target_modules", "[lstm]"], /target_modules \[.*\] match no module of the model; it has self_attn\.q_proj/],
+  [["--target_modules", "[lstm]"], /target_modules \[.*\] match no module of the model; it has embed_tokens, self_attn\.q_proj/],
   [["--max_length", "4"], /\d+ rows? cannot be used|at least \d+ rows cannot be used/],
   [["--dataset", "/none.jsonl"], /none\.jsonl/],
 ])("%j: one line, exit code 1", async (more, message) => {

@@ -22,27 +22,24 @@ async function load(options: LoadOptions = {}, variant = "moe-tiny") {
 
 /** Branches of repeatable noise, large enough to change answers. */
 function branches({ engine }: Pick<LoadedModel, "engine">, rank: number, seed: number, accepts: (module: string) => boolean): Branches {
-  const modules = new Set(
-    engine.model.parameters.flatMap(({ name }) => {
-      const module = name.replace(/\.weight$/, "");
-      return /_proj$/.test(module) && accepts(module) ? [module] : [];
-    }),
-  );
+  const matrices = engine.model.parameters.map(({ name }) => name.replace(/\.weight$/, "")).filter((module) => /_proj$/.test(module));
+  const modules = new Set([...matrices, "model.embed_tokens", "lm_head"].filter(accepts));
   const found = new Map<string, Branch>();
   const { parameters } = engine.model.stacked({ count: 1, rank, modules });
   parameters
     .filter((p) => p.kind === "adapter")
     .forEach((p, i) => {
-      const [, module, half] = /^(.*)\.lora_([AB])\.weight$/.exec(p.name) ?? [];
+      const { module = "", part, rankLast } = p.branch ?? {};
       const values = noise(elements(p.shape), seed * 1000 + i).map((x) => x * 0.2);
       const branch = found.get(module) ?? { rank, scale: 1 / 3, experts: p.experts ?? 1, a: values, b: values };
-      found.set(module, half === "A" ? { ...branch, a: values } : { ...branch, b: values });
+      found.set(module, part === "a" ? { ...branch, a: values, ...(rankLast ? { table: true } : {}) } : { ...branch, b: values });
     });
   return found;
 }
 
 const ATTENTION = (module: string) => module.includes("self_attn");
 const EXPERTS = (module: string) => module.includes(".mlp.");
+const VOCABULARY = (module: string) => /^(model\.embed_tokens|lm_head)$/.test(module);
 const EVERYTHING = () => true;
 
 async function answer({ engine }: Pick<LoadedModel, "engine">, request: Partial<Request> & Pick<Request, "tokens">, most = 12) {
@@ -75,9 +72,10 @@ describe.each([
       "half",
       branches(model, 8, 4, (m) => m.endsWith("up_proj") || m.includes("layers.1.")),
     );
+    await model.engine.loadAdapter("vocabulary", branches(model, 5, 5, VOCABULARY));
     const tokens = model.tokens.slice(0, device === "reference" ? 20 : 60);
     const most = device === "reference" ? 3 : 12;
-    const each = [undefined, "attention", "experts", undefined, "everything", "half"].map((adapter, i) => ({
+    const each = [undefined, "attention", "experts", undefined, "everything", "half", "vocabulary"].map((adapter, i) => ({
       tokens: tokens.slice(i),
       adapter,
     }));

@@ -195,6 +195,15 @@ const RULES: Record<string, (s: Subject, shape: Shapes) => Tensor[]> = {
     );
     return [s.g.crossEntropy(s.trained([rows, k]), s.trained([n + 1, k]), labels, more, seed % 2 ? s.trained([n + 1]) : undefined)];
   },
+  adaptedCrossEntropy: (s, { seed, rows, n, k, more }) => {
+    const labels = s.given(
+      [rows],
+      Int32Array.from({ length: rows }, (_, r) => ((seed + r) % (n + 2)) - 1),
+    );
+    const branch = { low: s.trained([rows, more]), up: s.trained([n + 1, more]) };
+    const bias = seed % 2 ? s.frozen([n + 1], "f32") : undefined;
+    return [s.g.adaptedCrossEntropy(s.trained([rows, k]), s.frozen([n + 1, k], "f32"), labels, branch, more, bias)];
+  },
   scatterRows: (s, { rows, n, k }) => [s.g.scatterRows(s.trained([rows, n]), s.whole([rows], k), k)],
   mul: (s, { rows, n }) => [s.g.mul(s.trained([rows, n]), s.trained([rows, n]))],
   softplus: (s, { rows, n }) => [s.g.softplus(s.g.scale(s.trained([rows, n]), 5))],

@@ -25,6 +25,7 @@ const where = (accepts: RegExp, dropout: number): Adapters => ({
 });
 const EXPERTS = where(/layers\.2\.mlp\.experts\.(gate|up|down)_proj$/, 0);
 const EVERYTHING = where(/^model\.layers\.2\./, 0.25);
+const VOCABULARY = where(/^(model\.embed_tokens|lm_head)$/, 0.25);
 
 let backend: Backend;
 let sources: WeightSource[];
@@ -119,32 +120,39 @@ test("branches of routed experts' gate, up and down compute the same as merged w
   expect(relativeError(adapted, await logitsOf(plain, new Map()))).toBeGreaterThan(1e-2);
 });
 
-test("gradients of every adapter of a mixture layer agree with finite differences, dropout and remat included", async () => {
-  const model = open(EVERYTHING);
-  const { values, states } = adapters(model);
-  expect(values.size).toBe(2 * (4 + 1 + 3 + 3)); // attention, router, experts, shared experts
-  const { graph, trained } = trainingStep(model, { trains: (p) => p.kind === "adapter", dtypeOf: () => "f32", chunk: 5 });
-  for (const { name, shape } of trained) for (const m of ["m", "v"]) states.set(`${m}.${name}`, backend.state("f32", shape));
-  const program = backend.prepare(graph, { rows: ROWS }, weights, states);
-  const found = Object.fromEntries(trained.map((p) => [gradientName(p.name), new Float32Array(elements(p.shape))]));
-  const still = { ...inputs, rates: Float32Array.of(0, 0.9, 0.9, 1e-8, 0, 1, 1) }; // with a rate of 0 the optimiser leaves them unchanged
-  const loss = async (also = {}) => {
-    const out = new Float32Array(1);
-    await program.run({ rows: ROWS, sequences: 1 }, still, { loss: out, ...also });
-    return out[0];
-  };
-  await loss(found);
-  for (const [name, numbers] of values) {
-    const gradient = found[gradientName(name)];
-    // Along the gradient the slope is the gradient's norm: one number that any wrong entry changes.
-    const norm = Math.sqrt(gradient.reduce((sum, g) => sum + g * g, 0));
-    const step = 5e-3; // small, so that no row changes its experts
-    const at = async (by: number) => {
-      states.get(name)?.write(numbers.map((x, i) => x + (by * gradient[i]) / norm));
-      return loss();
+test.each([
+  ["of a mixture layer: attention, router, experts, shared experts", EVERYTHING, 2 * (4 + 1 + 3 + 3)],
+  ["beside the one matrix of embedding and head", VOCABULARY, 2 * 2],
+])(
+  "gradients of every adapter %s agree with finite differences, dropout and remat included",
+  async (_which, chosen, count) => {
+    const model = open(chosen);
+    const { values, states } = adapters(model);
+    expect(values.size).toBe(count);
+    const { graph, trained } = trainingStep(model, { trains: (p) => p.kind === "adapter", dtypeOf: () => "f32", chunk: 5 });
+    for (const { name, shape } of trained) for (const m of ["m", "v"]) states.set(`${m}.${name}`, backend.state("f32", shape));
+    const program = backend.prepare(graph, { rows: ROWS }, weights, states);
+    const found = Object.fromEntries(trained.map((p) => [gradientName(p.name), new Float32Array(elements(p.shape))]));
+    const still = { ...inputs, rates: Float32Array.of(0, 0.9, 0.9, 1e-8, 0, 1, 1) }; // with a rate of 0 the optimiser leaves them unchanged
+    const loss = async (also = {}) => {
+      const out = new Float32Array(1);
+      await program.run({ rows: ROWS, sequences: 1 }, still, { loss: out, ...also });
+      return out[0];
     };
-    const slope = ((await at(step)) - (await at(-step))) / (2 * step);
-    states.get(name)?.write(numbers);
-    expect(Math.abs(slope / norm - 1), `${name}: ${slope} for ${norm}`).toBeLessThan(2e-2);
-  }
-}, 120_000);
+    await loss(found);
+    for (const [name, numbers] of values) {
+      const gradient = found[gradientName(name)];
+      // Along the gradient the slope is the gradient's norm: one number that any wrong entry changes.
+      const norm = Math.sqrt(gradient.reduce((sum, g) => sum + g * g, 0));
+      const step = 5e-3; // small, so that no row changes its experts
+      const at = async (by: number) => {
+        states.get(name)?.write(numbers.map((x, i) => x + (by * gradient[i]) / norm));
+        return loss();
+      };
+      const slope = ((await at(step)) - (await at(-step))) / (2 * step);
+      states.get(name)?.write(numbers);
+      expect(Math.abs(slope / norm - 1), `${name}: ${slope} for ${norm}`).toBeLessThan(2e-2);
+    }
+  },
+  120_000,
+);

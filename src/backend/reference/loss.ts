@@ -5,23 +5,34 @@ import { DYNAMIC_BLOCK, decodeDynamic, encodeDynamic } from "../../tensor/dynami
 import type { Numbers } from "../backend.ts";
 import { accumulate, dot, type Kernel, type Operand } from "./operand.ts";
 
+/** An adapter's branch beside the head: low [rows, rank], and its second matrix [vocab, rank]. */
+interface HeadBranch {
+  readonly low: Operand;
+  readonly up: Operand;
+}
+
 /** Calls `visit(row, logits)` for each row that has a label. The next chunk overwrites the logits. */
 function forEachLogits(
   x: Operand,
   head: Operand,
   labels: Operand,
   bias: Operand | undefined,
+  branch: HeadBranch | null,
   chunk: number,
   visit: (row: number, logits: Float64Array) => void,
 ): void {
   const [rows, k] = x.dims;
   const vocab = head.dims[0];
+  const rank = branch?.low.dims[1] ?? 0;
   const logits = new Float64Array(Math.min(chunk, rows) * vocab);
   for (let from = 0; from < rows; from += chunk) {
     const to = Math.min(rows, from + chunk);
     const of = (r: number) => logits.subarray((r - from) * vocab, (r - from + 1) * vocab);
     for (let r = from; r < to; r++)
-      for (let j = 0; j < vocab; j++) of(r)[j] = dot(x.data, r * k, head.data, j * k, k) + (bias ? bias.data[j] : 0);
+      for (let j = 0; j < vocab; j++) {
+        const more = branch ? dot(branch.low.data, r * rank, branch.up.data, j * rank, rank) : 0;
+        of(r)[j] = dot(x.data, r * k, head.data, j * k, k) + more + (bias ? bias.data[j] : 0);
+      }
     for (let r = from; r < to; r++) {
       if (labels.data[r] >= vocab) throw new Error(`label ${labels.data[r]} is outside the vocabulary of ${vocab}`);
       if (labels.data[r] >= 0) visit(r, of(r));
@@ -29,23 +40,58 @@ function forEachLogits(
   }
 }
 
+function losses(
+  x: Operand,
+  head: Operand,
+  labels: Operand,
+  bias: Operand | undefined,
+  branch: HeadBranch | null,
+  chunk: number,
+  [each, logsumexp]: readonly Operand[],
+): void {
+  each.data.fill(0);
+  logsumexp.data.fill(0);
+  forEachLogits(x, head, labels, bias, branch, chunk, (r, logits) => {
+    const top = logits.reduce((a, b) => Math.max(a, b));
+    const lse = top + Math.log(logits.reduce((sum, l) => sum + Math.exp(l - top), 0));
+    each.data[r] = lse - logits[labels.data[r]];
+    logsumexp.data[r] = lse;
+  });
+}
+
 export const LOSS_KERNELS = {
-  crossEntropy([x, head, labels, bias], [losses, logsumexp], { chunk }) {
-    losses.data.fill(0);
-    logsumexp.data.fill(0);
-    forEachLogits(x, head, labels, bias, chunk, (r, logits) => {
-      const top = logits.reduce((a, b) => Math.max(a, b));
-      const lse = top + Math.log(logits.reduce((sum, l) => sum + Math.exp(l - top), 0));
-      losses.data[r] = lse - logits[labels.data[r]];
-      logsumexp.data[r] = lse;
+  crossEntropy([x, head, labels, bias], outputs, { chunk }) {
+    losses(x, head, labels, bias, null, chunk, outputs);
+  },
+
+  adaptedCrossEntropy([x, head, labels, low, up, bias], outputs, { chunk }) {
+    losses(x, head, labels, bias, { low, up }, chunk, outputs);
+  },
+
+  adaptedCrossEntropyGrad([dy, x, head, labels, logsumexp, low, up, bias], [dx, dLow, dUp], { chunk }) {
+    const [k, rank] = [x.dims[1], low.dims[1]];
+    const sumUp = new Float64Array(dUp.data.length);
+    dx.data.fill(0);
+    dLow.data.fill(0);
+    forEachLogits(x, head, labels, bias, { low, up }, chunk, (r, logits) => {
+      const [row, its] = [new Float32Array(k), new Float32Array(rank)];
+      logits.forEach((l, j) => {
+        const exact = dy.data[r] * (Math.exp(l - logsumexp.data[r]) - (j === labels.data[r] ? 1 : 0));
+        accumulate(row, 0, x.dtype === "bf16" ? roundBf16(exact) : exact, head.data, j * k, k);
+        accumulate(its, 0, exact, up.data, j * rank, rank);
+        for (let i = 0; i < rank; i++) sumUp[j * rank + i] += exact * low.data[r * rank + i];
+      });
+      dx.data.set(row, r * k);
+      dLow.data.set(its, r * rank);
     });
+    dUp.data.set(sumUp);
   },
 
   crossEntropyGrad([dy, x, head, labels, logsumexp, bias], [dx, dHead, dBias], { chunk }) {
     const k = x.dims[1];
     const [sumHead, sumBias] = [new Float64Array(dHead?.data.length ?? 0), new Float64Array(dBias?.data.length ?? 0)];
     dx.data.fill(0);
-    forEachLogits(x, head, labels, bias, chunk, (r, logits) => {
+    forEachLogits(x, head, labels, bias, null, chunk, (r, logits) => {
       const row = new Float32Array(k);
       logits.forEach((l, j) => {
         const exact = dy.data[r] * (Math.exp(l - logsumexp.data[r]) - (j === labels.data[r] ? 1 : 0));

@@ -31,6 +31,17 @@ function codesFit(codes: Tensor | undefined, scales: Tensor | undefined, paramet
   );
 }
 
+/** Whether a branch's low [rows, rank] and up [vocab, rank] fit beside a head. */
+function branchFits(x: Tensor, head: Tensor, low: Tensor | undefined, up: Tensor | undefined): low is Tensor {
+  return (
+    matches(low, "f32", 2) &&
+    (matches(up, "f32", 2) || matches(up, "bf16", 2)) &&
+    sameDim(low.shape[0], x.shape[0]) &&
+    sameDim(up.shape[0], head.shape[0]) &&
+    sameDim(up.shape[1], low.shape[1])
+  );
+}
+
 export const LOSS_OPS = {
   /**
    * -log softmax(x . head^T + bias)[label] of each row: x [rows, k], head [vocab, k], labels [rows], bias [vocab] to losses [rows] and
@@ -60,6 +71,35 @@ export const LOSS_OPS = {
     outputs: ([dy, x, weight, labels, logsumexp, bias], { head }) =>
       headFits(x, weight, labels, bias) && alike(dy, logsumexp) && sameDim(dy.shape[0], x.shape[0])
         ? [f32(...x.shape), ...(head ? [f32(...weight.shape), ...(bias ? [f32(...bias.shape)] : [])] : [])]
+        : null,
+    gradient: FIRST_ORDER,
+  },
+  /**
+   * `crossEntropy` with an adapter's branch beside the head: logits are x . head^T + low . up^T + bias, low [rows, rank] being what the
+   * adapter's first matrix made of the inputs, its scale included, and up [vocab, rank] its second. The head itself is frozen.
+   */
+  adaptedCrossEntropy: {
+    params: ["chunk"],
+    outputs: ([x, head, labels, low, up, bias], { chunk }) =>
+      headFits(x, head, labels, bias) && branchFits(x, head, low, up) && chunk >= 1 ? [f32(x.shape[0]), f32(x.shape[0])] : null,
+    gradient: (
+      emit,
+      { inputs: [x, head, labels, low, up, bias], outputs: [, logsumexp], params },
+      [dy],
+      [, wantsHead, , , , wantsBias],
+    ) => {
+      if (wantsHead || wantsBias) throw new Error("internal: a head that has an adapter is frozen");
+      if (!dy) return [];
+      const [dx, dLow, dUp] = emit("adaptedCrossEntropyGrad", [dy, x, head, labels, logsumexp, low, up, bias], params);
+      return [dx, null, null, dLow, dUp, null];
+    },
+  },
+  /** Gradients of x, low and up. */
+  adaptedCrossEntropyGrad: {
+    params: ["chunk"],
+    outputs: ([dy, x, head, labels, logsumexp, low, up, bias]) =>
+      headFits(x, head, labels, bias) && branchFits(x, head, low, up) && alike(dy, logsumexp) && sameDim(dy.shape[0], x.shape[0])
+        ? [f32(...x.shape), f32(...low.shape), f32(...up.shape)]
         : null,
     gradient: FIRST_ORDER,
   },

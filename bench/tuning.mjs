@@ -4,13 +4,15 @@
  *
  *   npm run build && node bench/tuning.mjs --train train.csv --test test.csv --text text --label category --out intents.jsonl
  *   node bench/tuning.mjs --train reviews.csv --text review --label label --names 0=差评,1=好评 --synonyms cilin.txt --out reviews.jsonl
- *     [--methods majority,words,base,lora,full,lora+head,top+head,lora+synonyms,tenth,tenth+synonyms] [--seeds 1,2,3] [--rows 2000] [--held 500] [--epochs 2]
+ *     [--methods majority,words,base,lora,full,lora+head,top+head,lora+synonyms,lora+translation,tenth,tenth+synonyms] [--seeds 1,2,3] [--rows 2000]
+ *     [--held 500] [--epochs 2] [--translator MODEL]
  *
  * majority        the most frequent class                      words           logistic regression on a bag of words (bench/words.mjs)
  * base            the model as it is, asked --question         lora            adapters of every matrix, routed experts included
  * full            every parameter
  * lora+head       a classifier's head, and adapters of every matrix   top+head     a head and the highest quarter of the layers, frozen below
  * lora+synonyms   lora, and a copy with synonyms of 10 % of the rows
+ * lora+translation  lora, and 10 % of the rows once more, translated to another language and back by --translator (default: the bundled model)
  * tenth           lora on 10 % of the rows                     tenth+synonyms  the same with four copies with synonyms of each, in as many steps
  *
  * Models without a head learn to answer a text with the name of its class, and then do so under a pattern of all names, greedily.
@@ -26,7 +28,7 @@ import { AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 import { features, logisticRegression, vocabularyOf } from "./words.mjs";
 
 const PROBLEM = "single_label_classification";
-const METHODS = ["majority", "words", "base", "lora", "full", "lora+head", "top+head", "lora+synonyms", "tenth", "tenth+synonyms"];
+const METHODS = ["majority", "words", "base", "lora", "full", "lora+head", "top+head", "lora+synonyms", "lora+translation", "tenth", "tenth+synonyms"];
 const { values: flags } = parseArgs({
   options: {
     train: { type: "string" },
@@ -36,6 +38,7 @@ const { values: flags } = parseArgs({
     names: { type: "string" },
     question: { type: "string", default: "{text}" },
     synonyms: { type: "string" },
+    translator: { type: "string", default: "default" },
     model: { type: "string", default: "default" },
     methods: { type: "string", default: METHODS.join() },
     seeds: { type: "string", default: "1,2,3" },
@@ -118,12 +121,20 @@ async function answers(model, question) {
 
 /** The rows with copies whose words are replaced by synonyms. */
 function withSynonyms(train, fraction, copies, seed) {
+  return withCopies(train, "synonyms", ["--copies", `${copies}`, ...(flags.synonyms ? ["--synonyms", flags.synonyms] : [])], fraction, seed);
+}
+
+/** The rows with copies that were translated and back, and how many copies were made. */
+function withTranslations(train, fraction, seed) {
+  return withCopies(train, "back-translation", ["--model", flags.translator, "--max-new-tokens", "128"], fraction, seed);
+}
+
+function withCopies(train, method, how, fraction, seed) {
   const [from, to] = [join(folder, "plain.jsonl"), join(folder, "more.jsonl")];
   writeFileSync(from, train.map((row) => `${JSON.stringify(row)}\n`).join(""));
   const mixtape = fileURLToPath(new URL("../bin/mixtape.js", import.meta.url));
-  const dictionary = flags.synonyms ? ["--synonyms", flags.synonyms] : [];
-  const how = ["--method", "synonyms", "--fraction", `${fraction}`, "--copies", `${copies}`, "--seed", `${seed}`, "--fields", "text"];
-  execFileSync(process.execPath, [mixtape, "augment", from, to, ...how, ...dictionary, "--overwrite"], {
+  const which = ["--method", method, "--fraction", `${fraction}`, "--seed", `${seed}`, "--fields", "text"];
+  execFileSync(process.execPath, [mixtape, "augment", from, to, ...which, ...how, "--overwrite"], {
     stdio: ["ignore", "ignore", "pipe"],
   });
   const lines = readFileSync(to, "utf8").trim().split("\n");
@@ -204,6 +215,10 @@ async function measure(method, seed) {
       return tuned(method.slice(0, -"+head".length), train, seed, visits, true);
     case "lora+synonyms":
       return tuned("lora", withSynonyms(train, 0.1, 1, seed), seed, visits);
+    case "lora+translation": {
+      const rows = withTranslations(train, 0.1, seed);
+      return { ...(await tuned("lora", rows, seed, visits)), copies: rows.length - train.length };
+    }
     case "tenth":
       return tuned("lora", tenth, seed, visits / 4);
     case "tenth+synonyms":

@@ -5,6 +5,8 @@ import type { Branch, Branches, Engine } from "../engine/engine.ts";
 import { COMBINATIONS, type Combination, combined } from "../engine/weighted.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import { ernie } from "../model/ernie.ts";
+import { optionFault } from "../tokenizer/options.ts";
+import { HUB_OPTIONS, type HubOptions, resolveAdapter } from "./find.ts";
 
 /** The longest name of an adapter: errors and metrics repeat it. */
 const LONGEST_NAME = 200;
@@ -70,7 +72,7 @@ export function checkAdapterName(name: unknown): asserts name is string {
   throw new RangeError(`adapter_name is ${JSON.stringify(name)}; it must be 1 to ${LONGEST_NAME} letters, digits and . @ _ -`);
 }
 
-export interface LoadAdapterOptions {
+export interface LoadAdapterOptions extends HubOptions {
   /** Name for `set_adapter` and `generate`. One that exists is replaced. Default `default`. */
   readonly adapter_name?: string;
   /** Multiplies the adapter's own scale, lora_alpha / r. Default 1. */
@@ -103,9 +105,14 @@ export class RuntimeAdapters {
     return this.#engine.adapters.names;
   }
 
-  async load(folder: string, { adapter_name: name = "default", scale = 1 }: LoadAdapterOptions = {}): Promise<void> {
+  /** @param idOrFolder a folder of PEFT's format, or the hub id of one */
+  async load(idOrFolder: string, options: LoadAdapterOptions = {}): Promise<void> {
+    const { adapter_name: name = "default", scale = 1, ...hub } = options;
+    const fault = optionFault("load_adapter", options, ["adapter_name", "scale", ...HUB_OPTIONS]);
+    if (fault !== null) throw new RangeError(fault);
     checkAdapterName(name);
     checkWeight("scale", scale);
+    const folder = await resolveAdapter(idOrFolder, hub);
     const branches = await readBranches(folder, this.#config, this.#engine.adapters.limits);
     await this.#engine.loadAdapter(name, scaled(branches, scale));
   }

@@ -2,10 +2,8 @@
  * Classifiers with the API of transformers: `AutoModelForSequenceClassification`. The head `score` reads the hidden state of a text's last
  * token. Knows no text.
  */
-import { stat } from "node:fs/promises";
-import { join } from "node:path";
-import { type AdapterFolder, openAdapter } from "../checkpoint/adapter.ts";
-import { CONFIG, openCheckpoint } from "../checkpoint/checkpoint.ts";
+import { openAdapter } from "../checkpoint/adapter.ts";
+import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import type { Request } from "../engine/sequence.ts";
 import { type ClassifierConfig, type ErnieConfig, PROBLEMS, type Problem, readClassifier } from "../model/config.ts";
@@ -17,14 +15,15 @@ import type { Objective } from "../train/loss.ts";
 import type { Selection } from "../train/selection.ts";
 import type { Trainee } from "../train/trainee.ts";
 import { type LoadAdapterOptions, RuntimeAdapters, readBranches, type WeightedAdapterOptions } from "./adapters.ts";
+import { resolveAdapter, resolveWhole } from "./find.ts";
 import { type ModelInputs, readRows } from "./generation.ts";
 import { headOf, newHead } from "./head.ts";
 import { type LoadedModel, loadModel } from "./load.ts";
-import { checkPretrained, type NamedTensor, type PretrainedOptions, resolvePretrained } from "./model.ts";
+import { checkPretrained, type NamedTensor, type PretrainedOptions } from "./model.ts";
 import { saveModel, traineeOf, unfrozen } from "./tuning.ts";
 
 export interface ClassifierOptions extends PretrainedOptions {
-  /** A folder in PEFT's format with a head among its `modules_to_save`: makes a classifier of a model that predicts tokens. */
+  /** A folder in PEFT's format, or a hub id, with a head among its `modules_to_save`: makes a classifier of a model that predicts tokens. */
   readonly adapter?: string;
   /** Names of the classes, by number. Default: those of config.json, else LABEL_0, LABEL_1, ... */
   readonly id2label?: Readonly<Record<number, string>>;
@@ -59,9 +58,8 @@ export const AutoModelForSequenceClassification = {
   async from_pretrained(idOrFolder: string, options: ClassifierOptions = {}): Promise<SequenceClassifier> {
     const { adapter: given, id2label, problem_type, num_labels, seed, ...rest } = options;
     checkPretrained(rest);
-    const adapter = given ?? ((await isAdapter(idOrFolder)) ? idOrFolder : null);
-    const base = adapter !== null && given === undefined ? baseOf(await openAdapter(adapter)) : idOrFolder;
-    const folder = await resolvePretrained(base, rest);
+    const { folder, adapter: alone } = await resolveWhole(idOrFolder, rest);
+    const adapter = given === undefined ? alone : await resolveAdapter(given, { ...rest, revision: undefined });
     const loaded = await loadClassifier(
       folder,
       { ...rest, device: rest.device ?? rest.device_map },
@@ -213,8 +211,8 @@ export class SequenceClassifier {
   }
 
   /** As CausalLM's. The head stays this model's: an adapter with a head of its own is refused. */
-  load_adapter(folder: string, options: LoadAdapterOptions = {}): Promise<void> {
-    return this.#adapters.load(folder, options);
+  load_adapter(idOrFolder: string, options: LoadAdapterOptions = {}): Promise<void> {
+    return this.#adapters.load(idOrFolder, options);
   }
 
   set_adapter(name: string | null): void {
@@ -267,18 +265,4 @@ export function activated(logits: Float32Array, name: ActivationName): Float32Ar
 
 async function classifies(folder: string): Promise<boolean> {
   return configFor(await openCheckpoint(folder)).classifier !== null;
-}
-
-async function isAdapter(idOrFolder: string): Promise<boolean> {
-  const there = (name: string) =>
-    stat(join(idOrFolder, name)).then(
-      () => true,
-      () => false,
-    );
-  return (await there("adapter_config.json")) && !(await there(CONFIG));
-}
-
-function baseOf({ folder, config }: AdapterFolder): string {
-  if (config.base_model_name_or_path) return config.base_model_name_or_path;
-  throw new CheckpointError(folder, "is an adapter that does not name its base (base_model_name_or_path); give the base, with { adapter }");
 }

@@ -1,5 +1,5 @@
 /** A classifier's head: one that has learnt nothing yet, or that of an adapter's folder. */
-import type { AdapterFolder } from "../checkpoint/adapter.ts";
+import { type AdapterFolder, openAdapter } from "../checkpoint/adapter.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import type { TensorEntry } from "../checkpoint/safetensors.ts";
 import { type Problem, readClassifier } from "../model/config.ts";
@@ -36,6 +36,16 @@ export function newHead({ id2label, problem_type, num_labels, seed = 42 }: HeadO
 const SCORE = /^(?:.*\.)?score\.(weight|bias)$/;
 /** Formats of tensors that `openAdapter` accepts. */
 const STORED = { F32: "f32", F16: "f16", BF16: "bf16" } as const;
+
+/** Whether an adapter has a head. */
+export function hasHead({ tensors }: AdapterFolder): boolean {
+  return [...tensors.keys()].some((name) => SCORE.test(name));
+}
+
+/** The same of a folder. */
+export async function holdsHead(folder: string): Promise<boolean> {
+  return hasHead(await openAdapter(folder));
+}
 
 /** The head in an adapter's folder. */
 export function headOf({ folder, file, tensors }: AdapterFolder, id2label: HeadOptions["id2label"]): Head {

@@ -16,7 +16,7 @@ import { ernie } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
 import { FORMATS, type WriteModelOptions, writeModel } from "./folder.ts";
-import { headOf } from "./head.ts";
+import { hasHead, headOf } from "./head.ts";
 import type { Head } from "./load.ts";
 import { checkpointOrigin } from "./quantize.ts";
 import { classifierFields, encode } from "./tuning.ts";
@@ -199,8 +199,7 @@ function classifierOf(
   raw: Readonly<Record<string, unknown>>,
   { id2label, problem_type }: MergeOptions,
 ): Pick<Head, "classifier"> | null {
-  const has = [...adapter.tensors.keys()].some((name) => /^(?:.*\.)?score\.weight$/.test(name));
-  if (!has) {
+  if (!hasHead(adapter)) {
     if (id2label === undefined && problem_type === undefined) return null;
     throw new CheckpointError(adapter.folder, "has no head 'score' whose classes could have names; leave them out");
   }

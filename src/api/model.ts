@@ -1,7 +1,5 @@
 /** The model with the API of transformers: `from_pretrained`, `generate`, `forward`. Knows no messages. */
-import { fileURLToPath } from "node:url";
 import { CheckpointError } from "../checkpoint/error.ts";
-import type { DownloadProgress, ResolveOptions } from "../checkpoint/hub.ts";
 import type { Inspection } from "../engine/engine.ts";
 import type { GeneratedToken } from "../engine/sequence.ts";
 import type { ErnieConfig } from "../model/config.ts";
@@ -14,23 +12,15 @@ import { type LoadAdapterOptions, RuntimeAdapters, type WeightedAdapterOptions }
 import { answerRows } from "./answers.ts";
 import { constrainBy } from "./constraint.ts";
 import type { GenerationDefaults } from "./defaults.ts";
+import { HUB_OPTIONS, type HubOptions, resolveWhole } from "./find.ts";
 import { type GenerationOptions, type ModelInputs, readRows, resolveGeneration } from "./generation.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "./load.ts";
 import { saveModel, traineeOf, unfrozen } from "./tuning.ts";
 
 /** How to find and load a model: a folder, a hub id, or `default` for the bundled model. */
-export interface PretrainedOptions extends LoadOptions {
+export interface PretrainedOptions extends LoadOptions, HubOptions {
   /** Same as `device`; `auto` is the CPU. */
   readonly device_map?: string;
-  /** Branch, tag or commit on the hub. Default `main`. */
-  readonly revision?: string;
-  readonly cache_dir?: string;
-  /** For gated and private models. Default: `HF_TOKEN`. */
-  readonly token?: string;
-  /** Never contact the hub. Default: whether `HF_HUB_OFFLINE` is set. */
-  readonly local_files_only?: boolean;
-  readonly progress_callback?: (progress: DownloadProgress) => void;
-  readonly signal?: AbortSignal;
 }
 
 /** A tensor: its dimensions and its numbers, row-major. */
@@ -80,13 +70,8 @@ export interface GenerateOutput {
 }
 
 const PRETRAINED = [
+  ...HUB_OPTIONS,
   "device_map",
-  "revision",
-  "cache_dir",
-  "token",
-  "local_files_only",
-  "progress_callback",
-  "signal",
   "dtype",
   "threads",
   "device",
@@ -130,40 +115,35 @@ export function checkPretrained(options: PretrainedOptions): void {
   if (fault !== null) throw new RangeError(fault);
 }
 
-const DEFAULT_MODEL = fileURLToPath(new URL("../../models/small-moe", import.meta.url));
-
-/** Whether a name means the bundled model. */
-export function isBundled(idOrFolder: string): boolean {
-  return idOrFolder === "default";
-}
-
-/** The local folder of a model, downloaded from the hub if necessary. */
-export async function resolvePretrained(
-  idOrFolder: string,
-  options: PretrainedOptions & Pick<ResolveOptions, "withWeights"> = {},
-): Promise<string> {
-  if (isBundled(idOrFolder)) return DEFAULT_MODEL;
-  const { resolveModel } = await import("../checkpoint/hub.ts"); // the bundled model needs no hub
-  return resolveModel(idOrFolder, { ...options, onProgress: options.progress_callback });
-}
-
 /** Loads causal language models. */
 export const AutoModelForCausalLM = {
   /**
-   * Loads a model from a folder, a hub id, or `default`. Rejects with a one-line error that says what is wrong with files,
-   * config or options, before anything runs.
+   * Loads a model from a folder, a hub id, or `default`; of an adapter, the base that it names, with the adapter loaded and active. Rejects with
+   * a one-line error that says what is wrong with files, config or options, before anything runs.
    */
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<CausalLM> {
     checkPretrained(options);
-    const folder = await resolvePretrained(idOrFolder, options);
+    const { folder, adapter } = await resolveWhole(idOrFolder, options);
     const loaded = await loadModel(folder, { ...options, device: options.device ?? options.device_map });
     if (loaded.config.classifier) {
       await loaded.engine.dispose();
       throw new CheckpointError(folder, "is a classifier; load it with AutoModelForSequenceClassification");
     }
-    return new CausalLM(loaded);
+    const model = new CausalLM(loaded);
+    if (adapter === null) return model;
+    try {
+      await model.load_adapter(adapter);
+      model.set_adapter(ALONE);
+      return model;
+    } catch (error) {
+      await model.dispose();
+      throw error;
+    }
   },
 };
+
+/** What an adapter that was given alone is called, as in PEFT. */
+const ALONE = "default";
 
 export class CausalLM {
   /** The model's folder. */
@@ -262,8 +242,8 @@ export class CausalLM {
    * Loading never disturbs requests that run. Rejects with CheckpointError or RangeError, in one line, for a folder that is no adapter or
    * belongs to another base, and for DoRA, router adapters and `modules_to_save`, which need a merged model.
    */
-  load_adapter(folder: string, options: LoadAdapterOptions = {}): Promise<void> {
-    return this.#adapters.load(folder, options);
+  load_adapter(idOrFolder: string, options: LoadAdapterOptions = {}): Promise<void> {
+    return this.#adapters.load(idOrFolder, options);
   }
 
   /** Makes an adapter the one that calls use unless they name another; null: the base model. Throws RangeError if there is none. */

@@ -9,6 +9,7 @@ import { optionFault } from "../tokenizer/options.ts";
 import { normal, Random } from "../train/random.ts";
 import { kindOf, type Trainable, type Trainee, trainableLine, trainableTable } from "../train/trainee.ts";
 import { SequenceClassifier } from "./classifier.ts";
+import { HUB_OPTIONS, type HubOptions, resolveAdapter } from "./find.ts";
 import type { GenerationOptions, ModelInputs } from "./generation.ts";
 import type { LoadedModel } from "./load.ts";
 import { adapterParameters, addProduct, branchesOf, lengthOf, mergedConfig, savedParameters } from "./merge.ts";
@@ -55,18 +56,19 @@ export class PeftModel<B extends Base = CausalLM> implements Trainable {
   }
 
   /**
-   * Loads adapters from a folder of PEFT's format.
+   * Loads adapters from a folder of PEFT's format, or from the hub.
+   * @param idOrFolder a folder, or a hub id
    * @param options.is_trainable whether a Trainer may change them. Default false
    * @throws CheckpointError naming the tensor or field that does not fit the base, before any is loaded
    */
   static async from_pretrained<B extends Base = CausalLM>(
     base: B,
-    folder: string,
-    options: { readonly is_trainable?: boolean } = {},
+    idOrFolder: string,
+    options: { readonly is_trainable?: boolean } & HubOptions = {},
   ): Promise<PeftModel<B>> {
-    const fault = optionFault("PeftModel.from_pretrained", options, ["is_trainable"]);
+    const fault = optionFault("PeftModel.from_pretrained", options, ["is_trainable", ...HUB_OPTIONS]);
     if (fault !== null) throw new RangeError(fault);
-    const adapter = await openAdapter(folder);
+    const adapter = await openAdapter(await resolveAdapter(idOrFolder, options));
     const model = ernie(base.config, adaptersIn(adapter));
     const values = await readAdapter(adapter, ownParameters(model, adapter.config));
     return new PeftModel(base, adapter.config, adapted(base, model, values, options.is_trainable ?? false));

@@ -2,7 +2,8 @@
 import { readdir } from "node:fs/promises";
 import { ggufFile } from "../checkpoint/gguf/locate.ts";
 import { Tokenizer } from "../tokenizer/tokenizer.ts";
-import { checkPretrained, type PretrainedOptions, resolvePretrained } from "./model.ts";
+import { isAdapterFolder, resolveBase, resolvePretrained } from "./find.ts";
+import { checkPretrained, type PretrainedOptions } from "./model.ts";
 
 /** The tokenizer of a local folder or a GGUF file. Tokenizer files beside a GGUF file take precedence over its contents. */
 export async function openTokenizer(path: string): Promise<Tokenizer> {
@@ -19,9 +20,12 @@ async function holdsTokenizer(path: string): Promise<boolean> {
 
 /** Loads tokenizers. */
 export const AutoTokenizer = {
-  /** Reads tokenizer.json or tokenizer.model, downloading only the tokenizer's files. Rejects when the folder has neither. */
+  /** Reads tokenizer.json or tokenizer.model, downloading only the tokenizer's files; an adapter without one has its base's. Rejects when there is neither. */
   async from_pretrained(idOrFolder: string, options: PretrainedOptions = {}): Promise<Tokenizer> {
     checkPretrained(options);
-    return openTokenizer(await resolvePretrained(idOrFolder, { ...options, withWeights: false }));
+    const light = { ...options, withWeights: false };
+    const folder = await resolvePretrained(idOrFolder, light);
+    const borrows = isAdapterFolder(folder) && !(await holdsTokenizer(folder));
+    return openTokenizer(borrows ? await resolveBase(folder, light) : folder);
   },
 };

@@ -46,12 +46,25 @@ export interface Adaptable {
   readonly experts?: number;
 }
 
+/** What an adapter's config says of its base: its name or path, and a revision. @throws CheckpointError for a config that is not valid */
+export async function readBase(folder: string): Promise<{ readonly name: string | null; readonly revision?: string }> {
+  const json = join(folder, ADAPTER_CONFIG);
+  const raw = await readJson(json);
+  if (raw === null) throw notAdapter(folder);
+  const { base_model_name_or_path: name } = parseAdapterConfig(raw, json);
+  return { name: name || null, ...(typeof raw.revision === "string" ? { revision: raw.revision } : {}) };
+}
+
+function notAdapter(folder: string): CheckpointError {
+  return new CheckpointError(folder, `has no ${ADAPTER_CONFIG}: not an adapter folder of PEFT's format`);
+}
+
 /** @throws CheckpointError for a folder that is no adapter's, and for a config or a tensor that is not supported, by name */
 export async function openAdapter(path: string): Promise<AdapterFolder> {
   const folder = resolve(path);
   const json = join(folder, ADAPTER_CONFIG);
   const raw = await readJson(json);
-  if (raw === null) throw new CheckpointError(folder, `has no ${ADAPTER_CONFIG}: not an adapter folder of PEFT's format`);
+  if (raw === null) throw notAdapter(folder);
   const file = join(folder, ADAPTER_WEIGHTS);
   if (!(await exists(file))) {
     const pickled = await exists(join(folder, "adapter_model.bin"));
@@ -141,7 +154,7 @@ export async function readAdapter(adapter: AdapterFolder, parameters: readonly P
     if (!used.has(name))
       throw new CheckpointError(
         adapter.file,
-        `tensor ${entry.name} [${entry.shape}] has no place in the base model: it has no such module; the adapter belongs to another base`,
+        `tensor ${entry.name} [${entry.shape}] has no place in the base model: it has no such module; ${another(adapter)}`,
       );
   const values = new Map<string, Float32Array>();
   for (const [name, read] of readers) values.set(name, await read());
@@ -380,16 +393,22 @@ function transposed(values: Float32Array, n: number, k: number): Float32Array {
   return out;
 }
 
-function checkShape({ file }: AdapterFolder, entry: TensorEntry, expected: readonly number[]): void {
+/** What an adapter that does not fit says of its base. */
+function another({ config }: AdapterFolder): string {
+  const name = config.base_model_name_or_path;
+  return `the adapter belongs to another base${name ? `: it names '${name}'` : ""}`;
+}
+
+function checkShape(adapter: AdapterFolder, entry: TensorEntry, expected: readonly number[]): void {
   if (entry.shape.length === expected.length && entry.shape.every((n, i) => n === expected[i])) return;
   throw new CheckpointError(
-    file,
-    `tensor ${entry.name} has the shape [${entry.shape}], but the base model implies [${expected}]; the adapter belongs to another base`,
+    adapter.file,
+    `tensor ${entry.name} has the shape [${entry.shape}], but the base model implies [${expected}]; ${another(adapter)}`,
   );
 }
 
-function missing({ file }: AdapterFolder, name: string): CheckpointError {
-  return new CheckpointError(file, `tensor ${PREFIX}${name} is missing: the file is incomplete, or the adapter belongs to another base`);
+function missing(adapter: AdapterFolder, name: string): CheckpointError {
+  return new CheckpointError(adapter.file, `tensor ${PREFIX}${name} is missing: the file is incomplete, or ${another(adapter)}`);
 }
 
 async function floats(entry: TensorEntry): Promise<Float32Array> {

@@ -100,7 +100,7 @@ class Partial {
         if (!(error instanceof Unavailable)) throw error;
         failures = this.loadedBytes - before >= GAIN_BYTES ? 1 : failures + 1;
         if (failures >= ATTEMPTS) throw this.stopped(`${error.message}, ${ATTEMPTS} times in a row`, error);
-        await delay(this.remote, failures);
+        await delay(this.remote, failures, error);
       }
     }
     onBytes(this.loadedBytes);

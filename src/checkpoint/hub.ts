@@ -1,12 +1,13 @@
 /**
- * Resolves a model's name to a local folder: a folder stands for itself, and a hub id is downloaded into the Hugging Face
- * cache, which other tools share. Decides which files a model needs; `download.ts` downloads one, `remote.ts` talks to the hub.
+ * Resolves the name of a model or an adapter to a local folder: a folder stands for itself, and a hub id is downloaded into the Hugging Face
+ * cache, which other tools share. Decides which files it needs; `download.ts` downloads one, `remote.ts` talks to the hub.
  */
 import { randomUUID } from "node:crypto";
 import { copyFile, mkdir, readFile, rename, rm, stat, symlink, writeFile } from "node:fs/promises";
 import { homedir } from "node:os";
 import { dirname, join, relative } from "node:path";
-import { CONFIG, fileInstead, INDEX, missingFile, readShardNames, WEIGHTS } from "./checkpoint.ts";
+import { ADAPTER_CONFIG, ADAPTER_WEIGHTS } from "./adapter.ts";
+import { CONFIG, exists, fileInstead, INDEX, missingFile, readShardNames, WEIGHTS } from "./checkpoint.ts";
 import { download, type RemoteFile } from "./download.ts";
 import { CheckpointError, errorCode, errorText } from "./error.ts";
 import { ggufFile } from "./gguf/locate.ts";
@@ -30,12 +31,16 @@ export interface ResolveOptions {
   readonly token?: string;
   /** Use only what is in the cache. Default: whether `HF_HUB_OFFLINE` is set to 1, true, yes or on. */
   readonly local_files_only?: boolean;
+  /** What the repository has to be: `adapter` takes the adapter's files; `model`, the default, a model's, or an adapter's where there is no model. */
+  readonly kind?: "model" | "adapter";
   /** False omits the weights: only config and tokenizer. Default true. */
   readonly withWeights?: boolean;
   /** Called at the start and end of each download, and at most ten times a second in between. */
   readonly onProgress?: (progress: DownloadProgress) => void;
   /** Called when the hub can't be reached and the cached copy is used. Default: `process.emitWarning`. */
   readonly onWarning?: (message: string) => void;
+  /** Called before the hub is tried again, with the reason and the wait. Default: nothing. */
+  readonly onRetry?: (message: string) => void;
   /** Aborts the download; the part received is kept for the next time. */
   readonly signal?: AbortSignal;
   /** Delay before the second attempt, doubled for each further one. Default 1000. */
@@ -66,7 +71,7 @@ export async function resolveModel(idOrFolder: string, options: ResolveOptions =
   const { getHFHubCachePath, getRepoFolderName, HUB_URL } = await import("@huggingface/hub");
   const cache = options.cache_dir ?? getHFHubCachePath();
   const repo = join(cache, getRepoFolderName({ type: "model", name: idOrFolder }));
-  const { folder, fault } = await cached(repo, revision, withWeights);
+  const { folder, fault } = await cached(repo, revision, withWeights, options.kind);
   if (options.local_files_only ?? offline()) {
     if (folder) return folder;
     throw new CheckpointError(
@@ -83,6 +88,7 @@ export async function resolveModel(idOrFolder: string, options: ResolveOptions =
     token: options.token ?? (await findToken()),
     signal: options.signal,
     retryDelayMs: options.retryDelayMs ?? 1000,
+    onRetry: options.onRetry,
   };
   options.signal?.throwIfAborted();
   let listing: Listing;
@@ -90,7 +96,14 @@ export async function resolveModel(idOrFolder: string, options: ResolveOptions =
     listing = await retrying(remote, folder ? 1 : ATTEMPTS, () => list(remote));
   } catch (error) {
     if (!(error instanceof Unavailable)) throw error;
-    if (!folder) throw new CheckpointError(idOrFolder, `${error.message}, and ${fault}; check the network and run again`, { cause: error });
+    if (!folder)
+      throw new CheckpointError(
+        idOrFolder,
+        `no local folder has this name; ${error.message}, and ${fault}; check the name and the network`,
+        {
+          cause: error,
+        },
+      );
     (options.onWarning ?? process.emitWarning)(`${idOrFolder}: ${error.message}; using the cached ${folder}`);
     return folder;
   }
@@ -155,11 +168,13 @@ async function fetchSnapshot(remote: Remote, { commit, files }: Listing, repo: s
     done++;
   };
 
+  const adapts = options.kind === "adapter" || (!files.has(CONFIG) && files.has(ADAPTER_CONFIG));
   const small = [...files.keys()].filter((name) => SMALL_FILE.test(name) && name !== CONFIG);
   let weights: string[];
   total = small.length + (options.withWeights === false ? 1 : 2);
-  await get(CONFIG);
+  await get(adapts ? ADAPTER_CONFIG : CONFIG);
   if (options.withWeights === false) weights = [];
+  else if (adapts) weights = [ADAPTER_WEIGHTS];
   else if (files.has(WEIGHTS) || !files.has(INDEX)) weights = [WEIGHTS];
   else {
     await get(INDEX);
@@ -177,12 +192,24 @@ async function fetchSnapshot(remote: Remote, { commit, files }: Listing, repo: s
 }
 
 /** The cached snapshot of a revision, or why there is none. */
-async function cached(repo: string, revision: string, weights: boolean): Promise<{ folder?: string; fault?: string }> {
+async function cached(
+  repo: string,
+  revision: string,
+  weights: boolean,
+  kind: ResolveOptions["kind"],
+): Promise<{ folder?: string; fault?: string }> {
   const commit = COMMIT.test(revision) ? revision : await readText(join(repo, "refs", revision));
   if (!commit) return { fault: `the cache has no revision ${revision} in ${repo}` };
   const folder = join(repo, "snapshots", commit);
-  const missing = await missingFile(folder, { weights });
+  const adapts = kind === "adapter" || (!(await exists(join(folder, CONFIG))) && (await exists(join(folder, ADAPTER_CONFIG))));
+  const missing = adapts ? await missingPart(folder, weights) : await missingFile(folder, { weights });
   return missing ? { fault: `the cache lacks ${missing} in ${folder}` } : { folder };
+}
+
+/** The first file of an adapter that a snapshot lacks. */
+async function missingPart(folder: string, weights: boolean): Promise<string | undefined> {
+  for (const name of weights ? [ADAPTER_CONFIG, ADAPTER_WEIGHTS] : [ADAPTER_CONFIG]) if (!(await exists(join(folder, name)))) return name;
+  return undefined;
 }
 
 /** Creates a relative link, so that the cache can be moved; a copy if the system has no links. */

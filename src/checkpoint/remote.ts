@@ -2,7 +2,7 @@
  * Talks to a hub over HTTP: authentication, which failures are worth a retry, and error responses as one-line messages.
  * Knows neither the cache nor the files.
  */
-import { CheckpointError, errorText } from "./error.ts";
+import { CheckpointError, errorCode, errorText } from "./error.ts";
 
 /** One repository on a hub. */
 export interface Remote {
@@ -15,6 +15,8 @@ export interface Remote {
   readonly signal: AbortSignal | undefined;
   /** Delay before the second attempt, doubled for each further one. */
   readonly retryDelayMs: number;
+  /** Called before a wait, with its reason and length. */
+  readonly onRetry?: (message: string) => void;
 }
 
 /** Number of failed attempts in a row after which the failure is reported. */
@@ -23,7 +25,13 @@ export const ATTEMPTS = 5;
 /** A failure that a retry may fix: no connection, a broken one, or a server error. */
 export class Unavailable extends Error {
   override readonly name = "Unavailable";
+  /** Whether there is no way to the hub at all, which seconds seldom change: no network, no such host, nobody listens. */
+  get unreachable(): boolean {
+    return NO_WAY.has(networkCode(this.cause) ?? "");
+  }
 }
+
+const NO_WAY: ReadonlySet<string> = new Set(["ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "ENETDOWN"]);
 
 /**
  * `fetch` for a hub: with its token (sent to that origin only), and with error responses thrown.
@@ -48,27 +56,30 @@ export function remoteFetch(remote: Remote): typeof fetch {
 }
 
 /**
- * Runs an operation until it succeeds, up to `attempts` times, with growing delays. A body that breaks off shows up as a
- * `TypeError` or broken JSON, and is retried too.
+ * Runs an operation until it succeeds, up to `attempts` times, with growing delays; a hub that cannot be reached at all is not tried
+ * again. A body that breaks off shows up as a `TypeError` or broken JSON, and is retried too.
  * @throws the last Unavailable, whatever else the operation throws, or the reason of the signal
  */
 export async function retrying<T>(remote: Remote, attempts: number, operation: () => Promise<T>): Promise<T> {
   for (let attempt = 1; ; attempt++) {
+    let failure: Unavailable | undefined;
     try {
       return await operation();
     } catch (error) {
       remote.signal?.throwIfAborted();
-      const failure = asUnavailable(remote, error);
+      failure = asUnavailable(remote, error);
       if (!failure) throw error;
-      if (attempt >= attempts)
+      if (attempt >= attempts || failure.unreachable)
         throw attempt === 1 ? failure : new Unavailable(`${failure.message}, ${attempt} times in a row`, { cause: error });
     }
-    await delay(remote, attempt);
+    await delay(remote, attempt, failure);
   }
 }
 
-/** Waits before attempt `attempt + 1`. */
-export async function delay(remote: Remote, attempt: number): Promise<void> {
+/** Waits before attempt `attempt + 1`, and says why. */
+export async function delay(remote: Remote, attempt: number, { message }: Unavailable): Promise<void> {
+  const seconds = (remote.retryDelayMs * 2 ** (attempt - 1)) / 1000;
+  remote.onRetry?.(`${remote.id}: ${message}; trying again in ${Number(seconds.toFixed(1))} s (attempt ${attempt + 1} of ${ATTEMPTS})`);
   await new Promise<void>((resolve) => {
     const done = () => {
       clearTimeout(timer);
@@ -79,6 +90,12 @@ export async function delay(remote: Remote, attempt: number): Promise<void> {
     remote.signal?.addEventListener("abort", done);
   });
   remote.signal?.throwIfAborted();
+}
+
+/** The system's code of a network failure, if there is one. */
+function networkCode(error: unknown): string | undefined {
+  const cause = error instanceof Error ? error.cause : undefined;
+  return errorCode(cause instanceof AggregateError && cause.errors.length > 0 ? cause.errors[0] : cause);
 }
 
 /** The reason of a network failure, which Node wraps in "fetch failed". */

@@ -49,12 +49,12 @@ In the conversation:
 
 async function chat(question: string | undefined, flags: ChatFlags): Promise<void> {
   if (question !== undefined && question.trim() === "") throw new UsageError("the question is empty: at least one character is needed");
-  const [{ findFolder, openModel, openTokenizer }, { Conversation }, { Session }] = await Promise.all([
+  const [{ findModel, openModel, openTokenizer }, { Conversation }, { Session }] = await Promise.all([
     import("./models.ts"),
     import("./conversation.ts"),
     import("./session.ts"),
   ]);
-  const folder = await findFolder(flags.model, flags);
+  const { folder, adapters } = await findModel(flags);
   const tokenizer = await openTokenizer(folder);
   if (tokenizer.chat_template === null)
     throw new UsageError(`${flags.model} has no chat template, so it can't chat; 'mixtape generate' continues plain text with it`);
@@ -63,7 +63,7 @@ async function chat(question: string | undefined, flags: ChatFlags): Promise<voi
     await conversation.load(flags.load);
     if (flags.system !== undefined) conversation.system = flags.system;
   }
-  const model = await openModel(folder, flags);
+  const model = await openModel(folder, flags, adapters);
   const out = { text: (piece: string) => void process.stdout.write(piece), notice, speed: process.stdout.isTTY === true };
   const session = new Session({ model, tokenizer, conversation }, generationOptions(flags), out);
   try {

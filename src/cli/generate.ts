@@ -62,13 +62,13 @@ async function generate(argument: string | undefined, flags: GenerateFlags): Pro
     throw new UsageError(`--num-return-sequences ${flags.numReturnSequences} with --greedy: all answers would be the same`);
   const format = await readFormatFlags(flags);
   const prompt = await readPrompt(argument, flags);
-  const { findFolder, openModel, openTokenizer } = await import("./models.ts");
+  const { findModel, openModel, openTokenizer } = await import("./models.ts");
   const { answer, describeSpeed } = await import("./answer.ts");
   const interrupt = onInterrupt();
   try {
-    const folder = await findFolder(flags.model, flags, { signal: interrupt.signal });
+    const { folder, adapters } = await findModel(flags, { signal: interrupt.signal });
     // The model's files are read while the tokenizer is built, so that the first token comes sooner.
-    const opening = openModel(folder, flags);
+    const opening = openModel(folder, flags, adapters);
     opening.catch(() => {}); // awaited below; it may fail before that
     const readTokens = async () => {
       const tokenizer = !flags.ids || flags.text || flags.stop || format ? await openTokenizer(folder) : null;

@@ -16,7 +16,7 @@ export function addMerge(program: Command): void {
     .command("merge")
     .description("Merge an adapter into its base model. The result needs no adapter any more.")
     .argument("<base>", "a folder, a hub id, or default")
-    .argument("<adapter>", "a folder of PEFT's format, such as run/final")
+    .argument("<adapter>", "a folder of PEFT's format, such as run/final, or a hub id")
     .argument("<out>", "the folder to write; it must not contain a model yet")
     .optionsGroup("Options:")
     .addOption(
@@ -48,7 +48,7 @@ function names(text: string): readonly string[] {
 }
 
 async function merge(base: string, adapter: string, out: string, flags: MergeFlags): Promise<void> {
-  const [{ findFolder }, { mergeAdapter }, { byteProgress }] = await Promise.all([
+  const [{ findAdapter, findFolder }, { mergeAdapter }, { byteProgress }] = await Promise.all([
     import("./models.ts"),
     import("../api/merge.ts"),
     import("./progress.ts"),
@@ -56,13 +56,14 @@ async function merge(base: string, adapter: string, out: string, flags: MergeFla
   const interrupt = onInterrupt();
   try {
     const folder = await findFolder(base, flags, { signal: interrupt.signal });
+    const its = await findAdapter(adapter, flags, { signal: interrupt.signal });
     const bar = await byteProgress("writing");
     const id2label = flags.labels && { ...flags.labels };
     const options = {
       ...{ dtype: flags.dtype, id2label, problem_type: flags.problemType },
       ...{ onProgress: bar.update, signal: interrupt.signal, onWarning: warn },
     };
-    const written = await mergeAdapter(folder, adapter, out, options).finally(bar.stop);
+    const written = await mergeAdapter(folder, its, out, options).finally(bar.stop);
     const { classes } = written;
     const kind = classes === null ? "" : `, a classifier of ${classes} ${classes === 1 ? "number" : "classes"}`;
     process.stdout.write(`${written.tensors} tensors in ${out}, ${written.merged} matrices merged${kind}\n`);

@@ -21,6 +21,8 @@ export interface ModelFlags extends HubFlags {
   readonly chunkSize?: number;
   readonly weights?: Residence;
   readonly adapter?: readonly AdapterFlag[];
+  /** Whether the model was named, by the flag or MIXTAPE_MODEL. */
+  readonly modelGiven?: boolean;
 }
 
 /** One `--adapter`. */
@@ -104,10 +106,13 @@ export function addAdapterOption(command: Command): Command {
   return command
     .optionsGroup("Model options:")
     .option(
-      "--adapter <folder[=weight]>",
-      "LoRA adapter in PEFT's format, at its own strength or multiplied by weight (repeatable: they add up)",
+      "--adapter <folder|id[=weight]>",
+      "LoRA adapter in PEFT's format, a folder or a hub id (user/repo, user/repo@revision), at its own strength or multiplied by weight (repeatable: they add up); without -m, on the base that it names",
       collectAdapter,
-    );
+    )
+    .hook("preAction", (_, action) => {
+      action.setOptionValue("modelGiven", action.getOptionValueSource("model") !== "default");
+    });
 }
 
 /** Where weights are kept; without it, `auto`. */
@@ -219,7 +224,7 @@ function collectText(text: string, before: readonly string[] = []): readonly str
 function collectAdapter(text: string, before: readonly AdapterFlag[] = []): readonly AdapterFlag[] {
   const [, folder = text, number] = /^(.+)=([^=/]*)$/.exec(text) ?? [];
   const weight = number === undefined ? 1 : parseReal(number);
-  if (folder === "" || !Number.isFinite(weight)) throw new InvalidArgumentError("It must be a folder, or like folder=0.5.");
+  if (folder === "" || !Number.isFinite(weight)) throw new InvalidArgumentError("It must be a folder or a hub id, or like folder=0.5.");
   return [...before, { folder, weight }];
 }
 

@@ -1,4 +1,4 @@
-/** `mixtape pull`: downloads a model from the hub into the Hugging Face cache and prints its folder. */
+/** `mixtape pull`: downloads a model or an adapter from the hub into the Hugging Face cache and prints its folder. */
 import type { Command } from "commander";
 import { onInterrupt } from "./failure.ts";
 import { addHubOptions, examples, type HubFlags } from "./options.ts";
@@ -6,7 +6,7 @@ import { addHubOptions, examples, type HubFlags } from "./options.ts";
 export function addPull(program: Command): void {
   const command = program
     .command("pull")
-    .description("Download a model from the hub and print its folder. An interrupted download resumes where it stopped.")
+    .description("Download a model or an adapter from the hub and print its folder. An interrupted download resumes where it stopped.")
     .argument("<id>", "a hub id, like baidu/ERNIE-4.5-0.3B-PT");
   addHubOptions(command)
     .addHelpText(
@@ -25,10 +25,10 @@ Environment:
 }
 
 async function pull(id: string, flags: HubFlags): Promise<void> {
-  const { findFolder } = await import("./models.ts");
+  const { findEither } = await import("./models.ts");
   const interrupt = onInterrupt();
   try {
-    process.stdout.write(`${await findFolder(id, flags, { signal: interrupt.signal })}\n`);
+    process.stdout.write(`${await findEither(id, flags, { signal: interrupt.signal })}\n`);
   } finally {
     interrupt.release();
   }

@@ -68,14 +68,14 @@ async function routing(argument: string | undefined, flags: RoutingFlags): Promi
   if (flags.font !== undefined && flags.png === undefined)
     throw new UsageError("--font goes with --png; an SVG uses the fonts of its viewer");
   const prompt = await readPrompt(argument, flags);
-  const { findFolder, hasTokenizer, openModel, openTokenizer } = await import("./models.ts");
+  const { findModel, hasTokenizer, openModel, openTokenizer } = await import("./models.ts");
   const interrupt = onInterrupt();
   try {
-    const folder = await findFolder(flags.model, flags, { signal: interrupt.signal });
+    const { folder, adapters } = await findModel(flags, { signal: interrupt.signal });
     // With --ids, a tokenizer is optional: it only shows the tokens' texts.
     const tokenizer = flags.ids && !hasTokenizer(folder) ? null : await openTokenizer(folder);
     const ids = encodePrompt(prompt, tokenizer, flags);
-    const model = await openModel(folder, flags);
+    const model = await openModel(folder, flags, adapters);
     try {
       const routed = await route(model, tokenizer, prompt, ids, flags, interrupt.signal);
       if (flags.json) await printJson(routed, flags);

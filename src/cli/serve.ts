@@ -36,7 +36,7 @@ async function serve(flags: ServeFlags): Promise<void> {
   const [{ settings }, { createServer }, { isBundled }] = await Promise.all([
     import("./settings.ts"),
     import("../server/server.ts"),
-    import("../api/model.ts"),
+    import("../api/find.ts"),
   ]);
   const config = await settings(flags);
   surviveBrokenOutput(); // losing the log or the terminal must not end the service

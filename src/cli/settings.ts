@@ -56,9 +56,10 @@ export function addSettings(command: Command): void {
       ),
     )
     .addOption(
-      new Option("--adapter <[model:]name=folder>", "LoRA adapter in PEFT's format, served as model:name (repeatable)").argParser(
-        collectAdapter,
-      ),
+      new Option(
+        "--adapter <[model:]name=folder|id>",
+        "LoRA adapter in PEFT's format, a folder or a hub id, served as model:name (repeatable)",
+      ).argParser(collectAdapter),
     )
     .addOption(new Option("--dtype <format>", "weight format in memory (default: auto)").choices(DTYPES))
     .option("--threads <n>", "compute threads (default: one per core)", whole(1))

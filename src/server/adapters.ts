@@ -1,5 +1,6 @@
-/** The adapters of one loaded model, from the folders that the config names: loaded with it, and again when asked. Knows no request. */
+/** The adapters of one loaded model, from the folders and hub ids that the config names: loaded with it, and again when asked. Knows no request. */
 import { readBranches } from "../api/adapters.ts";
+import { resolveAdapter } from "../api/find.ts";
 import type { Engine } from "../engine/engine.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import { ServerError } from "./errors.ts";
@@ -17,8 +18,10 @@ export interface AdapterParts {
   readonly name: string;
   readonly engine: Engine;
   readonly config: ErnieConfig;
-  /** By adapter. */
+  /** By adapter: folders, or hub ids. */
   readonly folders: Readonly<Record<string, string>>;
+  /** Never ask the hub. Default: by HF_HUB_OFFLINE. */
+  readonly offline?: boolean;
   /** Called with each adapter that was loaded, or the reason why not, for the log. */
   readonly onEvent: (what: "loaded" | "failed", name: string, detail: Readonly<Record<string, unknown>>) => void;
 }
@@ -60,10 +63,11 @@ export class ServedAdapters {
   }
 
   async #read(name: string): Promise<void> {
-    const { engine, config, folders, onEvent, name: model } = this.#parts;
+    const { engine, config, folders, offline, onEvent, name: model } = this.#parts;
     const start = performance.now();
     try {
-      await engine.loadAdapter(name, await readBranches(folders[name], config, engine.adapters.limits));
+      const folder = await resolveAdapter(folders[name], { local_files_only: offline });
+      await engine.loadAdapter(name, await readBranches(folder, config, engine.adapters.limits));
       this.#failedAt.delete(name);
       const seconds = (performance.now() - start) / 1000;
       onEvent("loaded", adapterName(model, name), { folder: folders[name], seconds, adapterBytes: engine.adapters.bytes });

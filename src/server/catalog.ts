@@ -1,9 +1,11 @@
 /** Models by name: loaded on first use, shared by all requests, unloaded when idle or when memory is needed. Knows no request. */
+import { readBranches } from "../api/adapters.ts";
 import { loadClassifier } from "../api/classifier.ts";
 import { endTokenIds, type GenerationDefaults } from "../api/defaults.ts";
+import { isBundled, resolveAdapter, resolveWhole } from "../api/find.ts";
+import { holdsHead } from "../api/head.ts";
 import { KV_DTYPES } from "../api/kv.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "../api/load.ts";
-import { isBundled, resolvePretrained } from "../api/model.ts";
 import { openTokenizer } from "../api/tokenizer.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
@@ -190,7 +192,8 @@ export class Catalog {
     onEvent("loading", name, { path });
     const start = performance.now();
     try {
-      const folder = await resolvePretrained(path, { local_files_only: this.#options.offline || undefined });
+      const offline = this.#options.offline || undefined;
+      const { folder, adapter: alone } = await resolveWhole(path, { local_files_only: offline });
       const { weightBytes, kvTokens } = await this.#reserve(entry, folder);
       const tokenizer = await openTokenizer(folder);
       const options: LoadOptions = {
@@ -205,14 +208,17 @@ export class Catalog {
         max_lora_rank: maxLoraRank,
         warning_callback: (warning) => onEvent("loading", name, { warning }),
       };
-      const classifies = classifier !== undefined || labels !== undefined || problem_type !== undefined;
+      const heads = alone !== null && (await holdsHead(alone));
+      const classifies = heads || classifier !== undefined || labels !== undefined || problem_type !== undefined;
+      const its = classifier === undefined ? alone : await resolveAdapter(classifier, { local_files_only: offline });
       const id2label = labels && Object.fromEntries(labels.entries());
       const loaded = classifies
-        ? await loadClassifier(folder, options, { adapter: classifier, id2label, problem_type })
+        ? await loadClassifier(folder, options, { adapter: its, id2label, problem_type })
         : await loadModel(folder, options);
       const { config, defaults, engine, weights } = loaded;
-      const [own] = engine.adapters.names; // of a classifier
-      entry.adapters = new ServedAdapters({ name, engine, config, folders: adapters, onEvent });
+      if (alone !== null && !classifies) await withAdapter(loaded, alone, Object.hasOwn(adapters, OWN));
+      const [own] = engine.adapters.names; // of a classifier, or where the path is an adapter's
+      entry.adapters = new ServedAdapters({ name, engine, config, folders: adapters, offline, onEvent });
       await entry.adapters.load();
       entry.bytes = weightBytes + engine.cache.count * BLOCK_TOKENS * engine.kvBytesPerToken + engine.adapters.bytes;
       entry.model = {
@@ -301,6 +307,20 @@ export class Catalog {
     await Promise.all([model.engine.dispose(), model.encoder.close()]);
     this.#options.onEvent("unloaded", entry.config.name, { bytes: entry.bytes });
     if (entry.loading === null) entry.bytes = 0; // else it has been requested again meanwhile
+  }
+}
+
+/** What the engine calls the adapter that a model's path names, as it calls a classifier's. */
+const OWN = "default";
+
+/** Loads that adapter, or frees the model. */
+async function withAdapter({ engine, config }: LoadedModel, folder: string, taken: boolean): Promise<void> {
+  try {
+    if (taken) throw new Error(`one of its adapters is called ${OWN}, which is the name of the path's own; give it another`);
+    await engine.loadAdapter(OWN, await readBranches(folder, config, engine.adapters.limits));
+  } catch (error) {
+    await engine.dispose();
+    throw error;
   }
 }
 

@@ -17,7 +17,7 @@ const modelSchema = z.strictObject({
     .string()
     .regex(/^[\w.:/@-]{1,200}$/, "may contain only letters, digits and . : / @ _ -")
     .describe("Name that clients use"),
-  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the bundled model"),
+  path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the bundled model; of an adapter, its base with it"),
   dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
   threads: count(1).max(1024).optional().describe("Compute threads; default: one per physical core"),
   device: z
@@ -40,12 +40,16 @@ const modelSchema = z.strictObject({
   adapters: z
     .record(z.string().regex(/^[\w.@-]{1,200}$/, "names of adapters may contain only letters, digits and . @ _ -"), z.string().min(1))
     .default({})
-    .describe("LoRA adapters in PEFT's format: folders by name; clients ask for model:name, and requests of all of them share steps"),
+    .describe(
+      "LoRA adapters in PEFT's format: folders or hub ids (user/repo@revision) by name; clients ask for model:name, and requests of all of them share steps",
+    ),
   classifier: z
     .string()
     .min(1)
     .optional()
-    .describe("Folder of a LoRA adapter with a head 'score': serves the model as a classifier. Checkpoints of classifiers need none"),
+    .describe(
+      "Folder or hub id of a LoRA adapter with a head 'score': serves the model as a classifier. Checkpoints of classifiers need none",
+    ),
   labels: z
     .array(z.string().min(1).max(1000))
     .min(1)

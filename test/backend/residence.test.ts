@@ -3,7 +3,7 @@ import { cpSync, mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:f
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
-import { resolvePretrained } from "../../src/api/model.ts";
+import { resolvePretrained } from "../../src/api/find.ts";
 import { type Addon, type Handle, openAddon } from "../../src/backend/addon.ts";
 import { nativeBackend } from "../../src/backend/native.ts";
 import { noHugePages, onSharedHugePages, reasonToStay, settle } from "../../src/backend/residence.ts";

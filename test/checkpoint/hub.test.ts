@@ -335,9 +335,16 @@ describe("one clear error for", () => {
   test("500, after a few attempts", async () => {
     everywhere(500);
     expect(await faultOf()).toMatch(
-      /^org\/model: HUB answers 500, 5 times in a row, and the cache has no revision main in HOME.*; check the network and run again$/,
+      /^org\/model: no local folder has this name; HUB answers 500, 5 times in a row, and the cache has no revision main in HOME.*; check the name and the network$/,
     );
     expect(hub.log).toHaveLength(5);
+  });
+
+  test("each wait for another attempt is told, with its reason", async () => {
+    everywhere(503);
+    const told: string[] = [];
+    await faultOf({ onRetry: (message) => told.push(message.replaceAll(hub.endpoint, "HUB")) });
+    expect(told).toEqual([2, 3, 4, 5].map((attempt) => `org/model: HUB answers 503; trying again in 0 s (attempt ${attempt} of 5)`));
   });
 
   test("500 of a file, unless a retry succeeds", async () => {
@@ -364,11 +371,17 @@ describe("one clear error for", () => {
     expect(await faultOf({ cache_dir: join(home, "none") })).toMatch(/HUB sent an incomplete response/);
   });
 
-  test("an unreachable hub, or an invalid URL", async () => {
-    vi.stubEnv("HF_ENDPOINT", "http://127.0.0.1:1/");
-    expect(await faultOf()).toMatch(
-      /^org\/model: can't reach http:\/\/127.0.0.1:1 \(.*\), 5 times in a row, and the cache has no revision main/,
+  test("an unreachable hub is not tried again; an invalid URL", async () => {
+    const gone = new FakeHub();
+    await gone.start();
+    const { endpoint } = gone;
+    await gone.stop();
+    vi.stubEnv("HF_ENDPOINT", endpoint);
+    const told: string[] = [];
+    expect(await faultOf({ onRetry: (message) => told.push(message) })).toMatch(
+      /^org\/model: no local folder has this name; can't reach http:\/\/127.0.0.1:\d+ \(connect ECONNREFUSED .*\), and the cache has no revision main/,
     );
+    expect(told).toEqual([]);
     vi.stubEnv("HF_ENDPOINT", "nonsense");
     expect(await faultOf()).toBe("org/model: HF_ENDPOINT is nonsense: not a URL");
   });

@@ -42,9 +42,9 @@ test("chat --adapter, and /adapter off and on in the conversation", async () => 
 
 test("folders and weights that make no sense are refused in one line", async () => {
   for (const [value, message] of [
-    ["/nosuch", "/nosuch: has no adapter_config.json"],
-    ["", "It must be a folder, or like folder=0.5."],
-    ["folder=half", "It must be a folder, or like folder=0.5."],
+    ["/nosuch", "/nosuch: no such folder, and not a hub id either"],
+    ["", "It must be a folder or a hub id, or like folder=0.5."],
+    ["folder=half", "It must be a folder or a hub id, or like folder=0.5."],
   ]) {
     const { code, err } = await run([...PROMPT, "--adapter", value]);
     expect(code).toBe(1);

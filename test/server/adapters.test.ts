@@ -112,7 +112,7 @@ test("folders that are missing, broken or of another base: the log says why, and
   const reasons = lines.filter((line) => line.includes("model failed")).map((line) => JSON.parse(line));
   expect(reasons.map(({ model }) => model)).toEqual(["default:broken", "default:absent", "default:foreign", "default:large"]);
   expect(reasons[0].reason).toContain("adapter_model.safetensors");
-  expect(reasons[1].reason).toContain("/nosuch: has no adapter_config.json");
+  expect(reasons[1].reason).toContain("/nosuch: no such folder, and not a hub id either");
   expect(reasons[2].reason).toMatch(/belongs to another base/);
   expect(reasons[3].reason).toContain("an adapter of rank 32, and max_lora_rank is 16");
   for (const name of ["broken", "absent", "foreign", "large"])

@@ -33,6 +33,16 @@ export function oneLine(error: unknown): string {
     .trim();
 }
 
+/** The error with the library's names of fields replaced by those that the command line has for them. */
+export function inFlags(error: unknown, names: Readonly<Record<string, string>>): unknown {
+  if (!(error instanceof Error)) return error;
+  const message = Object.entries(names).reduce(
+    (text, [field, flag]) => text.replace(new RegExp(`\\b${field}\\b`, "g"), flag),
+    error.message,
+  );
+  return message === error.message ? error : new UsageError(message, { cause: error });
+}
+
 let outputMatters = true;
 
 /**

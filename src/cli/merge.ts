@@ -1,7 +1,7 @@
 /** `mixtape merge`: adds an adapter's products to a model's matrices and writes the result as a model. */
 import { type Command, InvalidArgumentError, Option } from "commander";
 import { PROBLEMS, type Problem } from "../model/config.ts";
-import { onInterrupt } from "./failure.ts";
+import { inFlags, onInterrupt } from "./failure.ts";
 import { addHubOptions, examples, type HubFlags } from "./options.ts";
 import { warn } from "./terminal.ts";
 
@@ -63,7 +63,11 @@ async function merge(base: string, adapter: string, out: string, flags: MergeFla
       ...{ dtype: flags.dtype, id2label, problem_type: flags.problemType },
       ...{ onProgress: bar.update, signal: interrupt.signal, onWarning: warn },
     };
-    const written = await mergeAdapter(folder, its, out, options).finally(bar.stop);
+    const written = await mergeAdapter(folder, its, out, options)
+      .catch((error: unknown) => {
+        throw inFlags(error, { id2label: "--labels", problem_type: "--problem-type" });
+      })
+      .finally(bar.stop);
     const { classes } = written;
     const kind = classes === null ? "" : `, a classifier of ${classes} ${classes === 1 ? "number" : "classes"}`;
     process.stdout.write(`${written.tensors} tensors in ${out}, ${written.merged} matrices merged${kind}\n`);

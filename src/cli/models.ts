@@ -5,7 +5,7 @@ import type { FindOptions } from "../api/find.ts";
 import type { CausalLM } from "../api/model.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
-import { UsageError } from "./failure.ts";
+import { inFlags, UsageError } from "./failure.ts";
 import { type AdapterFlag, type HubFlags, loadOptions, type ModelFlags } from "./options.ts";
 import { downloadProgress } from "./progress.ts";
 import { warn } from "./terminal.ts";
@@ -80,6 +80,8 @@ async function fetching<T>(
       onWarning: warn,
       onRetry: warn,
     });
+  } catch (error) {
+    throw inFlags(error, { local_files_only: "--offline" });
   } finally {
     bars?.stop();
   }

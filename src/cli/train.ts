@@ -1,11 +1,12 @@
 /** `mixtape train`: trains a model by a configuration. */
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
+import { dirname, isAbsolute, join, resolve } from "node:path";
 import type { Command } from "commander";
 import type { Recipe } from "../api/recipe.ts";
 import type { Run } from "../api/run.ts";
 import type { LogEntry } from "../train/history.ts";
 import type { TrainerCallback } from "../train/report.ts";
-import { onInterrupt, UsageError } from "./failure.ts";
+import { inFlags, onInterrupt, UsageError } from "./failure.ts";
 import { examples } from "./options.ts";
 import { notice, warn } from "./terminal.ts";
 
@@ -61,6 +62,7 @@ async function train(config: string, fields: readonly string[], flags: TrainFlag
   ]);
   const raw = override(await readRecipe(config), fields);
   const recipe = parseRecipe(raw, config);
+  checkPaths(recipe, config);
   const interrupt = onInterrupt();
   const stop = new AbortController();
   try {
@@ -80,7 +82,12 @@ async function train(config: string, fields: readonly string[], flags: TrainFlag
         stop.abort();
       });
       await makeFolder(recipe);
-      const done = await run.trainer.train({ resume_from_checkpoint: flags.resume ?? false, signal: stop.signal }).finally(display.stop);
+      const done = await run.trainer
+        .train({ resume_from_checkpoint: flags.resume ?? false, signal: stop.signal })
+        .catch((error: unknown) => {
+          throw inFlags(error, { resume_from_checkpoint: "--resume" });
+        })
+        .finally(display.stop);
       await finish(run, recipe, done.metrics, stop.signal.aborted);
     } finally {
       await run.dispose();
@@ -89,6 +96,20 @@ async function train(config: string, fields: readonly string[], flags: TrainFlag
     interrupt.release();
   }
   if (stop.signal.aborted) process.exitCode = 130;
+}
+
+/** Relative paths begin at the current folder. Throws UsageError for one that is not there, but is beside the configuration. */
+function checkPaths(recipe: Recipe, config: string): void {
+  const { dataset, eval_dataset = [], adapter = [], model } = recipe;
+  const beside = dirname(config);
+  for (const [field, paths] of Object.entries({ dataset, eval_dataset, adapter, model }))
+    for (const path of [paths].flat()) {
+      const other = join(beside, path);
+      if (isAbsolute(path) || resolve(other) === resolve(path) || existsSync(path) || !existsSync(other)) continue;
+      throw new UsageError(
+        `${config}: ${field} is ${path}, and the current folder has no such file; paths begin there, not at the configuration: write ${other}, or run in ${beside}`,
+      );
+    }
 }
 
 /** What will be trained, how long, and in how much memory. */

@@ -19,14 +19,12 @@ const [AUX, Z] = ["router.aux", "router.z"];
 const offsetsName = (layer: number) => `router.offsets.${layer}`;
 
 /**
- * Adds the routers' losses to `loss`, and outputs for `Routers`. Both losses are means over all tokens of all mixture layers together. The
+ * Outputs the routers' losses of a batch, where either counts, and returns them. Both are means over all tokens of all mixture layers together. The
  * load-balancing loss is that of transformers' `load_balancing_loss_func`: experts * sum of f_e * P_e, where f_e is the share of tokens that have
  * e among their largest logits, the correction bias left out, and P_e its mean probability.
  */
-export function routedLoss(g: Graph, loss: Tensor, { routing }: Forward, { aux, z }: RouterOptions): Tensor {
-  if (routing.length === 0) return loss;
-  for (const { layer, logits, experts } of routing) g.output(offsetsName(layer), g.group(experts, Number(logits.shape[1])).offsets);
-  if (aux === 0 && z === 0) return loss;
+export function routerLosses(g: Graph, { routing }: Forward, { aux, z }: RouterOptions): { balance: Tensor; restraint: Tensor } | null {
+  if (routing.length === 0 || (aux === 0 && z === 0)) return null;
   const layers = routing.map(({ logits, experts }) => g.routerLoad(logits, Number(experts.shape[1])));
   const mean = (values: readonly Tensor[]) =>
     g.scale(
@@ -38,12 +36,57 @@ export function routedLoss(g: Graph, loss: Tensor, { routing }: Forward, { aux, 
   const restraint = mean(layers.map((l) => l.z));
   g.output(AUX, balance);
   g.output(Z, restraint);
+  return { balance, restraint };
+}
+
+/** Adds the routers' losses to `loss`, and outputs for `Routers`. */
+export function routedLoss(g: Graph, loss: Tensor, forward: Forward, options: RouterOptions): Tensor {
+  for (const { layer, logits, experts } of forward.routing) g.output(offsetsName(layer), g.group(experts, Number(logits.shape[1])).offsets);
+  const losses = routerLosses(g, forward, options);
+  if (!losses) return loss;
   const share = g.input(SHARE, [1], "f32");
   const parts = [
-    [aux, balance],
-    [z, restraint],
+    [options.aux, losses.balance],
+    [options.z, losses.restraint],
   ] as const;
   return parts.reduce((sum, [by, part]) => (by === 0 ? sum : g.add(sum, g.scale(g.dot(part, share), by))), loss);
+}
+
+/** The routers' losses of a batch, by the names of the log, and what they add to its loss. */
+export interface RouterLosses {
+  readonly aux_loss: number;
+  readonly router_z_loss: number;
+  readonly added: number;
+}
+
+/** The routers' losses of an evaluation. */
+export class EvaluatedRouters {
+  #sums: RouterLosses | null = null;
+  #count = 0;
+
+  add({ routers, count }: { readonly routers: RouterLosses | null; readonly count: number }): void {
+    if (!routers) return;
+    const before = this.#sums ?? { aux_loss: 0, router_z_loss: 0, added: 0 };
+    this.#sums = {
+      aux_loss: before.aux_loss + routers.aux_loss * count,
+      router_z_loss: before.router_z_loss + routers.router_z_loss * count,
+      added: before.added + routers.added * count,
+    };
+    this.#count += count;
+  }
+
+  /** Entries of the log; `eval_loss` has the routers' in it, as the training loss has. @param loss without them */
+  losses(loss: number): Record<string, number> {
+    if (!this.#sums) return { eval_loss: loss };
+    const { aux_loss, router_z_loss, added } = this.#sums;
+    const count = Math.max(1, this.#count);
+    return {
+      eval_loss: loss + added / count,
+      eval_task_loss: loss,
+      eval_aux_loss: aux_loss / count,
+      eval_router_z_loss: router_z_loss / count,
+    };
+  }
 }
 
 /** The routers of a model under training. */
@@ -86,6 +129,18 @@ export class Routers {
     return { ...this.#losses, ...Object.fromEntries([...this.#offsets].map(([layer, offsets]) => [offsetsName(layer), offsets])) };
   }
 
+  /** Of an evaluation, which counts no loads. */
+  get evaluationOutputs(): Record<string, Float32Array> {
+    return this.#losses;
+  }
+
+  /** The losses of the batch that was run last, and what they add to its loss; null: none do. */
+  get losses(): RouterLosses | null {
+    if (!(AUX in this.#losses)) return null;
+    const [aux_loss, router_z_loss] = [this.#losses[AUX][0], this.#losses[Z][0]];
+    return { aux_loss, router_z_loss, added: this.#options.aux * aux_loss + this.#options.z * router_z_loss };
+  }
+
   /** @param share of the batch in its step */
   inputs(share: number): Record<string, Numbers> {
     return AUX in this.#losses ? { [SHARE]: Float32Array.of(share) } : {};
@@ -107,8 +162,11 @@ export class Routers {
     this.#sums.z += share * this.#losses[Z][0];
   }
 
-  /** Moves the biases, if wanted, and returns measures of the step: losses, and the load of the busiest and the idlest expert. */
-  end(): Record<string, number> {
+  /**
+   * Moves the biases, if wanted, and returns measures of the step: losses, and the load of the busiest and the idlest expert.
+   * @param loss the step's, with the routers'
+   */
+  end(loss: number): Record<string, number> {
     let [most, least] = [0, 0];
     for (const [layer, load] of this.#loads) {
       const mean = load.reduce((a, b) => a + b, 0) / this.#experts;
@@ -119,7 +177,13 @@ export class Routers {
     }
     if (this.#loads.size === 0) return {};
     return {
-      ...(AUX in this.#losses ? { aux_loss: this.#sums.aux, router_z_loss: this.#sums.z } : {}),
+      ...(AUX in this.#losses
+        ? {
+            aux_loss: this.#sums.aux,
+            router_z_loss: this.#sums.z,
+            task_loss: loss - this.#options.aux * this.#sums.aux - this.#options.z * this.#sums.z,
+          }
+        : {}),
       expert_load_max: most,
       expert_load_min: least,
     };

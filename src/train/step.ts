@@ -8,7 +8,7 @@ import type { Dtype } from "../tensor/dtype.ts";
 import { symbol } from "../tensor/shape.ts";
 import { CAUSAL, type Objective } from "./loss.ts";
 import { adamw, type MomentFormat, update } from "./optimiser.ts";
-import { type RouterOptions, routedLoss } from "./router.ts";
+import { type RouterOptions, routedLoss, routerLosses } from "./router.ts";
 
 export interface LossOptions {
   /** Whether a parameter is trained: a float32 state of its name. All others are weights. */
@@ -104,7 +104,7 @@ export function accumulatingStep(model: Model, options: StepOptions): Accumulati
   return { gradients: checked(gradients, "accumulate"), norm, update: checked(g, "adamw"), trained };
 }
 
-/** A graph whose output is the loss alone, for evaluation: nothing is dropped. */
+/** A graph whose outputs are the loss and, apart from it, the routers' losses if they count, for evaluation: nothing is dropped. */
 export function evaluationStep(model: Model, options: LossOptions): Graph {
   return lossGraph(model, options, false).graph;
 }
@@ -134,7 +134,7 @@ function gradientsOf(model: Model, options: StepOptions): TrainingStep {
   return { graph, trained };
 }
 
-/** @param drops whether it is for a step of training: it drops numbers, and has the routers' losses */
+/** @param drops whether it is for a step of training: it drops numbers, and its loss has the routers' in it */
 function lossGraph(model: Model, options: LossOptions, drops: boolean): { graph: Graph; forward: Forward } {
   const { trains, holds = () => false, dtypeOf, objective = CAUSAL, chunk = 128, compute = "f32", router = null } = options;
   const graph = new Graph();
@@ -158,5 +158,6 @@ function lossGraph(model: Model, options: LossOptions, drops: boolean): { graph:
   );
   const loss = objective.loss(graph, forward, chunk);
   graph.output("loss", drops && router ? routedLoss(graph, loss, forward, router) : loss);
+  if (!drops && router) routerLosses(graph, forward, router);
   return { graph, forward };
 }

@@ -5,7 +5,7 @@ import type { Graph } from "../graph/graph.ts";
 import { plan } from "../graph/plan.ts";
 import type { Meter, Objective } from "./loss.ts";
 import { type AdamwOptions, adamwRates, type MomentFormat, momentStates, PLAIN_RATES, RATES } from "./optimiser.ts";
-import { type RouterOptions, Routers } from "./router.ts";
+import { type RouterLosses, type RouterOptions, Routers } from "./router.ts";
 import { type AccumulatingStep, accumulatingStep, evaluationStep, expertsName } from "./step.ts";
 import { type Trainee, trainedParameters } from "./trainee.ts";
 
@@ -74,7 +74,7 @@ export class Stepper<R> {
       decays: (name) => options.decays(name) && !partial(name),
       probes: true,
     });
-    this.#evaluation = evaluationStep(trainee.model, shared);
+    this.#evaluation = evaluationStep(trainee.model, { ...shared, router: options.router });
     this.#plain = this.#training.update.values.some((t) => t.name === PLAIN_RATES);
     const parameters = trainedParameters(trainee);
     const moments = new Map<string, State>();
@@ -131,11 +131,11 @@ export class Stepper<R> {
     const given: Record<string, Numbers> = { [RATES]: adamwRates(rates, step + 1) };
     if (this.#plain) given[PLAIN_RATES] = adamwRates({ ...rates, weightDecay: 0 }, step + 1);
     await this.#program("update", update, 1).run({}, given, { gradientNorm });
-    return { loss, gradientNorm: gradientNorm[0], fault: null, metrics: { ...meter?.values(), ...this.#routers.end() } };
+    return { loss, gradientNorm: gradientNorm[0], fault: null, metrics: { ...meter?.values(), ...this.#routers.end(loss) } };
   }
 
-  /** The loss summed over what the objective counts, and that count. Updates nothing. */
-  async evaluate(examples: readonly R[], meter?: Meter<R>): Promise<{ sum: number; count: number }> {
+  /** The loss summed over what the objective counts, that count, and the routers' losses, which are not in the sum. Updates nothing. */
+  async evaluate(examples: readonly R[], meter?: Meter<R>): Promise<{ sum: number; count: number; routers: RouterLosses | null }> {
     const { objective } = this.#options;
     const count = examples.reduce((n, e) => n + objective.count(e), 0);
     await objective.prepare?.(examples);
@@ -143,9 +143,13 @@ export class Stepper<R> {
     const { rows, sequences, inputs } = collated;
     const loss = new Float32Array(1);
     const measured = sized(objective.outputs?.(collated));
-    await this.#program("evaluation", this.#evaluation, rows).run({ rows, sequences }, inputs, { loss, ...measured });
+    await this.#program("evaluation", this.#evaluation, rows).run({ rows, sequences }, inputs, {
+      loss,
+      ...measured,
+      ...this.#routers.evaluationOutputs,
+    });
     meter?.add(examples, measured);
-    return { sum: loss[0] * count, count };
+    return { sum: loss[0] * count, count, routers: this.#routers.losses };
   }
 
   dispose(): void {

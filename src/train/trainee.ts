@@ -22,9 +22,8 @@ export interface Trainee {
 /** A model that a Trainer can train. */
 export interface Trainable {
   trainee(): Trainee | Promise<Trainee>;
-  /** What it learns unless told otherwise. Default: to predict the next token. */
-  // biome-ignore lint/suspicious/noExplicitAny: rows of any kind, which the Trainer's data has to match
-  readonly objective?: Objective<any>;
+  /** What it learns unless told otherwise, from rows of one kind, which the Trainer's data has to match. Default: to predict the next token. */
+  readonly objective?: Objective<never>;
   /** What training that needs a reference compares it with. */
   reference?(): Trainee;
   /** The model as it is, for others to be compared with. */

@@ -13,6 +13,7 @@ import { CAUSAL, type Objective } from "./loss.ts";
 import { checkMemory, estimateMemory, type MemoryEstimate } from "./memory.ts";
 import { holdsCodes } from "./optimiser.ts";
 import { reporter, type TrainerCallback } from "./report.ts";
+import { EvaluatedRouters } from "./router.ts";
 import { schedule } from "./schedule.ts";
 import { ROUTER_BIAS } from "./selection.ts";
 import { type EpochRows, ordered, type Rows, rowsOf, type TrainingData } from "./source.ts";
@@ -81,7 +82,7 @@ export class Trainer<R = CausalExample> {
   constructor({ model, args, train_dataset, eval_dataset, callbacks = [], objective }: TrainerOptions<R>) {
     this.args = trainingArguments(args, eval_dataset !== undefined);
     this.#model = model;
-    this.#objective = objective ?? model.objective ?? (CAUSAL as unknown as Objective<R>);
+    this.#objective = objective ?? ((model.objective ?? CAUSAL) as unknown as Objective<R>);
     this.#training = train_dataset;
     if (train_dataset) rowsOf(train_dataset, "train_dataset", this.#objective.length);
     this.#evaluationAtHand = Array.isArray(eval_dataset);
@@ -176,7 +177,10 @@ export class Trainer<R = CausalExample> {
     return { global_step: state.global_step, training_loss: metrics.train_loss as number, metrics };
   }
 
-  /** The mean loss over all tokens with a label, as `eval_loss`, and how long it took. */
+  /**
+   * The mean loss over all tokens with a label, as `eval_loss`, and how long it took. Where losses of the routers count they are in it, as in the
+   * training loss, and by themselves beside it.
+   */
   async evaluate(dataset?: TrainingData<R>): Promise<LogEntry> {
     const rows = dataset ? rowsOf(dataset, "eval_dataset", this.#objective.length) : this.#evaluation;
     if (!rows) throw new RangeError("evaluate: there is no eval_dataset");
@@ -188,15 +192,17 @@ export class Trainer<R = CausalExample> {
       const size = this.args.per_device_eval_batch_size;
       const meter = this.#objective.meter?.();
       let [sum, count] = [0, 0];
+      const routers = new EvaluatedRouters();
       for (let at = 0; at < epoch.length; at += size) {
         const batch = await this.#checkedRows(epoch, at, Math.min(epoch.length, at + size), "eval_dataset", trainee);
         const found = await stepper.evaluate(batch, meter);
         sum += found.sum;
         count += found.count;
+        routers.add(found);
       }
       const runtime = (performance.now() - begun) / 1000;
       return {
-        eval_loss: sum / Math.max(1, count),
+        ...routers.losses(sum / Math.max(1, count)),
         ...Object.fromEntries(Object.entries(meter?.values() ?? {}).map(([name, x]) => [`eval_${name}`, x])),
         eval_runtime: runtime,
         eval_samples_per_second: epoch.length / runtime,

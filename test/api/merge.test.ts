@@ -72,7 +72,7 @@ test("an adapter with a head becomes a classifier: as merge_and_unload gives it,
   await mergeAdapter(BASE, adapter, unnamed);
   expect((await classifier(unnamed)).classifier.labels).toEqual(["LABEL_0", "LABEL_1", "LABEL_2"]);
   const few = await run(["merge", BASE, adapter, join(out, "few"), "--labels", "one,two"]);
-  expect([few.code, few.err]).toEqual([1, expect.stringContaining("id2label names 2 classes")]);
+  expect([few.code, few.err]).toEqual([1, expect.stringContaining("--labels names 2 classes")]);
   await expect(mergeAdapter(BASE, join(BASE, "lora-final"), join(out, "none"), { id2label: LABELS })).rejects.toThrow(
     "has no head 'score' whose classes could have names",
   );

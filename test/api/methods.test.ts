@@ -257,6 +257,24 @@ describe.each(["reference", "cpu"])("on %s", (device) => {
     for (const measure of ["aux_loss", "router_z_loss"])
       expect(relativeError(logged(trainer, measure), await recorded(`router.${measure}`)), measure).toBeLessThan(1e-3);
     expect(logged(trainer, "expert_load_max")).toHaveLength(10);
+    const added = (entry: Record<string, unknown>, prefix = "") =>
+      router.aux * Number(entry[`${prefix}aux_loss`]) + router.z * Number(entry[`${prefix}router_z_loss`]);
+    for (const entry of trainer.state.log_history.slice(0, 10))
+      expect(Number(entry.task_loss) + added(entry)).toBeCloseTo(Number(entry.loss), 5);
+
+    // An evaluation of the training's batch before a step is that step's loss, in both parts and as a whole.
+    const before = await base(device);
+    await before.trainable();
+    const again = kept(new Trainer({ model: before, args: { ...ARGS, ...more, max_steps: 1 }, train_dataset: rows, eval_dataset: rows }));
+    const evaluated = await again.evaluate();
+    await again.train();
+    const [first] = again.state.log_history.filter((entry) => entry.loss !== undefined);
+    for (const name of ["loss", "task_loss", "aux_loss", "router_z_loss"])
+      expect(Number(evaluated[`eval_${name}`]), name).toBeCloseTo(Number(first[name]), 5);
+    expect(added(evaluated, "eval_")).toBeGreaterThan(0.01);
+    const plain = kept(new Trainer({ model: before, args: { ...ARGS, output_dir: out }, eval_dataset: rows }));
+    const without = await plain.evaluate();
+    expect(Object.keys(without)).not.toContain("eval_aux_loss");
   }, 60_000);
 });
 

@@ -1,6 +1,6 @@
 // `mixtape train` and `mixtape merge` as users run them: dry run, a run, going on, what is written, and errors.
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { expect, test } from "vitest";
 import { parse } from "yaml";
 import { run, temporary } from "./run.ts";
@@ -76,7 +76,7 @@ test("a run writes config, environment, logs, curves, checkpoints and the adapte
   const begun = json("environment.json");
   const twice = await run(["train", config, "--seed", "7", "--lora.r=2"]);
   expect(twice).toMatchObject({ code: 1 });
-  expect(twice.err).toMatch(/holds 2 checkpoints of another run; go on with it by resume_from_checkpoint/);
+  expect(twice.err).toMatch(/holds 2 checkpoints of another run; go on with it by --resume/);
   expect(json("environment.json")).toEqual(begun); // the run that was refused wrote nothing
   // What a run wrote as its configuration is a configuration; more steps go on from the last checkpoint.
   const on = await run(["train", join(out, "config.yaml"), "--resume", "--max_steps", "6"]);
@@ -197,6 +197,25 @@ test.each<[string[], RegExp]>([
   expect(err).toMatch(message);
   expect(err.trim().split("\n")).toHaveLength(1);
 });
+
+test("errors name the command's flags, and paths that begin beside the configuration say so", async () => {
+  const { config, out } = recipe();
+  const nothing = await run(["train", config, "--resume"]);
+  expect([nothing.code, nothing.err]).toEqual([1, `mixtape: --resume: ${out} holds no checkpoint\n`]);
+  const folder = dirname(config);
+  const [name] = readdirSync(folder).filter((each) => each.endsWith(".jsonl"));
+  const elsewhere = temporary();
+  const lost = await run(["train", config, "--dataset", name, "--dry-run"], { cwd: elsewhere });
+  expect([lost.code, lost.err]).toEqual([
+    1,
+    expect.stringContaining(`dataset is ${name}, and the current folder has no such file; paths begin there`),
+  ]);
+  expect(lost.err).toContain(`write ${join(folder, name)}, or run in ${folder}`);
+  const found = await run(["train", config, "--dataset", name, "--dry-run"], { cwd: folder });
+  expect(found.code, found.err).toBe(0);
+  const absent = await run(["train", config, "--dataset", "nowhere.jsonl", "--dry-run"], { cwd: elsewhere });
+  expect([absent.code, absent.err]).toEqual([1, expect.not.stringContaining("current folder")]);
+}, 60_000);
 
 test("some experts of some layers, the busiest of them too", async () => {
   const { config } = recipe();

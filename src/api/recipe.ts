@@ -156,16 +156,23 @@ export async function readRecipe(file: string): Promise<Record<string, unknown>>
 /**
  * Puts `--name value` and `--name=value` over a configuration: `--learning_rate 1e-4`, `--lora.r 8`, `--train.layers 20-27`. Values are
  * YAML: numbers, true, lists like [a, b]; null takes a field out.
+ * @param others options that are no fields, for suggestions
  * @throws RecipeError for an unknown name, with the nearest one, and for a flag without a value
  */
-export function override(raw: Readonly<Record<string, unknown>>, flags: readonly string[]): Record<string, unknown> {
+export function override(
+  raw: Readonly<Record<string, unknown>>,
+  flags: readonly string[],
+  others: readonly string[] = [],
+): Record<string, unknown> {
   const next = structuredClone(raw) as Record<string, unknown>;
   for (let i = 0; i < flags.length; i++) {
     const [, path, inline] = /^--([\w.-]+)(?:=(.*))?$/s.exec(flags[i]) ?? [];
     if (path === undefined) throw new RecipeError(`'${flags[i]}' is no option; fields of the configuration are given as --name value`);
     const names = path.replaceAll("-", "_").split(".");
     if (!TOP.includes(names[0]))
-      throw new RecipeError(`there is no option --${path}${suggestion(names[0], TOP) || "; 'mixtape train --help' lists the fields"}`);
+      throw new RecipeError(
+        `there is no option --${path}${suggestion(names[0], [...TOP, ...others]) || "; 'mixtape train --help' lists the fields"}`,
+      );
     const text = inline ?? flags[++i];
     if (text === undefined) throw new RecipeError(`--${path} needs a value`);
     let at = next;

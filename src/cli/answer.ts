@@ -1,8 +1,10 @@
 /** Streams one answer and measures its speed. Knows neither conversations nor where the text goes. */
+
 import type { GenerationOptions } from "../api/generation.ts";
 import type { CausalLM } from "../api/model.ts";
 import { StopStrings } from "../tokenizer/stops.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { counted } from "./terminal.ts";
 
 export interface Answer {
   /** Excludes the stop string that ended it. Empty without a tokenizer. */
@@ -85,7 +87,7 @@ export async function answer(
 export function describeSpeed({ ids, seconds, firstMs }: Answer): string {
   const speed = tokensPerSecond({ ids, seconds, firstMs });
   const first = Number.isNaN(firstMs) ? "" : `, first after ${firstMs.toFixed(0)} ms`;
-  return `${ids.length} token${ids.length === 1 ? "" : "s"}${speed === null ? "" : `, ${speed.toFixed(0)} tokens/s`}${first}`;
+  return `${counted(ids.length, "token")}${speed === null ? "" : `, ${speed.toFixed(0)} tokens/s`}${first}`;
 }
 
 /** Speed of the tokens after the first, whose time is the prompt's; null for answers of fewer than two tokens. */

@@ -1,5 +1,6 @@
 /** How a command ends badly: one line on standard error and an exit code. The stack is shown with MIXTAPE_DEBUG=1 only. */
 import { CommanderError } from "commander";
+import { nearest } from "../tokenizer/nearest.ts";
 
 /** The user's input can't be used; the message is one line and says what was seen. */
 export class UsageError extends Error {
@@ -41,6 +42,14 @@ export function inFlags(error: unknown, names: Readonly<Record<string, string>>)
     error.message,
   );
   return message === error.message ? error : new UsageError(message, { cause: error });
+}
+
+/** An option that is missing because it is misspelt: the error names the word that was given. Otherwise the error. */
+export function misspelt(error: unknown, given: readonly string[]): unknown {
+  if (!(error instanceof CommanderError) || error.code !== "commander.missingMandatoryOptionValue") return error;
+  const option = /--[\w-]+/.exec(error.message)?.[0] ?? "";
+  const slip = given.find((word) => word.startsWith("--") && word !== option && nearest(word.replace(/=.*/s, ""), [option]) !== null);
+  return slip === undefined ? error : new UsageError(`unknown option '${slip.replace(/=.*/s, "")}' (Did you mean ${option}?)`);
 }
 
 let outputMatters = true;

@@ -16,7 +16,7 @@ import {
   within,
 } from "./options.ts";
 import { encodePrompt, type Prompt, type PromptFlags, readPrompt } from "./prompt.ts";
-import { notice } from "./terminal.ts";
+import { counted, notice } from "./terminal.ts";
 
 interface GenerateFlags extends ModelFlags, SamplingFlags, PromptFlags, FormatFlags {
   readonly text?: boolean;
@@ -101,7 +101,7 @@ async function generate(argument: string | undefined, flags: GenerateFlags): Pro
         if (one.finish === "interrupted") throw new Interrupted();
         answers.push(one);
         if (format && one.finish === "length")
-          notice(`(cut off after ${one.ids.length} tokens, so the answer is incomplete; --max-new-tokens allows more)`);
+          notice(`(cut off after ${counted(one.ids.length, "token")}, so the answer is incomplete; --max-new-tokens allows more)`);
         if (!single && !flags.json) process.stdout.write(`${i ? "---\n" : ""}${printsIds ? one.ids.join(",") : one.text}\n`);
       }
       if (flags.json)

@@ -1,5 +1,7 @@
 /** `mixtape keys`: creates, lists and revokes API keys of `mixtape serve`. Knows no server. */
 import { type Command, InvalidArgumentError } from "commander";
+import { nearest } from "../tokenizer/nearest.ts";
+import { UsageError } from "./failure.ts";
 import { examples, whole } from "./options.ts";
 import { displayWidth, excerpt, padEnd } from "./terminal.ts";
 
@@ -12,7 +14,18 @@ interface CreateFlags {
 }
 
 export function addKeys(program: Command): void {
-  const keys = program.command("keys").description("Create, list and revoke the API keys of 'mixtape serve'. Only hashes are stored.");
+  const keys = program
+    .command("keys")
+    .description("Create, list and revoke the API keys of 'mixtape serve'. Only hashes are stored.")
+    .argument("[command...]")
+    .usage("[command] [options]")
+    .action(([name]: readonly string[]) => {
+      if (name === undefined) return keys.outputHelp();
+      const found = keys.commands.find((each) => each.name() === nearest(name, ["create", "list", "revoke"]));
+      throw new UsageError(
+        `unknown command 'keys ${name}'${found ? ` (Did you mean ${found.name()}?)` : ": it must be create, list or revoke"}`,
+      );
+    });
   keys
     .command("create")
     .description("Create a key and print it. It cannot be shown again.")

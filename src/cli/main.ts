@@ -7,8 +7,9 @@ import { Command } from "commander";
 import { addAugment } from "./augment.ts";
 import { addBench } from "./bench.ts";
 import { addChat } from "./chat.ts";
+import { addCompletion } from "./completion.ts";
 import { addExport } from "./export.ts";
-import { endOnBrokenOutput, fail } from "./failure.ts";
+import { endOnBrokenOutput, fail, misspelt } from "./failure.ts";
 import { addGenerate } from "./generate.ts";
 import { addInfo } from "./info.ts";
 import { addKeys } from "./keys.ts";
@@ -25,7 +26,7 @@ const { version } = JSON.parse(readFileSync(new URL("../../package.json", import
 
 const program = new Command("mixtape")
   .description("Run, serve and train ERNIE-4.5 mixture-of-experts language models.")
-  .version(version, "-V, --version", "print the version")
+  .version(version, "-v, --version", "print the version")
   .helpOption("-h, --help", "print help")
   .helpCommand("help [command]", "print the help of a command")
   .exitOverride()
@@ -47,6 +48,9 @@ const program = new Command("mixtape")
       "  MIXTAPE_ISA    force an instruction set          NO_COLOR=1       no colours",
   );
 
+/** Other ways to ask for the version. */
+const VERSION = new Set(["version", "-V"]);
+
 const commands = [
   addChat,
   addGenerate,
@@ -62,13 +66,15 @@ const commands = [
   addExport,
   addVerify,
   addBench,
+  addCompletion,
 ];
 for (const add of commands) await add(program);
 
 endOnBrokenOutput();
+const given = process.argv.slice(2);
 try {
-  if (process.argv.length <= 2) program.outputHelp();
-  else await program.parseAsync();
+  if (given.length === 0) program.outputHelp();
+  else await program.parseAsync(VERSION.has(given[0]) ? ["--version"] : given, { from: "user" });
 } catch (error) {
-  process.exitCode = fail(error);
+  process.exitCode = fail(misspelt(error, given));
 }

@@ -2,7 +2,7 @@
 import { escapeXml, FONT_FAMILIES } from "./heatmap.ts";
 import { type BenchResult, describeSetting, percent, promptLimitName, speed } from "./report.ts";
 import type { Measured, Rate } from "./rounds.ts";
-import { excerpt } from "./terminal.ts";
+import { counted, excerpt } from "./terminal.ts";
 
 const WIDTH = 1280;
 const LEFT = 250;
@@ -47,13 +47,13 @@ export function speedSvg({ machine, rounds, models }: BenchResult): string {
   panel(
     "Prompts",
     (m) => m.prompt,
-    (r) => `${r.tokens} tokens`,
+    (r) => counted(r.tokens, "token"),
     promptLimitName,
   );
   panel(
     "Generation",
     (m) => m.generation,
-    (r) => `after ${r.tokens} tokens`,
+    (r) => `after ${counted(r.tokens, "token")}`,
     () => "reading",
   );
   parts.push(`<rect x="${LEFT}" y="${n(y)}" width="22" height="14" rx="2" fill="${LIMIT}"/>`);

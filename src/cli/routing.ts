@@ -7,7 +7,7 @@ import type { LayerUse } from "./census.ts";
 import { onInterrupt, UsageError } from "./failure.ts";
 import { addModelOptions, examples, type ModelFlags, tokenIds, whole } from "./options.ts";
 import { encodePrompt, type Prompt, type PromptFlags, readPrompt } from "./prompt.ts";
-import { colours, excerpt, notice, terminalWidth } from "./terminal.ts";
+import { colours, counted, excerpt, notice, terminalWidth } from "./terminal.ts";
 
 interface RoutingFlags extends ModelFlags, PromptFlags {
   readonly generate?: number;
@@ -131,7 +131,7 @@ async function printGrid({ ids, pieces, layers, uses, prompt, promptTokens }: Ro
   const experts = uses[0].load.length;
   const out = [
     bold(excerpt(prompt, grid.width)),
-    dim(`${ids.length} tokens${ids.length > promptTokens ? `, ${promptTokens} of them the prompt` : ""}`),
+    dim(`${counted(ids.length, "token")}${ids.length > promptTokens ? `, ${promptTokens} of them the prompt` : ""}`),
     "",
   ];
   if (flags.tokens) {

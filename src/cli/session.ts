@@ -1,10 +1,12 @@
 /** A running chat: asks the model, streams its answer, and executes slash commands. Knows no keyboard. */
+
 import type { GenerationOptions } from "../api/generation.ts";
 import type { CausalLM } from "../api/model.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { type Answer, answer, describeSpeed } from "./answer.ts";
 import type { Conversation } from "./conversation.ts";
 import { UsageError } from "./failure.ts";
+import { counted } from "./terminal.ts";
 
 /** Where a session writes. */
 export interface Outlet {
@@ -86,7 +88,10 @@ export class Session {
     const wanted = this.#options.max_new_tokens ?? 1024;
     const reserve = Math.min(wanted, Math.max(1, maxPositions >> 2));
     const { ids, dropped } = this.#conversation.fit(this.#tokenizer, maxPositions - reserve);
-    if (dropped) this.#out.notice(`(the oldest ${dropped} messages were dropped: the model's limit is ${maxPositions} tokens)`);
+    if (dropped)
+      this.#out.notice(
+        `(the oldest ${counted(dropped, "message")} ${dropped === 1 ? "was" : "were"} dropped: the model's limit is ${maxPositions} tokens)`,
+      );
     const max_new_tokens = Math.min(wanted, maxPositions - ids.length);
     const seed = (this.#options.seed + this.#answers) % 2 ** 47;
     this.#running = new AbortController();
@@ -105,7 +110,7 @@ export class Session {
     }
     turns.push({ role: "assistant", content: said.text });
     if (said.finish === "interrupted") this.#out.notice("(stopped)");
-    if (said.finish === "length") this.#out.notice(`(cut off after ${said.ids.length} tokens; --max-new-tokens allows more)`);
+    if (said.finish === "length") this.#out.notice(`(cut off after ${counted(said.ids.length, "token")}; --max-new-tokens allows more)`);
     if (this.#out.speed) this.#out.notice(describeSpeed(said));
   }
 
@@ -176,8 +181,8 @@ export class Session {
   #stats(): void {
     const { messages } = this.#conversation;
     const read = messages.length ? this.#tokenizer.apply_chat_template(messages).length : 0;
-    this.#out.notice(`${messages.length} message${messages.length === 1 ? "" : "s"}, ${read} of ${this.#model.config.maxPositions} tokens`);
-    this.#out.notice(`${this.#answers} answers, ${this.#newTokens} tokens; ${this.#model.device}`);
+    this.#out.notice(`${counted(messages.length, "message")}, ${read} of ${this.#model.config.maxPositions} tokens`);
+    this.#out.notice(`${counted(this.#answers, "answer")}, ${counted(this.#newTokens, "token")}; ${this.#model.device}`);
     if (this.#last) this.#out.notice(`last answer: ${describeSpeed(this.#last)}`);
   }
 }

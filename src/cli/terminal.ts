@@ -62,6 +62,11 @@ export function formatBytes(bytes: number): string {
   return `${power === 0 ? value : value.toFixed(value < 10 ? 2 : 1)} ${units[power]}`;
 }
 
+/** `1 token`, `2 tokens`. */
+export function counted(count: number, thing: string): string {
+  return `${count} ${thing}${count === 1 ? "" : "s"}`;
+}
+
 /** 38012345 as `38.0 M`. */
 export function formatCount(count: number): string {
   if (count < 10_000) return String(count);

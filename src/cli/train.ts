@@ -8,7 +8,7 @@ import type { LogEntry } from "../train/history.ts";
 import type { TrainerCallback } from "../train/report.ts";
 import { inFlags, onInterrupt, UsageError } from "./failure.ts";
 import { examples } from "./options.ts";
-import { notice, warn } from "./terminal.ts";
+import { counted, notice, warn } from "./terminal.ts";
 
 interface TrainFlags {
   readonly dryRun?: boolean;
@@ -60,7 +60,7 @@ async function train(config: string, fields: readonly string[], flags: TrainFlag
     import("../api/run.ts"),
     import("./models.ts"),
   ]);
-  const raw = override(await readRecipe(config), fields);
+  const raw = override(await readRecipe(config), fields, ["dry-run", "resume", "offline"]);
   const recipe = parseRecipe(raw, config);
   checkPaths(recipe, config);
   const interrupt = onInterrupt();
@@ -136,7 +136,7 @@ async function firstBatch({ trainer, tokenizer }: Run): Promise<string> {
     }
     const { input_ids, labels } = row;
     if (!Array.isArray(labels) || labels.length !== input_ids.length) {
-      lines.push(`row ${r}, ${input_ids.length} tokens, ${JSON.stringify(labels)}: ${shown(input_ids)}`);
+      lines.push(`row ${r}, ${counted(input_ids.length, "token")}, ${JSON.stringify(labels)}: ${shown(input_ids)}`);
       continue;
     }
     let text = "";
@@ -148,7 +148,7 @@ async function firstBatch({ trainer, tokenizer }: Run): Promise<string> {
       text += learnt ? piece : `[${piece}]`;
       i = end;
     }
-    lines.push(`row ${r}, ${input_ids.length} tokens: ${JSON.stringify(text)}`);
+    lines.push(`row ${r}, ${counted(input_ids.length, "token")}: ${JSON.stringify(text)}`);
   }
   return `first batch (in brackets: not learnt)\n${lines.join("\n")}`;
 }
@@ -203,7 +203,7 @@ async function finish({ trainer }: Run, { args, method }: Recipe, metrics: LogEn
   await trainer.save_model(out);
   const speed = (metrics.train_tokens_per_second ?? 0).toFixed(0);
   process.stdout.write(
-    `trained ${trainer.state.global_step} steps, mean loss ${metrics.train_loss?.toFixed(4)}, ${speed} tokens/s; written to ${out}\n`,
+    `trained ${counted(trainer.state.global_step, "step")}, mean loss ${metrics.train_loss?.toFixed(4)}, ${speed} tokens/s; written to ${out}\n`,
   );
 }
 

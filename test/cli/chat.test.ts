@@ -97,7 +97,7 @@ test("at a terminal: Ctrl-C stops the answer and keeps the session and the conve
   await type(/\(stopped\)[\s\S]*tokens\/s[\s\S]*› /, `/save ${file}\r`);
   await type(/saved 2 messages[\s\S]*› /, "\x1b[A\x1b[A\x03"); // up twice: "hello" again; then thrown away
   await type(/Ctrl-C again[\s\S]*› /, "/stats\r");
-  await type(/1 answers[\s\S]*› /, "\x04");
+  await type(/1 answer, [\s\S]*› /, "\x04");
   expect((await done).code).toBe(0);
   expect(existsSync(file)).toBe(true);
   const messages = JSON.parse(readFileSync(file, "utf8")) as Messages;

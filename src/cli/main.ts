@@ -12,6 +12,7 @@ import { addExport } from "./export.ts";
 import { endOnBrokenOutput, fail, misspelt } from "./failure.ts";
 import { addGenerate } from "./generate.ts";
 import { addInfo } from "./info.ts";
+import { addInventory } from "./inventory.ts";
 import { addKeys } from "./keys.ts";
 import { addMerge } from "./merge.ts";
 import { examples } from "./options.ts";
@@ -62,6 +63,7 @@ const commands = [
   addTrain,
   addMerge,
   addPull,
+  addInventory,
   addQuantize,
   addExport,
   addVerify,

@@ -5,7 +5,7 @@
  *   npm run build && node bench/tuning.mjs --train train.csv --test test.csv --text text --label category --out intents.jsonl
  *   node bench/tuning.mjs --train reviews.csv --text review --label label --names 0=差评,1=好评 --synonyms cilin.txt --out reviews.jsonl
  *     [--methods majority,words,base,lora,full,lora+head,top+head,lora+synonyms,lora+translation,tenth,tenth+synonyms] [--seeds 1,2,3] [--rows 2000]
- *     [--held 500] [--epochs 2] [--translator MODEL]
+ *     [--held 500] [--epochs 2] [--translator MODEL] [--translation-prompt TEXT]
  *
  * majority        the most frequent class                      words           logistic regression on a bag of words (bench/words.mjs)
  * base            the model as it is, asked --question         lora            adapters of every matrix, routed experts included
@@ -28,7 +28,19 @@ import { AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 import { features, logisticRegression, vocabularyOf } from "./words.mjs";
 
 const PROBLEM = "single_label_classification";
-const METHODS = ["majority", "words", "base", "lora", "full", "lora+head", "top+head", "lora+synonyms", "lora+translation", "tenth", "tenth+synonyms"];
+const METHODS = [
+  "majority",
+  "words",
+  "base",
+  "lora",
+  "full",
+  "lora+head",
+  "top+head",
+  "lora+synonyms",
+  "lora+translation",
+  "tenth",
+  "tenth+synonyms",
+];
 const { values: flags } = parseArgs({
   options: {
     train: { type: "string" },
@@ -39,6 +51,7 @@ const { values: flags } = parseArgs({
     question: { type: "string", default: "{text}" },
     synonyms: { type: "string" },
     translator: { type: "string", default: "default" },
+    "translation-prompt": { type: "string", default: "Translate into {language}: {text}" },
     model: { type: "string", default: "default" },
     methods: { type: "string", default: METHODS.join() },
     seeds: { type: "string", default: "1,2,3" },
@@ -121,12 +134,24 @@ async function answers(model, question) {
 
 /** The rows with copies whose words are replaced by synonyms. */
 function withSynonyms(train, fraction, copies, seed) {
-  return withCopies(train, "synonyms", ["--copies", `${copies}`, ...(flags.synonyms ? ["--synonyms", flags.synonyms] : [])], fraction, seed);
+  return withCopies(
+    train,
+    "synonyms",
+    ["--copies", `${copies}`, ...(flags.synonyms ? ["--synonyms", flags.synonyms] : [])],
+    fraction,
+    seed,
+  );
 }
 
 /** The rows with copies that were translated and back, and how many copies were made. */
 function withTranslations(train, fraction, seed) {
-  return withCopies(train, "back-translation", ["--model", flags.translator, "--max-new-tokens", "128"], fraction, seed);
+  return withCopies(
+    train,
+    "back-translation",
+    ["--model", flags.translator, "--prompt", flags["translation-prompt"], "--max-new-tokens", "128"],
+    fraction,
+    seed,
+  );
 }
 
 function withCopies(train, method, how, fraction, seed) {

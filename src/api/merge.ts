@@ -5,7 +5,7 @@
 import { readdir } from "node:fs/promises";
 import { resolve } from "node:path";
 import { convertStored } from "../backend/native.ts";
-import { type AdapterFolder, adaptersIn, expertName, openAdapter, readAdapter } from "../checkpoint/adapter.ts";
+import { type AdapterFolder, adaptersIn, checkCopies, expertName, openAdapter, readAdapter } from "../checkpoint/adapter.ts";
 import { openCheckpoint } from "../checkpoint/checkpoint.ts";
 import { CheckpointError } from "../checkpoint/error.ts";
 import { ggufFile } from "../checkpoint/gguf/locate.ts";
@@ -64,7 +64,8 @@ function columns(values: Float32Array, rank: number): Float32Array {
 }
 
 const HEAD = "lm_head";
-const HEAD_WEIGHT = `${HEAD}.weight`;
+/** The head's matrix, if it has one of its own. */
+export const HEAD_WEIGHT = `${HEAD}.weight`;
 
 /**
  * What the merged model is, and the parameter from which each of its own begins: where embedding and head share a matrix and one of them has an
@@ -152,6 +153,7 @@ export async function mergeAdapter(
     [...branchesOf(model, adapter.config, (name) => values.get(name) as Float32Array)].map((branch) => [branch.weight, branch]),
   );
   const { sources } = locate(ernie(stored).parameters, checkpoint);
+  await checkCopies(adapter, (name) => sources.get(from(name)) ?? (name === HEAD_WEIGHT ? sources.get(model.embedding) : undefined));
   const origin = await checkpointOrigin(source, options.onWarning);
   const format = [...sources.values()].find((s) => s.shape.length > 1)?.dtype;
   const usual = format === "f32" ? "fp32" : format === "f16" ? "fp16" : "bf16";

@@ -1,6 +1,15 @@
 /** Low-rank adapters with the API of PEFT: make, load, train, save and merge them. */
 import type { State } from "../backend/backend.ts";
-import { type Adaptable, adaptersIn, adaptersOf, openAdapter, readAdapter, selectedExperts, writeAdapter } from "../checkpoint/adapter.ts";
+import {
+  type Adaptable,
+  adaptersIn,
+  adaptersOf,
+  checkCopies,
+  openAdapter,
+  readAdapter,
+  selectedExperts,
+  writeAdapter,
+} from "../checkpoint/adapter.ts";
 import { type AdapterConfig, parseAdapterConfig } from "../checkpoint/lora.ts";
 import { ernie } from "../model/ernie.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
@@ -12,7 +21,7 @@ import { SequenceClassifier } from "./classifier.ts";
 import { HUB_OPTIONS, type HubOptions, resolveAdapter } from "./find.ts";
 import type { GenerationOptions, ModelInputs } from "./generation.ts";
 import type { LoadedModel } from "./load.ts";
-import { adapterParameters, addProduct, branchesOf, lengthOf, mergedConfig, savedParameters } from "./merge.ts";
+import { adapterParameters, addProduct, branchesOf, HEAD_WEIGHT, lengthOf, mergedConfig, savedParameters } from "./merge.ts";
 import { CausalLM, type GenerateOutput } from "./model.ts";
 import { traineeOf, valuesOf, withStates } from "./tuning.ts";
 
@@ -71,6 +80,8 @@ export class PeftModel<B extends Base = CausalLM> implements Trainable {
     const adapter = await openAdapter(await resolveAdapter(idOrFolder, options));
     const model = ernie(base.config, adaptersIn(adapter));
     const values = await readAdapter(adapter, ownParameters(model, adapter.config));
+    const stored = new Map(base.loaded.weights.map(({ name, stored: dtype, parts }) => [name, { dtype, parts }]));
+    await checkCopies(adapter, (name) => stored.get(name) ?? (name === HEAD_WEIGHT ? stored.get(model.embedding) : undefined));
     return new PeftModel(base, adapter.config, adapted(base, model, values, options.is_trainable ?? false));
   }
 

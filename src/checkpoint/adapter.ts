@@ -10,7 +10,7 @@ import { exists, readJson } from "./checkpoint.ts";
 import { CheckpointError } from "./error.ts";
 import { ADAPTER_DEFAULTS, type AdapterConfig, adapterAt, type LowRank, lowRankAt, parseAdapterConfig } from "./lora.ts";
 import type { Parameter } from "./names.ts";
-import { readHeader, readTensor, type TensorEntry } from "./safetensors.ts";
+import { readHeader, readTensor, type Slice, type TensorEntry } from "./safetensors.ts";
 import { writeAll, writeWhole } from "./stream.ts";
 import { type TensorData, writeSafetensors } from "./writer.ts";
 
@@ -34,7 +34,7 @@ export interface AdapterFolder {
   readonly tensors: ReadonlyMap<string, TensorEntry>;
   /** Whether fused experts' A and B have each other's widths, as PEFT wrote them before version 0.19. */
   readonly exchanged: boolean;
-  /** Copies of the base's own matrices, by module, which PEFT adds where it adapts the embedding or the head. Their numbers are not used. */
+  /** Copies of the base's own matrices, by module, which PEFT adds where it adapts the embedding or the head; see `checkCopies`. */
   readonly copies: ReadonlyMap<string, TensorEntry>;
 }
 
@@ -146,7 +146,7 @@ export function selectedExperts(config: AdapterConfig, { name, experts = 0 }: Ad
  */
 export async function readAdapter(adapter: AdapterFolder, parameters: readonly Parameter[]): Promise<Map<string, Float32Array>> {
   const used = new Set<string>();
-  checkCopies(adapter, parameters);
+  checkCopiedShapes(adapter, parameters);
   const readers = new Map(
     parameters.map((p) => [p.name, p.experts === undefined ? plainReader(adapter, p, used) : stackedReader(adapter, p, used)]),
   );
@@ -162,12 +162,47 @@ export async function readAdapter(adapter: AdapterFolder, parameters: readonly P
 }
 
 /** Throws if a copy of the base's embedding or head has another size than the base's: the tokens of a resized vocabulary have other ids. */
-function checkCopies(adapter: AdapterFolder, parameters: readonly Parameter[]): void {
+function checkCopiedShapes(adapter: AdapterFolder, parameters: readonly Parameter[]): void {
   for (const [module, entry] of adapter.copies) {
     const shapeOf = (name: string) => parameters.find((p) => p.name === `${module}.${name}`)?.shape;
     const [a, b, table, rows] = ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"].map(shapeOf);
     if (a && b) checkShape(adapter, entry, [b[0], a[1]]);
     if (table && rows) checkShape(adapter, entry, [table[0], rows[0]]);
+  }
+}
+
+/** Numbers of a copy that are compared at its beginning, in its middle and at its end. */
+const SAMPLE = 64;
+const PLAIN: Readonly<Record<string, TensorEntry["dtype"]>> = { f32: "F32", f16: "F16", bf16: "BF16" };
+
+/**
+ * Throws if a copy of the base's embedding or head holds other numbers than the base's, beyond what rounding to bfloat16 changes: PEFT would put it in
+ * the base's place. Of a base that is stored in blocks, nothing can be compared.
+ * @param stored where a parameter of the base is; undefined: it has none of its own
+ */
+export async function checkCopies(
+  adapter: AdapterFolder,
+  stored: (parameter: string) => { readonly dtype: string; readonly parts: readonly Slice[] } | undefined,
+): Promise<void> {
+  for (const [module, copy] of adapter.copies) {
+    const own = stored(`${module}.weight`);
+    const dtype = own && PLAIN[own.dtype];
+    if (!own || !dtype) continue;
+    const count = copy.shape.reduce((a, b) => a * b, 1);
+    const taken = Math.min(SAMPLE, count);
+    for (const at of [0, Math.floor((count - taken) / 2), count - taken]) {
+      const part = (entry: TensorEntry) => {
+        const width = entry.dtype === "F32" ? 4 : 2;
+        return floats({ ...entry, offset: entry.offset + at * width, bytes: taken * width });
+      };
+      const [theirs, ours] = [await part(copy), await part({ ...copy, ...own.parts[0], dtype })];
+      const other = theirs.findIndex((x, i) => Math.abs(x - ours[i]) > Math.abs(ours[i]) / 128 + 1e-6);
+      if (other < 0) continue;
+      throw new CheckpointError(
+        adapter.file,
+        `tensor ${copy.name} is a copy of the base's, and its element ${at + other} is ${theirs[other]}, not ${ours[other]}; ${another(adapter)}`,
+      );
+    }
   }
 }
 

@@ -85,7 +85,7 @@ function bash(entries: readonly Entry[]): string {
   return `# Completions of mixtape for bash. Words that none of them begin like are completed as files.
 _mixtape() {
   local cur=\${COMP_WORDS[COMP_CWORD]} before=\${COMP_WORDS[COMP_CWORD-1]}
-${pathOf(entries, '"${COMP_WORDS[@]:1:COMP_CWORD-1}"')}  COMPREPLY=()
+${pathOf(entries, `"\${COMP_WORDS[@]:1:COMP_CWORD-1}"`)}  COMPREPLY=()
   case "$at $before" in
 ${values.join("")}  esac
   case "$at" in
@@ -117,7 +117,7 @@ function zsh(entries: readonly Entry[]): string {
 # Completions of mixtape for zsh.
 _mixtape() {
   local -a commands options
-${pathOf(entries, '"${words[@]:1:$((CURRENT - 2))}"')}  case "$at \${words[CURRENT-1]}" in
+${pathOf(entries, `"\${words[@]:1:$((CURRENT - 2))}"`)}  case "$at \${words[CURRENT-1]}" in
 ${values.join("")}  esac
   case "$at" in
 ${follow.join("")}  esac

@@ -129,7 +129,12 @@ describe.each(
 
     const adapted = kept(await PeftModel.from_pretrained(model, folder));
     expect(relativeError(await logits(adapted), expected)).toBeLessThan(1e-5);
-    expect(relativeError(await logits(kept(await adapted.merge_and_unload())), expected)).toBeLessThan(1e-5);
+    const whole = kept(await adapted.merge_and_unload());
+    expect(relativeError(await logits(whole), expected)).toBeLessThan(1e-5);
+    await whole.save_pretrained(join(out, `${name}-whole`));
+    expect(configOf(join(out, `${name}-whole`)).tie_word_embeddings).toBe(false);
+    const reloaded = kept(await AutoModelForCausalLM.from_pretrained(join(out, `${name}-whole`), { dtype: "fp32", threads: 2 }));
+    expect(await logits(reloaded)).toEqual(await logits(whole));
 
     await model.load_adapter(folder, { adapter_name: "words" });
     await model.load_adapter(folder, { adapter_name: "half", scale: 0.5 });
@@ -218,12 +223,12 @@ test("bfloat16 products, frozen int8 matrices and preferences train them too", a
 test("PEFT's copies of the base's matrices are accepted when they fit; what cannot be computed is refused by name", async () => {
   const model = await base("moe-tiny");
   const { vocab_size: vocab, hidden_size: hidden } = configOf(join(GOLDENS, "moe-tiny"));
-  const copy = (rowsOf: number): TensorData => ({
-    name: "base_model.model.lm_head.base_layer.weight",
-    dtype: "F32",
-    shape: [rowsOf, hidden],
-    data: bytesOf(new Float32Array(rowsOf * hidden)),
-  });
+  const matrix = await stored(join(GOLDENS, "moe-tiny"), "model.embed_tokens.weight"); // which is the head's, too
+  const copy = (rowsOf: number, change = (values: Float32Array) => values): TensorData => {
+    const values = new Float32Array(rowsOf * hidden);
+    values.set(matrix);
+    return { name: "base_model.model.lm_head.base_layer.weight", dtype: "F32", shape: [rowsOf, hidden], data: bytesOf(change(values)) };
+  };
   const folder = await adapter("moe-tiny", ["lm_head"], "with-copy", [copy(vocab)]);
   const plain = await adapter("moe-tiny", ["lm_head"], "without-copy");
   const each = [];
@@ -234,6 +239,17 @@ test("PEFT's copies of the base's matrices are accepted when they fit; what cann
     `lm_head.base_layer.weight has the shape [${vocab + 8},${hidden}], but the base model implies [${vocab},${hidden}]`,
   );
   await expect(model.load_adapter(resized)).rejects.toThrow("lm_head.base_layer.weight has the shape");
+  const rounded = await adapter("moe-tiny", ["lm_head"], "rounded", [copy(vocab, (values) => values.map((x) => x * (1 + 2 ** -8)))]);
+  expect(await logits(kept(await PeftModel.from_pretrained(model, rounded)))).toEqual(each[0]);
+  const changed = await adapter("moe-tiny", ["lm_head"], "changed", [
+    copy(vocab, (values) => {
+      values[values.length - 1] += 0.5;
+      return values;
+    }),
+  ]);
+  const other = new RegExp(`is a copy of the base's, and its element ${vocab * hidden - 1} is .*the adapter belongs to another base`);
+  await expect(PeftModel.from_pretrained(model, changed)).rejects.toThrow(other);
+  await expect(mergeAdapter(join(GOLDENS, "moe-tiny"), changed, join(out, "changed-merged"))).rejects.toThrow(other);
 
   await expect(PeftModel.create(model, { target_modules: BOTH, use_dora: true })).rejects.toThrow(
     "use_dora: model.embed_tokens has no magnitudes",

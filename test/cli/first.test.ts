@@ -117,7 +117,7 @@ test("completions are made of the commands, their options and values", async () 
   }
   if (existsSync("/usr/bin/zsh")) {
     // compadd and _describe only work within completion: stand-ins say what would be offered.
-    const stubs = "compdef() {}; compadd() { print -l -- $@[2,-1] }; _describe() { print -l -- ${(P)2} }; _files() { print files }";
+    const stubs = `compdef() {}; compadd() { print -l -- $@[2,-1] }; _describe() { print -l -- \${(P)2} }; _files() { print files }`;
     const ask = (words: string, current: number, prefix: string) =>
       spawnSync(
         "zsh",

@@ -2,6 +2,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 using cuda::Error;
 using cuda::check;
 
@@ -249,6 +251,13 @@ void CudaProgram::launch(Instance& instance, cudaStream_t stream, bool timed) {
     for (int k = 0; k < c.inputs + c.outputs; k++)
       if (!instance.values[static_cast<size_t>(c.ids[k])].data)
         broken("call " + std::to_string(index) + " (" + ops_[static_cast<size_t>(c.op)] + ") needs an input or output that was not given: value " + std::to_string(c.ids[k]));
+    // Nothing to compute: kernels need not cope with arrays without rows.
+    bool empty = c.outputs > 0;
+    for (int k = c.inputs; k < c.inputs + c.outputs; k++) {
+      const cuda::Tensor& t = instance.values[static_cast<size_t>(c.ids[k])];
+      empty = empty && std::count(t.most, t.most + t.rank, 0) > 0;
+    }
+    if (empty) continue;
     launcher.next_call();
     if (timed) check(cudaEventRecord(begin, stream), "cudaEventRecord");
     try {

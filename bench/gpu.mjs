@@ -7,6 +7,7 @@
  *
  * Two layers are made and written, the dense one and a mixture; all other layers are loaded from the mixture's bytes, each to memory of its own.
  */
+import { spawnSync } from "node:child_process";
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -59,11 +60,32 @@ for (const format of flags.formats.split(",")) {
   if (!existsSync(join(at, "config.json"))) await quantize("random:21b-a3b", at, { dtype: format, layers: 2 });
   console.log(`\n${format}: two layers made in ${seconds(made).toFixed(1)} s`);
   await measure(format, at);
-  if (!flags.folder) rmSync(at, { recursive: true });
+  if (!flags.folder && !only.has("rival")) rmSync(at, { recursive: true });
 }
+if (only.has("rival")) rival();
 if (!flags.folder) rmSync(folder, { recursive: true, force: true });
 if (flags.json)
   writeFileSync(flags.json, `${JSON.stringify({ card: system.cards[0], driver: system.driver, layers, results }, null, 1)}\n`);
+
+/** transformers on the same card, in a process of its own; the ratios are with our bfloat16. */
+function rival() {
+  const config = join(folder, flags.formats.split(",")[0], "config.json");
+  const ran = spawnSync("python3", [join(import.meta.dirname, "rivals", "gpu.py"), config, String(layers)], { encoding: "utf8" });
+  const line = ran.stdout?.trim().split("\n").at(-1) ?? "";
+  if (ran.status !== 0 || !line.startsWith("{")) {
+    console.log(`\ntransformers did not run: ${ran.error?.message ?? ran.stderr.trim().split("\n").at(-1)}`);
+    return;
+  }
+  const theirs = JSON.parse(line);
+  results.push(theirs);
+  console.log(`\ntransformers ${theirs.transformers}, torch ${theirs.torch}, bf16`);
+  const ours = results.find((r) => r.format === "bf16") ?? {};
+  const compare = (name, their, our, ratio) =>
+    console.log(`  ${name.padEnd(34)}${their}${our === undefined ? "" : `; ours is ${ratio.toFixed(1)} x as fast`}`);
+  compare("one user after 128", `${theirs.one_ms.toFixed(1)} ms a token`, ours.one128, theirs.one_ms / ours.one128);
+  compare("256 users", `${theirs.users256.toFixed(0)} tokens/s`, ours.users256, ours.users256 / theirs.users256);
+  compare("prompt of 4096", `${theirs.prompt4096_ms.toFixed(1)} ms`, ours.prompt4096, theirs.prompt4096_ms / ours.prompt4096);
+}
 
 async function measure(format, at) {
   const checkpoint = await openCheckpoint(at);

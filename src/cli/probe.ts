@@ -5,7 +5,9 @@
 import { readFileSync } from "node:fs";
 import { kvCacheName } from "../api/kv.ts";
 import { type LoadedModel, type LoadOptions, loadModel } from "../api/load.ts";
-import type { Placement } from "../backend/backend.ts";
+import type { Backend, Placement } from "../backend/backend.ts";
+import type { CudaBackend } from "../backend/cuda/cuda.ts";
+import type { MachineLimits } from "../backend/native.ts";
 import { BLOCK_TOKENS } from "../engine/blocks.ts";
 import { GREEDY } from "../engine/sampling.ts";
 import { oneLine } from "./failure.ts";
@@ -23,6 +25,7 @@ export type Request =
       readonly newTokens: number;
       readonly seed: number;
     }
+  | { readonly kind: "limits" }
   | { readonly kind: "memory" };
 
 export interface Loaded {
@@ -67,8 +70,6 @@ export interface Profile {
 export type Reply = { readonly value: unknown } | { readonly error: string };
 
 const FIRST_PROMPT = 16;
-const STEP_ROWS = 512; // the engine's default
-
 let model: LoadedModel | null = null;
 
 process.on("message", (request: Request) => {
@@ -92,6 +93,8 @@ async function answer(request: Request): Promise<unknown> {
     }
     case "profile":
       return profile(request);
+    case "limits":
+      return limits();
     case "memory":
       return { ...memory(), ...(await pages()) };
     default:
@@ -140,10 +143,12 @@ async function run(tokens: number, newTokens: number, seed: number): Promise<{ f
 
 /** Time by op of one prompt, or of the steps after one. */
 async function profile({ of, tokens, newTokens, seed }: Extract<Request, { kind: "profile" }>): Promise<Profile> {
-  const { engine, config, weights } = loaded();
+  const { engine, backend, config, weights } = loaded();
   const rows = of === "generation" ? 1 : undefined;
   const before = engine.profile(rows);
+  if (isCuda(backend)) backend.profile(true);
   const { first, last } = await run(tokens, of === "generation" ? newTokens + 1 : 1, seed);
+  if (isCuda(backend)) backend.profile(false);
   const readers = engine.weightsByOp();
   const ops = [...engine.profile(rows)].map(([op, { seconds }]): OpTime => {
     const read = op === "embed" ? [] : weights.filter((w) => readers.get(op)?.has(w.name));
@@ -167,8 +172,25 @@ async function profile({ of, tokens, newTokens, seed }: Extract<Request, { kind:
   return { ops, seconds: of === "generation" ? last - first : first };
 }
 
+/** The card's limits. Matrices in any narrow format meet activations in bfloat16 there. */
+async function limits(): Promise<MachineLimits> {
+  const { readBytesPerSecond, bf16FlopsPerSecond } = await card().limits();
+  return { readBytesPerSecond, int8OpsPerSecond: bf16FlopsPerSecond, floatOpsPerSecond: bf16FlopsPerSecond };
+}
+
+function isCuda(backend: Backend): backend is CudaBackend {
+  return backend.name.startsWith("cuda");
+}
+
+function card(): CudaBackend {
+  const { backend } = loaded();
+  if (!isCuda(backend)) throw new Error("internal: the limits of a CPU are measured elsewhere");
+  return backend;
+}
+
 function stepsOf(tokens: number): number[] {
-  return Array.from({ length: Math.ceil(tokens / STEP_ROWS) }, (_, i) => Math.min(STEP_ROWS, tokens - i * STEP_ROWS));
+  const { rows } = loaded().backend.defaults;
+  return Array.from({ length: Math.ceil(tokens / rows) }, (_, i) => Math.min(rows, tokens - i * rows));
 }
 
 async function pages(): Promise<Pick<MemoryUse, "weights" | "hugeBytes">> {

@@ -46,7 +46,8 @@ export function describeSetting({ model, dtype, kv_cache_dtype, threads }: Measu
 }
 
 /** The limit that prompt speeds are compared with: the peak of the arithmetic that does most of the work. */
-export function promptLimitName({ dtype }: Measured): string {
+export function promptLimitName({ dtype, isa }: Measured): string {
+  if (isa.startsWith("cuda")) return "bf16 peak";
   return dtype === "int8" || dtype === "int4" ? "int8 peak" : "fp32 peak";
 }
 
@@ -72,8 +73,12 @@ function describe(m: Measured): string[] {
       "machine: reading",
       spreadOf(limits.read_bytes_per_second, (x) => `${formatBytes(x)}/s`),
     ),
-    row("machine: int8", spreadOf(limits.int8_ops_per_second, rate)),
-    row("machine: fp32", spreadOf(limits.float_ops_per_second, rate)),
+    ...(m.isa.startsWith("cuda")
+      ? [row("machine: bf16", spreadOf(limits.float_ops_per_second, rate))]
+      : [
+          row("machine: int8", spreadOf(limits.int8_ops_per_second, rate)),
+          row("machine: fp32", spreadOf(limits.float_ops_per_second, rate)),
+        ]),
     "",
     ...m.prompt.map((p) => row(`prompt of ${p.tokens}`, `${spreadOf(p.tokens_per_second, speed)} tokens/s`, share(p, promptLimitName(m)))),
     ...m.generation.map((g) =>

@@ -167,7 +167,11 @@ async function measureRound(
     const { isa, threads } = run.subject.loaded;
     onStep("the machine's limits");
     const key = `${isa} ${threads}`;
-    const found = measured.get(key) ?? (await machineLimits(instructionSets().includes(isa) ? isa : "", threads));
+    const found =
+      measured.get(key) ??
+      (isa.startsWith("cuda")
+        ? await run.subject.ask({ kind: "limits" })
+        : await machineLimits(instructionSets().includes(isa) ? isa : "", threads));
     measured.set(key, found);
     run.limits.push(found);
   }

@@ -2,6 +2,7 @@
 import { type ChildProcess, fork } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import type { LoadOptions } from "../api/load.ts";
+import type { MachineLimits } from "../backend/native.ts";
 import { UsageError } from "./failure.ts";
 import type { Loaded, MemoryUse, Profile, Reply, Request } from "./probe.ts";
 
@@ -15,6 +16,7 @@ export interface Setting {
 
 /** The reply to each kind of request. */
 interface Replies {
+  readonly limits: MachineLimits;
   readonly load: Loaded;
   /** Seconds. */
   readonly prompt: number;

@@ -10,10 +10,10 @@
 namespace {
 
 // Columns that share a scale.
-constexpr int span_of(Dtype dtype) { return dtype == INT8 ? GROUP : HALF; }
+constexpr int span_of(Dtype dtype) { return dtype == INT4 ? HALF : GROUP; }
 
 uint8_t* block_of(uint8_t* m, Dtype dtype, int64_t r, int64_t k, int64_t column) {
-  return m + (r / TILE_ROWS * groups_of(k) + column / GROUP) * block_bytes(dtype);
+  return m + (r / TILE_ROWS * groups_of(k) + column / GROUP) * weight_block_bytes(dtype);
 }
 
 // Address in the block of a row's and column's scale.
@@ -75,6 +75,72 @@ float int4_scale(const float* x, int n) {
   return best;
 }
 
+// FP8: E4M3 numbers, with 3 bits of fraction down to 2^-6, and multiples of 2^-9 below.
+constexpr float E4M3_MOST = 448, E4M3_NORMAL = 0x1p-6f;
+
+// The scales of FP8 are s / 8 x 2^e, s from 8 to 15: the product with an E4M3 number, which has 4 bits, fits bfloat16's 8. As halves they are
+// exact from 2^-21 on, subnormal ones too. In order of size:
+constexpr int FP8_SCALES = 8 * (15 + 21 + 1);
+float fp8_scale_at(int i) { return static_cast<float>(8 + i % 8) * bits_to_f32(static_cast<uint32_t>(127 - 21 - 3 + i / 8) << 23); }
+
+// Rounds a group's magnitudes to E4M3 numbers (the nearest, ties to even) times `scale`. Returns the sum of squared errors, in float64 so that
+// it is the same on all processors.
+FAST double round_to_fp8(const float* magnitudes, float scale, float* rounded) {
+  double sum = 0;
+  for (int i = 0; i < GROUP; i++) {
+    const float x = magnitudes[i] / scale;
+    const uint32_t bits = f32_to_bits(x);
+    const float normal = bits_to_f32((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000), small = x + 0x1.8p14f - 0x1.8p14f;  // whose last bit is 2^-9
+    const float r = x < E4M3_NORMAL ? small : normal;
+    rounded[i] = r < E4M3_MOST ? r : E4M3_MOST;
+    const double e = magnitudes[i] - rounded[i] * scale;
+    sum += e * e;
+  }
+  return sum;
+}
+
+// FP8: of the eight scales that map the largest magnitude to between 224 and 448, the one with the smallest squared error. Among
+// numbers whose errors are relative, what counts is which of them lie just below a power of two. Returns the scale; `bytes` gets the numbers.
+float to_fp8(const float* x, uint8_t* bytes) {
+  float magnitudes[GROUP], rounded[GROUP], best_rounded[GROUP] = {};
+  for (int i = 0; i < GROUP; i++) magnitudes[i] = std::fabs(x[i]);
+  const float top = largest_of(x, GROUP);
+  int first = 0;
+  if (const float least = top / E4M3_MOST; least > fp8_scale_at(0)) {
+    first = 8 * (static_cast<int>(f32_to_bits(least) >> 23) - 127 + 21);  // the scale at the power of two below
+    while (first + 1 < FP8_SCALES && fp8_scale_at(first) * E4M3_MOST < top) first++;
+  }
+  float best = 0;
+  double best_error = INFINITY;
+  for (int at = first; at < first + 8 && at < FP8_SCALES; at++) {
+    const double error = round_to_fp8(magnitudes, fp8_scale_at(at), rounded);
+    if (error >= best_error) continue;
+    best = fp8_scale_at(at), best_error = error;
+    std::memcpy(best_rounded, rounded, sizeof rounded);
+  }
+  for (int i = 0; i < GROUP; i++) {
+    const float r = best_rounded[i];
+    const uint32_t code = r < E4M3_NORMAL ? static_cast<uint32_t>(r * 512) : (f32_to_bits(r) >> 20) - (127 - 7) * 8;
+    bytes[i] = static_cast<uint8_t>(code | (code && x[i] < 0 ? 0x80 : 0));
+  }
+  return best;
+}
+
+// The 256 E4M3 numbers, of which two are NaN.
+struct E4m3Numbers {
+  float of[256];
+  constexpr E4m3Numbers() : of{} {
+    for (int i = 0; i < 256; i++) {
+      const int exponent = i >> 3 & 15, fraction = i & 7;
+      float x = exponent ? 0x1p-7f * (1 + fraction / 8.f) : 0x1p-6f * (fraction / 8.f);
+      for (int e = 0; e < exponent; e++) x *= 2;
+      if ((i & 127) == 127) x = __builtin_nanf("");
+      of[i] = i & 128 ? -x : x;
+    }
+  }
+};
+constexpr E4m3Numbers E4M3;
+
 }  // namespace
 
 template <class Value>
@@ -86,7 +152,8 @@ static void put_group(uint8_t* m, Dtype dtype, int64_t r, int64_t k, int64_t fro
   const bool high = from % GROUP != 0;
   for (int i = 0; i < span_of(dtype); i++) {
     uint8_t& byte = block[(i / 4 * TILE_ROWS + lane) * 4 + i % 4];
-    if (dtype == INT8) byte = static_cast<uint8_t>(q[i] + 128);
+    if (dtype == FP8) byte = static_cast<uint8_t>(q[i]);
+    else if (dtype == INT8) byte = static_cast<uint8_t>(q[i] + 128);
     else byte = static_cast<uint8_t>(high ? (byte & 15) | (q[i] + 8) << 4 : q[i] + 8);  // the low nibbles come first
   }
 }
@@ -99,6 +166,12 @@ void quantize_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float* ro
     float x[GROUP] = {};
     int32_t q[GROUP];
     if (from < k) std::memcpy(x, row + from, static_cast<size_t>(k - from < span ? k - from : span) * 4);
+    if (dtype == FP8) {
+      uint8_t bytes[GROUP];
+      const float scale = to_fp8(x, bytes);
+      put_group(m, dtype, r, k, from, scale, bytes);
+      continue;
+    }
     const float scale = dtype == INT8 ? int8_scale(x, span) : int4_scale(x, span);
     round_all(x, span, scale, dtype == INT8 ? -127 : -8, dtype == INT8 ? 127 : 7, q);
     put_group(m, dtype, r, k, from, scale, q);
@@ -114,8 +187,8 @@ void expand_row(const uint8_t* matrix, Dtype dtype, int64_t r, int64_t k, float*
     std::memcpy(&half, scale_at(block, dtype, r, c), 2);
     const int64_t i = c % span;
     const uint8_t byte = block[(i / 4 * TILE_ROWS + lane) * 4 + i % 4];
-    const int q = dtype == INT8 ? byte - 128 : (c % GROUP >= HALF ? byte >> 4 : byte & 15) - 8;
-    row[c] = static_cast<float>(q) * f16_to_f32(half);
+    const float q = dtype == FP8 ? E4M3.of[byte] : static_cast<float>(dtype == INT8 ? byte - 128 : (c % GROUP >= HALF ? byte >> 4 : byte & 15) - 8);
+    row[c] = q * f16_to_f32(half);
   }
 }
 

@@ -2,6 +2,13 @@
 #pragma once
 #include "kernels.h"
 
+// Whether weights of this format are in our blocks, and the size of one: FP8 has the blocks of INT8, with other numbers.
+constexpr bool in_blocks(Dtype dtype) { return dtype == INT8 || dtype == INT4 || dtype == FP8; }
+constexpr int weight_block_bytes(Dtype dtype) { return dtype == INT4 ? INT4_BLOCK_BYTES : INT8_BLOCK_BYTES; }
+
+// The largest number that FP8 can hold: the largest E4M3 number times the largest scale.
+constexpr float FP8_MOST = 448.f * 61440.f;
+
 // Writes row r of a matrix with k columns. Columns beyond k become zero.
 void quantize_row(uint8_t* matrix, Dtype dtype, int64_t r, int64_t k, const float* row);
 // Writes the group of columns from `from` on (64 for INT8, 32 for INT4) of row r; groups of a row in order.

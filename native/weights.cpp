@@ -35,7 +35,7 @@ Memory::~Memory() {
 static size_t element_bytes(Dtype dtype) { return dtype == F32 || dtype == I32 ? 4 : dtype == F16 || dtype == BF16 ? 2 : 1; }
 
 size_t matrix_bytes(Dtype dtype, int64_t n, int64_t k) {
-  if (dtype == INT8 || dtype == INT4) return static_cast<size_t>((n + TILE_ROWS - 1) / TILE_ROWS * groups_of(k) * block_bytes(dtype));
+  if (in_blocks(dtype)) return static_cast<size_t>((n + TILE_ROWS - 1) / TILE_ROWS * groups_of(k) * weight_block_bytes(dtype));
   if (dtype == Q8_0 || dtype == Q4_0) {
     if (k % HALF) throw std::runtime_error("internal: rows of " + std::to_string(k) + " numbers do not fill GGUF's blocks of 32");
     return static_cast<size_t>(n * (k / HALF) * gguf_block_bytes(dtype));
@@ -57,6 +57,7 @@ static void read_row(const uint8_t* m, Dtype dtype, int64_t r, int64_t k, float*
     case F16: for (int64_t c = 0; c < k; c++) row[c] = f16_to_f32(load16(m + (r * k + c) * 2)); break;
     case BF16: for (int64_t c = 0; c < k; c++) row[c] = bf16_to_f32(load16(m + (r * k + c) * 2)); break;
     case INT8:
+    case FP8:
     case INT4: expand_row(m, dtype, r, k, row); break;
     case Q8_0:
     case Q4_0: unpack_row(m, dtype, r, k, row); break;
@@ -70,6 +71,7 @@ static void write_row(uint8_t* m, Dtype dtype, int64_t r, int64_t k, const float
     case F16: for (int64_t c = 0; c < k; c++) store16(m + (r * k + c) * 2, f32_to_f16(row[c])); break;
     case BF16: for (int64_t c = 0; c < k; c++) store16(m + (r * k + c) * 2, f32_to_bf16(row[c])); break;
     case INT8:
+    case FP8:
     case INT4: quantize_row(m, dtype, r, k, row); break;
     case Q8_0:
     case Q4_0: pack_row(m, dtype, r, k, row); break;
@@ -86,6 +88,7 @@ static float largest_in(Dtype dtype) {
     case Q8_0: return 65504.f * 127;
     case INT4:
     case Q4_0: return 65504.f * 7;
+    case FP8: return FP8_MOST;
     default: return INFINITY;
   }
 }
@@ -112,7 +115,7 @@ void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype,
     check_row(row.data(), r, k, taken ? F32 : dtype);
     if (!taken) write_row(to, dtype, r, k, row.data());
   }
-  if (dtype == INT8 || dtype == INT4) {
+  if (in_blocks(dtype)) {
     std::fill(row.begin(), row.end(), 0.f);
     for (int64_t r = n; r % TILE_ROWS; r++) write_row(to, dtype, r, k, row.data());
   }
@@ -120,7 +123,7 @@ void convert_matrix(const uint8_t* from, Dtype stored, uint8_t* to, Dtype dtype,
 
 void random_matrix(uint64_t seed, float deviation, uint8_t* to, Dtype dtype, int64_t n, int64_t k) {
   std::vector<float> row(static_cast<size_t>(k));
-  for (int64_t r = 0; r < (dtype == INT8 || dtype == INT4 ? (n + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : n); r++) {
+  for (int64_t r = 0; r < (in_blocks(dtype) ? (n + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : n); r++) {
     random_row(seed, static_cast<uint64_t>(r), r < n ? deviation : 0, row.data(), k);
     write_row(to, dtype, r, k, row.data());
   }
@@ -209,7 +212,7 @@ Weights::Weights(const std::vector<WeightSpec>& specs) {
       if (part.bytes != bytes) throw std::runtime_error("internal: " + spec.name + " has a part of " + std::to_string(part.bytes) + " bytes, not " + std::to_string(bytes));
       Mapping& file = *mapping(part.file);
       const uint8_t* at = file.at(part.offset, part.bytes);
-      const bool aligned = reinterpret_cast<uintptr_t>(at) % (spec.stored == INT8 || spec.stored == INT4 ? 2 : element_bytes(spec.stored)) == 0;
+      const bool aligned = reinterpret_cast<uintptr_t>(at) % (in_blocks(spec.stored) ? 2 : element_bytes(spec.stored)) == 0;
       if (spec.stored == spec.dtype && aligned) {
         weight.parts.push_back(const_cast<uint8_t*>(at));
         read.push_back({&file, static_cast<size_t>(part.offset), static_cast<size_t>(part.bytes)});

@@ -6,6 +6,7 @@
 import { open, rm } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { type Backend, BLOCK_TOKENS, type Numbers, type State, type WeightSource } from "../backend/backend.ts";
+import { CPU_DEFAULTS } from "../backend/cpu.ts";
 import { inputMoments, nativeBackend, roundStored } from "../backend/native.ts";
 import { partName, type Slice, type Source } from "../checkpoint/names.ts";
 import { cut } from "../graph/cut.ts";
@@ -209,7 +210,7 @@ export class Calibration {
     const blocks = Math.ceil(windows[0].length / BLOCK_TOKENS);
     const half = (name: string) => g.state(name, [blocks, BLOCK_TOKENS, heads, width], "f32");
     const layers = Array.from({ length: model.layers }, (_, i): KvCache => ({ keys: half(`keys.${i}`), values: half(`values.${i}`) }));
-    const dtypeOf = (name: string): Dtype => computedAs(this.#source(name, rounded).dtype);
+    const dtypeOf = (name: string): Dtype => CPU_DEFAULTS.matrixDtype(computedAs(this.#source(name, rounded).dtype));
     const { hiddenStates } = model.forward(g, ({ name, shape, kind }) => g.weight(name, shape, kind === "matrix" ? dtypeOf(name) : "f32"), {
       ids: g.input("ids", [symbol("rows")], "i32"),
       positions: g.input("positions", model.positionAxes === 1 ? [symbol("rows")] : [model.positionAxes, symbol("rows")], "i32"),

@@ -39,6 +39,8 @@ export interface ExportOptions {
  * Rejects with a one-line error for a model that GGUF can't represent or a file that exists; no partial file is left behind.
  */
 export async function exportGguf(source: string, outFile: string, options: ExportOptions): Promise<{ bytes: number; tensors: number }> {
+  if ((options.type as string) === "fp8")
+    throw new RangeError("type 'fp8': GGUF has no 8-bit floats; bf16 holds fp8 exactly, q8_0 is as small");
   if (!Object.hasOwn(FILE_TYPES, options.type))
     throw new RangeError(`type '${options.type}' is not known; known are ${Object.keys(FILE_TYPES).join(", ")}`);
   const file = resolve(outFile);

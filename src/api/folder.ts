@@ -18,11 +18,12 @@ import { unpackConfigs } from "./pieces.ts";
 export const FORMATS = {
   int8: { dtype: "int8", config: "int8" },
   int4: { dtype: "int4", config: "int4" },
+  fp8: { dtype: "fp8", config: "float8_e4m3fn" },
   bf16: { dtype: "bf16", config: "bfloat16" },
   fp16: { dtype: "f16", config: "float16" },
   fp32: { dtype: "f32", config: "float32" },
 } as const;
-const STORED = { int8: "U8", int4: "U8", bf16: "BF16", f16: "F16", f32: "F32" } as const;
+const STORED = { int8: "U8", int4: "U8", fp8: "U8", bf16: "BF16", f16: "F16", f32: "F32" } as const;
 
 /** File with a digest of each tensor, beside the weights. */
 export const CHECKSUMS = "checksums.json";

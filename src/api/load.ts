@@ -10,7 +10,7 @@ import { ernie, parameterDtype } from "../model/ernie.ts";
 import { configFor } from "../model/fit.ts";
 import type { Model, ModelParameter } from "../model/model.ts";
 import type { Dtype } from "../tensor/dtype.ts";
-import { computedAs } from "../tensor/stored.ts";
+import { computedAs, storedBytes } from "../tensor/stored.ts";
 import { openBackend } from "./backend.ts";
 import { type GenerationDefaults, readDefaults } from "./defaults.ts";
 
@@ -18,7 +18,7 @@ import { KV_CACHE_DTYPES, KV_DTYPES, type KvCacheDtype, kvCacheName } from "./kv
 import { thisMachine, warningsFor } from "./room.ts";
 
 /** Formats of the weight matrices; `auto` uses each in its stored format. Norms, biases and the router are always float32. */
-export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "int8" | "int4";
+export type WeightDtype = "auto" | "fp32" | "fp16" | "bf16" | "fp8" | "int8" | "int4";
 
 /** Formats by name, including the names that transformers uses. */
 const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
@@ -32,6 +32,8 @@ const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
   half: "f16",
   bf16: "bf16",
   bfloat16: "bf16",
+  fp8: "fp8",
+  float8_e4m3fn: "fp8",
   int8: "int8",
   q8: "int8",
   int4: "int4",
@@ -39,7 +41,7 @@ const DTYPES: Record<string, "auto" | Exclude<Dtype, "i32" | "int8row">> = {
 };
 
 export interface LoadOptions {
-  /** Default `auto`. */
+  /** Default `auto`. `fp8` only on GPUs. */
   readonly dtype?: WeightDtype | (string & {});
   /** Compute threads. Default: one per physical core. */
   readonly threads?: number;
@@ -101,7 +103,7 @@ export type EngineSettings = Pick<
 
 export function parseDtype(name: string): (typeof DTYPES)[string] {
   const dtype = Object.hasOwn(DTYPES, name) ? DTYPES[name] : undefined;
-  if (!dtype) throw new RangeError(`dtype '${name}' is not known; known are auto, fp32, fp16, bf16, int8, int4`);
+  if (!dtype) throw new RangeError(`dtype '${name}' is not known; known are auto, fp32, fp16, bf16, fp8, int8, int4`);
   return dtype;
 }
 
@@ -136,7 +138,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
   await checkTiedHead(located, checkpoint);
   const { sources } = located;
   const loadedFrom = model.parameters.filter((p) => !fresh.has(p.name));
-  const weights = loadedFrom.map((p): WeightSource => {
+  const requested = loadedFrom.map((p): WeightSource => {
     const foreign = head?.sources.get(p.name);
     if (foreign) {
       if (String(foreign.shape) !== String(p.shape))
@@ -153,8 +155,9 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
     return { name: p.name, stored: found.dtype, dtype, shape: p.shape, parts: found.parts };
   });
   const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
-  const backend = await openBackend(options, weights, warn);
+  const backend = await openBackend(options, requested, warn);
   try {
+    const weights = readable(requested, backend, wanted, (message) => warn(`${folder}: ${message}`));
     const unused = unusedText(located);
     if (unused) warn(`${folder}: ${unused}`);
     for (const message of generation.warnings) warn(`${folder}: ${message}`);
@@ -190,6 +193,30 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
     backend.dispose();
     throw error;
   }
+}
+
+/**
+ * The weights in formats that the backend has kernels for.
+ * @throws RangeError if it has none for the format that was asked for
+ */
+function readable(
+  weights: readonly WeightSource[],
+  { name, defaults }: Backend,
+  wanted: ReturnType<typeof parseDtype>,
+  warn: (message: string) => void,
+): readonly WeightSource[] {
+  const replaced = weights.map((w): WeightSource => ({ ...w, dtype: defaults.matrixDtype(w.dtype) }));
+  const from = weights.find((w, i) => w.dtype !== replaced[i].dtype)?.dtype;
+  if (from === undefined) return weights;
+  if (wanted === from)
+    throw new RangeError(
+      `dtype '${from}': the ${name} backend has no kernels for it, GPUs have; a model stored in ${from} is read as ${defaults.matrixDtype(from)} without dtype`,
+    );
+  const gb = (all: readonly WeightSource[]) => (all.reduce((sum, { dtype, shape }) => sum + storedBytes(dtype, shape), 0) / 1e9).toFixed(2);
+  warn(
+    `the CPU has no kernels for ${from}; its matrices are converted to ${defaults.matrixDtype(from)}, which holds them exactly, and take ${gb(replaced)} GB of memory instead of ${gb(weights)} GB; models that 'mixtape quantize --dtype int8' writes are used as stored`,
+  );
+  return replaced;
 }
 
 /** A classifier made of a model that predicts tokens has no use for its head over the vocabulary. */

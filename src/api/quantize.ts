@@ -19,7 +19,7 @@ import { openTokenizer } from "./tokenizer.ts";
 import { readWindows } from "./windows.ts";
 
 export interface QuantizeOptions {
-  readonly dtype: "int8" | "int4" | "bf16" | "fp16" | "fp32";
+  readonly dtype: "int8" | "int4" | "fp8" | "bf16" | "fp16" | "fp32";
   /** Called after each tensor, with bytes of the result. */
   readonly onProgress?: (progress: { readonly tensor: string; readonly doneBytes: number; readonly totalBytes: number }) => void;
   /**

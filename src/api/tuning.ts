@@ -76,7 +76,7 @@ export async function saveModel(loaded: LoadedModel, folder: string, dtype?: str
   const name = dtype ?? usual;
   if (name !== "fp32" && name !== "bf16" && name !== "fp16")
     throw new RangeError(
-      `save_pretrained: dtype '${name}' is not known; known are fp32, bf16, fp16; for int8 and int4 quantise the saved model`,
+      `save_pretrained: dtype '${name}' is not known; known are fp32, bf16, fp16; for int8, int4 and fp8 quantise the saved model`,
     );
   await writeModel(originOf(loaded), folder, { format: FORMATS[name], resumable: false });
 }

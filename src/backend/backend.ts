@@ -103,6 +103,8 @@ export interface Defaults {
   readonly cacheShare: number;
   /** The formats of the KV cache that it has kernels for. */
   readonly kvDtypes: readonly KvDtype[];
+  /** The format that its kernels read instead of a matrix in this format: the same one, if they read it. */
+  matrixDtype(stored: Dtype): Dtype;
   /** The format of the KV cache of a model whose embedding has this format. */
   kvDtype(embedding: Dtype): KvDtype;
 }

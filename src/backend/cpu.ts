@@ -7,7 +7,6 @@ import { products } from "../graph/ops/matrix.ts";
 import { f32, matches } from "../graph/ops/shapes.ts";
 import { OPS } from "../graph/ops.ts";
 import type { Dtype } from "../tensor/dtype.ts";
-import { isBlockDtype } from "../tensor/quantized.ts";
 import { sameDim, sameShape } from "../tensor/shape.ts";
 import type { Defaults } from "./backend.ts";
 
@@ -107,7 +106,8 @@ export const CPU_DEFAULTS: Defaults = {
   rows: 512,
   cacheShare: 1 / 2,
   kvDtypes: ["f32", "f16", "int8kv"],
-  kvDtype: (embedding) => (embedding === "f32" ? "f32" : isBlockDtype(embedding) ? "int8kv" : "f16"),
+  matrixDtype: (stored) => (stored === "fp8" ? "bf16" : stored), // which holds fp8 exactly
+  kvDtype: (embedding) => (embedding === "f32" ? "f32" : embedding === "int8" || embedding === "int4" ? "int8kv" : "f16"),
 };
 
 /** The CPU's passes before planning. @param has whether there is a kernel for an op */

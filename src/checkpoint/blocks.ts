@@ -1,6 +1,6 @@
 /**
  * How a safetensors file marks a tensor as a matrix in one of our block formats: it is stored as U8 [bytes] under its own
- * name, and `__metadata__` holds `mixtape.format` and, as JSON, `mixtape.int8` or `mixtape.int4` = { name: [n, k] }.
+ * name, and `__metadata__` holds `mixtape.format` and, as JSON, `mixtape.int8`, `mixtape.int4` or `mixtape.fp8` = { name: [n, k] }.
  * `tensor/quantized.ts` defines the layout of the bytes.
  */
 import { BLOCK_BYTES, type BlockDtype, blockBytes } from "../tensor/quantized.ts";

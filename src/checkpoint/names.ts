@@ -166,7 +166,7 @@ class Reader {
     const block = this.checkpoint.blocks.get(name);
     this.checkShape(name, block?.shape ?? entry.shape, shape);
     const dtype = block?.dtype ?? DTYPES[entry.dtype];
-    if (!dtype) throw this.fail(`tensor ${name} is stored as ${entry.dtype}; F32, F16, BF16 and mixtape's int8 and int4 are read`);
+    if (!dtype) throw this.fail(`tensor ${name} is stored as ${entry.dtype}; F32, F16, BF16 and mixtape's int8, int4 and fp8 are read`);
     return { dtype, slice: { file: entry.file, offset: entry.offset, bytes: entry.bytes } };
   }
 

@@ -72,7 +72,7 @@ function render(facts: Facts): string {
     ...section("Memory, by format", [
       ["fp32", formatBytes(m.fp32)],
       ["bf16, fp16", formatBytes(m.bf16)],
-      ["int8", formatBytes(m.int8)],
+      ["int8, fp8", formatBytes(m.int8)],
       ["int4", formatBytes(m.int4)],
       ["KV cache a token", `${formatBytes(m.kv_per_token)}  ${dim("fp16; twice that with fp32 weights")}`],
       ["at the longest", formatBytes(m.kv_longest)],

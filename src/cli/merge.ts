@@ -20,7 +20,7 @@ export function addMerge(program: Command): void {
     .argument("<out>", "the folder to write; it must not contain a model yet")
     .optionsGroup("Options:")
     .addOption(
-      new Option("--dtype <format>", "format of the matrices (default: as stored; bf16 if those are int8 or int4)").choices([
+      new Option("--dtype <format>", "format of the matrices (default: as stored; bf16 if those are int8, int4 or fp8)").choices([
         "fp32",
         "bf16",
         "fp16",

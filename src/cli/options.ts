@@ -55,7 +55,7 @@ export interface SamplingFlags {
   readonly logitBias?: ReadonlyMap<number, number>;
 }
 
-export const DTYPES = ["auto", "fp32", "fp16", "bf16", "int8", "int4"] as const;
+export const DTYPES = ["auto", "fp32", "fp16", "bf16", "fp8", "int8", "int4"] as const;
 const SAMPLERS = ["temperature", "topK", "topP", "minP", "seed"] as const;
 
 /** Adds the hub options. */

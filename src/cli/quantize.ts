@@ -4,7 +4,7 @@ import { onInterrupt } from "./failure.ts";
 import { addHubOptions, examples, type HubFlags, whole } from "./options.ts";
 import { formatBytes, warn } from "./terminal.ts";
 
-const FORMATS = ["int8", "int4", "bf16", "fp16", "fp32"] as const;
+const FORMATS = ["int8", "int4", "fp8", "bf16", "fp16", "fp32"] as const;
 
 interface QuantizeFlags extends HubFlags {
   readonly dtype: (typeof FORMATS)[number];

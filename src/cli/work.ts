@@ -3,7 +3,6 @@ import type { MachineLimits } from "../backend/native.ts";
 import type { ErnieConfig } from "../model/config.ts";
 import { measure, type Size } from "../model/size.ts";
 import type { Dtype } from "../tensor/dtype.ts";
-import { isBlockDtype } from "../tensor/quantized.ts";
 import { storedBytes } from "../tensor/stored.ts";
 
 export interface LoadedWeight {
@@ -57,7 +56,7 @@ export function operations(weights: readonly LoadedWeight[], { moe }: ErnieConfi
     if (shape.length < 2) continue;
     const met = shape.length === 3 && moe ? moe.chosen : 1;
     const [n, k] = shape.slice(-2);
-    sum[isBlockDtype(dtype) ? "int8" : "float"] += 2 * met * n * k;
+    sum[dtype === "int8" || dtype === "int4" ? "int8" : "float"] += 2 * met * n * k;
   }
   return sum;
 }

@@ -11,6 +11,7 @@ export interface Size {
   readonly memory: {
     readonly fp32: number;
     readonly bf16: number;
+    /** Of int8, and of fp8. */
     readonly int8: number;
     /** Embedding and head in int8, as `mixtape quantize` writes them. */
     readonly int4: number;

@@ -352,7 +352,9 @@ async function estimate(folder: string, model: ModelConfig, budget: number | nul
   const config = configFor(checkpoint);
   const { memory } = measure(config);
   const stored = [...checkpoint.tensors.values()].reduce((sum, tensor) => sum + tensor.bytes, 0);
-  const weightBytes = { auto: stored, ...memory, fp16: memory.bf16 }[model.dtype];
+  // The CPU reads fp8 as bf16.
+  const widened = !model.device.startsWith("cuda") && [...checkpoint.blocks.values()].some(({ dtype }) => dtype === "fp8");
+  const weightBytes = { ...memory, auto: widened ? memory.bf16 : stored, fp16: memory.bf16, fp8: memory.int8 }[model.dtype];
   // Where the engine chooses the format, assume the widest that it may choose for such weights.
   const perToken = kvBytesPerToken(ernie(config), KV_DTYPES[model.kvCacheDtype ?? (weightBytes >= memory.fp32 ? "fp32" : "fp16")]);
   const longest = 16 * config.maxPositions;

@@ -18,7 +18,7 @@ const modelSchema = z.strictObject({
     .regex(/^[\w.:/@-]{1,200}$/, "may contain only letters, digits and . : / @ _ -")
     .describe("Name that clients use"),
   path: z.string().min(1).describe("A folder, a GGUF file, a hub id, or 'default', the bundled model; of an adapter, its base with it"),
-  dtype: z.enum(["auto", "fp32", "fp16", "bf16", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
+  dtype: z.enum(["auto", "fp32", "fp16", "bf16", "fp8", "int8", "int4"]).default("auto").describe("Format of the weights in memory"),
   threads: count(1).max(1024).optional().describe("Compute threads; default: one per physical core"),
   device: z
     .string()

@@ -2,11 +2,10 @@
 
 /**
  * Formats that the engine computes with.
- * - `int8`, `int4`: a weight matrix in blocks of 16 rows x 64 columns (see `quantized.ts`).
+ * - `int8`, `int4`, `fp8`: a weight matrix in blocks of 16 rows x 64 columns (see `quantized.ts`).
  * - `bf16pair`: activations as the sum of two bfloat16 numbers, all high parts of a row before its low parts; exact to 2^-17.
  *   Products with bfloat16 weights use it, because rounding activations to a single bfloat16 would change which experts are chosen.
  * - `int8row`: activations quantised row by row, in groups of 64 (see `quantized.ts`); exists only within a step.
- * - `fp8`: a weight matrix in blocks as `int8` has them, of E4M3 numbers.
  * - `fp8kv`: E4M3 numbers in the cache, one byte each.
  * - `int8kv`: keys and values in the cache, [blocks, heads, tokens, head width] (see `quantized.ts`).
  */
@@ -47,6 +46,21 @@ export function toF16(x: number): number {
   if (magnitude < 2 ** -14) return sign | roundEven(magnitude * 2 ** 24);
   const exponent = ((bits >>> 23) & 255) - 127;
   return sign | (((exponent + 15) << 10) + roundEven((magnitude / 2 ** exponent - 1) * 1024));
+}
+
+/** Rounds `x` to the nearest E4M3 number, ties to even; larger ones than 448 become 448. */
+export function roundE4m3(x: number): number {
+  const magnitude = Math.min(448, Math.abs(x));
+  const step = 2 ** (Math.max(-6, Math.floor(Math.log2(magnitude))) - 3);
+  return Math.sign(x) * roundEven(magnitude / step) * step;
+}
+
+/** Decodes the 8 bits of an E4M3 number. */
+export function fromE4m3(bits: number): number {
+  const exponent = (bits >> 3) & 15;
+  const fraction = bits & 7;
+  if (exponent === 15 && fraction === 7) return Number.NaN;
+  return (bits & 0x80 ? -1 : 1) * (exponent === 0 ? fraction * 2 ** -9 : (1 + fraction / 8) * 2 ** (exponent - 7));
 }
 
 /** Rounds `x` to the nearest integer, ties to even. */

@@ -9,6 +9,9 @@
  * `int8`, 1056 bytes per block: 16 vectors of 16 rows x 4 columns (4 columns of row 0, of row 1, ... of row 15; then the
  * next 4 columns), each byte 128 + an integer from -127 to 127; then 16 scales, one per row. 8.25 bits per weight.
  *
+ * `fp8`: the same, but each byte is an E4M3 number (a sign, 4 bits of exponent, 3 of fraction; the largest is 448). The numbers that scales have
+ * here are s/8 x 2^e, s from 8 to 15, so that a weight is a bfloat16 number, exactly.
+ *
  * `int4`, 576 bytes per block: 8 vectors in the same order, with columns 0 to 31 of the block in the low nibbles and columns
  * 32 to 63 in the high nibbles, each 8 + an integer from -8 to 7; then 16 scales, one per row, for the first 32 columns, and
  * 16 for the others. 4.5 bits per weight.
@@ -20,7 +23,7 @@
  * width padded to whole groups. Keys: two tiles of 16 tokens as in `int8`, but with float32 scales. Values: tiles of 16
  * columns, each 8 vectors of 16 columns x 4 tokens, each byte 128 + an integer from -127 to 127; then one float32 scale per token.
  */
-import { fromF16, roundEven, toF16 } from "./dtype.ts";
+import { fromE4m3, fromF16, roundE4m3, roundEven, toF16 } from "./dtype.ts";
 
 /** Rows per tile. */
 export const TILE_ROWS = 16;
@@ -28,12 +31,13 @@ export const TILE_ROWS = 16;
 export const GROUP = 64;
 
 /** The block formats for weights. */
-export type BlockDtype = "int8" | "int4";
+export type BlockDtype = "int8" | "int4" | "fp8";
 
 /** Bytes per block of 16 rows x 64 columns, scales included. */
 export const BLOCK_BYTES: Readonly<Record<BlockDtype, number>> = {
   int8: TILE_ROWS * GROUP + TILE_ROWS * 2,
   int4: (TILE_ROWS * GROUP) / 2 + TILE_ROWS * 4,
+  fp8: TILE_ROWS * GROUP + TILE_ROWS * 2,
 };
 
 export function isBlockDtype(dtype: string): dtype is BlockDtype {
@@ -78,8 +82,19 @@ export function locateElement(dtype: BlockDtype, k: number, r: number, c: number
   };
 }
 
+/** The value of an element that `locateElement` found. */
+export function readElement(dtype: BlockDtype, bytes: Uint8Array, { byte, highNibble, scale }: ReturnType<typeof locateElement>): number {
+  const bits = bytes[byte];
+  const number = dtype === "fp8" ? fromE4m3(bits) : dtype === "int8" ? bits - 128 : ((highNibble ? bits >> 4 : bits) & 15) - 8;
+  return number * fromF16(bytes[scale] | (bytes[scale + 1] << 8));
+}
+
 /** Rounds a row of weights in place to the values that a block format would store; the same rule as `native/quantize.cpp`. */
 export function roundToBlocks(dtype: BlockDtype, row: Float32Array): void {
+  if (dtype === "fp8") {
+    for (let g = 0; g < row.length; g += GROUP) roundToFp8(row.subarray(g, g + GROUP));
+    return;
+  }
   const span = dtype === "int8" ? GROUP : GROUP / 2;
   const [low, high] = dtype === "int8" ? [-127, 127] : [-8, 7];
   for (let g = 0; g < row.length; g += span) {
@@ -92,6 +107,25 @@ export function roundToBlocks(dtype: BlockDtype, row: Float32Array): void {
 function steps(x: number, scale: number, low: number, high: number): number {
   if (scale === 0) return 0;
   return Math.min(high, Math.max(low, roundEven(Math.fround(x * Math.fround(1 / scale)))));
+}
+
+/**
+ * Rounds a group: of eight scales, which map the largest magnitude to between 224 and 448, the one with the smallest squared error. Scales are
+ * from 2^-21, from which on halves hold them exactly, to 15/8 x 2^15.
+ */
+function roundToFp8(group: Float32Array): void {
+  const scaleAt = (i: number) => ((8 + (i % 8)) / 8) * 2 ** (Math.floor(i / 8) - 21);
+  const top = group.reduce((most, w) => Math.max(most, Math.abs(w)), 0);
+  let first = 8 * Math.max(0, Math.floor(Math.log2(top / 448)) + 20); // at most the right one, and less than two octaves from it
+  while (scaleAt(first) * 448 < top) first++;
+  let [best, bestError] = [group, Number.POSITIVE_INFINITY];
+  for (let at = first; at < first + 8 && scaleAt(at) < 65504; at++) {
+    const scale = scaleAt(at);
+    const rounded = group.map((w) => roundE4m3(Math.fround(w / scale)) * scale || 0); // no negative zeros
+    const error = group.reduce((sum, w, i) => sum + Math.fround(w - rounded[i]) ** 2, 0);
+    if (error < bestError) [best, bestError] = [rounded, error];
+  }
+  group.set(best);
 }
 
 /** The scale that maps the largest magnitude to 127. */

@@ -194,7 +194,7 @@ describe("errors are one line that names what is wrong", () => {
     [
       "a dtype that weights cannot have",
       tensor("model.norm.weight", { dtype: "I32" }),
-      /tensor model\.norm\.weight is stored as I32; F32, F16, BF16 and mixtape's int8 and int4 are read/,
+      /tensor model\.norm\.weight is stored as I32; F32, F16, BF16 and mixtape's int8, int4 and fp8 are read/,
     ],
     ["a config of another model", config({ num_hidden_layers: 6 }), /num_hidden_layers is 6, but the weights hold 4 layers;/],
     ["incomplete files", without(/layers\.2\./), /tensor model\.layers\.2\..* is missing \(and \d+ more/],
@@ -238,7 +238,7 @@ describe("errors are one line that names what is wrong", () => {
   });
 
   test.each<[LoadOptions, string]>([
-    [{ dtype: "fp8" }, "dtype 'fp8' is not known; known are auto, fp32, fp16, bf16, int8"],
+    [{ dtype: "fp4" }, "dtype 'fp4' is not known; known are auto, fp32, fp16, bf16, fp8, int8, int4"],
     [{ dtype: "toString" }, "dtype 'toString' is not known"],
     [{ device: "cuda" }, "device 'cuda' is not known; known are auto, cpu, reference"],
     [{ threads: 0 }, "threads: 0 is not a whole number from 1 to 1024"],

@@ -123,7 +123,7 @@ describe("weights that are not finite", () => {
   const PLACE =
     /model\.safetensors: tensor model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight holds (NaN|infinity) at row 1, column 6: the file is damaged/;
 
-  test.each(["int8", "int4", "bf16", "fp16", "fp32"] as const)("quantize to %s names tensor and place", async (dtype) => {
+  test.each(["int8", "int4", "fp8", "bf16", "fp16", "fp32"] as const)("quantize to %s names tensor and place", async (dtype) => {
     for (const bytes of [NAN, ODD_NAN, f32(Number.POSITIVE_INFINITY), f32(Number.NEGATIVE_INFINITY)])
       await expect(quantize(await damaged(bytes), join(temporary(), "out"), { dtype })).rejects.toThrow(PLACE);
   });
@@ -131,6 +131,7 @@ describe("weights that are not finite", () => {
   test.each([
     ["int8", 1e7],
     ["int4", 5e5],
+    ["fp8", 3e7],
     ["fp16", -7e4],
     ["bf16", 3.4e38],
   ] as const)("a number that %s can't hold: %f", async (dtype, value) => {

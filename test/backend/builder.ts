@@ -5,7 +5,7 @@ import { Graph, type Tensor } from "../../src/graph/graph.ts";
 import type { KvDtype } from "../../src/tensor/dtype.ts";
 import { type SymbolValues, symbol } from "../../src/tensor/shape.ts";
 
-export type MatrixDtype = "f32" | "f16" | "bf16" | "int8" | "int4";
+export type MatrixDtype = "f32" | "f16" | "bf16" | "int8" | "int4" | "fp8";
 
 export interface Case {
   readonly name: string;
@@ -22,6 +22,7 @@ export interface Case {
 }
 
 export const RAGGED = [1, 7, 31, 33, 257];
+/** Those that all backends have kernels for. */
 export const MATRIX_DTYPES: readonly MatrixDtype[] = ["f32", "f16", "bf16", "int8", "int4"];
 
 /** Repeatable numbers between -1 and 1. */

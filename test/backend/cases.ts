@@ -12,15 +12,25 @@ export function allCases(): Case[] {
   return [...servingCases(), ...trainingCases()];
 }
 
-export function servingCases(): Case[] {
-  return [...linears(), ...groupedLinears(), ...rowOps(), ...routers(), ...branches(), ...attentions(), ...samplers(), ...alternatives()];
+/** @param dtypes formats of matrices */
+export function servingCases(dtypes: readonly MatrixDtype[] = MATRIX_DTYPES): Case[] {
+  return [
+    ...linears(dtypes),
+    ...groupedLinears(dtypes),
+    ...rowOps(dtypes),
+    ...routers(),
+    ...branches(),
+    ...attentions(),
+    ...samplers(),
+    ...alternatives(),
+  ];
 }
 
 /** Sums of many products in float32 depend on their order. */
-const LINEAR_TOLERANCE: Record<MatrixDtype, number> = { f32: 1e-6, f16: 1e-6, bf16: 1e-5, int8: 2e-6, int4: 2e-6 };
+const LINEAR_TOLERANCE: Record<MatrixDtype, number> = { f32: 1e-6, f16: 1e-6, bf16: 1e-5, int8: 2e-6, int4: 2e-6, fp8: 1e-6 };
 
-function linears(): Case[] {
-  return MATRIX_DTYPES.flatMap((dtype) =>
+function linears(dtypes: readonly MatrixDtype[]): Case[] {
+  return dtypes.flatMap((dtype) =>
     RAGGED.flatMap((rows) =>
       [
         [1, 1],
@@ -42,8 +52,8 @@ function linears(): Case[] {
   );
 }
 
-function groupedLinears(): Case[] {
-  return MATRIX_DTYPES.flatMap((dtype) =>
+function groupedLinears(dtypes: readonly MatrixDtype[]): Case[] {
+  return dtypes.flatMap((dtype) =>
     RAGGED.flatMap((rows) =>
       [
         [5, 2, 19, 44],
@@ -75,9 +85,9 @@ function groupedLinears(): Case[] {
   );
 }
 
-function rowOps(): Case[] {
+function rowOps(dtypes: readonly MatrixDtype[]): Case[] {
   return RAGGED.flatMap((rows) => {
-    const embeds = MATRIX_DTYPES.map((dtype) => {
+    const embeds = dtypes.map((dtype) => {
       const b = new Builder();
       const ids = b.input(
         "ids",

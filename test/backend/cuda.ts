@@ -36,14 +36,16 @@ export function cudaGraph(c: Case): Graph {
   );
 }
 
+const DTYPES: readonly MatrixDtype[] = [...MATRIX_DTYPES, "fp8"];
+
 export function cudaCases(): Case[] {
-  return [...servingCases(), ...routed(), ...combined(), ...feedForwards(), ...writes()];
+  return [...servingCases(DTYPES), ...routed(), ...combined(), ...feedForwards(), ...writes()];
 }
 
 const ROWS = [1, 2, 7, 16, 17, 100];
 
 /** Largest differences of sums of products whose order is free; matrix units multiply in pairs of bfloat16 numbers. */
-const PRODUCTS: Readonly<Record<MatrixDtype, number>> = { f32: 2e-6, f16: 1e-5, bf16: 1e-5, int8: 1e-5, int4: 1e-5 };
+const PRODUCTS: Readonly<Record<MatrixDtype, number>> = { f32: 2e-6, f16: 1e-5, bf16: 1e-5, int8: 1e-5, int4: 1e-5, fp8: 1e-5 };
 
 /** A sum, its norm and the router, at widths that are and are not multiples of four. */
 function routed(): Case[] {
@@ -91,7 +93,7 @@ function combined(): Case[] {
 
 /** The experts of each row, with and without shared ones, and a sum that a product continues. */
 function feedForwards(): Case[] {
-  return MATRIX_DTYPES.flatMap((dtype) =>
+  return DTYPES.flatMap((dtype) =>
     ROWS.flatMap((rows) =>
       [
         [5, 2, 48, 44, 0],

@@ -193,7 +193,7 @@ describe("one clear error for", () => {
 
   test("an unsupported dtype", async () => {
     expect(faultOf(await checkpointOf(HUB, { "model.norm.weight": "I64" }))).toBe(
-      "F: tensor model.norm.weight is stored as I64; F32, F16, BF16 and mixtape's int8 and int4 are read",
+      "F: tensor model.norm.weight is stored as I64; F32, F16, BF16 and mixtape's int8, int4 and fp8 are read",
     );
     const bytes = blockBytes("int8", I, H); // right in size, but nothing says that it is int8
     expect(faultOf(await checkpointOf({ ...HUB, "model.norm.weight": [H] }, { "model.norm.weight": "U8" }))).toMatch(/stored as U8/);

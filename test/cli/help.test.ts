@@ -40,11 +40,11 @@ test.each([
   [["generate", "x", "--schema", "a.json", "--regex", "b"], "option '--schema <file>' cannot be used with option '--regex <pattern>'"],
   [
     ["generate", "x", "--dtype", "int3"],
-    "option '--dtype <format>' argument 'int3' is invalid. Allowed choices are auto, fp32, fp16, bf16, int8, int4.",
+    "option '--dtype <format>' argument 'int3' is invalid. Allowed choices are auto, fp32, fp16, bf16, fp8, int8, int4.",
   ],
   [
     ["quantize", "a", "b", "--dtype", "int3"],
-    "option '--dtype <format>' argument 'int3' is invalid. Allowed choices are int8, int4, bf16, fp16, fp32.",
+    "option '--dtype <format>' argument 'int3' is invalid. Allowed choices are int8, int4, fp8, bf16, fp16, fp32.",
   ],
   [["generate", "x", "--device", "tpu"], "option '--device <name>' argument 'tpu' is invalid. Allowed choices are auto, cpu, reference."],
 ])("%j: one line, exit code 1", async (args, message) => {

@@ -71,6 +71,7 @@ const CUDA_DEFAULTS: Defaults = {
   rows: 8192,
   cacheShare: 0.85,
   kvDtypes: ["f32", "f16", "bf16", "int8kv", "fp8kv"],
+  matrixDtype: (stored) => stored,
   kvDtype: (embedding) => (embedding === "f32" ? "f32" : "bf16"),
 };
 

@@ -1,5 +1,5 @@
 /** The fused ops of GPUs, composed of the ops that they replace; and the cache in their layout, [blocks, heads, tokens, width]. */
-import { roundBf16, roundEven } from "../../tensor/dtype.ts";
+import { roundBf16, roundE4m3 } from "../../tensor/dtype.ts";
 import { GROUP } from "../../tensor/quantized.ts";
 import type { Numbers } from "../backend.ts";
 import type { FusedOpName } from "../cuda/fused.ts";
@@ -119,11 +119,4 @@ function stored(head: Numbers, dtype: Operand["dtype"]): Numbers {
   if (dtype === "int8kv") return rounded(head, GROUP);
   if (dtype === "bf16") return Float32Array.from(head, roundBf16);
   return dtype === "fp8kv" ? Float32Array.from(head, roundE4m3) : head;
-}
-
-/** Rounds to the nearest E4M3 number, ties to even; larger ones than 448 become 448. */
-export function roundE4m3(x: number): number {
-  const exponent = Math.max(-6, Math.floor(Math.log2(Math.abs(x))));
-  const step = 2 ** (exponent - 3);
-  return Number.isNaN(x) ? x : Math.sign(x) * Math.min(448, roundEven(Math.abs(x) / step) * step);
 }

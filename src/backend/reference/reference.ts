@@ -27,7 +27,7 @@ export function referenceBackend(kernels: Readonly<Record<string, Kernel>> = KER
     name: "reference",
     threads: 1,
     trains: true,
-    defaults: CPU_DEFAULTS,
+    defaults: { ...CPU_DEFAULTS, matrixDtype: (stored) => stored },
     memory: hostMemory,
 
     async load(sources: readonly WeightSource[]): Promise<ReferenceWeights> {

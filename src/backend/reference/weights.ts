@@ -1,7 +1,7 @@
 /** Decodes stored weights of any format to float32. */
 import { open } from "node:fs/promises";
 import { fromF16, roundBf16, toF16 } from "../../tensor/dtype.ts";
-import { isBlockDtype, locateElement, roundToBlocks } from "../../tensor/quantized.ts";
+import { isBlockDtype, locateElement, readElement, roundToBlocks } from "../../tensor/quantized.ts";
 import { elements } from "../../tensor/shape.ts";
 import { isPacked, PACK, PACK_BYTES } from "../../tensor/stored.ts";
 import type { WeightSource } from "../backend.ts";
@@ -55,9 +55,7 @@ export function decode(bytes: Buffer, { stored, shape }: Pick<WeightSource, "sto
       word.setUint32(0, bytes.readUInt16LE(i * 2) << 16);
       out[i] = word.getFloat32(0);
     } else if (isBlockDtype(stored)) {
-      const { byte, highNibble, scale } = locateElement(stored, k, Math.floor(i / k), i % k);
-      const number = stored === "int8" ? bytes[byte] - 128 : ((highNibble ? bytes[byte] >> 4 : bytes[byte]) & 15) - 8;
-      out[i] = number * fromF16(bytes.readUInt16LE(scale));
+      out[i] = readElement(stored, bytes, locateElement(stored, k, Math.floor(i / k), i % k));
     } else if (isPacked(stored)) {
       const [block, at] = [Math.floor(i / PACK) * PACK_BYTES[stored], i % PACK];
       const nibbles = bytes[block + 2 + (at % (PACK / 2))];

@@ -112,7 +112,7 @@ struct Experts {
 
 template <Dtype D>
 struct GatedExperts {
-  static constexpr int TILE = TILE_N / 2;
+  static constexpr int TILE = TILE_N / 2, SPLITS = 1;
   static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
   // Up to four rows have positions of their own; of many, those that chose an expert are packed.
   static constexpr bool same(Span span) { return span != Span::MANY; }
@@ -167,7 +167,7 @@ struct GatedExperts {
 // An item is 16 outputs; its parts are the shared experts and each chosen one.
 template <Dtype D>
 struct DownExperts {
-  static constexpr int TILE = TILE_N;
+  static constexpr int TILE = TILE_N, SPLITS = 2;  // there are fewer items than blocks fit the multiprocessors
   static constexpr bool PARTS_KNOWN = false, WEIGHTED = true;
   static constexpr bool same(Span span) { return span == Span::ONE; }
   Experts e;
@@ -175,6 +175,8 @@ struct DownExperts {
   Matrix down, shared_down;
   const float *weights, *residual;
   float* y;
+  float* sums;         // at one row: [SPLITS, hidden], and how many blocks have added to an item's; else null
+  int32_t* arrived;
   int32_t rows;
   Chosen chosen;
 
@@ -214,10 +216,31 @@ struct DownExperts {
   __device__ void finish(int32_t item, int p, int n, float sum, float) const {
     n += item * TILE_N;
     if (n >= e.hidden || p >= rows) return;
+    if (sums) {
+      sums[static_cast<int64_t>(blockIdx.y) * e.hidden + n] = sum;
+      return;
+    }
     const int64_t at = static_cast<int64_t>(p) * e.hidden + n;
     y[at] = residual ? sum + residual[at] : sum;
   }
-  __device__ void after(int32_t) const {}
+  // The last block that has its part of an item adds up all of them, in their order.
+  __device__ void after(int32_t item) const {
+    if (!sums) return;
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      last = atomicAdd(&arrived[item], 1) == SPLITS - 1;
+      if (last) arrived[item] = 0;
+    }
+    __syncthreads();
+    const int32_t n = item * TILE_N + static_cast<int32_t>(threadIdx.x);
+    if (!last || threadIdx.x >= TILE_N || n >= e.hidden) return;
+    __threadfence();
+    float sum = 0;
+    for (int s = 0; s < SPLITS; s++) sum += __ldcg(sums + static_cast<int64_t>(s) * e.hidden + n);
+    y[n] = residual ? sum + residual[n] : sum;
+  }
 };
 
 // Sorts slots by expert, as the op `group` does, in one block; slots without an expert are left out.
@@ -296,9 +319,12 @@ void experts_down(const Operands& o, Launch& launch) {
   const Experts e{ids.as<int32_t>(), ids.rows(), k, count, down.most[1], down.most[2], shared ? o.in(3).most[1] : 0, count < slots ? count : slots, slots, positions_of(rows), launch.faults};
   const float* residual = has_residual ? o.in(shared ? 6 : 4).as<float>() : nullptr;
   if (fits(e, rows, e.width, e.shared_width, {down.dtype, shared ? o.in(3).dtype : down.dtype})) {
+    constexpr int SPLITS = DownExperts<BF16>::SPLITS;
+    float* sums = rows == 1 ? static_cast<float*>(launch.scratch(static_cast<size_t>(SPLITS) * e.hidden * 4)) : nullptr;
+    int32_t* arrived = rows == 1 ? launch.counters(ceil_div(e.hidden, TILE_N)) : nullptr;
     launch_rows<DownExperts>(down.dtype, rows, ceil_div(e.hidden, TILE_N), 1, static_cast<int64_t>(k) * e.width + e.shared_width, Chosen::bytes(e.most, slots, e.positions), launch, [&](auto tag) {
       return DownExperts<decltype(tag)::value>{e, h.as<float>(), shared ? o.in(1).as<float>() : nullptr, matrix_of(down), shared ? matrix_of(o.in(3)) : Matrix{},
-                                              weights.as<float>(), residual, y.as<float>(), 0, {}};
+                                              weights.as<float>(), residual, y.as<float>(), sums, arrived, 0, {}};
     });
     return;
   }

@@ -72,7 +72,7 @@ __device__ __forceinline__ uint32_t largest_of_16(uint32_t top) {
 // Items are tiles of the keys' rows, then the values', then the queries'.
 template <Dtype D>
 struct Qkv {
-  static constexpr int TILE = TILE_N;
+  static constexpr int TILE = TILE_N, SPLITS = 1;
   static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
   static constexpr bool same(Span) { return true; }
   const float *x, *angles;

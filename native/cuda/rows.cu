@@ -6,7 +6,7 @@ namespace {
 
 template <Dtype D, bool GATED>
 struct Whole {
-  static constexpr int TILE = GATED ? TILE_N / 2 : TILE_N;
+  static constexpr int TILE = GATED ? TILE_N / 2 : TILE_N, SPLITS = 1;
   static constexpr bool PARTS_KNOWN = true, WEIGHTED = false;
   static constexpr bool same(Span) { return true; }
   Product p;

@@ -29,6 +29,7 @@ struct Source {
 //   WEIGHTED                    whether row_of sets a factor
 //   same(span)                  whether all items have the same rows of activations, each at its own position if the item uses it
 //   everybody()                 these positions
+//   SPLITS                      how many blocks share an item's chunks at one row; `finish` then gets a part of the sum in each
 //   early_items()               items whose first part's weights are known before await_inputs
 //   prepare(shared)             called by all threads after await_inputs; returns the number of items
 //   parts(), chunks(part)       of each item
@@ -56,6 +57,8 @@ __global__ void __launch_bounds__(ROW_THREADS, SPAN == Span::ONE ? 3 : 2) rows_k
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);  // so that the compiler knows it is the same for all lanes
   float* partial = reinterpret_cast<float*>(shared + ROW_WARPS * W::bytes(slots));
   const int count = TILE_N * (MANY ? width : P);  // sums of a warp
+  constexpr int SPLITS = SPAN == Span::ONE ? Op::SPLITS : 1, STRIDE = SPLITS * ROW_WARPS;
+  const int own = SPLITS > 1 ? static_cast<int>(blockIdx.y) * ROW_WARPS + warp : warp;  // this warp's first chunk
   W w;
   w.start(shared + warp * W::bytes(slots), slots);
 
@@ -65,21 +68,21 @@ __global__ void __launch_bounds__(ROW_THREADS, SPAN == Span::ONE ? 3 : 2) rows_k
     if (c.chunk < c.chunks) return false;
     while (c.item < items && c.chunk >= c.chunks) {
       c.chunk -= c.chunks;
-      if (++c.part == op.parts()) c.item += gridDim.x, c.part = 0, c.chunk = warp;
+      if (++c.part == op.parts()) c.item += gridDim.x, c.part = 0, c.chunk = own;
       if (c.item < items) c.chunks = op.chunks(c.part);
     }
     return true;
   };
   auto aim = [&](const Cursor& c) { w.aim(op.source(c), op.pitch(c.part), op.scale_pitch(c.part)); };
 
-  Cursor ahead{static_cast<int32_t>(blockIdx.x), 0, warp, op.chunks(0)};
+  Cursor ahead{static_cast<int32_t>(blockIdx.x), 0, own, op.chunks(0)};
   int started = 0;
   if constexpr (Op::PARTS_KNOWN) settle(ahead);
   if (ahead.item < items && ahead.chunk < ahead.chunks) aim(ahead);
   while (started < S && ahead.item < items && ahead.chunk < ahead.chunks) {
     w.fetch(started++, ahead.chunk);
     close_copies();
-    ahead.chunk += ROW_WARPS;
+    ahead.chunk += STRIDE;
     if constexpr (Op::PARTS_KNOWN)
       if (settle(ahead) && ahead.item < items) aim(ahead);
   }
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(ROW_THREADS, SPAN == Span::ONE ? 3 : 2) rows_k
   const int32_t known = items;
   items = op.prepare(reinterpret_cast<uint8_t*>(partial + (MANY ? 1 : 2) * ROW_WARPS * count));
 
-  Cursor now{static_cast<int32_t>(blockIdx.x), 0, warp, op.chunks(0)};
+  Cursor now{static_cast<int32_t>(blockIdx.x), 0, own, op.chunks(0)};
   settle(now);
   uint32_t mask = now.item < items ? op.mask(now) : 0;
   const uint32_t all = now.item < items ? op.everybody() : 0;  // if RESIDENT
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(ROW_THREADS, SPAN == Span::ONE ? 3 : 2) rows_k
 #pragma unroll 1
       for (int p = 0; p < (MANY ? 4 * groups : P); p++)
         if (all >> p & 1) visit(c, slot + p / 4, p);
-      c.chunk += ROW_WARPS;
+      c.chunk += STRIDE;
       settle(c);
     }
   };
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(ROW_THREADS, SPAN == Span::ONE ? 3 : 2) rows_k
   for (; started < S; started++) {
     if (ahead.item < items) {
       w.fetch(started, ahead.chunk);
-      ahead.chunk += ROW_WARPS;
+      ahead.chunk += STRIDE;
       if (settle(ahead) && ahead.item < items) aim(ahead);
     }
     close_copies();
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(ROW_THREADS, SPAN == Span::ONE ? 3 : 2) rows_k
     for (int slot = 0; now.item == item;) {
       const Cursor at = now;
       const uint32_t active = mask;
-      now.chunk += ROW_WARPS;
+      now.chunk += STRIDE;
       const bool moved = settle(now);
       const bool more = now.item < items;
       if (moved && more) mask = op.mask(now);
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(ROW_THREADS, SPAN == Span::ONE ? 3 : 2) rows_k
         if (moved) w.expect(mask);
       if (ahead.item < items) {
         w.fetch(stage, ahead.chunk);
-        ahead.chunk += ROW_WARPS;
+        ahead.chunk += STRIDE;
         if (settle(ahead) && ahead.item < items) aim(ahead);
       }
       close_copies();
@@ -254,17 +257,21 @@ void launch_rows(Dtype format, int most, int items, int across, int64_t depth, i
   auto go = [&](auto tag) {
     constexpr Dtype D = decltype(tag)::value;
     using O = Op<D>;
-    constexpr int P = SPAN == Span::ONE ? 1 : 4, WHOLE = (227 << 10) - 1024, HALF_OF_IT = (227 << 10) / 2 - 1024;
+    constexpr int P = SPAN == Span::ONE ? 1 : 4, SPLITS = SPAN == Span::ONE ? O::SPLITS : 1;
+    constexpr int WHOLE = (227 << 10) - 1024, HALF_OF_IT = (227 << 10) / 2 - 1024, THIRD = (227 << 10) / 3 - 1024;
     const int width = positions_of(most);
     auto bytes = [&](int slots) { return ROW_WARPS * (Warp<D, P>::bytes(slots) + (SPAN == Span::MANY ? 1 : 2) * TILE_N * width * 4) + op_bytes; };
-    auto grid = [&](int together) { return dim3(items < together * launch.multiprocessors ? items : together * launch.multiprocessors, across); };
+    auto grid = [&](int together) {
+      const int most_blocks = together * launch.multiprocessors / SPLITS;
+      return dim3(items < most_blocks ? items : most_blocks, across * SPLITS);
+    };
     if constexpr (O::same(SPAN)) {
-      const int64_t chunks = (depth / Chunks<D>::CHUNK + ROW_WARPS - 1) / ROW_WARPS;
+      const int64_t chunks = (depth / Chunks<D>::CHUNK + SPLITS * ROW_WARPS - 1) / (SPLITS * ROW_WARPS);
       const int slots = static_cast<int>((chunks < 256 ? chunks : 256) * ceil_div(width, 4));
       // Alone on its multiprocessor, a block gets fewer weights at a time; that pays if it has many items.
       const bool alone = bytes(slots) > HALF_OF_IT;
       if (bytes(slots) <= (items >= 4 * launch.multiprocessors ? WHOLE : HALF_OF_IT))
-        return launch(rows_kernel<O, D, SPAN, true>, grid(alone ? 1 : 2), ROW_THREADS, bytes(slots), make(tag), slots, width);
+        return launch(rows_kernel<O, D, SPAN, true>, grid(alone ? 1 : SPAN == Span::ONE && bytes(slots) <= THIRD ? 3 : 2), ROW_THREADS, bytes(slots), make(tag), slots, width);
     }
     launch(rows_kernel<O, D, SPAN, false>, grid(2), ROW_THREADS, bytes(1), make(tag), 1, width);
   };

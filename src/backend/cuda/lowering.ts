@@ -8,8 +8,8 @@ import { checked, type Graph } from "../../graph/graph.ts";
 import { type Lowering, lower } from "../../graph/lower.ts";
 import { CASTS, CUDA_TABLE, NARROWED } from "./ops.ts";
 
-/** The most rows of a step that is computed by the kernels for few rows. */
-export const FEW_ROWS = 16;
+/** The most rows of a step that is computed by the kernels for few rows: with more, most experts are read anyway, and matrix units read them faster. */
+export const FEW_ROWS = 4;
 
 const GENERAL = new Set(["gatedLinear", "groupedGatedLinear", "addRmsNorm"]);
 

@@ -131,7 +131,7 @@ void cut(std::vector<Piece>& pieces, size_t weight, const char* name, CudaMemory
     const CudaSource& source = parts[p];
     const bool floats = is_float(source.stored);
     if (floats ? !is_float(s.dtype) : source.stored != s.dtype) throw Error(std::string("internal: ") + name + " has to be converted before it is loaded");
-    const size_t unit = floats ? (source.stored == F32 ? 4 : 2) : static_cast<size_t>(groups_of(k)) * static_cast<size_t>(block_bytes(static_cast<Dtype>(s.dtype)));
+    const size_t unit = floats ? (source.stored == F32 ? 4 : 2) : static_cast<size_t>(groups_of(k)) * static_cast<size_t>(s.dtype == INT4 ? INT4_BLOCK_BYTES : INT8_BLOCK_BYTES);
     const int64_t units = floats ? n * k : (n + TILE_ROWS - 1) / TILE_ROWS;
     if (source.bytes != static_cast<uint64_t>(units) * unit) throw Error(std::string("internal: ") + name + " has " + std::to_string(source.bytes) + " bytes, " + std::to_string(static_cast<uint64_t>(units) * unit) + " expected");
     const auto at_once = static_cast<int64_t>(std::max<size_t>(1, PIECE_BYTES / unit));

@@ -12,20 +12,20 @@ struct Cache {
   void *keys, *values;
   int32_t heads, dim, blocks;
   const int32_t *segments, *pages;
-  Size sequences;
-  int32_t page_count;
+  Size sequences, page_count;
   FaultRecord* faults;
 
   __device__ int32_t groups() const { return (dim + 63) / 64; }
 
   // The place of a row among the tokens of all blocks, or -1.
   __device__ int64_t token_of(int32_t row) const {
+    const int32_t most_pages = page_count.get();
     for (int32_t s = 0; s < sequences.get(); s++) {
       const int32_t* segment = segments + 3 * s;
       const int32_t i = row - segment[0];
       if (i < 0 || i >= segment[1]) continue;
       const int32_t position = segment[2] + i, page = position / BLOCK_TOKENS;
-      const int32_t block = page < page_count ? pages[s * page_count + page] : -1;
+      const int32_t block = page < most_pages ? pages[s * most_pages + page] : -1;
       if (block >= 0 && block < blocks) return static_cast<int64_t>(block) * BLOCK_TOKENS + position % BLOCK_TOKENS;
       report(faults, Fault::PAGE, block, blocks);
       return -1;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(64) rotate_and_write(float* q, const float* k,
 void qkv_rope(const Operands& o, Launch& launch) {
   const Tensor &x = o.in(0), &wq = o.in(1), &wk = o.in(2), &wv = o.in(3), &angles = o.in(4), &keys = o.in(5), &values = o.in(6), &segments = o.in(7), &pages = o.in(8), &q = o.out(0);
   const int32_t rows = x.most[0], k = wq.most[1], dim = angles.most[1], heads = wk.most[0] / dim;
-  const Cache cache{keys.dtype, keys.data, values.data, heads, dim, keys.most[0], segments.as<int32_t>(), pages.as<int32_t>(), segments.rows(), pages.most[1], launch.faults};
+  const Cache cache{keys.dtype, keys.data, values.data, heads, dim, keys.most[0], segments.as<int32_t>(), pages.as<int32_t>(), segments.rows(), pages.dims[1], launch.faults};
   const Dtype d = wq.dtype;
   const bool aligned = has_chunks(d) && wk.dtype == d && wv.dtype == d && k % chunk_of(d) == 0 && dim % (keys.dtype == INT8KV ? 64 : TILE_N) == 0;
   if (aligned && rows <= ROWS_MOST) {

@@ -140,7 +140,7 @@ function writes(): Case[] {
       ].map(([heads, kvHeads, dim, hidden]) => {
         const b = new Builder(CUDA_TABLE);
         const rows = counts.reduce((a, c) => a + c);
-        const pagesEach = Math.ceil(Math.max(...counts) / BLOCK_TOKENS);
+        const pagesEach = Math.max(3, Math.ceil(Math.max(...counts) / BLOCK_TOKENS)); // no power of two, so that room for 4 is another width
         const starts = counts.map((_, s) => counts.slice(0, s).reduce((a, c) => a + c, 0));
         const segments = b.input("segments", [symbol("sequences"), 3], Int32Array.from(counts.flatMap((c, s) => [starts[s], c, 0])));
         const blocks = counts.length * pagesEach + 1;

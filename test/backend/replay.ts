@@ -28,9 +28,15 @@ export interface Recording {
   readonly expected: readonly Numbers[];
 }
 
-export function recordCase(c: Case, lowered: Graph, sources: readonly WeightSource[], expected: readonly Numbers[]): Recording {
+export function recordCase(
+  c: Case,
+  lowered: Graph,
+  sources: readonly WeightSource[],
+  expected: readonly Numbers[],
+  capacity: SymbolValues = c.sizes,
+): Recording {
   const { name, tolerance, sizes } = c;
-  return { name, tolerance, plan: plan(lowered, sizes), sources, sizes, inputs: Object.fromEntries(c.inputs), expected };
+  return { name, tolerance, plan: plan(lowered, capacity), sources, sizes, inputs: Object.fromEntries(c.inputs), expected };
 }
 
 /** A whole model in float32 that computes a prompt in one step, against its recorded logits. */

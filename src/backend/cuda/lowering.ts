@@ -35,7 +35,7 @@ export function loweredForCuda(graph: Graph, rows: number, has: (op: string) => 
     fuse(graph, (op) => GENERAL.has(op) && has(op)),
     lowering(few),
   );
-  const rules = (few ? [attentionOf, mixtureOf, routedNorm] : [rotatedWrite, combinedNorm]) as readonly Rule[];
+  const rules: readonly Rule[] = few ? [attentionOf, mixtureOf, routedNorm] : [rotatedWrite, combinedNorm, routedNorm];
   const fused = rewrite(plain, rules, has);
   return few ? fused : narrow(fused, has);
 }

@@ -39,17 +39,19 @@ struct Cache {
   int32_t heads, dim;
 };
 
-// Where results go: f32 or bf16.
+// Where results go: f32, bf16 or f16.
 struct Out {
   void* data;
-  bool narrow;
+  Dtype dtype;
   __device__ __forceinline__ void put(int64_t i, float x) const {
-    if (narrow) static_cast<bf16*>(data)[i] = __float2bfloat16_rn(x);
-    else static_cast<float*>(data)[i] = x;
+    if (dtype == F32) static_cast<float*>(data)[i] = x;
+    else if (dtype == BF16) static_cast<bf16*>(data)[i] = __float2bfloat16_rn(x);
+    else static_cast<f16*>(data)[i] = __float2half_rn(x);
   }
   __device__ __forceinline__ void put2(int64_t i, float x, float y) const {
-    if (narrow) *reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(data) + i) = __floats2bfloat162_rn(x, y);
-    else *reinterpret_cast<float2*>(static_cast<float*>(data) + i) = make_float2(x, y);
+    if (dtype == F32) *reinterpret_cast<float2*>(static_cast<float*>(data) + i) = make_float2(x, y);
+    else if (dtype == BF16) *reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(data) + i) = __floats2bfloat162_rn(x, y);
+    else *reinterpret_cast<__half2*>(static_cast<f16*>(data) + i) = __floats2half2_rn(x, y);
   }
 };
 
@@ -57,7 +59,7 @@ inline Step step_of(const Tensor& cache, const Tensor& segments, const Tensor& p
   return {segments.as<int32_t>(), pages.as<int32_t>(), segments.dims[0], pages.dims[1], cache.most[0], faults};
 }
 inline Cache cache_of(const Tensor& keys, const Tensor& values) { return {keys.data, values.data, keys.most[1], keys.most[3]}; }
-inline Out out_of(const Tensor& y) { return {y.data, y.dtype == BF16}; }
+inline Out out_of(const Tensor& y) { return {y.data, y.dtype}; }
 
 // A cache's format: the type of its numbers, and the bytes of what belongs to a block and head.
 template <Dtype D> struct Format;

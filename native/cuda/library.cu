@@ -58,7 +58,7 @@ const CudaInterface INTERFACE = {
     .count = [](int32_t* cards) {
       return attempt([&] {
         const cudaError_t e = cudaGetDeviceCount(cards);
-        if (e == cudaErrorNoDevice) {
+        if (e == cudaErrorNoDevice || e == cudaErrorInsufficientDriver) {  // the caller compares the versions
           cudaGetLastError();
           *cards = 0;
         } else cuda::check(e, "cudaGetDeviceCount");

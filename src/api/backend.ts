@@ -32,7 +32,12 @@ export async function openBackend(
   if (device === "auto") {
     const { cards, driver, refused } = cudaSystem();
     const [card] = cards;
-    if (!card) return nativeBackend({});
+    if (!card) {
+      // A driver without a card is worth a word, unless its cards were hidden on purpose.
+      if (driver !== null && !["", "-1"].includes(process.env["CUDA_VISIBLE_DEVICES"] ?? "0"))
+        warn(`no GPU is used, but the CPU: ${refused}`);
+      return nativeBackend({});
+    }
     const small =
       card.free < needed ? `${gb(needed)} are needed with this model's weights, ${gb(card.free)} of ${gb(card.total)} are free` : "";
     const why = refused || card.refused || small;

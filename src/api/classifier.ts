@@ -122,7 +122,7 @@ export class SequenceClassifier {
   readonly folder: string;
   readonly config: ErnieConfig;
   readonly classifier: ClassifierConfig;
-  /** Instruction set and threads, for display. */
+  /** What computes, for display: `avx512bf16, 2 threads`, or `cuda:0, NVIDIA H200`. */
   readonly device: string;
   #parts: LoadedModel;
   #adapters: RuntimeAdapters;
@@ -134,7 +134,7 @@ export class SequenceClassifier {
     this.folder = checkpoint.folder;
     this.config = config;
     this.classifier = config.classifier;
-    this.device = `${backend.name}, ${backend.threads} thread${backend.threads === 1 ? "" : "s"}`;
+    this.device = backend.device;
     this.#adapters = new RuntimeAdapters(engine, config);
     this.#adapters.set(active);
   }

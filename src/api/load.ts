@@ -52,7 +52,7 @@ export interface LoadOptions {
   readonly device?: "auto" | "cpu" | "cuda" | "reference" | (string & {});
   /** An instruction set by name (`scalar`, `avx2`, ...). Default: the environment variable `MIXTAPE_ISA`, else the best available. */
   readonly isa?: string;
-  /** Format of the KV cache: `fp32`, `fp16` or `int8`. or, on a GPU, `bf16` or `fp8`. Default: fp32 for fp32 weights; on a CPU int8 for int8 and int4, else fp16; on a GPU bf16. */
+  /** Format of the KV cache: `fp32`, `fp16` or `int8`, or, on a GPU, `bf16` or `fp8`. Default: fp32 for fp32 weights; on a CPU int8 for int8 and int4, else fp16; on a GPU bf16. */
   readonly kv_cache_dtype?: KvCacheDtype;
   /** Capacity of the KV cache in tokens. Default: 16 full sequences, or as many as fit half of the free memory that the weights leave; 85 % of a GPU's. */
   readonly kv_cache_tokens?: number;

@@ -153,7 +153,7 @@ export class CausalLM {
   readonly generation_config: Readonly<Record<string, unknown>>;
   /** What generation_config.json sets for `generate`. */
   readonly defaults: GenerationDefaults;
-  /** Instruction set and threads, for display. */
+  /** What computes, for display: `avx512bf16, 2 threads`, or `cuda:0, NVIDIA H200`. */
   readonly device: string;
   /** The underlying engine: `submit` streams tokens of many concurrent requests. */
   get engine(): LoadedModel["engine"] {
@@ -170,7 +170,7 @@ export class CausalLM {
     this.defaults = defaults;
     this.#parts = loaded;
     this.#adapters = new RuntimeAdapters(loaded.engine, config);
-    this.device = `${backend.name}, ${backend.threads} thread${backend.threads === 1 ? "" : "s"}`;
+    this.device = backend.device;
   }
 
   /**

@@ -112,6 +112,8 @@ export interface Defaults {
 export interface Backend {
   /** For display: `reference`, `avx512bf16`, `cuda:0`, ... */
   readonly name: string;
+  /** For display, with what computes: `avx512bf16, 2 threads`, or `cuda:0, NVIDIA H200`. */
+  readonly device: string;
   readonly threads: number;
   /** Whether it has kernels for gradients and updates. */
   readonly trains: boolean;

@@ -52,6 +52,7 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
 
   return {
     name,
+    device: `${name}, ${threads} thread${threads === 1 ? "" : "s"}`,
     threads,
     trains: true,
     defaults: CPU_DEFAULTS,

@@ -1,11 +1,13 @@
-/** `mixtape info`: what a model is, how large it is, and how it generates by default. Loads no weights. */
+/** `mixtape info`: what a model is, how large it is, and how it generates by default; or what can compute on this machine. Loads no weights. */
 import type { Command } from "commander";
 import type { Facts } from "./facts.ts";
+import { UsageError } from "./failure.ts";
 import { addHubOptions, addModelOption, examples, type ModelFlags } from "./options.ts";
 import { colours, formatBytes, formatCount, padEnd } from "./terminal.ts";
 
 interface InfoFlags extends ModelFlags {
   readonly json?: boolean;
+  readonly devices?: boolean;
 }
 
 export function addInfo(program: Command): void {
@@ -14,6 +16,7 @@ export function addInfo(program: Command): void {
     .description("Show a model's sizes, parameters, memory, tokenizer and defaults. Downloads no weights.")
     .argument("[model]", "as -m")
     .optionsGroup("Options:")
+    .option("--devices", "show the processor and the GPUs of this machine instead, and why a GPU cannot be used")
     .option("--json", "print JSON");
   addHubOptions(addModelOption(command))
     .addHelpText(
@@ -22,9 +25,17 @@ export function addInfo(program: Command): void {
         ["mixtape info", "the bundled model"],
         ["mixtape info baidu/ERNIE-4.5-21B-A3B-PT", "a model on the hub, before downloading its 44 GB"],
         ["mixtape info ./my-model --json | jq .parameters", "for scripts"],
+        ["mixtape info --devices", "what --device can name here"],
       ),
     )
     .action(async (argument: string | undefined, flags: InfoFlags) => {
+      if (flags.devices) {
+        if (argument !== undefined) throw new UsageError(`--devices describes this machine, not a model: leave out '${argument}'`);
+        const { describeDevices, devices } = await import("./devices.ts");
+        const found = devices();
+        process.stdout.write(flags.json ? `${JSON.stringify(found, null, 2)}\n` : describeDevices(found));
+        return;
+      }
       const { gather } = await import("./facts.ts");
       const facts = await gather(argument ?? flags.model, flags);
       process.stdout.write(flags.json ? `${JSON.stringify(facts, null, 2)}\n` : render(facts));

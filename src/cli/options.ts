@@ -83,11 +83,7 @@ export function addModelOptions(command: Command): Command {
   addModelOption(command)
     .addOption(new Option("--dtype <format>", "weight format in memory").choices(DTYPES).default("auto"))
     .option("--threads <n>", "compute threads (default: one per physical core)", whole(1))
-    .addOption(
-      new Option("--device <name>", "where to compute: auto (a GPU if one works and has room), cpu, cuda, cuda:1, reference")
-        .argParser(device)
-        .default("auto"),
-    );
+    .addOption(deviceOption().default("auto"));
   command
     .addOption(new Option("--kv-cache-dtype <format>", "KV cache format (default: depends on the weights)").choices(KV_CACHE_DTYPES))
     .option("--kv-cache-tokens <n>", "capacity of the KV cache (default: depends on free memory)", whole(1))
@@ -96,9 +92,14 @@ export function addModelOptions(command: Command): Command {
   return addHubOptions(command);
 }
 
-function device(name: string): string {
-  if (!isDevice(name)) throw new InvalidArgumentError(`Known are ${DEVICES}.`);
-  return name;
+/** `--device`; without it, `auto`. */
+export function deviceOption(): Option {
+  return new Option("--device <name>", "where to compute: auto (a GPU if one works and has room), cpu, cuda, cuda:1, reference").argParser(
+    (name) => {
+      if (!isDevice(name)) throw new InvalidArgumentError(`Known are ${DEVICES}.`);
+      return name;
+    },
+  );
 }
 
 /** Adds `--adapter`. */

@@ -7,7 +7,7 @@ import { KV_CACHE_DTYPES } from "../api/kv.ts";
 import type { Residence } from "../api/residence.ts";
 import { checkServeConfig, readServeConfig, ServeConfig } from "../server/config.ts";
 import { UsageError } from "./failure.ts";
-import { DTYPES, residenceOption, whole } from "./options.ts";
+import { DTYPES, deviceOption, residenceOption, whole } from "./options.ts";
 
 export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly config?: string;
@@ -16,6 +16,7 @@ export interface ServeFlags extends Readonly<Record<string, unknown>> {
   readonly adapter?: readonly { readonly model: string | null; readonly name: string; readonly folder: string }[];
   readonly dtype?: string;
   readonly threads?: number;
+  readonly device?: string;
   readonly kvCacheDtype?: string;
   readonly kvCacheTokens?: number;
   readonly weights?: Residence;
@@ -63,6 +64,7 @@ export function addSettings(command: Command): void {
     )
     .addOption(new Option("--dtype <format>", "weight format in memory (default: auto)").choices(DTYPES))
     .option("--threads <n>", "compute threads (default: one per core)", whole(1))
+    .addOption(deviceOption())
     .addOption(new Option("--kv-cache-dtype <format>", "KV cache format").choices(KV_CACHE_DTYPES))
     .option("--kv-cache-tokens <n>", "KV cache capacity of a model, in tokens", whole(32))
     .addOption(residenceOption());
@@ -84,6 +86,7 @@ export async function settings(flags: ServeFlags): Promise<ServeConfig> {
     adapter = [],
     dtype,
     threads,
+    device,
     kvCacheDtype,
     kvCacheTokens,
     weights,
@@ -95,7 +98,7 @@ export async function settings(flags: ServeFlags): Promise<ServeConfig> {
   const inFile = file === undefined ? {} : await readServeConfig(file);
   const fromFlags = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== undefined));
   const how = Object.fromEntries(
-    Object.entries({ dtype, threads, kvCacheDtype, kvCacheTokens, weights }).filter(([, value]) => value !== undefined),
+    Object.entries({ dtype, threads, device, kvCacheDtype, kvCacheTokens, weights }).filter(([, value]) => value !== undefined),
   );
   const named = model ?? (inFile["models"] === undefined ? [{ name: "default", path: "default" }] : undefined);
   if (named === undefined && (Object.keys(how).length > 0 || adapter.length > 0))

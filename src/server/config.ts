@@ -61,7 +61,7 @@ const modelSchema = z.strictObject({
     .optional()
     .describe("What a classifier's scores are; default: that of config.json, else by the number of classes"),
   maxLoraRank: count(1).max(4096).default(256).describe("Largest rank of an adapter"),
-  chunkSize: count(1).max(65_536).optional().describe("Maximum rows per step; default: 512"),
+  chunkSize: count(1).max(65_536).optional().describe("Maximum rows per step; default: 512, on a GPU 8192"),
   preload: z
     .boolean()
     .default(true)

@@ -46,7 +46,10 @@ test.each([
     ["quantize", "a", "b", "--dtype", "int3"],
     "option '--dtype <format>' argument 'int3' is invalid. Allowed choices are int8, int4, fp8, bf16, fp16, fp32.",
   ],
-  [["generate", "x", "--device", "tpu"], "option '--device <name>' argument 'tpu' is invalid. Allowed choices are auto, cpu, reference."],
+  [
+    ["generate", "x", "--device", "tpu"],
+    "option '--device <name>' argument 'tpu' is invalid. Known are auto, cpu, cuda, cuda:0, cuda:1, ..., reference.",
+  ],
 ])("%j: one line, exit code 1", async (args, message) => {
   expect(await run(args)).toEqual({ code: 1, out: "", err: `mixtape: ${message}\n` });
 });

@@ -21,12 +21,14 @@ export interface RunOptions {
   readonly env?: Readonly<Record<string, string>>;
   /** Default: the folder of the tests. */
   readonly cwd?: string;
+  /** The script that is run. Default: this installation's command. */
+  readonly binary?: string;
 }
 
 /** Runs `mixtape` with these arguments until it exits. */
-export function run(args: readonly string[], { input = "", env = {}, cwd }: RunOptions = {}): Promise<Result> {
+export function run(args: readonly string[], { input = "", env = {}, cwd, binary: script = binary }: RunOptions = {}): Promise<Result> {
   if (!existsSync(join(root, "dist/cli/main.js"))) throw new Error("dist is not built; run npm run build");
-  const child = spawn(process.execPath, [binary, ...args], { env: environment(env), cwd });
+  const child = spawn(process.execPath, [script, ...args], { env: environment(env), cwd });
   child.stdin.on("error", () => {}); // a command that fails immediately does not read it
   child.stdin.end(input);
   return finished(child);

@@ -29,14 +29,17 @@ const OLDEST_DRIVER = 12040;
 
 const version = (code: number) => `${Math.floor(code / 1000)}.${Math.floor((code % 1000) / 10)}`;
 
-/** Looks for cards. Throws nothing: what is wrong is in `refused`. */
-export function cudaSystem(): CudaSystem {
+/**
+ * Looks for cards. Throws nothing: what is wrong is in `refused`.
+ * @param library where the CUDA library is, if it was built
+ */
+export function cudaSystem(library = LIBRARY): CudaSystem {
   const none = { cards: [], driver: null, runtime: null };
-  if (!existsSync(LIBRARY))
+  if (!existsSync(library))
     return { ...none, refused: "mixtape was built without CUDA: install nvcc 12.4 or newer and run 'npm rebuild mixtape'" };
   const addon = openAddon();
   try {
-    addon.cudaLibrary(LIBRARY);
+    addon.cudaLibrary(library);
     const { driver, runtime, cards } = addon.cudaCards();
     if (driver === 0) return { ...none, runtime: version(runtime), refused: "there is no NVIDIA driver" };
     const versions = { driver: version(driver), runtime: version(runtime) };
@@ -67,7 +70,7 @@ export interface CudaBackend extends Backend {
 }
 
 /** Matrix units want thousands of rows; what steps need beside weights and cache is small compared with a card's memory. */
-const CUDA_DEFAULTS: Defaults = {
+export const CUDA_DEFAULTS: Defaults = {
   rows: 8192,
   cacheShare: 0.85,
   kvDtypes: ["f32", "f16", "bf16", "int8kv", "fp8kv"],
@@ -96,6 +99,7 @@ export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = 
 
   return {
     name: `cuda:${index}`,
+    device: `cuda:${index}, ${card.name}`,
     threads: 1,
     trains: false,
     defaults: CUDA_DEFAULTS,

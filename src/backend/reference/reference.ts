@@ -25,6 +25,7 @@ interface ReferenceState extends State {
 export function referenceBackend(kernels: Readonly<Record<string, Kernel>> = KERNELS): Backend {
   return {
     name: "reference",
+    device: "reference, 1 thread",
     threads: 1,
     trains: true,
     defaults: { ...CPU_DEFAULTS, matrixDtype: (stored) => stored },

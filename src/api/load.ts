@@ -156,6 +156,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
   });
   const warn = options.warning_callback ?? ((message: string) => process.emitWarning(message));
   const backend = await openBackend(options, requested, warn);
+  let tensors: Weights | null = null;
   try {
     const weights = readable(requested, backend, wanted, (message) => warn(`${folder}: ${message}`));
     const unused = unusedText(located);
@@ -168,7 +169,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
     if (!backend.name.startsWith("cuda"))
       for (const message of warningsFor(weights, backend.threads, thisMachine(physicalCores()))) warn(message);
     const dtypes = new Map(weights.map((w) => [w.name, w.dtype]));
-    const tensors = await backend.load(weights, options.weights);
+    tensors = await backend.load(weights, options.weights);
     const settings: EngineSettings = {
       dtypeOf: (name) => dtypes.get(name) as Dtype,
       kvDtype: options.kv_cache_dtype && KV_DTYPES[options.kv_cache_dtype],
@@ -190,6 +191,7 @@ export async function loadModel(folder: string, options: LoadOptions = {}, head:
       ...{ states, trained: new Set<string>(), experts: new Map() },
     };
   } catch (error) {
+    tensors?.dispose();
     backend.dispose();
     throw error;
   }

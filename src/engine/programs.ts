@@ -64,9 +64,14 @@ export class Programs {
     this.#weights = weights;
     this.#trace = (model) => trace(model, dtypeOf, kv, parameters);
     this.#graph = this.#trace(model);
-    for (const t of this.#graph.values)
-      if (t.kind === "state" && !parameters.has(t.name as string))
-        this.#own.set(t.name as string, backend.state(t.dtype, t.shape.map(Number)));
+    try {
+      for (const t of this.#graph.values)
+        if (t.kind === "state" && !parameters.has(t.name as string))
+          this.#own.set(t.name as string, backend.state(t.dtype, t.shape.map(Number)));
+    } catch (error) {
+      for (const state of this.#own.values()) state.dispose(); // a cache that does not fit gives back its first half
+      throw error;
+    }
     this.#states = new Map([...parameters, ...this.#own]);
   }
 

@@ -1,7 +1,7 @@
 /** The test cases of CUDA's kernels: those of all backends that serve, lowered for it, and its fused ops. */
 import { BLOCK_TOKENS } from "../../src/backend/backend.ts";
 import { FUSED_OPS } from "../../src/backend/cuda/fused.ts";
-import { CUDA_KERNELS } from "../../src/backend/reference/cuda.ts";
+import { CUDA_KERNELS, narrowedKernels } from "../../src/backend/reference/cuda.ts";
 import { KERNELS } from "../../src/backend/reference/kernels.ts";
 import type { OpTable, Tensor } from "../../src/graph/call.ts";
 import { fuse } from "../../src/graph/fuse.ts";
@@ -16,7 +16,8 @@ import { servingCases } from "./cases.ts";
 export const CUDA_TABLE: OpTable = { ...OPS, ...FUSED_OPS };
 
 /** The reference backend's kernels, with the cache in CUDA's layout. */
-export const CUDA_REFERENCE = { ...KERNELS, ...CUDA_KERNELS };
+const WHOLE = { ...KERNELS, ...CUDA_KERNELS };
+export const CUDA_REFERENCE = { ...WHOLE, ...narrowedKernels(WHOLE) };
 
 const CUDA: Lowering = {
   table: CUDA_TABLE,

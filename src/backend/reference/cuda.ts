@@ -3,6 +3,7 @@ import { roundBf16, roundE4m3 } from "../../tensor/dtype.ts";
 import { GROUP } from "../../tensor/quantized.ts";
 import type { Numbers } from "../backend.ts";
 import type { FusedOpName } from "../cuda/fused.ts";
+import { CASTS, NARROWED } from "../cuda/ops.ts";
 import { forEachRow, pageOf, rounded } from "./attention.ts";
 import { ELEMENTWISE_KERNELS } from "./elementwise.ts";
 import { EXPERT_KERNELS } from "./experts.ts";
@@ -101,6 +102,23 @@ export const CUDA_KERNELS: Readonly<Record<FusedOpName, Kernel>> = {
     });
   },
 };
+
+/** Kernels that write a result in another format: the same, with that result rounded. float16 is rounded by nobody here, as elsewhere. */
+export function narrowedKernels(kernels: Readonly<Record<string, Kernel>>): Readonly<Record<string, Kernel>> {
+  return Object.fromEntries(
+    Object.entries(NARROWED).flatMap(([op, at]) =>
+      Object.entries(CASTS).map(([cast, ending]) => [`${op}${ending}`, rounding(kernels[op], at, cast)]),
+    ),
+  );
+}
+
+function rounding(kernel: Kernel, at: number, cast: string): Kernel {
+  return (inputs, outputs, params) => {
+    kernel(inputs, outputs, params);
+    const { data } = outputs[at];
+    if (cast === "castBf16") data.forEach((x, i) => void (data[i] = roundBf16(x)));
+  };
+}
 
 function made(dims: readonly number[], dtype: Operand["dtype"] = "f32"): Operand {
   const count = dims.reduce((a, b) => a * b);

@@ -1,18 +1,29 @@
-/** The CUDA backend as far as it goes without a card: its library, and its passes, whose graphs compute on the reference backend what the model computes. */
+/**
+ * The CUDA backend as far as it goes without a card: its library; its passes, whose graphs compute on the reference backend what the model
+ * computes; and the figures of docs/gpu.md that follow from formats and plans.
+ */
 import { spawnSync } from "node:child_process";
-import { existsSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { afterEach, describe, expect, test } from "vitest";
 import { type LoadedModel, loadModel } from "../../src/api/load.ts";
 import { AutoModelForCausalLM } from "../../src/api/model.ts";
 import { openAddon } from "../../src/backend/addon.ts";
-import type { Backend } from "../../src/backend/backend.ts";
+import type { Backend, Weights } from "../../src/backend/backend.ts";
 import { cudaSystem } from "../../src/backend/cuda/cuda.ts";
 import { FEW_ROWS, loweredForCuda } from "../../src/backend/cuda/lowering.ts";
 import { referenceBackend } from "../../src/backend/reference/reference.ts";
-import { Engine } from "../../src/engine/engine.ts";
+import { Engine, kvBytesPerToken } from "../../src/engine/engine.ts";
+import { Programs } from "../../src/engine/programs.ts";
 import { GREEDY } from "../../src/engine/sampling.ts";
+import type { Graph } from "../../src/graph/graph.ts";
+import { plan } from "../../src/graph/plan.ts";
+import { readConfig } from "../../src/model/config.ts";
+import { ernie, parameterDtype } from "../../src/model/ernie.ts";
+import { PRESETS } from "../../src/model/presets.ts";
 import type { KvDtype } from "../../src/tensor/dtype.ts";
+import type { SymbolValues } from "../../src/tensor/shape.ts";
+import { storedBytes } from "../../src/tensor/stored.ts";
 import { openGoldens, relativeError } from "../goldens.ts";
 import { CUDA_REFERENCE } from "./cuda.ts";
 
@@ -177,4 +188,70 @@ test.each([
   const asked = [undefined, "tuned", "tuned", undefined].map((adapter, i) => ({ adapter, tokens: tokens.slice(i) }));
   const alone = await Promise.all(asked.map((a) => answer(cpu.engine, a.tokens, 5, a.adapter)));
   expect(await Promise.all(asked.map((a) => answer(engine, a.tokens, 5, a.adapter)))).toEqual(alone);
+});
+
+describe("docs/gpu.md", () => {
+  const text = readFileSync(new URL("../../docs/gpu.md", import.meta.url), "utf8");
+  const models = [
+    ["21B", "ERNIE-4.5-21B-A3B", "21b-a3b"],
+    ["0.3B", "ERNIE-4.5-0.3B", "0.3b"],
+  ] as const;
+  const rounded = (bytes: number, unit: number, digits: number) => (bytes / unit).toPrecision(digits);
+
+  test.each(models)("the memory of %s's weights by format", (_, name, preset) => {
+    const { parameters } = ernie(readConfig(PRESETS[preset]));
+    const sizes = (["f32", "bf16", "int8", "int4"] as const).map((dtype) => {
+      const bytes = parameters.reduce((sum, p) => sum + storedBytes(parameterDtype(p, dtype), p.shape), 0);
+      return bytes < 10e9 ? (bytes / 1e9).toFixed(2) : (bytes / 1e9).toFixed(1);
+    });
+    expect(text).toContain(`| ${name} | ${sizes.join(" | ")} |`);
+  });
+
+  test.each(models)("the memory of %s's keys and values", (label, _, preset) => {
+    const model = ernie(readConfig(PRESETS[preset]));
+    for (const [name, dtype] of [
+      ["bf16", "bf16"],
+      ["int8", "int8kv"],
+      ["fp8", "fp8kv"],
+    ] as const) {
+      const bytes = kvBytesPerToken(model, dtype);
+      const contexts = [4096, 32_768, 131_072].map((tokens) => `${((bytes * tokens) / 1e9).toFixed(2)} GB`);
+      expect(text).toContain(`| ${label}, ${name} | ${rounded(bytes, 1e3, 3)} kB | ${contexts.join(" | ")} |`);
+    }
+  });
+
+  test.each(models)("the workspace of %s", (_label, _name, preset) => {
+    const model = ernie(readConfig(PRESETS[preset]));
+    const arenas: number[] = [];
+    const backend = {
+      state: () => ({ bytes: 0, dispose() {} }),
+      prepare(graph: Graph, capacity: SymbolValues) {
+        arenas.push(
+          plan(
+            loweredForCuda(graph, (capacity["rows"] ?? 0) <= FEW_ROWS ? FEW_ROWS : Number.POSITIVE_INFINITY, () => true),
+            capacity,
+          ).arenaBytes,
+        );
+        return {};
+      },
+    } as unknown as Backend;
+    const programs = new Programs(model, (name) => (/norm|mlp\.gate\.weight|bias/.test(name) ? "f32" : "bf16"), backend, {} as Weights, {
+      dtype: "bf16",
+      blocks: 64,
+    });
+    for (const [rows, outs] of [
+      [1, 1],
+      [16, 16],
+      [256, 256],
+      [8192, 16],
+      [8192, 8192],
+    ])
+      programs.for(rows, outs);
+    const column = preset === "21b-a3b" ? 1 : 2;
+    const told = [...text.matchAll(/^\| [\d,]+, [\d,]+ \| ([\d.]+) (MB|GB) \| ([\d.]+) (MB|GB) \|$/gm)].map(
+      (m) => Number(m[2 * column - 1]) * (m[2 * column] === "GB" ? 1e9 : 1e6),
+    );
+    expect(told).toHaveLength(arenas.length);
+    for (const [i, bytes] of told.entries()) expect(Math.abs(arenas[i] / bytes - 1)).toBeLessThan(0.05);
+  });
 });

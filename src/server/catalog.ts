@@ -233,7 +233,7 @@ export class Catalog {
         encoder: new Encoder(folder, tokenizer, this.#turns),
         grammars: new Grammars(tokenizer, config.vocabSize, endTokenIds(defaults, config), this.#turns),
       };
-      onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes });
+      onEvent("loaded", name, { seconds: (performance.now() - start) / 1000, bytes: entry.bytes, device: loaded.backend.device });
       engine.settled.then(() => {
         if (entry.model?.engine !== engine) return; // unloaded meanwhile
         const { state, movedBytes, why } = engine.placement();

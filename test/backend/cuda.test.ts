@@ -48,7 +48,7 @@ describe.skipIf(!compiler && !existsSync(LIBRARY))("the library (needs nvcc)", (
     const kernels = new Set(openAddon().cudaOps());
     const used = new Set<string>();
     for (const variant of ["moe-tiny", "dense-bias"])
-      for (const dtype of ["fp32", "fp16", "bf16", "int8", "int4"]) {
+      for (const dtype of ["fp32", "fp16", "bf16", "fp8", "int8", "int4"]) {
         const { engine } = await lowered(variant, { dtype, has: (op) => kernels.has(op), used });
         const { ids } = await openGoldens(variant);
         await answer(engine, await ids(33), 3);
@@ -197,6 +197,12 @@ describe("docs/gpu.md", () => {
     ["0.3B", "ERNIE-4.5-0.3B", "0.3b"],
   ] as const;
   const rounded = (bytes: number, unit: number, digits: number) => (bytes / unit).toPrecision(digits);
+
+  test("how many rows are few", () => {
+    expect(text).toContain(`for up to ${FEW_ROWS} rows, and for more`);
+    expect(text).toContain(`**Up to ${FEW_ROWS} rows in a step**`);
+    expect(text).toContain(`**More than ${FEW_ROWS} rows**`);
+  });
 
   test.each(models)("the memory of %s's weights by format", (_, name, preset) => {
     const { parameters } = ernie(readConfig(PRESETS[preset]));

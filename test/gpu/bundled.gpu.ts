@@ -4,6 +4,7 @@ import { readFileSync } from "node:fs";
 import { before, describe, test } from "node:test";
 import type { LoadedModel } from "../../src/api/load.ts";
 import { AutoTokenizer } from "../../src/api/tokenizer.ts";
+import { FEW_ROWS } from "../../src/backend/cuda/lowering.ts";
 import { answer, BUNDLED, dispose, likeliest, load, loadOnCpu } from "./device.ts";
 
 /** The least share of positions at which both must agree. */
@@ -52,7 +53,7 @@ for (const dtype of ["fp32", "bf16", "int8", "int4"])
       await dispose(model);
     });
 
-    for (const chunk_size of [undefined, 16])
+    for (const chunk_size of [undefined, FEW_ROWS])
       test(`the CPU's tokens at ${100 * AGREED} % of positions, ${chunk_size ?? "all"} rows a step`, async (t) => {
         const model = await load(BUNDLED, { dtype, chunk_size });
         const device = await seen(model, texts);

@@ -2,13 +2,14 @@
 import assert from "node:assert/strict";
 import { readdirSync } from "node:fs";
 import { describe, test } from "node:test";
+import { FEW_ROWS } from "../../src/backend/cuda/lowering.ts";
 import { GOLDENS, openGoldens, relativeError } from "../goldens.ts";
 import { answer, CLOSE, dispose, load } from "./device.ts";
 
 for (const variant of readdirSync(GOLDENS))
   describe(variant, () => {
-    // 16 rows and fewer are computed by kernels of their own.
-    for (const chunk_size of [undefined, 16, 5])
+    // Few rows are computed by kernels of their own.
+    for (const chunk_size of [undefined, 16, FEW_ROWS])
       test(`logits, hidden states and routing, ${chunk_size ?? "all"} rows a step`, async () => {
         const goldens = await openGoldens(variant);
         const model = await load(goldens.folder, { chunk_size });

@@ -26,14 +26,14 @@ function tolerance({ tolerance: own, weights, graph }: Case, few: boolean): numb
 }
 
 const folder = process.argv[2];
-if (!folder) throw new Error("usage: record.ts FOLDER [WORD]");
+if (!folder) throw new Error("usage: record.ts FOLDER [PATTERN]");
 mkdirSync(folder, { recursive: true });
 const recordings: Recording[] = [];
 /** Large cases cost much to carry to another machine, and each shape occurs with few and many rows: of them, every ninth. */
 const LARGE = 15_000;
 const numbersOf = (c: Case) =>
   [...c.inputs.values(), ...[...c.weights.values()].map((w) => w.values)].reduce((sum, v) => sum + v.length, 0);
-const named = cudaCases().filter((c, i) => (numbersOf(c) < LARGE || i % 9 === 0) && c.name.includes(process.argv[3] ?? ""));
+const named = cudaCases().filter((c, i) => (numbersOf(c) < LARGE || i % 9 === 0) && new RegExp(process.argv[3] ?? "").test(c.name));
 for (const [i, c] of named.entries()) {
   const sources = await writeWeights(c, join(folder, `${i}.bin`));
   const expected = await runCase(c, referenceBackend(CUDA_REFERENCE), sources, cudaGraph(c));

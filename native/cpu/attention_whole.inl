@@ -1,6 +1,6 @@
 // Attention over whole sequences and its gradient, for training: blocks of scores live in a thread's scratch, never all of them
-// (https://arxiv.org/abs/2205.14135). Each thread computes whole blocks of y, dq, dk and dv, in a fixed order of sums. With bfloat16 queries,
-// keys and values, scores and their gradients are rounded to bfloat16 for the products.
+// (https://arxiv.org/abs/2205.14135). Each thread computes whole blocks of y, dq, dk and dv, in a fixed order of sums. U: how products are
+// computed.
 
 namespace ISA {
 
@@ -8,28 +8,17 @@ constexpr int64_t ATTENTION_ROWS = 128, ATTENTION_KEYS = 256;
 static_assert(2 * ATTENTION_ROWS * ATTENTION_KEYS + 3 * ATTENTION_ROWS <= SPARE_FLOATS);
 
 // What attention and its gradient are given: queries, keys, values and the sequences that they form.
-template <class T>
 struct Attention {
-  using Unit = std::conditional_t<sizeof(T) == 2, Halves, Floats>;
-  static constexpr int64_t stride = ATTENTION_KEYS * 4 / static_cast<int64_t>(sizeof(T));  // of a block of scores as an operand
-
-  const T *q, *k, *v;
+  const float *q, *k, *v;
   const Tensor& segments;
   int64_t dim, heads, kv_heads;
   bool causal;
   float scale;
 
   Attention(const Operands& o, int first, int segments_at)
-      : q(o.in(first).as<T>()), k(o.in(first + 1).as<T>()), v(o.in(first + 2).as<T>()), segments(o.in(segments_at)),
+      : q(o.in(first).as<float>()), k(o.in(first + 1).as<float>()), v(o.in(first + 2).as<float>()), segments(o.in(segments_at)),
         dim(static_cast<int64_t>(o.params[0])), heads(o.in(first).dims[1] / dim), kv_heads(o.in(first + 1).dims[1] / dim), causal(o.params[1] == 1),
         scale(1 / __builtin_sqrtf(static_cast<float>(dim))) {}
-
-  // A block of scores as an operand.
-  static const T* operand(float* scores, int64_t rows, int64_t keys) {
-    if constexpr (sizeof(T) == 2)
-      for (int64_t r = 0; r < rows; r++) halve(scores + r * ATTENTION_KEYS, keys);
-    return reinterpret_cast<const T*>(scores);
-  }
 };
 
 struct Sequence {
@@ -56,10 +45,9 @@ static inline void share_blocks(const Tensor& segments, int64_t heads, int64_t s
   }
 }
 
-template <class T>
-static void attention_of(const Operands& o, const Worker& worker) {
-  using U = typename Attention<T>::Unit;
-  const Attention<T> a(o, 0, 3);
+template <class U>
+static void attention_by(const Operands& o, const Worker& worker) {
+  const Attention a(o, 0, 3);
   const int64_t dim = a.dim, width = a.heads * dim, kv_width = a.kv_heads * dim;
   float *y = o.out(0).as<float>(), *logsumexp = o.out(1).as<float>();
   float *scores = spare(worker, worker.index), *tops = scores + ATTENTION_ROWS * ATTENTION_KEYS, *totals = tops + ATTENTION_ROWS;
@@ -69,7 +57,7 @@ static void attention_of(const Operands& o, const Worker& worker) {
     const int64_t end = a.causal ? s.position + i + rows : s.keys();
     for (int64_t j = 0; j < end; j += ATTENTION_KEYS) {
       const int64_t keys = min(ATTENTION_KEYS, end - j);
-      multiply<U>(Along<T>{{a.q + first, width}}, Along<T>{{a.k + kv + j * kv_width, kv_width}}, {0, rows}, {0, keys}, dim, Target{scores, ATTENTION_KEYS}, worker);
+      multiply<U>(Along<float>{{a.q + first, width}}, Along<float>{{a.k + kv + j * kv_width, kv_width}}, {0, rows}, {0, keys}, dim, Target{scores, ATTENTION_KEYS}, worker);
       for (int64_t r = 0; r < rows; r++) {
         float *p = scores + r * ATTENTION_KEYS, *out = y + first + r * width;
         const int64_t seen = s.seen(i + r, j, keys, a.causal);
@@ -94,8 +82,8 @@ static void attention_of(const Operands& o, const Worker& worker) {
           for (int64_t d = 0; d < dim; d++) out[d] *= kept;
         tops[r] = top;
       }
-      multiply<U>(Along<T>{{a.operand(scores, rows, keys), a.stride}}, Across<T>{{a.v + kv + j * kv_width, kv_width}}, {0, rows}, {0, dim}, keys,
-                  Target{y + first, width, j > 0}, worker);
+      multiply<U>(Along<float>{{scores, ATTENTION_KEYS}}, Across<float>{{a.v + kv + j * kv_width, kv_width}}, {0, rows}, {0, dim}, keys,
+                       Target{y + first, width, j > 0}, worker);
     }
     for (int64_t r = 0; r < rows; r++) {
       for (int64_t d = 0; d < dim; d++) y[first + r * width + d] /= totals[r];
@@ -105,13 +93,11 @@ static void attention_of(const Operands& o, const Worker& worker) {
 }
 
 // p = exp(s - logsumexp), D = dy . y: ds = p (dy . v - D), dq = ds k / sqrt(dim), dk = ds q / sqrt(dim), dv = p dy.
-template <class T>
-static void attention_grad_of(const Operands& o, const Worker& worker) {
-  using U = typename Attention<T>::Unit;
-  const Attention<T> a(o, 1, 6);
+template <class U>
+static void attention_grad_by(const Operands& o, const Worker& worker) {
+  const Attention a(o, 1, 6);
   const int64_t dim = a.dim, width = a.heads * dim, kv_width = a.kv_heads * dim, shared = a.heads / a.kv_heads;
-  const T* dy = o.in(0).as<T>();
-  const float *y = o.in(4).as<float>(), *logsumexp = o.in(5).as<float>();
+  const float *dy = o.in(0).as<float>(), *y = o.in(4).as<float>(), *logsumexp = o.in(5).as<float>();
   float *dq = o.out(0).as<float>(), *dk = o.out(1).as<float>(), *dv = o.out(2).as<float>();
   float *p = spare(worker, worker.index), *ds = p + ATTENTION_ROWS * ATTENTION_KEYS;
   for (int i = 0; i < 3; i++) {
@@ -127,7 +113,7 @@ static void attention_grad_of(const Operands& o, const Worker& worker) {
     const int64_t rows = min(ATTENTION_ROWS, s.rows - i), keys = s.seen(i + rows - 1, j, min(ATTENTION_KEYS, s.keys() - j), a.causal);
     if (keys <= 0) return;
     const int64_t first = (s.row + i) * width + h * dim, kv = (s.key + j) * kv_width + h / shared * dim;
-    const Along<T> q{{a.q + first, width}}, k{{a.k + kv, kv_width}}, v{{a.v + kv, kv_width}}, d{{dy + first, width}};
+    const Along<float> q{{a.q + first, width}}, k{{a.k + kv, kv_width}}, v{{a.v + kv, kv_width}}, d{{dy + first, width}};
     multiply<U>(q, k, {0, rows}, {0, keys}, dim, Target{p, ATTENTION_KEYS}, worker);
     multiply<U>(d, v, {0, rows}, {0, keys}, dim, Target{ds, ATTENTION_KEYS}, worker);
     for (int64_t r = 0; r < rows; r++) {
@@ -147,11 +133,10 @@ static void attention_grad_of(const Operands& o, const Worker& worker) {
       for (; t < keys; t++) pr[t] = dr[t] = 0;
     }
     const Range all{0, dim};
-    const Rows<T> dscores{a.operand(ds, rows, keys), a.stride};
-    if (to_q) multiply<U>(Along<T>{dscores}, Across<T>{k.rows}, {0, rows}, all, keys, Target{dq + first, width, true}, worker);
+    if (to_q) multiply<U>(Along<float>{{ds, ATTENTION_KEYS}}, Across<float>{k.rows}, {0, rows}, all, keys, Target{dq + first, width, true}, worker);
     if (!to_kv) return;
-    multiply<U>(Across<T>{{a.operand(p, rows, keys), a.stride}}, Across<T>{d.rows}, {0, keys}, all, rows, Target{dv + kv, kv_width, true}, worker);
-    multiply<U>(Across<T>{dscores}, Across<T>{q.rows}, {0, keys}, all, rows, Target{dk + kv, kv_width, true}, worker);
+    multiply<U>(Across<float>{{p, ATTENTION_KEYS}}, Across<float>{d.rows}, {0, keys}, all, rows, Target{dv + kv, kv_width, true}, worker);
+    multiply<U>(Across<float>{{ds, ATTENTION_KEYS}}, Across<float>{q.rows}, {0, keys}, all, rows, Target{dk + kv, kv_width, true}, worker);
   };
   // Of dk and dv, those of the keys from j on, in one KV head: heads and queries in order.
   auto column = [&](const Sequence& s, int64_t kv_head, int64_t j, bool to_q) {
@@ -173,7 +158,7 @@ static void attention_grad_of(const Operands& o, const Worker& worker) {
   }
 }
 
-static void attention(const Operands& o, const Worker& worker) { (o.in(0).dtype == BF16 ? attention_of<bf16> : attention_of<float>)(o, worker); }
-static void attention_grad(const Operands& o, const Worker& worker) { (o.in(1).dtype == BF16 ? attention_grad_of<bf16> : attention_grad_of<float>)(o, worker); }
+static void attention(const Operands& o, const Worker& worker) { (o.params[2] == 1 ? attention_by<Splits> : attention_by<Floats>)(o, worker); }
+static void attention_grad(const Operands& o, const Worker& worker) { (o.params[2] == 1 ? attention_grad_by<Splits> : attention_grad_by<Floats>)(o, worker); }
 
 }  // namespace ISA

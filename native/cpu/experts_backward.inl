@@ -107,14 +107,13 @@ static void spread(const Operands& o, const Worker& worker) {
   }
 }
 
-template <class T>
-static inline float dot_of(const T* a, const float* b, int64_t n) {
+static inline float dot_of(const float* a, const float* b, int64_t n) {
   vf total = {}, more = {};
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) total += load(a + i) * load(b + i), more += load(a + i + W) * load(b + i + W);
   for (; i + W <= n; i += W) total += load(a + i) * load(b + i);
   float rest = sum(total + more);
-  for (; i < n; i++) rest += scalar(a[i]) * b[i];
+  for (; i < n; i++) rest += a[i] * b[i];
   return rest;
 }
 

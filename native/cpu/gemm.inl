@@ -27,11 +27,15 @@ struct Pairs {
 };
 // The same where tile registers multiply them (tiles.inl).
 struct Tiles : Pairs {};
+// Floats as sums of two bfloat16 numbers: three products of those for one.
+struct SplitTiles : Floats {};
 #ifdef HAS_AMX
 using Halves = Tiles;
+using Splits = SplitTiles;
 constexpr int64_t PART_ROWS = 32;  // of y, at which threads divide a product
 #else
 using Halves = std::conditional_t<DotBf16::pairs, Pairs, Floats>;
+using Splits = Floats;
 constexpr int64_t PART_ROWS = TILE_A;
 #endif
 
@@ -295,14 +299,15 @@ static void multiply_vectors(const A& a, const B& b, Range m, Range n, int64_t d
 }
 
 #ifdef HAS_AMX
-template <class A, class B>
+template <bool SPLIT, class A, class B>
 static void multiply_tiles(const A& a, const B& b, Range m, Range n, int64_t depth, const Target& y, const Worker& worker);
 #endif
 
 template <class U, class A, class B>
 static inline void multiply(const A& a, const B& b, Range m, Range n, int64_t depth, const Target& y, const Worker& worker) {
 #ifdef HAS_AMX
-  if constexpr (std::is_same_v<U, Tiles>) multiply_tiles(a, b, m, n, depth, y, worker);
+  if constexpr (std::is_same_v<U, Tiles>) multiply_tiles<false>(a, b, m, n, depth, y, worker);
+  else if constexpr (std::is_same_v<U, SplitTiles>) multiply_tiles<true>(a, b, m, n, depth, y, worker);
   else
 #endif
     multiply_vectors<U>(a, b, m, n, depth, y, worker);

@@ -63,6 +63,50 @@ static void pack_right(const B& b, int64_t j, int64_t count, int64_t d, int64_t 
   __builtin_memset(to + filled * AMX_ROWS, 0, static_cast<size_t>((all - filled) * 64));
 }
 
+// Registers of floats as sums of two bfloat16 numbers: put(c, high, low) gets units [16 pairs, 16 rows] of the numbers from d + 32 c on, of
+// rows i to i + count (at most 16) of an operand.
+template <class Operand, class Put>
+static void split(const Operand& x, int64_t i, int64_t count, int64_t d, int64_t depth, Put put) {
+  alignas(64) float numbers[32 * AMX_ROWS], high[16 * AMX_ROWS], low[16 * AMX_ROWS];
+  for (int64_t c = 0; c < whole_registers(depth); c++) {
+    const int64_t deep = min(32, depth - 32 * c);
+    x.template pack<Floats, AMX_ROWS>(i, count, d + 32 * c, deep, numbers);
+    __builtin_memset(numbers + deep * AMX_ROWS, 0, static_cast<size_t>((32 - deep) * AMX_ROWS * 4));
+    for (int u = 0; u < 16; u++)
+      for (int v = 0; v < AMX_ROWS; v += W) {
+        const auto halves = [](vf value) { return __builtin_convertvector(to_bf16(value), vi); };
+        const vf first = load(numbers + 2 * u * AMX_ROWS + v), second = load(numbers + (2 * u + 1) * AMX_ROWS + v);
+        const vi a = halves(first), b = halves(second);
+        store(high + u * AMX_ROWS + v, (vf)(a | b << 16));
+        store(low + u * AMX_ROWS + v, (vf)(halves(first - (vf)(a << 16)) | halves(second - (vf)(b << 16)) << 16));
+      }
+    put(c, high, low);
+  }
+}
+
+// Three products in one sum: high . high + high . low + low . high.
+template <class A>
+static void split_left(const A& a, int64_t i, int64_t count, int64_t d, int64_t depth, uint8_t* to, int64_t stride) {
+  const int64_t steps = whole_registers(depth);
+  split(a, i, count, d, depth, [&](int64_t c, float* high, float* low) {
+    turn_register(high);
+    turn_register(low);
+    __builtin_memcpy(to + c * stride, high, AMX_BYTES);
+    __builtin_memcpy(to + (steps + c) * stride, high, AMX_BYTES);
+    __builtin_memcpy(to + (2 * steps + c) * stride, low, AMX_BYTES);
+  });
+}
+
+template <class B>
+static void split_right(const B& b, int64_t j, int64_t count, int64_t d, int64_t depth, float* to) {
+  const int64_t steps = whole_registers(depth), floats = AMX_BYTES / 4;
+  split(b, j, count, d, depth, [&](int64_t c, const float* high, const float* low) {
+    __builtin_memcpy(to + c * floats, high, AMX_BYTES);
+    __builtin_memcpy(to + (steps + c) * floats, low, AMX_BYTES);
+    __builtin_memcpy(to + (2 * steps + c) * floats, high, AMX_BYTES);
+  });
+}
+
 static inline void fetch_register(const uint8_t* from) {
 #pragma GCC unroll 16
   for (int line = 0; line < AMX_BYTES; line += 64) __builtin_prefetch(from + line);
@@ -124,26 +168,35 @@ static void put(const float* sums, int64_t rows, int64_t columns, const Target& 
   }
 }
 
-template <class A, class B>
+template <bool SPLIT, class A, class B>
 static void multiply_tiles(const A& a, const B& b, Range m, Range n, int64_t depth, const Target& y, const Worker& worker) {
   if (m.begin >= m.end || n.begin >= n.end) return;
   float* right_piece = worker.scratch_of(worker.index);
   uint8_t* left_piece = reinterpret_cast<uint8_t*>(right_piece + AMX_RIGHT * AMX_UNITS);
+  constexpr int64_t deepest = SPLIT ? 2 * AMX_UNITS / 96 * 32 : 2 * AMX_UNITS;
+  const auto pack_a = [&](int64_t i, int64_t count, int64_t d, int64_t deep, uint8_t* to, int64_t stride) {
+    if constexpr (SPLIT) split_left(a, i, count, d, deep, to, stride);
+    else pack_left(a, i, count, d, deep, to, stride);
+  };
+  const auto pack_b = [&](int64_t j, int64_t count, int64_t d, int64_t deep, float* to) {
+    if constexpr (SPLIT) split_right(b, j, count, d, deep, to);
+    else pack_right(b, j, count, d, deep, to);
+  };
   Amx::begin();
   for (int64_t n0 = n.begin; n0 < n.end; n0 += AMX_RIGHT) {
     const int64_t n1 = min(n.end, n0 + AMX_RIGHT);
     int64_t d = 0;
     do {
-      const int64_t deep = min(2 * AMX_UNITS, depth - d), steps = whole_registers(deep);
-      for (int64_t j = n0; j < n1; j += AMX_ROWS) pack_right(b, j, min(AMX_ROWS, n1 - j), d, deep, right_piece + (j - n0) * steps * AMX_ROWS);
+      const int64_t deep = min(deepest, depth - d), steps = whole_registers(deep) * (SPLIT ? 3 : 1);
+      for (int64_t j = n0; j < n1; j += AMX_ROWS) pack_b(j, min(AMX_ROWS, n1 - j), d, deep, right_piece + (j - n0) * steps * AMX_ROWS);
       const bool add = y.add || d > 0;
       for (int64_t m0 = m.begin; m0 < m.end; m0 += AMX_LEFT) {
         const int64_t m1 = min(m.end, m0 + AMX_LEFT);
         for (int64_t i = m0; i < m1; i += AMX_SQUARE) {
           uint8_t* to = left_piece + (i - m0) * steps * 64;
           const bool two = m1 - i > AMX_ROWS;
-          pack_left(a, i, min(AMX_ROWS, m1 - i), d, deep, to, (two + 1) * AMX_BYTES);
-          if (two) pack_left(a, i + AMX_ROWS, min(AMX_ROWS, m1 - i - AMX_ROWS), d, deep, to + AMX_BYTES, 2 * AMX_BYTES);
+          pack_a(i, min(AMX_ROWS, m1 - i), d, deep, to, (two + 1) * AMX_BYTES);
+          if (two) pack_a(i + AMX_ROWS, min(AMX_ROWS, m1 - i - AMX_ROWS), d, deep, to + AMX_BYTES, 2 * AMX_BYTES);
         }
         for (int64_t j = n0; j < n1; j += AMX_SQUARE) {
           const uint8_t* right = reinterpret_cast<const uint8_t*>(right_piece + (j - n0) * steps * AMX_ROWS);
@@ -164,7 +217,7 @@ static void multiply_tiles(const A& a, const B& b, Range m, Range n, int64_t dep
           }
         }
       }
-      d += 2 * AMX_UNITS;
+      d += deepest;
     } while (d < depth);
   }
   Amx::end();

@@ -132,7 +132,7 @@ export class Graph {
   dot = (a: Tensor, b: Tensor) => this.#one("dot", [a, b]);
 
   attention = (q: Tensor, k: Tensor, v: Tensor, segments: Tensor, dim: number, causal = true) => {
-    const [y, logsumexp] = this.call("attention", [q, k, v, segments], { dim, causal: Number(causal) });
+    const [y, logsumexp] = this.call("attention", [q, k, v, segments], { dim, causal: Number(causal), pairs: 0 });
     return { y, logsumexp };
   };
   cacheWrite = (k: Tensor, v: Tensor, cache: KvCache, segments: Tensor, pages: Tensor): void => {

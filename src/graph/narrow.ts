@@ -1,6 +1,7 @@
 /**
  * Mixed precision: products with bfloat16 matrices take activations rounded to bfloat16, which halves their work on processors that
- * multiply such pairs, and so do those of attention. Gradients are rounded likewise, and sums stay float32 (https://arxiv.org/abs/1905.12322).
+ * multiply such pairs. Gradients are rounded likewise, and sums stay float32 (https://arxiv.org/abs/1905.12322). Attention may take its operands
+ * for sums of two bfloat16 numbers each.
  */
 import type { Tensor } from "./call.ts";
 import { checked, type Graph } from "./graph.ts";
@@ -15,18 +16,18 @@ export function narrow(graph: Graph): Graph {
   for (const call of graph.calls) {
     const { op, inputs, outputs, params, sizes, scope } = call;
     const [x, w] = inputs;
-    const count = op === "attention" ? 3 : PRODUCTS.has(op) && w.dtype === "bf16" ? 1 : 0;
-    if (count === 0 || x.dtype !== "f32") {
+    if (op === "attention") {
+      next.within(scope, () => next.call(op, inputs, { ...params, pairs: 1 }, sizes, outputs));
+      continue;
+    }
+    if (!PRODUCTS.has(op) || x.dtype !== "f32" || w.dtype !== "bf16") {
       next.push(call);
       continue;
     }
     next.within(scope, () => {
-      const halves = inputs.slice(0, count).map((t) => {
-        const half = rounded.get(t) ?? next.call("castBf16", [t])[0];
-        rounded.set(t, half);
-        return half;
-      });
-      next.call(op, [...halves, ...inputs.slice(count)], params, sizes, outputs);
+      const half = rounded.get(x) ?? next.call("castBf16", [x])[0];
+      rounded.set(x, half);
+      next.call(op, [half, ...inputs.slice(1)], params, sizes, outputs);
     });
   }
   return checked(next, "narrow");

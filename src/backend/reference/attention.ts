@@ -1,5 +1,4 @@
 /** Attention over whole sequences, its gradient, and the cache, as plain loops. */
-import { roundBf16 } from "../../tensor/dtype.ts";
 import { roundActivations } from "../../tensor/quantized.ts";
 import type { Numbers } from "../backend.ts";
 import { accumulate, dot, type Kernel, type Operand, softmax } from "./operand.ts";
@@ -32,16 +31,11 @@ function forEachQuery(q: Operand, k: Operand, segments: Operand, dim: number, ca
   }
 }
 
-/** How operands of products beside q's format are rounded. */
-function rounding({ dtype }: Operand): (x: number) => number {
-  return dtype === "bf16" ? roundBf16 : (x) => x;
-}
-
 export const ATTENTION_KERNELS = {
   attention([q, k, v, segments], [y, logsumexp], { dim, causal }) {
     forEachQuery(q, k, segments, dim, causal === 1, ({ at, row, head, first, stride, count }) => {
       const scores = Array.from({ length: count }, (_, t) => dot(q.data, at, k.data, first + t * stride, dim) / Math.sqrt(dim));
-      const p = softmax(scores).map(rounding(q));
+      const p = softmax(scores);
       for (let d = 0; d < dim; d++) {
         let sum = 0;
         for (let t = 0; t < count; t++) sum += p[t] * v.data[first + t * stride + d];
@@ -57,18 +51,17 @@ export const ATTENTION_KERNELS = {
     const [sumK, sumV] = [new Float64Array(k.data.length), new Float64Array(v.data.length)];
     dq.data.fill(0);
     const scale = 1 / Math.sqrt(dim);
-    const round = rounding(q);
     forEachQuery(q, k, segments, dim, causal === 1, ({ at, row, head, first, stride, count }) => {
       const D = dot(dy.data, at, y.data, at, dim);
       const lse = logsumexp.data[row * (q.dims[1] / dim) + head];
       for (let t = 0; t < count; t++) {
         const key = first + t * stride;
         const p = Math.exp(dot(q.data, at, k.data, key, dim) * scale - lse);
-        const ds = round(p * (dot(dy.data, at, v.data, key, dim) - D) * scale);
+        const ds = p * (dot(dy.data, at, v.data, key, dim) - D) * scale;
         accumulate(dq.data, at, ds, k.data, key, dim);
         for (let d = 0; d < dim; d++) {
           sumK[key + d] += ds * q.data[at + d];
-          sumV[key + d] += round(p) * dy.data[at + d];
+          sumV[key + d] += p * dy.data[at + d];
         }
       }
     });

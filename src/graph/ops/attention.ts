@@ -1,7 +1,6 @@
 /** Attention over whole sequences and its gradient, and the KV cache used for serving. */
 import { sameDim, sameShape } from "../../tensor/shape.ts";
 import { FIRST_ORDER, type Op, SERVING, type Tensor } from "../call.ts";
-import { alikeX } from "./matrix.ts";
 import { f32, matches } from "./shapes.ts";
 
 /** [sequences, 3]: first row, number of rows, position of the first row. */
@@ -21,10 +20,9 @@ function isCache(t: Tensor | undefined): t is Tensor {
 
 function fits(q: Tensor | undefined, k: Tensor | undefined, v: Tensor | undefined, segments: Tensor | undefined, dim: number): boolean {
   return (
-    (q?.dtype === "f32" || q?.dtype === "bf16") &&
-    [q, k, v].every((t) => matches(t, q.dtype, 2)) &&
-    k !== undefined &&
-    v !== undefined &&
+    matches(q, "f32", 2) &&
+    matches(k, "f32", 2) &&
+    matches(v, "f32", 2) &&
     sameShape(k.shape, v.shape) &&
     Number(k.shape[1]) % dim === 0 &&
     Number(q.shape[1]) % Number(k.shape[1]) === 0 &&
@@ -37,28 +35,22 @@ export const ATTENTION_OPS = {
    * Grouped-query attention, softmax(q k^T / sqrt(dim)) v within each sequence (https://arxiv.org/abs/2305.13245): q [rows,
    * heads * dim], k and v [context, kv heads * dim], segments [sequences, 3]. A sequence has `position of the first row + rows`
    * keys, which are consecutive rows of k, one sequence after another. With `causal` 1 a row sees keys up to its own position, else
-   * all. Returns y, shaped like q, and the logarithm of each softmax's denominator, [rows, heads]. If q, k and v are in bfloat16, so are
-   * probabilities in their product with v.
+   * all. Returns y, shaped like q, and the logarithm of each softmax's denominator, [rows, heads]. With `pairs` 1 the operands of products
+   * may be taken for sums of two bfloat16 numbers, exact to 2^-16, where processors multiply those much faster.
    */
   attention: {
-    params: ["dim", "causal"],
+    params: ["dim", "causal", "pairs"],
     outputs: ([q, k, v, segments], { dim }) =>
       fits(q, k, v, segments, dim) ? [f32(...q.shape), f32(q.shape[0], Number(q.shape[1]) / dim)] : null,
     gradient: (emit, { inputs: [q, k, v, segments], outputs: [y, logsumexp], params }, [dy]) =>
-      dy ? [...emit("attentionGrad", [alikeX(emit, q, dy), q, k, v, y, logsumexp, segments], params), null] : [null, null, null, null],
+      dy ? [...emit("attentionGrad", [dy, q, k, v, y, logsumexp, segments], params), null] : [null, null, null, null],
   },
-  /**
-   * Gradients of q, k and v, computed from y and logsumexp without storing the score matrix (https://arxiv.org/abs/2205.14135). If these are in
-   * bfloat16, so is dy, and those of the scores are for their products.
-   */
+  /** Gradients of q, k and v, computed from y and logsumexp without storing the score matrix (https://arxiv.org/abs/2205.14135). */
   attentionGrad: {
-    params: ["dim", "causal"],
+    params: ["dim", "causal", "pairs"],
     outputs: ([dy, q, k, v, y, logsumexp, segments], { dim }) =>
       fits(q, k, v, segments, dim) &&
-      matches(dy, q?.dtype ?? "f32", 2) &&
-      q !== undefined &&
-      k !== undefined &&
-      v !== undefined &&
+      matches(dy, "f32", 2) &&
       matches(y, "f32", 2) &&
       sameShape(dy.shape, q.shape) &&
       sameShape(y.shape, q.shape) &&

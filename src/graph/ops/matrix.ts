@@ -11,7 +11,7 @@ export type ActivationFormats = (weight: Dtype) => readonly Dtype[];
 const ACTIVATIONS: ActivationFormats = (weight) => (weight === "bf16" ? ["f32", "bf16"] : ["f32"]);
 
 /** The gradient of a product's result in the format of its activations. */
-export function alikeX(emit: Emit, x: Tensor, dy: Tensor): Tensor {
+function alikeX(emit: Emit, x: Tensor, dy: Tensor): Tensor {
   return x.dtype === "bf16" ? emit("castBf16", [dy])[0] : dy;
 }
 

@@ -13,17 +13,17 @@ constexpr int SHIFT = 15, BUCKETS = (24 << 8) + 1;
 
 template <int COUNT>
 struct Levels {
-  float levels[COUNT], middles[COUNT - 1];
+  float levels[COUNT], middles[COUNT];  // behind the last level lies 2
   uint8_t first[BUCKETS];  // the level of the smallest number of a bucket: its largest is at most one level higher
 
-  // The level nearest to x, from 0 to 1; between two of them the lower one. NaN: 0.
+  // The level nearest to x, from 0 to 1; between two of them the lower one. Without a branch: what comes is unpredictable.
   int nearest(float x) const {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);
-    if (!(x > 0) || bits < LEAST) return 0;
+    bits = bits < LEAST ? LEAST : bits;
     const uint32_t bucket = (bits - LEAST) >> SHIFT;
     const int level = first[bucket < BUCKETS ? bucket : BUCKETS - 1];
-    return level + (level < COUNT - 1 && x > middles[level]);
+    return level + (x > middles[level]);
   }
 };
 
@@ -38,6 +38,7 @@ constexpr Levels<COUNT> levels_of(int lowest) {
   }
   found.levels[n] = 1;
   for (int i = 0; i + 1 < COUNT; i++) found.middles[i] = (found.levels[i] + found.levels[i + 1]) / 2;
+  found.middles[COUNT - 1] = 2;
   int level = 0;
   for (int b = 0; b < BUCKETS; b++) {
     const float least = __builtin_bit_cast(float, LEAST + (static_cast<uint32_t>(b) << SHIFT));
@@ -59,6 +60,16 @@ constexpr bool one_comparison(const Levels<COUNT>& l) {
 
 inline constexpr Levels<129> SIGNED = levels_of<129>(1);
 inline constexpr Levels<256> UNSIGNED = levels_of<256>(2);
+
+// What each code of a number with a sign stands for.
+struct Values {
+  float of[256];
+};
+inline constexpr Values SIGNED_VALUES = [] {
+  Values values{};
+  for (int code = 0; code < 256; code++) values.of[code] = code < 127 ? -SIGNED.levels[127 - code] : SIGNED.levels[code - 127];
+  return values;
+}();
 static_assert(one_comparison(SIGNED) && one_comparison(UNSIGNED));
 
 }  // namespace dynamic

@@ -293,25 +293,28 @@ static void adamw8bit(const Operands& o, const Worker& worker) {
     float *parameter = state.as<float>() + at, m[BLOCK], v[BLOCK];
     const float* gradient = o.in(1).as<float>() + at;
     for (int64_t i = 0; i < count; i++) {
-      const int code = m_codes[at + i] - 127;
-      m[i] = m_scales[block] * (code < 0 ? -dynamic::SIGNED.levels[-code] : dynamic::SIGNED.levels[code]);
+      m[i] = m_scales[block] * dynamic::SIGNED_VALUES.of[m_codes[at + i]];
       v[i] = v_scales[block] * dynamic::UNSIGNED.levels[v_codes[at + i]];
     }
     float top_m = 0, top_v = 0;
+#pragma GCC ivdep
     for (int64_t i = 0; i < count; i++) {
       const float g = gradient[i] * factor;
       m[i] = beta1 * m[i] + rest1 * g;
       v[i] = beta2 * v[i] + rest2 * g * g;
       parameter[i] = parameter[i] * kept - by * (m[i] / (__builtin_sqrtf(v[i] * inverse2) + eps));
-      top_m = max(top_m, m[i] < 0 ? -m[i] : m[i]);
-      top_v = max(top_v, v[i]);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      top_m = max(m[i] < 0 ? -m[i] : m[i], top_m);
+      top_v = max(v[i], top_v);
     }
     m_scales[block] = top_m;
     v_scales[block] = top_v;
+    const float by_m = top_m > 0 ? top_m : 1.f, by_v = top_v > 0 ? top_v : 1.f;
     for (int64_t i = 0; i < count; i++) {
-      const int level = dynamic::SIGNED.nearest((m[i] < 0 ? -m[i] : m[i]) / top_m);
-      m_codes[at + i] = static_cast<uint8_t>(m[i] < 0 ? 127 - (level < 127 ? level : 127) : 127 + level);
-      v_codes[at + i] = static_cast<uint8_t>(dynamic::UNSIGNED.nearest(v[i] / top_v));
+      const int level = dynamic::SIGNED.nearest((m[i] < 0 ? -m[i] : m[i]) / by_m), lower = level < 127 ? level : 127;
+      m_codes[at + i] = static_cast<uint8_t>(127 + (m[i] < 0 ? -lower : level));
+      v_codes[at + i] = static_cast<uint8_t>(dynamic::UNSIGNED.nearest(v[i] / by_v));
     }
   }
 }

@@ -9,7 +9,7 @@ import assert from "node:assert/strict";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { before, describe, test } from "node:test";
+import { after, before, describe, test } from "node:test";
 import type { LoadedModel } from "../../src/api/load.ts";
 import { quantize } from "../../src/api/quantize.ts";
 import { AutoTokenizer } from "../../src/api/tokenizer.ts";
@@ -54,8 +54,14 @@ for (const dtype of ["fp32", "bf16", "int8", "int4"])
     let texts: number[][];
     let rounded: Seen[];
     let exact: Seen[];
+    let folder = BUNDLED;
+    const kv_cache_dtype = dtype === "fp32" ? "fp32" : "fp16"; // alike everywhere; the defaults differ
     before(async () => {
-      const model = await loadOnCpu(BUNDLED, { dtype });
+      if (dtype === "int4") {
+        folder = mkdtempSync(join(tmpdir(), "mixtape-gpu-")); // one file for all, so that no conversion can differ
+        await quantize(BUNDLED, folder, { dtype });
+      }
+      const model = await loadOnCpu(folder, { dtype, kv_cache_dtype });
       texts = await Promise.all(
         prompts.map(async (prompt) => [...prompt, ...(await answer(model.engine, { tokens: prompt, maxNewTokens: 40 }))]),
       );
@@ -63,20 +69,17 @@ for (const dtype of ["fp32", "bf16", "int8", "int4"])
       await dispose(model);
       exact = rounded;
       if (DEVICE === "cpu" || !dtype.startsWith("int")) return;
-      const folder = mkdtempSync(join(tmpdir(), "mixtape-gpu-"));
-      try {
-        if (dtype === "int4") await quantize(BUNDLED, folder, { dtype });
-        const wide = await loadOnCpu(dtype === "int4" ? folder : BUNDLED, { dtype: "fp32" }); // the bundled weights are int8
-        exact = await seen(wide, texts);
-        await dispose(wide);
-      } finally {
-        rmSync(folder, { recursive: true, force: true });
-      }
+      const wide = await loadOnCpu(folder, { dtype: "fp32", kv_cache_dtype }); // the bundled weights are int8
+      exact = await seen(wide, texts);
+      await dispose(wide);
+    });
+    after(() => {
+      if (folder !== BUNDLED) rmSync(folder, { recursive: true, force: true });
     });
 
     for (const chunk_size of [undefined, FEW_ROWS])
       test(`the CPU's tokens at ${100 * AGREED} % of positions, ${chunk_size ?? "all"} rows a step`, async (t) => {
-        const model = await load(BUNDLED, { dtype, chunk_size });
+        const model = await load(folder, { dtype, chunk_size, kv_cache_dtype });
         const device = await seen(model, texts);
         await dispose(model);
         const same = (cpu: readonly Seen[], from: (text: number) => number) =>

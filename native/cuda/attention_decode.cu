@@ -39,24 +39,44 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
   let_next_start();
 
   const int sequences = a.step.sequences.get(), columns = a.step.columns.get(), warp = warp_id(), lane = lane_id();
-  const auto units = [&](int s) {
+  const auto tasks_of = [&](int s) {
     const int rows = a.step.segments[s * 3 + 1];
-    return rows > 0 && rows <= a.few ? ceil_div(rows * a.share, QUERIES) * a.cache.heads * ceil_div(a.step.segments[s * 3 + 2] + rows, L::UNIT) : 0;
+    return rows > 0 && rows <= a.few ? (rows * a.share + QUERIES - 1) / QUERIES * a.cache.heads : 0;
   };
-  const int all = total(sequences, units);
-  int part = (all + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);  // of each block; whole turns of the warps unless that makes it uneven
-  if (part < a.least) part = a.least;
-  if (part < 16 * WARPS) part = (part + WARPS - 1) / WARPS * WARPS;
-  const int first = blockIdx.x * part, last = min(all, first + part);
-  if (first >= last) return await_inputs();
-
-  Task task;
+  const auto length_of = [&](int s) { return (a.step.segments[s * 3 + 1] + a.step.segments[s * 3 + 2] + L::UNIT - 1) / L::UNIT; };
+  // The units of a block. A few tasks begin in blocks of their own, so that a block never has two; many follow one another.
+  const int blocks = gridDim.x;
+  int part, apart = 1;
   {
-    int offset;
-    locate(first, sequences, units, task.sequence, offset);
-    task.enter<L>(a, QUERIES);
-    const int index = offset / task.units;
-    task.begin = first - (offset - index * task.units);
+    int tasks = 0, all = 0, longest = 0;
+    for (int s = lane; s < sequences; s += 32)
+      if (const int n = tasks_of(s)) tasks += n, all += n * length_of(s), longest = max(longest, length_of(s));
+    tasks = __reduce_add_sync(~0u, tasks), all = __reduce_add_sync(~0u, all), longest = __reduce_max_sync(~0u, longest);
+    part = (all + blocks - 1) / blocks;
+    const bool own = tasks > 0 && tasks <= blocks && (tasks * 4 <= blocks || longest * tasks <= all + all / 8);
+    if (own) {
+      const int each = blocks / tasks;
+      part = (longest + each - 1) / each;
+      if (blocks > tasks) part = min(part, (all + blocks - tasks - 1) / (blocks - tasks));
+    }
+    part = max(part, min(a.least, longest));
+    // Whole turns of the warps, unless that makes the shares uneven.
+    if (part > WARPS && part < 16 * WARPS) part = (part + WARPS - 1) / WARPS * WARPS;
+    if (own) apart = part;
+  }
+  const auto units = [&](int s) {
+    const int n = tasks_of(s);
+    return n ? n * ((length_of(s) + apart - 1) / apart * apart) : 0;
+  };
+  const int first = blockIdx.x * part;
+  Task task;
+  int offset;
+  if (!locate(first, sequences, units, task.sequence, offset)) return await_inputs();
+  const int last = min(first + part, total(sequences, units));
+  task.enter<L>(a, QUERIES, apart);
+  {
+    const int index = offset / task.span;
+    task.begin = first - (offset - index * task.span);
     task.group = index / a.cache.heads, task.head = index % a.cache.heads;
   }
 
@@ -82,13 +102,13 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
     if (ring.more(last)) {
       ring.copy(a, &keys, &values, columns, stage);
       ring.unit += WARPS;
-      ring.settle(a, QUERIES, sequences, first, last);
+      ring.settle(a, QUERIES, apart, sequences, last);
     }
 #if __CUDA_ARCH__ < 900
     end_copies();
 #endif
   };
-  ring.settle(a, QUERIES, sequences, first, last);
+  ring.settle(a, QUERIES, apart, sequences, last);
   int filled = 0;
   while (filled < a.stages && ring.more(last) && ring.old()) refill(filled++);
   await_inputs();
@@ -101,13 +121,14 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
   for (;;) {
     const int from = max(0, first - task.begin), to = min(task.units, last - task.begin);
     const int context = task.segment.position + task.segment.rows, count = min(QUERIES, task.segment.rows * a.share - task.group * QUERIES);
+    const int unmasked = task.segment.position + task.group * QUERIES / a.share + 1;  // tokens that all queries see
     const bool whole = from == 0 && to == task.units;
     int64_t at[Q::ROWS];
 #pragma unroll
     for (int r = 0; r < Q::ROWS; r++) at[r] = read.at[r];
     read.share(a, queries);
     const Task current = task;
-    task.next<L>(a, QUERIES, sequences);
+    task.next<L>(a, QUERIES, apart, sequences);
     const bool more = task.begin < last;
     if (more) read.read(a, task);
     __syncthreads();
@@ -120,7 +141,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
         ring.wait(stage, phase);
         const uint8_t* const at = data + stage * L::STAGE;
         const float* const scale = scales + stage * L::SCALES / 2;
-        softmax.add(operand, at, at + L::DATA, scale, scale + L::SCALES / 4, unit * L::UNIT, context);
+        softmax.add(operand, at, at + L::DATA, scale, scale + L::SCALES / 4, unit * L::UNIT, context, unmasked);
         __syncwarp();
         refill(stage);
         if (++stage == a.stages) stage = 0, phase ^= 1;
@@ -171,15 +192,18 @@ __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constan
           if (at[r] < 0) continue;
           const int query = r * 8 + warp;
           Sums<DIM> sums;
-          for (int i = lane; i < parts; i += 32) sums.top = fmaxf(sums.top, __ldcg(partial(begins + i) + QUERIES * DIM + 2 * query));
+          const auto stats = [&](int i) { return i < parts ? __ldcg(reinterpret_cast<const float2*>(partial(begins + i) + QUERIES * DIM) + query) : float2{-INFINITY, 0}; };
+          for (int i = lane; i < parts; i += 32) sums.top = fmaxf(sums.top, stats(i).x);
           sums.top = largest(sums.top);
-#pragma unroll 8
-          for (int i = 0; i < parts; i++) {
-            const float2 stats = __ldcg(reinterpret_cast<const float2*>(partial(begins + i) + QUERIES * DIM) + query);
-            const float weight = power(stats.x - sums.top);
-            sums.total += weight * stats.y;
-            sums.template add<false>(weight, partial(begins + i) + query * DIM);
+          for (int i0 = 0; i0 < parts; i0 += 32) {
+            const float2 mine = stats(i0 + lane);
+            const float weight = power(mine.x - sums.top);
+            sums.total += weight * mine.y;
+            const int count = min(32, parts - i0);
+#pragma unroll 16
+            for (int i = 0; i < count; i++) sums.template add<false>(__shfl_sync(~0u, weight, i), partial(begins + i0 + i) + query * DIM);
           }
+          sums.total = sum(sums.total);
           write(r, sums);
         }
       }
@@ -195,10 +219,10 @@ template <Dtype D, int DIM, int QUERIES> void run(const Operands& o, Decode a, L
   a.most_groups = ceil_div((rows < a.few ? rows : a.few) * a.share, QUERIES);
   // Work of the largest step: all rows' groups over the longest context.
   const int64_t groups = ceil_div(rows * a.share, QUERIES) + sequences;
-  const int64_t units = (groups < sequences * a.most_groups ? groups : sequences * a.most_groups) * a.cache.heads * pages.most[1] * (BLOCK_TOKENS / L::UNIT);
-  if (!units) return;
-  const int64_t most = ceil_div(units, a.least);
+  const int64_t tasks = (groups < sequences * a.most_groups ? groups : sequences * a.most_groups) * a.cache.heads, units = tasks * pages.most[1] * (BLOCK_TOKENS / L::UNIT);
+  const int64_t most = tasks > ceil_div(units, a.least) ? tasks : ceil_div(units, a.least);
   const int blocks = static_cast<int>(most < launch.multiprocessors ? most : launch.multiprocessors);
+  if (!units) return;
   a.stages = ceil_div(units, blocks) <= WARPS ? 1 : 2;
   a.partials = static_cast<float*>(launch.scratch(static_cast<size_t>(blocks) * 2 * QUERIES * (DIM + 2) * sizeof(float)));
   a.arrived = launch.counters(sequences * a.most_groups * a.cache.heads);
@@ -217,11 +241,12 @@ bool decodes(const Tensor& keys) { return (keys.most[3] == 64 || keys.most[3] ==
 void decode(const Operands& o, int few, Launch& launch) {
   const Tensor &q = o.in(0), &keys = o.in(1), &segments = o.in(3);
   Decode a{};
-  a.q = q.as<float>(), a.y = out_of(o.out(0)), a.step = step_of(keys, segments, o.in(4), launch.faults), a.cache = cache_of(keys, o.in(2));
+  a.q = rows_of(q), a.y = rows_of(o.out(0)), a.step = step_of(keys, segments, o.in(4), launch.faults), a.cache = cache_of(keys, o.in(2));
   a.share = q.width() / a.cache.dim / a.cache.heads, a.few = few, a.least = WARPS;
   a.scale = LOG2E / sqrtf(static_cast<float>(a.cache.dim));
-  // Eight queries at a time where sequences have a row each.
-  const bool narrow = a.share <= 8 && q.most[0] <= segments.most[0];
+  // Eight queries at a time where sequences, or those among prompts, probably have a row each.
+  const int rows = q.most[0], sequences = segments.most[0];
+  const bool narrow = a.share <= 8 && (rows <= sequences || (rows > few && rows > 8 * sequences));
   const auto with = [&](auto d, auto dim) { narrow ? run<d.value, dim.value, 8>(o, a, launch) : run<d.value, dim.value, 16>(o, a, launch); };
   with_format(keys.dtype, [&](auto d) {
     if constexpr (d.value != F32) a.cache.dim == 64 ? with(d, std::integral_constant<int, 64>{}) : with(d, std::integral_constant<int, 128>{});

@@ -10,8 +10,7 @@ namespace cuda::attention::decoding {
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 
 struct Decode {
-  const float* q;
-  Out y;
+  Rows q, y;
   Step step;
   Cache cache;
   int32_t share;     // queries of a row for each KV head
@@ -48,29 +47,32 @@ template <Dtype D, int DIM> struct Layout {
     return ROW == 128 && D != INT8KV ? int2{piece & 1, piece >> 1} : int2{piece >> 2, piece & 3};
   }
   // Where a byte of a unit is: the 16-byte pieces of each 128 bytes are permuted as copies of tensor maps do.
-  static __device__ __forceinline__ int place(int byte) { return byte ^ (byte >> 3 & 0x70); }
+  static __host__ __device__ constexpr int place(int byte) { return byte ^ (byte >> 3 & 0x70); }
+  // Where `byte` + `more` is, if no bit is in both and `placed` is the place of `byte`: a constant away from another `more`'s.
+  static __device__ __forceinline__ int further(int placed, int more) { return (placed ^ (more >> 3 & 0x70) ^ (more & 0x7f)) + (more & ~0x7f); }
 };
 
 // A task: some queries of a KV head of a sequence.
 struct Task {
   int sequence, group, head, groups;  // groups: of the sequence's queries
-  int begin, units;                   // in all tasks' row of units; of this task
+  int begin, units, span;             // in all tasks' row of units; of this task; and how many it occupies in the row
   Segment segment;
 
-  template <class L> __device__ __forceinline__ void enter(const Decode& a, int queries) {
+  template <class L> __device__ __forceinline__ void enter(const Decode& a, int queries, int apart) {
     segment = a.step.segment(sequence);
     units = (segment.position + segment.rows + L::UNIT - 1) / L::UNIT;
     groups = (segment.rows * a.share + queries - 1) / queries;
+    span = (units + apart - 1) / apart * apart;
   }
-  template <class L> __device__ __forceinline__ void next(const Decode& a, int queries, int sequences) {
-    begin += units;
+  template <class L> __device__ __forceinline__ void next(const Decode& a, int queries, int apart, int sequences) {
+    begin += span;
     if (++head < a.cache.heads) return;
     head = 0;
     if (++group < groups) return;
     group = 0;
     while (++sequence < sequences) {
       const int rows = a.step.segments[sequence * 3 + 1];
-      if (rows > 0 && rows <= a.few) return enter<L>(a, queries);
+      if (rows > 0 && rows <= a.few) return enter<L>(a, queries, apart);
     }
   }
 };
@@ -83,11 +85,11 @@ template <Dtype D, int DIM> struct Ring {
   int unit, end;  // of the task, next to be copied; of the block's share of it
 
   __device__ __forceinline__ bool more(int last) const { return task.begin < last; }
-  __device__ __forceinline__ void settle(const Decode& a, int queries, int sequences, int first, int last) {
+  __device__ __forceinline__ void settle(const Decode& a, int queries, int apart, int sequences, int last) {
     for (;;) {
       end = min(task.units, last - task.begin);
       if (unit < end) return;
-      task.next<L>(a, queries, sequences);
+      task.next<L>(a, queries, apart, sequences);
       if (task.begin >= last) return;
       unit = warp_id();
     }
@@ -154,12 +156,15 @@ template <Dtype D, int DIM, int QUERIES> struct Queries {
       const int i = task.group * QUERIES + r * 8 + warp_id(), row = i / a.share;
       at[r] = row < task.segment.rows ? ((static_cast<int64_t>(task.segment.first + row) * a.cache.heads + task.head) * a.share + i - row * a.share) * DIM + lane_id() * N : -1;
       seen[r] = row < task.segment.rows ? task.segment.position + row + 1 : 1 << 30;
-#pragma unroll
-      for (int d = 0; d < N; d += 2) {
-        const float2 v = at[r] >= 0 ? *reinterpret_cast<const float2*>(a.q + at[r] + d) : float2{0, 0};
-        x[r][d] = v.x, x[r][d + 1] = v.y;
-      }
     }
+    a.q.with_type([&](auto type) {
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+        for (int d = 0; d < N; d++) x[r][d] = 0;
+        if (at[r] >= 0) a.q.read<decltype(type)>(at[r], x[r]);
+      }
+    });
   }
   __device__ __forceinline__ void share(const Decode& a, uint32_t* to) const {
     const int lane = lane_id(), d = lane * N, e = d % L::NUMBERS / 4;
@@ -229,19 +234,24 @@ template <Dtype D, int DIM, int QUERIES> struct Softmax {
   }
 
   // Adds a unit of tokens, of which the first is t0; the sequence's last is context - 1.
-  __device__ __forceinline__ void add(const Operand<D, DIM, QUERIES>& q, const uint8_t* keys, const uint8_t* values, const float* key_scales, const float* value_scales, int t0, int context) {
+  __device__ __forceinline__ void add(const Operand<D, DIM, QUERIES>& q, const uint8_t* keys, const uint8_t* values, const float* key_scales, const float* value_scales, int t0, int context, int unmasked) {
     constexpr int N = L::UNIT / 4;  // weights of a query that a lane has
     const int g = lane_id() / 4, t = lane_id() % 4;
+    int key[L::PIECES];
+#pragma unroll
+    for (int j = 0; j < L::PIECES; j++) key[j] = L::place(g * L::ROW + L::piece(j, t) * 16);
+    const int value = L::place(2 * t * L::ROW + 8 * g * (L::BYTES ? 1 : 2));
     const auto token = [&](int i) { return i / 2 * 8 + 2 * t + i % 2; };  // of weight i
+    constexpr int SUMS = L::PIECES > 1 ? 2 : 1;  // of a score, one for each group of int8 keys
     float p[ROWS][N];
 #pragma unroll
     for (int n = 0; n < L::UNIT / 8; n++) {
-      float s[L::GROUPS][4] = {};
+      float s[SUMS][4] = {};
 #pragma unroll
       for (int j = 0; j < L::PIECES; j++) {
-        const uint4 x = *reinterpret_cast<const uint4*>(keys + L::place((n * 8 + g) * L::ROW + L::piece(j, t) * 16));
+        const uint4 x = *reinterpret_cast<const uint4*>(keys + L::further(key[j], n * 8 * L::ROW));
         const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-        float(&c)[4] = s[L::GROUPS == 1 ? 0 : j];
+        float(&c)[4] = s[j % SUMS];
 #pragma unroll
         for (int e = 0; e < L::NUMBERS / 4; e++) {
           uint32_t b0, b1;
@@ -257,18 +267,27 @@ template <Dtype D, int DIM, int QUERIES> struct Softmax {
         const int i = n * 2 + c;
         float x[ROWS] = {};
 #pragma unroll
-        for (int h = 0; h < L::GROUPS; h++) {
+        for (int h = 0; h < SUMS; h++) {
           const float k = D == INT8KV ? key_scales[token(i) * L::GROUPS + h] : 1.f;
           if constexpr (ROWS == 1) x[0] += (s[h][c] + s[h][c + 2]) * k;
           else x[0] += s[h][c] * k, x[1] += s[h][c + 2] * k;
         }
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) p[r][i] = t0 + token(i) < min(q.seen[r], context) ? x[r] * q.scale[r] : -INFINITY;
+        for (int r = 0; r < ROWS; r++) p[r][i] = x[r] * q.scale[r];
       }
     }
+    if (t0 + L::UNIT > unmasked) {
+#pragma unroll
+      for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < N; i++)
+          if (t0 + token(i) >= min(q.seen[r], context)) p[r][i] = -INFINITY;
+    }
     float shrink[ROWS];
+    bool some = false;  // of the sums are not zero
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
+      some |= top[r] != -INFINITY;
       float now = p[r][0];
 #pragma unroll
       for (int i = 1; i < N; i++) now = fmaxf(now, p[r][i]);
@@ -307,7 +326,7 @@ template <Dtype D, int DIM, int QUERIES> struct Softmax {
       }
       bool changed = false;
 #pragma unroll
-      for (int r = 0; r < ROWS; r++) changed |= factor[r] != 1;
+      for (int r = 0; r < ROWS; r++) changed |= some && factor[r] != 1;
       if (__any_sync(~0u, changed)) {
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -338,7 +357,7 @@ template <Dtype D, int DIM, int QUERIES> struct Softmax {
         uint32_t x[4][WORDS];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const uint8_t* from = values + L::place(token(i0 + i) * L::ROW + (64 * h + 8 * g) * (L::BYTES ? 1 : 2));
+          const uint8_t* from = values + L::further(value, ((i0 + i) / 2 * 8 + i % 2) * L::ROW + 64 * h * (L::BYTES ? 1 : 2));
           if constexpr (L::BYTES) {
             const uint2 u = *reinterpret_cast<const uint2*>(from);
             x[i][0] = u.x, x[i][1] = u.y;
@@ -346,10 +365,13 @@ template <Dtype D, int DIM, int QUERIES> struct Softmax {
             const uint4 u = *reinterpret_cast<const uint4*>(from);
             x[i][0] = u.x, x[i][1] = u.y, x[i][2] = u.z, x[i][3] = u.w;
           }
-          if (!known(i0 + i)) {  // what an earlier sequence left may be NaN
+        }
+        if (!whole) {  // what an earlier sequence left may be NaN
 #pragma unroll
-            for (int k = 0; k < WORDS; k++) x[i][k] = 0;
-          }
+          for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int k = 0; k < WORDS; k++)
+              if (!known(i0 + i)) x[i][k] = 0;
         }
 #pragma unroll
         for (int k = 0; k < WORDS; k++) {

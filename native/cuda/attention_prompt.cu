@@ -24,6 +24,7 @@ struct Prompt {
   int32_t share;  // queries of a row for each KV head
   int32_t few;    // sequences with more rows are done here
   float scale;    // of scores in powers of two
+  int turns;
 };
 
 template <Dtype D> constexpr bool BYTES = D == INT8KV || D == FP8KV;
@@ -32,6 +33,7 @@ template <Dtype D> using Half = std::conditional_t<D == BF16, bf16, f16>;
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ __forceinline__ void meet(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+__device__ __forceinline__ void pass(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 // Orders what this thread wrote to shared memory before what tensor cores and copies do next.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void store16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -244,6 +246,7 @@ template <Dtype D> __device__ __forceinline__ void consume(const Prompt& a, cons
   Deal deal;
   int stage = 0;
   uint32_t phase = 0;
+  if (a.turns && group == 1) pass(5, CONSUMERS);
   while (deal.next(a, all, sequences)) {
     const int count = deal.segment.rows * a.share, first = deal.tile * QUERIES + group * 64;
     const auto at = [&](int i) { return ((static_cast<int64_t>(deal.segment.first) + i / a.share) * a.cache.heads + deal.head) * a.share * DIM + i % a.share * DIM; };
@@ -297,9 +300,12 @@ template <Dtype D> __device__ __forceinline__ void consume(const Prompt& a, cons
       const uint32_t old_phase = phase;
       if (++stage == STAGES) stage = 0, phase ^= 1;
       wait_barrier(shared.full_keys + stage * 8, phase);
+      // The warpgroups take turns: one's products run while the other computes weights.
+      if (a.turns) meet(5 + group, CONSUMERS);
       c.multiply_keys(queries, shared.keys + stage * 2 * PART);
       wait_barrier(shared.full_values + old * 8, old_phase);
       c.multiply_values(shared.values + old * 2 * PART);
+      if (a.turns) pass(6 - group, CONSUMERS);
       wait_products<1>();
       hold(c.s);
       release(shared.empty_keys + stage * 8);
@@ -388,6 +394,7 @@ void prompt(const Operands& o, int few, Launch& launch) {
   Prompt a{};
   a.q = rows_of(q), a.y = rows_of(o.out(0)), a.step = step_of(keys, segments, o.in(4), launch.faults), a.cache = cache_of(keys, o.in(2));
   a.share = q.width() / DIM / a.cache.heads, a.few = few;
+  a.turns = 1;
   a.scale = LOG2E / sqrtf(static_cast<float>(DIM));
   const int64_t tiles = (ceil_div(static_cast<int64_t>(q.most[0]) * a.share, QUERIES) + segments.most[0]) * static_cast<int64_t>(a.cache.heads);
   const int blocks = static_cast<int>(tiles < launch.multiprocessors ? tiles : launch.multiprocessors);

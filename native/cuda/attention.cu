@@ -7,15 +7,15 @@ void paged_write(const Operands& o, Launch& launch);
 void rope_write(const Operands& o, Launch& launch);
 void whole(const Operands& o, Launch& launch);
 
-constexpr int FEW = 32, ALL = 1 << 20;
+constexpr int FEW = 16, ALL = 1 << 20;
 
-// A step may hold sequences of one row and of many: each kernel skips the others'. A sequence alone in a program for many rows has many.
+// A step may hold sequences of one row and of many: each kernel skips the others'.
 static void paged_attention(const Operands& o, Launch& launch) {
   const Tensor &q = o.in(0), &keys = o.in(1);
   if (!decodes(keys)) return general(o, launch);
-  const bool many = q.most[0] > FEW && prompts(keys, launch), alone = many && o.in(3).most[0] == 1;
-  if (!alone) decode(o, many ? FEW : ALL, launch);
-  if (many) prompt(o, alone ? 0 : FEW, launch);
+  const bool both = q.most[0] > FEW && prompts(keys, launch);
+  decode(o, both ? FEW : ALL, launch);
+  if (both) prompt(o, FEW, launch);
 }
 
 }  // namespace attention

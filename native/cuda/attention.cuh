@@ -25,8 +25,8 @@ struct Step {
   __device__ __forceinline__ Segment segment(int s) const { return {segments[s * 3], segments[s * 3 + 1], segments[s * 3 + 2]}; }
   // The cache's block with the tokens 32 i .. 32 i + 31 of a sequence, of which the first column of its pages is `row`. Reports a page that does
   // not exist and returns a block that does.
-  __device__ __forceinline__ int block(const int32_t* row, int i, int columns) const { return checked(i < columns ? row[i] : -1); }
-  __device__ __forceinline__ int checked(int page) const {
+  __device__ __forceinline__ int block(const int32_t* row, int i, int columns) const {
+    const int page = i < columns ? row[i] : -1;
     if (static_cast<unsigned>(page) < static_cast<unsigned>(blocks)) return page;
     report(faults, Fault::PAGE, page, blocks);
     return 0;
@@ -39,50 +39,17 @@ struct Cache {
   int32_t heads, dim;
 };
 
-// Rows that are read or written, in float32 or a half format.
-struct Rows {
+// Where results go: f32 or bf16.
+struct Out {
   void* data;
-  Dtype dtype;
-
-  __device__ __forceinline__ float at(int64_t i) const {
-    if (dtype == F32) return static_cast<const float*>(data)[i];
-    return dtype == BF16 ? __bfloat162float(static_cast<const bf16*>(data)[i]) : __half2float(static_cast<const f16*>(data)[i]);
-  }
-  // N numbers from i on, a multiple of N, for which the kernel knows the type of rows.
-  template <class T, int N> __device__ __forceinline__ void read(int64_t i, float (&x)[N]) const {
-    const T* const from = static_cast<const T*>(data) + i;
-    if constexpr (std::is_same_v<T, float> && N % 4 == 0) {
-#pragma unroll
-      for (int k = 0; k < N; k += 4) {
-        const float4 v = *reinterpret_cast<const float4*>(from + k);
-        x[k] = v.x, x[k + 1] = v.y, x[k + 2] = v.z, x[k + 3] = v.w;
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < N; k += 2) {
-        float2 v;
-        if constexpr (std::is_same_v<T, float>) v = *reinterpret_cast<const float2*>(from + k);
-        else if constexpr (std::is_same_v<T, bf16>) v = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from + k));
-        else v = __half22float2(*reinterpret_cast<const __half2*>(from + k));
-        x[k] = v.x, x[k + 1] = v.y;
-      }
-    }
-  }
-  // Calls f with a number of the type of rows: one branch for many reads.
-  template <class F> __device__ __forceinline__ void with_type(F f) const {
-    if (dtype == F32) f(float{});
-    else if (dtype == BF16) f(bf16{});
-    else f(f16{});
-  }
+  bool narrow;
   __device__ __forceinline__ void put(int64_t i, float x) const {
-    if (dtype == F32) static_cast<float*>(data)[i] = x;
-    else if (dtype == BF16) static_cast<bf16*>(data)[i] = __float2bfloat16_rn(x);
-    else static_cast<f16*>(data)[i] = __float2half_rn(x);
+    if (narrow) static_cast<bf16*>(data)[i] = __float2bfloat16_rn(x);
+    else static_cast<float*>(data)[i] = x;
   }
   __device__ __forceinline__ void put2(int64_t i, float x, float y) const {
-    if (dtype == F32) *reinterpret_cast<float2*>(static_cast<float*>(data) + i) = make_float2(x, y);
-    else if (dtype == BF16) *reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(data) + i) = __floats2bfloat162_rn(x, y);
-    else *reinterpret_cast<__half2*>(static_cast<f16*>(data) + i) = __floats2half2_rn(x, y);
+    if (narrow) *reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(data) + i) = __floats2bfloat162_rn(x, y);
+    else *reinterpret_cast<float2*>(static_cast<float*>(data) + i) = make_float2(x, y);
   }
 };
 
@@ -90,7 +57,7 @@ inline Step step_of(const Tensor& cache, const Tensor& segments, const Tensor& p
   return {segments.as<int32_t>(), pages.as<int32_t>(), segments.dims[0], pages.dims[1], cache.most[0], faults};
 }
 inline Cache cache_of(const Tensor& keys, const Tensor& values) { return {keys.data, values.data, keys.most[1], keys.most[3]}; }
-inline Rows rows_of(const Tensor& t) { return {t.data, t.dtype}; }
+inline Out out_of(const Tensor& y) { return {y.data, y.dtype == BF16}; }
 
 // A cache's format: the type of its numbers, and the bytes of what belongs to a block and head.
 template <Dtype D> struct Format;
@@ -168,18 +135,17 @@ template <class F> __device__ __forceinline__ int total(int sequences, F units) 
   return __reduce_add_sync(~0u, n);
 }
 
-// Whether this block is the last of `count` that call this with the same counter. What all of them wrote before is visible then, to loads that
-// read from L2 (__ldcg).
+// Whether this block is the last of `count` that call this with the same counter. What the others wrote before is visible then.
 __device__ __forceinline__ bool last_to_arrive(int32_t* counter, int count) {
   __shared__ bool last;
+  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    last = before == count - 1;
+    last = atomicAdd(counter, 1) == count - 1;
     if (last) *counter = 0;
   }
   __syncthreads();
+  if (last) __threadfence();
   return last;
 }
 

@@ -26,28 +26,23 @@ template <Dtype D> struct Paged {
     return {reinterpret_cast<const T*>(static_cast<const uint8_t*>(cache.keys) + head * bytes), reinterpret_cast<const T*>(static_cast<const uint8_t*>(cache.values) + head * bytes),
             step.pages + static_cast<int64_t>(sequence) * columns, cache.heads * bytes, columns, padded(D, cache.dim)};
   }
-  // Reads the block from token `t0` on into shared memory, `tokens` of it; other tokens are zero. Many loads are under way before the first is used.
-  template <int J> __device__ void read(const Step& step, const Reader& r, int t0, int tokens, int dim, int pitch, float* k, float* v) const {
-    constexpr int AT_ONCE = J >= 8 ? 1 : 8 / J;
-    const int64_t at = step.block(r.pages, t0 / BLOCK_TOKENS, r.columns) * (r.block_stride / static_cast<int64_t>(sizeof(T)));
+  // Reads the block from token `t0` on into shared memory, `tokens` of it; other tokens are zero.
+  __device__ void read(const Step& step, const Reader& r, int t0, int tokens, int dim, int pitch, float* k, float* v) const {
+    const int64_t at = step.block(r.pages, t0 / BLOCK_TOKENS, r.columns) * r.block_stride / static_cast<int64_t>(sizeof(T));
     const T *keys = r.keys + at, *values = r.values + at;
-    const auto scale = [&](const T* head, int t, int d) {
-      return D == INT8KV ? reinterpret_cast<const float*>(head + BLOCK_TOKENS * r.dp)[t * (r.dp / GROUP) + d / GROUP] : 1.f;
-    };
-#pragma unroll AT_ONCE
-    for (int t = warp_id(); t < BLOCK_TOKENS; t += WARPS) {
-      float x[J], y[J];
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        const int d = lane_id() + 32 * j;
-        const bool some = t < tokens && d < dim;
-        x[j] = some ? static_cast<float>(keys[t * r.dp + d]) * scale(keys, t, d) : 0;
-        y[j] = some ? static_cast<float>(values[t * r.dp + d]) * scale(values, t, d) : 0;
+    for (int t = warp_id(); t < BLOCK_TOKENS; t += WARPS)
+      for (int d = lane_id(); d < dim; d += 32) {
+        float x = 0, y = 0;
+        if (t < tokens) {
+          x = static_cast<float>(keys[t * r.dp + d]), y = static_cast<float>(values[t * r.dp + d]);
+          if constexpr (D == INT8KV) {
+            const int scale = t * (r.dp / GROUP) + d / GROUP;
+            x *= reinterpret_cast<const float*>(keys + BLOCK_TOKENS * r.dp)[scale];
+            y *= reinterpret_cast<const float*>(values + BLOCK_TOKENS * r.dp)[scale];
+          }
+        }
+        k[t * pitch + d] = x, v[t * pitch + d] = y;
       }
-#pragma unroll
-      for (int j = 0; j < J; j++)
-        if (lane_id() + 32 * j < dim) k[t * pitch + lane_id() + 32 * j] = x[j], v[t * pitch + lane_id() + 32 * j] = y[j];
-    }
   }
 };
 
@@ -66,27 +61,18 @@ struct Whole {
     const int64_t at = (before * heads + head) * dim;
     return {keys + at, values + at, heads * dim};
   }
-  template <int J> __device__ void read(const Step&, const Reader& r, int t0, int tokens, int dim, int pitch, float* k, float* v) const {
-    constexpr int AT_ONCE = J >= 8 ? 1 : 8 / J;
-#pragma unroll AT_ONCE
-    for (int t = warp_id(); t < BLOCK_TOKENS; t += WARPS) {
-      const int64_t at = static_cast<int64_t>(t0 + t) * r.width;
-      float x[J], y[J];
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        const int d = lane_id() + 32 * j;
-        const bool some = t < tokens && d < dim;
-        x[j] = some ? r.keys[at + d] : 0, y[j] = some ? r.values[at + d] : 0;
+  __device__ void read(const Step&, const Reader& r, int t0, int tokens, int dim, int pitch, float* k, float* v) const {
+    for (int t = warp_id(); t < BLOCK_TOKENS; t += WARPS)
+      for (int d = lane_id(); d < dim; d += 32) {
+        const int64_t at = static_cast<int64_t>(t0 + t) * r.width + d;
+        k[t * pitch + d] = t < tokens ? r.keys[at] : 0, v[t * pitch + d] = t < tokens ? r.values[at] : 0;
       }
-#pragma unroll
-      for (int j = 0; j < J; j++)
-        if (lane_id() + 32 * j < dim) k[t * pitch + lane_id() + 32 * j] = x[j], v[t * pitch + lane_id() + 32 * j] = y[j];
-    }
   }
 };
 
 struct Task {
-  Rows q, y;
+  const float* q;
+  Out y;
   float* logsumexp;    // [rows, heads], or null
   int32_t heads;       // of q
   int32_t share;       // heads of q for each KV head
@@ -122,7 +108,7 @@ __global__ void __launch_bounds__(THREADS) general_kernel(Source source, Step st
   const int context = segment.position + segment.rows;
   const int end = task.causal ? segment.position + min(tile * QUERIES + QUERIES - 1, count - 1) / task.share + 1 : context;
   for (int i = 0; i < N; i++)
-    for (int d = lane; d < width; d += 32) queries[i * width + d] = d < dim ? task.q.at(at(i) * dim + d) * task.scale : 0;
+    for (int d = lane; d < width; d += 32) queries[i * width + d] = d < dim ? task.q[at(i) * dim + d] * task.scale : 0;
   // Columns that only pad.
   if (dim < width)
     for (int i = threadIdx.x; i < BLOCK_TOKENS * (width - dim); i += THREADS) {
@@ -143,7 +129,7 @@ __global__ void __launch_bounds__(THREADS) general_kernel(Source source, Step st
   for (int block = from; block < to; block++) {
     const int t0 = block * BLOCK_TOKENS;
     __syncthreads();
-    source.template read<J>(step, reader, t0, min(BLOCK_TOKENS, context - t0), dim, pitch, keys, values);
+    source.read(step, reader, t0, min(BLOCK_TOKENS, context - t0), dim, pitch, keys, values);
     __syncthreads();
     float score[N];
 #pragma unroll
@@ -257,7 +243,7 @@ void general(const Operands& o, Launch& launch) {
   const Tensor &q = o.in(0), &keys = o.in(1), &segments = o.in(3), &pages = o.in(4), &y = o.out(0);
   const Cache cache = cache_of(keys, o.in(2));
   const int heads = q.width() / cache.dim;
-  const Task task{rows_of(q), rows_of(y), nullptr, heads, heads / cache.heads, cache.dim, true, LOG2E / sqrtf(static_cast<float>(cache.dim)), nullptr, nullptr};
+  const Task task{q.as<float>(), out_of(y), nullptr, heads, heads / cache.heads, cache.dim, true, LOG2E / sqrtf(static_cast<float>(cache.dim)), nullptr, nullptr};
   with_format(keys.dtype, [&](auto d) {
     choose(Paged<d.value>{cache}, step_of(keys, segments, pages, launch.faults), task, q.most[0], segments.most[0], cache.heads, pages.most[1], launch);
   });
@@ -266,7 +252,7 @@ void general(const Operands& o, Launch& launch) {
 void whole(const Operands& o, Launch& launch) {
   const Tensor &q = o.in(0), &k = o.in(1), &v = o.in(2), &segments = o.in(3), &y = o.out(0);
   const int dim = static_cast<int>(o.params[0]), heads = q.width() / dim, kv_heads = k.width() / dim;
-  const Task task{rows_of(q), rows_of(y), o.out(1).as<float>(), heads, heads / kv_heads, dim, o.params[1] != 0, LOG2E / sqrtf(static_cast<float>(dim)), nullptr, nullptr};
+  const Task task{q.as<float>(), out_of(y), o.out(1).as<float>(), heads, heads / kv_heads, dim, o.params[1] != 0, LOG2E / sqrtf(static_cast<float>(dim)), nullptr, nullptr};
   const Step step{segments.as<int32_t>(), nullptr, segments.dims[0], {0, nullptr}, 0, launch.faults};
   choose(Whole{k.as<float>(), v.as<float>(), kv_heads, dim}, step, task, q.most[0], segments.most[0], kv_heads, ceil_div(k.most[0], BLOCK_TOKENS), launch);
 }

@@ -3,7 +3,7 @@
 //
 // A tile is 128 queries of one KV head of one sequence: rows x the heads that share it. Two warpgroups compute 64 of them each, over tiles of 128
 // tokens from the last that they see to the first; a third brings keys and values to shared memory, as copies of tensor maps or, from 8-bit
-// caches, as copies that it converts to half numbers. While the tensor cores multiply weights and values, a warpgroup computes the next weights. Queries and weights
+// caches, converted to half numbers. While the tensor cores multiply weights and values, a warpgroup computes the next weights. Queries and weights
 // are rounded to the half numbers that the cache's numbers become.
 #include <cuda.h>
 
@@ -12,19 +12,19 @@
 namespace cuda::attention {
 namespace {
 
-constexpr int DIM = 128, QUERIES = 128, TOKENS = 128, STAGES = 2, RAWS = 3;
+constexpr int DIM = 128, QUERIES = 128, TOKENS = 128, STAGES = 2;
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
 constexpr int PART = 128 * 128;  // bytes of 128 rows of 64 half numbers; a tile of queries, keys or values is two
 constexpr int PAGES = TOKENS / BLOCK_TOKENS;
 
 struct Prompt {
-  Rows q, y;
+  const float* q;
+  Out y;
   Step step;
   Cache cache;
   int32_t share;  // queries of a row for each KV head
   int32_t few;    // sequences with more rows are done here
   float scale;    // of scores in powers of two
-  int turns;
 };
 
 template <Dtype D> constexpr bool BYTES = D == INT8KV || D == FP8KV;
@@ -33,7 +33,6 @@ template <Dtype D> using Half = std::conditional_t<D == BF16, bf16, f16>;
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ __forceinline__ void meet(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
-__device__ __forceinline__ void pass(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 // Orders what this thread wrote to shared memory before what tensor cores and copies do next.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void store16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -45,7 +44,6 @@ __device__ __forceinline__ uint32_t place(int row, int d) { return d / 64 * PART
 struct Shared {
   uint32_t queries, keys, values;            // tiles; STAGES of keys and values
   uint32_t full_keys, full_values, empty_keys, empty_values;  // STAGES barriers each
-  uint32_t raw, full_raw;                                     // RAWS 8-bit tiles and barriers
 };
 
 // The tiles of all sequences and heads, the ones with the longest contexts first, dealt to the blocks to and fro.
@@ -68,115 +66,90 @@ struct Deal {
   }
 };
 
-// 8-bit tiles, keys and values in turns, on their way to shared memory as they are in the cache. One warp calls `bring`.
-template <Dtype D> struct Courier {
-  static constexpr int HEAD = static_cast<int>(head_bytes<D>(DIM));
-  Deal deal;
-  int t0 = -1, page = 0;  // page: of this lane, of the next tile
-  bool values = false;
-
-  __device__ __forceinline__ void bring(const Prompt& a, uint32_t to, uint32_t barrier, int columns, int all, int sequences) {
-    if (t0 < 0) {
-      if (!deal.next(a, all, sequences)) return;
-      t0 = (deal.end - 1) / TOKENS * TOKENS;
-      find(a, columns);
-    }
-    const int lane = lane_id(), count = min(PAGES, (deal.end - t0 + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
-    if (lane == 0) arrive_expecting(barrier, count * HEAD);
-    __syncwarp();
-    if (lane < count) copy_bytes(to + lane * HEAD, head_of<D>(values ? a.cache.values : a.cache.keys, a.step.checked(page), a.cache.heads, deal.head, HEAD), HEAD, barrier);
-    if (values) {
-      t0 -= TOKENS;
-      if (t0 >= 0) find(a, columns);
-    }
-    values = !values;
+// 128 threads, each of which holds 8 times 16 bytes of a tile of 8-bit keys or values and converts them.
+template <Dtype D> struct Converter {
+  uint4 bytes[8];
+  float scale[8];
+  // Thread i has columns 16 (i % 8) to + 15 of tokens i / 8 + 16 k.
+  __device__ __forceinline__ void load(const Prompt& a, const void* cache, const int32_t* pages, int columns, int head, int t0, int end, int k) {
+    const int i = threadIdx.x - CONSUMERS, token = t0 + i / 8 + 16 * k;
+    bytes[k] = {0, 0, 0, 0}, scale[k] = 0;
+    if (token >= end) return;
+    const uint8_t* from = head_of<D>(cache, a.step.block(pages, token / BLOCK_TOKENS, columns), a.cache.heads, head, head_bytes<D>(DIM));
+    bytes[k] = *reinterpret_cast<const uint4*>(from + token % BLOCK_TOKENS * DIM + i % 8 * 16);
+    if (D == INT8KV) scale[k] = reinterpret_cast<const float*>(from + BLOCK_TOKENS * DIM)[token % BLOCK_TOKENS * (DIM / GROUP) + i % 8 / 4];
   }
-  __device__ __forceinline__ void find(const Prompt& a, int columns) {
-    const int at = t0 / BLOCK_TOKENS + lane_id();
-    page = lane_id() < PAGES && at < columns ? __ldg(a.step.pages + static_cast<int64_t>(deal.sequence) * columns + at) : -1;
+  __device__ __forceinline__ void store(uint32_t tile, int k) const {
+    const int i = threadIdx.x - CONSUMERS, row = i / 8 + 16 * k;
+    const uint32_t words[4] = {bytes[k].x, bytes[k].y, bytes[k].z, bytes[k].w};
+    uint32_t x[8];
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      widen<D>(words[w], x[2 * w], x[2 * w + 1]);
+      if constexpr (D == INT8KV) {
+        const __half2 s = __float2half2_rn(scale[k]);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          __half2 y = __hmul2(*reinterpret_cast<__half2*>(&x[2 * w + j]), s);
+          x[2 * w + j] = *reinterpret_cast<uint32_t*>(&y);
+        }
+      }
+    }
+    store16(tile + place(row, i % 8 * 16), x[0], x[1], x[2], x[3]);
+    store16(tile + place(row, i % 8 * 16 + 8), x[4], x[5], x[6], x[7]);
   }
 };
 
-// 128 threads convert a tile that came.
-template <Dtype D> __device__ __forceinline__ void convert(const uint8_t* from, uint32_t to) {
-  // Eight adjacent threads read and write different banks: they have halves of two tokens.
-  const int i = threadIdx.x - CONSUMERS, m = i % 8, row = i / 16 * 2 + ((i >> 2 ^ i >> 3) & 1);
-  const uint32_t at = to + place(row, 16 * m);
-#pragma unroll
-  for (int k = 0; k < 8; k++) {
-    const uint8_t* const head = from + k / 2 * head_bytes<D>(DIM);
-    const int token = row + k % 2 * 16;
-    const uint4 bytes = *reinterpret_cast<const uint4*>(head + token * DIM + m * 16);
-    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-    uint32_t x[8];
-#pragma unroll
-    for (int w = 0; w < 4; w++) widen<D>(words[w], x[2 * w], x[2 * w + 1]);
-    if constexpr (D == INT8KV) {
-      const __half2 scale = __float2half2_rn(*reinterpret_cast<const float*>(head + BLOCK_TOKENS * DIM + (token * (DIM / GROUP) + m / 4) * 4));
-#pragma unroll
-      for (int w = 0; w < 8; w++) {
-        const __half2 y = __hmul2(*reinterpret_cast<const __half2*>(&x[w]), scale);
-        x[w] = *reinterpret_cast<const uint32_t*>(&y);
-      }
-    }
-    store16(at + k * 16 * 128, x[0], x[1], x[2], x[3]);
-    store16((at ^ 16) + k * 16 * 128, x[4], x[5], x[6], x[7]);
-  }
-}
-
-template <Dtype D> __device__ __forceinline__ void produce(const Prompt& a, const uint8_t* base, const Shared& shared, int all, int sequences) {
-  constexpr int RAW = PAGES * static_cast<int>(head_bytes<D>(DIM));
-  const int columns = a.step.columns.get(), warp = (threadIdx.x - CONSUMERS) / 32, thread = threadIdx.x - CONSUMERS;
-  Courier<D> courier;
-  if (warp == 0)
-    for (int i = 0; i < RAWS; i++) courier.bring(a, shared.raw + i * RAW, shared.full_raw + i * 8, columns, all, sequences);
-  Deal deal;
-  int stage = 0, slot = 0;
-  uint32_t phase = 1, came = 0;
-  const auto half = [&](uint32_t tile, uint32_t full, uint32_t empty, int zeros) {
-    wait_barrier(shared.full_raw + slot * 8, came);
-    wait_barrier(empty + stage * 8, phase);
-    convert<D>(base + (shared.raw - shared_address(base)) + slot * RAW, tile + stage * 2 * PART);
-    if (zeros > 0) {  // what lies beyond the context may be NaN, and is multiplied with zero
-      meet(4, 128);
-      for (int i = thread; i < zeros * 16; i += 128) store16(tile + stage * 2 * PART + place(TOKENS - zeros + i / 16, i % 16 * 8), 0, 0, 0, 0);
-    }
-    publish_shared();
-    arrive(full + stage * 8);
-    meet(4, 128);
-    if (warp == 0) courier.bring(a, shared.raw + slot * RAW, shared.full_raw + slot * 8, columns, all, sequences);
-    if (++slot == RAWS) slot = 0, came ^= 1;
-  };
-  while (deal.next(a, all, sequences))
-    for (int t0 = (deal.end - 1) / TOKENS * TOKENS; t0 >= 0; t0 -= TOKENS) {
-      half(shared.keys, shared.full_keys, shared.empty_keys, 0);
-      half(shared.values, shared.full_values, shared.empty_values, t0 + TOKENS - deal.end);
-      if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-}
-
-// One warp, eight lanes of which copy half a page each.
-__device__ __forceinline__ void produce(const Prompt& a, const CUtensorMap* keys, const CUtensorMap* values, const Shared& shared, int all, int sequences) {
-  const int columns = a.step.columns.get(), lane = lane_id(), page = lane / 2, part = lane % 2;
+template <Dtype D> __device__ __forceinline__ void produce(const Prompt& a, const CUtensorMap* keys, const CUtensorMap* values, const Shared& shared, int all, int sequences) {
+  const int columns = a.step.columns.get(), warp = (threadIdx.x - CONSUMERS) / 32, lane = lane_id();
+  if (!BYTES<D> && warp) return;
   Deal deal;
   int stage = 0;
   uint32_t phase = 1;
   while (deal.next(a, all, sequences)) {
     const int32_t* const pages = a.step.pages + static_cast<int64_t>(deal.sequence) * columns;
-    for (int t0 = (deal.end - 1) / TOKENS * TOKENS; t0 >= 0; t0 -= TOKENS) {
-      const int count = min(PAGES, (deal.end - t0 + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
-      const bool copies = page < count;
-      const int row = copies ? (a.step.block(pages, t0 / BLOCK_TOKENS + page, columns) * a.cache.heads + deal.head) * BLOCK_TOKENS : 0;
-      const uint32_t to = stage * 2 * PART + part * PART + page * BLOCK_TOKENS * 128;
-      wait_barrier(shared.empty_keys + stage * 8, phase);
-      if (lane == 0) arrive_expecting(shared.full_keys + stage * 8, count * BLOCK_TOKENS * DIM * 2);
-      __syncwarp();
-      if (copies) copy_box(shared.keys + to, keys, part * 64, row, shared.full_keys + stage * 8);
-      wait_barrier(shared.empty_values + stage * 8, phase);
-      if (lane == 0) arrive_expecting(shared.full_values + stage * 8, count * BLOCK_TOKENS * DIM * 2);
-      __syncwarp();
-      if (copies) copy_box(shared.values + to, values, part * 64, row, shared.full_values + stage * 8);
-      if (++stage == STAGES) stage = 0, phase ^= 1;
+    if constexpr (BYTES<D>) {
+      Converter<D> held;
+      const int last = (deal.end - 1) / TOKENS * TOKENS;
+#pragma unroll
+      for (int k = 0; k < 8; k++) held.load(a, a.cache.keys, pages, columns, deal.head, last, deal.end, k);
+      for (int t0 = last; t0 >= 0; t0 -= TOKENS) {
+        // While values are loaded, keys are stored, and so on.
+        wait_barrier(shared.empty_keys + stage * 8, phase);
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+          held.store(shared.keys + stage * 2 * PART, k);
+          held.load(a, a.cache.values, pages, columns, deal.head, t0, deal.end, k);
+        }
+        publish_shared();
+        arrive(shared.full_keys + stage * 8);
+        wait_barrier(shared.empty_values + stage * 8, phase);
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+          held.store(shared.values + stage * 2 * PART, k);
+          if (t0 > 0) held.load(a, a.cache.keys, pages, columns, deal.head, t0 - TOKENS, deal.end, k);
+        }
+        publish_shared();
+        arrive(shared.full_values + stage * 8);
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
+    } else {
+      for (int t0 = (deal.end - 1) / TOKENS * TOKENS; t0 >= 0; t0 -= TOKENS) {
+        // Eight lanes copy half a page each.
+        const int count = min(PAGES, ceil_div(deal.end - t0, BLOCK_TOKENS)), page = lane / 2, part = lane % 2;
+        const bool copies = page < count;
+        const int row = copies ? (a.step.block(pages, t0 / BLOCK_TOKENS + page, columns) * a.cache.heads + deal.head) * BLOCK_TOKENS : 0;
+        const uint32_t to = stage * 2 * PART + part * PART + page * BLOCK_TOKENS * 128;
+        wait_barrier(shared.empty_keys + stage * 8, phase);
+        if (lane == 0) arrive_expecting(shared.full_keys + stage * 8, count * BLOCK_TOKENS * DIM * 2);
+        __syncwarp();
+        if (copies) copy_box(shared.keys + to, keys, part * 64, row, shared.full_keys + stage * 8);
+        wait_barrier(shared.empty_values + stage * 8, phase);
+        if (lane == 0) arrive_expecting(shared.full_values + stage * 8, count * BLOCK_TOKENS * DIM * 2);
+        __syncwarp();
+        if (copies) copy_box(shared.values + to, values, part * 64, row, shared.full_values + stage * 8);
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
     }
   }
 }
@@ -190,17 +163,18 @@ template <Dtype D> struct Consumer {
   int seen[2];
 
   __device__ __forceinline__ void multiply_keys(uint32_t queries, uint32_t keys) {
-    const uint64_t a = descriptor(queries, 16), b = descriptor(keys, 16);
     begin_products();
 #pragma unroll
-    for (int k = 0; k < DIM / 16; k++) product<T>(s, a + (k / 4 * PART + k % 4 * 32) / 16, b + (k / 4 * PART + k % 4 * 32) / 16, k > 0);
+    for (int k = 0; k < DIM / 16; k++) {
+      const uint32_t offset = k / 4 * PART + k % 4 * 32;
+      product<T>(s, descriptor(queries + offset, 16), descriptor(keys + offset, 16), k > 0);
+    }
     end_products();
   }
   __device__ __forceinline__ void multiply_values(uint32_t values) {
-    const uint64_t b = descriptor(values, PART);
     begin_products();
 #pragma unroll
-    for (int k = 0; k < TOKENS / 16; k++) product<T>(y, p + 4 * k, b + k * 16 * 128 / 16, 1);
+    for (int k = 0; k < TOKENS / 16; k++) product<T>(y, p + 4 * k, descriptor(values + k * 16 * 128, PART), 1);
     end_products();
   }
   // Scores become weights.
@@ -246,23 +220,21 @@ template <Dtype D> __device__ __forceinline__ void consume(const Prompt& a, cons
   Deal deal;
   int stage = 0;
   uint32_t phase = 0;
-  if (a.turns && group == 1) pass(5, CONSUMERS);
   while (deal.next(a, all, sequences)) {
     const int count = deal.segment.rows * a.share, first = deal.tile * QUERIES + group * 64;
     const auto at = [&](int i) { return ((static_cast<int64_t>(deal.segment.first) + i / a.share) * a.cache.heads + deal.head) * a.share * DIM + i % a.share * DIM; };
     // The products that read the last tile's queries are done in all warps.
     meet(1 + group, 128);
-    a.q.with_type([&](auto type) {
 #pragma unroll 4
-      for (int i = 0; i < 8; i++) {
-        const int row = thread / 16 + 8 * i, d = thread % 16 * 8;
-        float x[8] = {};
-        if (first + row < count) a.q.read<decltype(type)>(at(first + row) + d, x);
-#pragma unroll
-        for (int k = 0; k < 8; k++) x[k] *= a.scale;
-        store16(queries + place(row, d), pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+    for (int i = 0; i < 8; i++) {
+      const int row = thread / 16 + 8 * i, d = thread % 16 * 8;
+      float4 x = {0, 0, 0, 0}, z = x;
+      if (first + row < count) {
+        const float4* from = reinterpret_cast<const float4*>(a.q + at(first + row) + d);
+        x = from[0], z = from[1];
       }
-    });
+      store16(queries + place(row, d), pack<T>(x.x * a.scale, x.y * a.scale), pack<T>(x.z * a.scale, x.w * a.scale), pack<T>(z.x * a.scale, z.y * a.scale), pack<T>(z.z * a.scale, z.w * a.scale));
+    }
     publish_shared();
     meet(1 + group, 128);
 
@@ -300,12 +272,9 @@ template <Dtype D> __device__ __forceinline__ void consume(const Prompt& a, cons
       const uint32_t old_phase = phase;
       if (++stage == STAGES) stage = 0, phase ^= 1;
       wait_barrier(shared.full_keys + stage * 8, phase);
-      // The warpgroups take turns: one's products run while the other computes weights.
-      if (a.turns) meet(5 + group, CONSUMERS);
       c.multiply_keys(queries, shared.keys + stage * 2 * PART);
       wait_barrier(shared.full_values + old * 8, old_phase);
       c.multiply_values(shared.values + old * 2 * PART);
-      if (a.turns) pass(6 - group, CONSUMERS);
       wait_products<1>();
       hold(c.s);
       release(shared.empty_keys + stage * 8);
@@ -352,10 +321,7 @@ __global__ void __launch_bounds__(THREADS, 1) prompt_kernel(const __grid_constan
   shared.full_values = shared.full_keys + STAGES * 8;
   shared.empty_keys = shared.full_values + STAGES * 8;
   shared.empty_values = shared.empty_keys + STAGES * 8;
-  shared.full_raw = shared.empty_values + STAGES * 8;
-  shared.raw = shared.full_raw + 128;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < RAWS; i++) init_barrier(shared.full_raw + i * 8, 1);
     for (int i = 0; i < STAGES; i++) {
       init_barrier(shared.full_keys + i * 8, BYTES<D> ? 128 : 1);
       init_barrier(shared.full_values + i * 8, BYTES<D> ? 128 : 1);
@@ -370,15 +336,11 @@ __global__ void __launch_bounds__(THREADS, 1) prompt_kernel(const __grid_constan
   await_inputs();
   let_next_start();
   if (threadIdx.x >= CONSUMERS) {
-    if constexpr (BYTES<D>) {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
-      produce<D>(a, raw, shared, all, sequences);
-    } else {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-      if (threadIdx.x < CONSUMERS + 32) produce(a, &keys, &values, shared, all, sequences);
-    }
+    if constexpr (BYTES<D>) asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
+    else asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    produce<D>(a, &keys, &values, shared, all, sequences);
   } else {
-    if constexpr (BYTES<D>) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    if constexpr (BYTES<D>) asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
     else asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     consume<D>(a, shared, all, sequences);
   }
@@ -392,9 +354,8 @@ bool prompts(const Tensor& keys, const Launch& launch) { return launch.architect
 void prompt(const Operands& o, int few, Launch& launch) {
   const Tensor &q = o.in(0), &keys = o.in(1), &segments = o.in(3);
   Prompt a{};
-  a.q = rows_of(q), a.y = rows_of(o.out(0)), a.step = step_of(keys, segments, o.in(4), launch.faults), a.cache = cache_of(keys, o.in(2));
+  a.q = q.as<float>(), a.y = out_of(o.out(0)), a.step = step_of(keys, segments, o.in(4), launch.faults), a.cache = cache_of(keys, o.in(2));
   a.share = q.width() / DIM / a.cache.heads, a.few = few;
-  a.turns = 1;
   a.scale = LOG2E / sqrtf(static_cast<float>(DIM));
   const int64_t tiles = (ceil_div(static_cast<int64_t>(q.most[0]) * a.share, QUERIES) + segments.most[0]) * static_cast<int64_t>(a.cache.heads);
   const int blocks = static_cast<int>(tiles < launch.multiprocessors ? tiles : launch.multiprocessors);
@@ -405,7 +366,7 @@ void prompt(const Operands& o, int few, Launch& launch) {
         for (int i = 0; i < 2; i++)
           launch.tensor_map(&maps[i], d.value == BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, i ? a.cache.values : a.cache.keys, DIM,
                             static_cast<uint64_t>(a.step.blocks) * a.cache.heads * BLOCK_TOKENS, DIM * 2, 64, BLOCK_TOKENS, CU_TENSOR_MAP_SWIZZLE_128B);
-      launch(prompt_kernel<d.value>, blocks, THREADS, 1024 + (2 + 4 * STAGES) * PART + 4 * STAGES * 8 + 128 + (BYTES<d.value> ? RAWS * PAGES * head_bytes<d.value>(DIM) : 0), maps[0], maps[1], a);
+      launch(prompt_kernel<d.value>, blocks, THREADS, 1024 + (2 + 4 * STAGES) * PART + 4 * STAGES * 8, maps[0], maps[1], a);
     }
   });
 }

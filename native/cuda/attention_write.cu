@@ -4,14 +4,17 @@
 namespace cuda::attention {
 namespace {
 
-// Two adjacent numbers of a head that begins at `head`; what lies beyond `dim` is zero.
-__device__ __forceinline__ float2 pair_at(const Rows& x, int64_t head, int d, int dim) {
-  if (dim % 2 == 0) {
-    float y[2] = {};
-    if (d < dim) x.with_type([&](auto type) { x.read<decltype(type)>(head + d, y); });
-    return {y[0], y[1]};
+// Two adjacent numbers of a row; what lies beyond `dim` is zero.
+template <class X> __device__ __forceinline__ float2 pair_at(const X* x, int d, int dim) {
+  float2 y = {0, 0};
+  if constexpr (sizeof(X) == 4) {
+    if (d + 1 < dim && dim % 2 == 0) return *reinterpret_cast<const float2*>(x + d);
+  } else {
+    if (d + 1 < dim && dim % 2 == 0) return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x + d));
   }
-  return {d < dim ? x.at(head + d) : 0, d + 1 < dim ? x.at(head + d + 1) : 0};
+  if (d < dim) y.x = static_cast<float>(x[d]);
+  if (d + 1 < dim) y.y = static_cast<float>(x[d + 1]);
+  return y;
 }
 
 __device__ __forceinline__ float2 rotated(float2 x, float2 angle) { return {x.x * angle.x - x.y * angle.y, x.y * angle.x + x.x * angle.y}; }
@@ -36,8 +39,8 @@ template <Dtype D> __device__ __forceinline__ void put(uint8_t* head, int t, int
 }
 
 // A block takes a row at a time; its warps share the row's heads of q (if it is to be rotated), k and v.
-template <Dtype D, bool ROPE>
-__global__ void __launch_bounds__(256) write_kernel(Rows q, Rows k, Rows v, Rows angles, Rows rotated_q, int heads, Step step, Cache cache, Size rows) {
+template <Dtype D, class X, bool ROPE>
+__global__ void __launch_bounds__(256) write_kernel(const float* q, const X* k, const X* v, const float* angles, Out rotated_q, int heads, Step step, Cache cache, Size rows) {
   const int count = rows.get(), sequences = step.sequences.get(), columns = step.columns.get();
   const int dim = cache.dim, kv = cache.heads;
   const int64_t bytes = head_bytes<D>(dim);
@@ -69,15 +72,15 @@ __global__ void __launch_bounds__(256) write_kernel(Rows q, Rows k, Rows v, Rows
     for (int task = warp_id(); task < turned + 2 * kv; task += blockDim.x / 32) {
       for (int g = 0; g < dim; g += GROUP) {
         const int d = g + 2 * lane_id();
-        const float2 angle = ROPE && task < turned + kv ? pair_at(angles, static_cast<int64_t>(row) * dim, d, dim) : float2{1, 0};
+        const float2 angle = ROPE && task < turned + kv ? pair_at(angles + static_cast<int64_t>(row) * dim, d, dim) : float2{1, 0};
         if (task < turned) {
           const int64_t at = (static_cast<int64_t>(row) * heads + task) * dim;
-          const float2 x = rotated(pair_at(q, at, d, dim), angle);
+          const float2 x = rotated(pair_at(q + at, d, dim), angle);
           if (d + 1 < dim) rotated_q.put2(at + d, x.x, x.y);
         } else {
           const int h = (task - turned) % kv;
           const bool key = task - turned < kv;
-          float2 x = pair_at(Rows{key ? k.data : v.data, key ? k.dtype : v.dtype}, (static_cast<int64_t>(row) * kv + h) * dim, d, dim);
+          float2 x = pair_at((key ? k : v) + (static_cast<int64_t>(row) * kv + h) * dim, d, dim);
           if (ROPE && key) x = rotated(x, angle);
           if (keys) put<D>((key ? keys : values) + h * bytes, t, g, dim, x);
         }
@@ -86,22 +89,26 @@ __global__ void __launch_bounds__(256) write_kernel(Rows q, Rows k, Rows v, Rows
   }
 }
 
-template <bool ROPE>
+template <class X, bool ROPE>
 void write(const Tensor* q, const Tensor& k, const Tensor& v, const Tensor* angles, const Tensor* y, const Tensor& keys, const Tensor& values, const Tensor& segments, const Tensor& pages, Launch& launch) {
   const Cache cache = cache_of(keys, values);
   const Step step = step_of(keys, segments, pages, launch.faults);
   const int heads = q ? q->width() / cache.dim : 0;
   const int grid = k.most[0] < launch.multiprocessors * 8 ? k.most[0] : launch.multiprocessors * 8;
-  const auto rows = [](const Tensor* t) { return t ? rows_of(*t) : Rows{}; };
   with_format(keys.dtype, [&](auto d) {
-    launch(write_kernel<d.value, ROPE>, grid, 256, 0, rows(q), rows(&k), rows(&v), rows(angles), rows(y), heads, step, cache, k.rows());
+    launch(write_kernel<d.value, X, ROPE>, grid, 256, 0, q ? q->as<float>() : nullptr, k.as<X>(), v.as<X>(), angles ? angles->as<float>() : nullptr, y ? out_of(*y) : Out{}, heads, step, cache, k.rows());
   });
 }
 
 }  // namespace
 
-void paged_write(const Operands& o, Launch& launch) { write<false>(nullptr, o.in(0), o.in(1), nullptr, nullptr, o.in(2), o.in(3), o.in(4), o.in(5), launch); }
+void paged_write(const Operands& o, Launch& launch) {
+  if (o.in(0).dtype == BF16) write<bf16, false>(nullptr, o.in(0), o.in(1), nullptr, nullptr, o.in(2), o.in(3), o.in(4), o.in(5), launch);
+  else write<float, false>(nullptr, o.in(0), o.in(1), nullptr, nullptr, o.in(2), o.in(3), o.in(4), o.in(5), launch);
+}
 
-void rope_write(const Operands& o, Launch& launch) { write<true>(&o.in(0), o.in(1), o.in(2), &o.in(3), &o.out(0), o.in(4), o.in(5), o.in(6), o.in(7), launch); }
+void rope_write(const Operands& o, Launch& launch) {
+  write<float, true>(&o.in(0), o.in(1), o.in(2), &o.in(3), &o.out(0), o.in(4), o.in(5), o.in(6), o.in(7), launch);
+}
 
 }  // namespace cuda::attention

@@ -225,6 +225,20 @@ void dot(const Operands& o, Launch& launch) { launch(dot_kernel, dim3(1), dim3(2
 
 // ---- Norms
 
+struct Row {
+  Numbers x;
+  int32_t n;
+  template <int V>
+  __device__ Vec<V> at(int r, int c) const { return load<V>(x, static_cast<int64_t>(r) * n + c); }
+};
+
+struct RowSum {
+  Add add;
+  int32_t n;
+  template <int V>
+  __device__ Vec<V> at(int r, int c) const { return add.at<V>(static_cast<int64_t>(r) * n + c, nullptr); }
+};
+
 void rms_norm(const Operands& o, Launch& launch) {
   const Numbers x = floats(o.in(0));
   norm(Row{x, o.in(0).most[1]}, o.in(1), nullptr, o.out(0), static_cast<float>(o.params[0]), aligned(x), launch);
@@ -232,7 +246,7 @@ void rms_norm(const Operands& o, Launch& launch) {
 
 void add_rms_norm(const Operands& o, Launch& launch) {
   const Numbers a = floats(o.in(0)), b = floats(o.in(1));
-  norm(RowSum{a, b, o.in(0).most[1]}, o.in(2), &o.out(0), o.out(1), static_cast<float>(o.params[0]), aligned(a, b), launch);
+  norm(RowSum{{a, b}, o.in(0).most[1]}, o.in(2), &o.out(0), o.out(1), static_cast<float>(o.params[0]), aligned(a, b), launch);
 }
 
 // ---- Rows by number

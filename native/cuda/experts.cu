@@ -1,50 +1,14 @@
 // The mixture of experts without its products: the router, grouping of slots by expert, and the weighted sum of experts' outputs.
-#include "router_many.cuh"
+#include "router.cuh"
 
 namespace cuda {
 namespace {
 
-// ---- The router
-
-void expect_f32(const Operands& o, int inputs) {
-  for (int i = 0; i < inputs; i++)
-    if (o.in(i).dtype != F32) throw std::runtime_error("internal: a router's operand is not float32");
-}
-
-void route(const Operands& o, Launch& launch) {
-  expect_f32(o, 3);
-  const Tensor &x = o.in(0), &gate = o.in(1), &logits = o.out(0), &experts = o.out(1);
-  NormRoute p{};
-  p.a = x.as<float>(), p.gate = gate.as<float>(), p.bias = o.in(2).as<float>();
-  p.logits = logits.as<float>(), p.experts = experts.as<int32_t>(), p.weights = o.out(2).as<float>();
-  p.rows = x.rows(), p.hidden = gate.most[1], p.count = gate.most[0], p.k = experts.most[1], p.norm_min = static_cast<float>(o.params[1]);
-  const bool vectors = p.hidden % 4 == 0 && aligned(numbers(x), numbers(gate));
-  if (!norm_route(p, x.most[0], vectors, launch)) route_many(p, x.most[0], vectors, launch);
-}
-
-// addRmsNormRoute(a, b, weight, gate, bias; eps, k, normMin) -> sum, normed, logits, experts, weights
-void add_rms_norm_route(const Operands& o, Launch& launch) {
-  expect_f32(o, 5);
-  const Tensor &a = o.in(0), &b = o.in(1), &weight = o.in(2), &gate = o.in(3), &sum = o.out(0), &normed = o.out(1), &logits = o.out(2), &experts = o.out(3);
-  NormRoute p{a.as<float>(), b.as<float>(), weight.as<float>(), gate.as<float>(), o.in(4).as<float>(), sum.as<float>(), floats(normed), logits.as<float>(),
-              experts.as<int32_t>(), o.out(4).as<float>(), nullptr, a.rows(), gate.most[1], gate.most[0], experts.most[1], static_cast<float>(o.params[0]), static_cast<float>(o.params[2])};
-  const bool vectors = p.hidden % 4 == 0 && aligned(numbers(a), numbers(b), numbers(weight), numbers(gate), numbers(sum), p.normed);
-  if (norm_route(p, a.most[0], vectors, launch) || norm_route_many(p, a.most[0], vectors, launch)) return;
-  // In two steps; the router needs the norm in float32.
-  Tensor exact = normed;
-  if (normed.dtype != F32) exact.dtype = F32, exact.data = launch.scratch(static_cast<size_t>(std::max(1, a.most[0])) * static_cast<size_t>(p.hidden) * sizeof(float));
-  const Numbers from = numbers(a), by = numbers(b);
-  norm(RowSum{from, by, p.hidden}, weight, &sum, exact, p.eps, aligned(from, by), launch);
-  if (normed.dtype != F32) norm(Row{numbers(sum), p.hidden}, weight, nullptr, normed, p.eps, aligned(numbers(sum)), launch);
-  p.a = exact.as<float>(), p.b = nullptr;
-  route_many(p, a.most[0], p.hidden % 4 == 0 && aligned(numbers(exact), numbers(gate)), launch);
-}
-
 // ---- Slots by expert
 
 // A block finds one expert's slots: it counts slots of lower experts, and its own in each warp's stretch; then it writes its own in order. A lane reads
-// four slots a turn, and lane t remembers which of turn t's 128 slots are the expert's: hence at most 32 turns.
-constexpr int TURN = 128, MOST_TURNS = 32;
+// four slots at a time and remembers which are the expert's, so that a warp reads its stretch once; hence at most MARKED slots a lane.
+constexpr int MARKED = 64;
 
 template <int THREADS>
 __global__ void __launch_bounds__(THREADS) group_kernel(const int32_t* experts, int32_t* order, int32_t* offsets, Count slots, int count, FaultRecord* faults) {
@@ -53,12 +17,12 @@ __global__ void __launch_bounds__(THREADS) group_kernel(const int32_t* experts, 
   const int n = static_cast<int>(slots.get()), expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   await_inputs();
   constexpr int WARPS = THREADS / 32;
-  const int turns = (n + WARPS * TURN - 1) / (WARPS * TURN), begin = warp * turns * TURN;
+  const int turns = (n + WARPS * 128 - 1) / (WARPS * 128), begin = warp * turns * 128;
   int lower = 0;
-  uint32_t marks[4] = {};  // bit l: slot 4 l + j of the turn
+  uint64_t own = 0;  // a bit per slot
 #pragma unroll 4
   for (int t = 0; t < turns; t++) {
-    const int i = begin + t * TURN + lane * 4;
+    const int i = begin + t * 128 + lane * 4;
     int e[4] = {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};
     if (i + 4 <= n) *reinterpret_cast<int4*>(e) = *reinterpret_cast<const int4*>(experts + i);
     else
@@ -66,33 +30,34 @@ __global__ void __launch_bounds__(THREADS) group_kernel(const int32_t* experts, 
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       lower += e[j] < expert;
-      const uint32_t who = __ballot_sync(~0u, e[j] == expert);
-      if (lane == t) marks[j] = who;
+      own |= static_cast<uint64_t>(e[j] == expert) << (t * 4 + j);
       if (expert == 0 && (e[j] < 0 || (e[j] >= count && i + j < n))) report(faults, Fault::EXPERT, e[j], count);
     }
   }
   lower = __reduce_add_sync(~0u, lower);
-  const int own = __popc(marks[0]) + __popc(marks[1]) + __popc(marks[2]) + __popc(marks[3]);
-  int upto = own;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(~0u, upto, d);
-    if (lane >= d) upto += other;
-  }
-  if (lane == 31) lower_in[warp] = lower, own_in[warp] = upto;
+  const int found = __reduce_add_sync(~0u, __popcll(own));
+  if (lane == 0) lower_in[warp] = lower, own_in[warp] = found;
   __syncthreads();
   const int lowers = lane < WARPS ? lower_in[lane] : 0, owns = lane < WARPS ? own_in[lane] : 0;
   const int first = __reduce_add_sync(~0u, lowers), all = __reduce_add_sync(~0u, owns);
-  int at = first + __reduce_add_sync(~0u, lane < warp ? owns : 0) + upto - own;
+  int at = first + __reduce_add_sync(~0u, lane < warp ? owns : 0);
   if (threadIdx.x == 0) {
     offsets[expert] = first;
     if (expert == count - 1) offsets[count] = first + all;
   }
-  for (uint32_t some = marks[0] | marks[1] | marks[2] | marks[3]; some; some &= some - 1) {
-    const int l = __ffs(static_cast<int>(some)) - 1;
+  for (int t = 0; t < turns; t++) {
+    const uint32_t mine = static_cast<uint32_t>(own >> (t * 4)) & 15;
+    if (!__any_sync(~0u, mine)) continue;
+    int before = 0;  // of lower lanes
 #pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const uint32_t who = __ballot_sync(~0u, mine >> j & 1);
+      before += __popc(who & ((1u << lane) - 1));
+    }
+    int total = before + __popc(mine), to = at + before;
     for (int j = 0; j < 4; j++)
-      if (marks[j] >> l & 1) order[at++] = begin + lane * TURN + l * 4 + j;
+      if (mine >> j & 1) order[to++] = begin + t * 128 + lane * 4 + j;
+    at += __shfl_sync(~0u, total, 31);
   }
 }
 
@@ -173,10 +138,10 @@ void group(const Operands& o, Launch& launch) {
   const int64_t most = std::max<int64_t>(1, order.most[0]);
   const Count slots = elements(experts);
   const int32_t* keys = experts.as<int32_t>();
-  if (most <= 32 * TURN * MOST_TURNS && most * count <= 128 * 65536) {
+  if (most <= 1024 * MARKED && most * count <= 128 * 65536) {
     auto run = [&](auto kernel, int threads) { launch(kernel, dim3(count), dim3(threads), 0, keys, order.as<int32_t>(), offsets.as<int32_t>(), slots, count, launch.faults); };
-    if (most <= 4 * TURN * 4) run(group_kernel<128>, 128);
-    else if (most <= 8 * TURN * 8) run(group_kernel<256>, 256);
+    if (most <= 128 * 16) run(group_kernel<128>, 128);
+    else if (most <= 256 * 32) run(group_kernel<256>, 256);
     else run(group_kernel<1024>, 1024);
     return;
   }

@@ -226,59 +226,44 @@ __device__ void truncate_many(float* x, int n, int rank, int top_k, float top_p,
 // Removes everything that top-k and top-p, in this order, do not keep. Mostly that is all but a few tokens near the maximum, which are sorted.
 template <int C>
 __device__ void truncate(float* x, int begin, int n, int rank, int top_k, float top_p, float top, Exchange& e, int& turn) {
-  float depths[DEPTHS], floor, total;
+  float sums[MOST_SUMS] = {};  // tokens by depth, all tokens; the same for sums of e^(x - top)
+  for (int i = threadIdx.x; i < n; i += PROCESS_THREADS) {
+    const float depth = top - x[i];
+    if (depth == INFINITY) continue;
+    const float mass = top_p < 1 ? expf(-depth) : 0.f;
+    sums[DEPTHS] += 1, sums[2 * DEPTHS + 1] += mass;
+    if (depth > DEPTH[DEPTHS - 1]) continue;
 #pragma unroll
-  for (int d = 0; d < DEPTHS; d++) depths[d] = DEPTH[d];
-  int count;
-  for (int pass = 0;; pass++) {
-    float sums[MOST_SUMS] = {};  // tokens by depth, all tokens; the same for sums of e^(x - top)
-    for (int i = threadIdx.x; i < n; i += PROCESS_THREADS) {
-      const float depth = top - x[i];
-      if (depth == INFINITY) continue;
-      const float mass = top_p < 1 ? expf(-depth) : 0.f;
-      sums[DEPTHS] += 1, sums[2 * DEPTHS + 1] += mass;
-      if (depth > depths[DEPTHS - 1]) continue;
-#pragma unroll
-      for (int d = 0; d < DEPTHS; d++)
-        if (depth <= depths[d]) sums[d] += 1, sums[DEPTHS + 1 + d] += mass;
-    }
-    reduce_row<C, MOST_SUMS, false>(sums, e, turn);
-    float above = 0, found = sums[DEPTHS];
-    floor = INFINITY, total = sums[2 * DEPTHS + 1];
-#pragma unroll
-    for (int d = DEPTHS - 1; d >= 0; d--)  // with a margin for rounding
-      if (top_k ? sums[d] >= static_cast<float>(top_k) : sums[DEPTHS + 1 + d] > top_p * total * 1.0001f) floor = depths[d], found = sums[d], above = d ? depths[max(d, 1) - 1] : 0;
-    count = static_cast<int>(found);
-    if (count <= CANDIDATES) break;
-    if (floor == INFINITY || pass == 2) return truncate_many<C>(x, n, rank, top_k, top_p, top, e, turn);
-    // Look closer, between the last depth that is too small and this one.
-#pragma unroll
-    for (int d = 0; d < DEPTHS; d++) depths[d] = d == DEPTHS - 1 ? floor : above + (floor - above) * (static_cast<float>(d + 1) / DEPTHS);
+    for (int d = 0; d < DEPTHS; d++)
+      if (depth <= DEPTH[d]) sums[d] += 1, sums[DEPTHS + 1 + d] += mass;
   }
+  reduce_row<C, MOST_SUMS, false>(sums, e, turn);
+  float floor = -INFINITY, found = sums[DEPTHS];
+  const float total = sums[2 * DEPTHS + 1];
+#pragma unroll
+  for (int d = DEPTHS - 1; d >= 0; d--)  // with a margin for rounding
+    if (top_k ? sums[d] >= static_cast<float>(top_k) : sums[DEPTHS + 1 + d] > top_p * total * 1.0001f) floor = DEPTH[d], found = sums[d];
+  const int count = static_cast<int>(found);
+  if (count > CANDIDATES) return truncate_many<C>(x, n, rank, top_k, top_p, top, e, turn);
 
   int* const listed = reinterpret_cast<int*>(&e.listed);
   if (threadIdx.x == 0) *listed = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < n; i += PROCESS_THREADS) {
     const float depth = top - x[i];
-    if (depth <= floor && depth < INFINITY) e.candidates[atomicAdd(listed, 1)] = token_key(x[i], begin + i);
+    if (floor == -INFINITY ? depth < INFINITY : depth <= floor) e.candidates[atomicAdd(listed, 1)] = token_key(x[i], begin + i);
   }
   row_barrier<C>();
   if (rank == 0) {
-    int size = 32, some[C], all = 0;
+    int size = 32, at = 0;
     while (size < count) size *= 2;
 #pragma unroll
-    for (int b = 0; b < C; b++) some[b] = C > 1 ? __float_as_int(remote_load(&e.listed, b)) : *listed;
-#pragma unroll
-    for (int b = 0; b < C; b++) all += some[b];
-    for (int i = threadIdx.x; i < all; i += PROCESS_THREADS) {
-      int block = 0, at = i;  // the block that has the i-th, and where
-#pragma unroll
-      for (int b = 0, start = 0; b < C; start += some[b], b++)
-        if (i >= start) block = b, at = i - start;
-      e.sorted[i] = C > 1 ? remote_load(&e.candidates[at], block) : e.candidates[at];
+    for (int b = 0; b < C; b++) {
+      const int some = C > 1 ? __float_as_int(remote_load(&e.listed, b)) : *listed;
+      for (int i = threadIdx.x; i < some; i += PROCESS_THREADS) e.sorted[at + i] = C > 1 ? remote_load(&e.candidates[i], b) : e.candidates[i];
+      at += some;
     }
-    for (int i = all + static_cast<int>(threadIdx.x); i < size; i += PROCESS_THREADS) e.sorted[i] = 0;
+    for (int i = at + static_cast<int>(threadIdx.x); i < size; i += PROCESS_THREADS) e.sorted[i] = 0;
     __syncthreads();
     sort_candidates(e.sorted, size);
     if (threadIdx.x < 32) {

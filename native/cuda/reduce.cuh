@@ -149,28 +149,6 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
   return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.f);
 }
 
-// Rows, and sums of two, for `norm`.
-struct Row {
-  Numbers x;
-  int32_t n;
-  template <int V>
-  __device__ Vec<V> at(int r, int c) const { return load<V>(x, static_cast<int64_t>(r) * n + c); }
-};
-
-struct RowSum {
-  Numbers a, b;
-  int32_t n;
-  template <int V>
-  __device__ Vec<V> at(int r, int c) const {
-    const int64_t i = static_cast<int64_t>(r) * n + c;
-    Vec<V> x = load<V>(a, i);
-    const Vec<V> y = load<V>(b, i);
-#pragma unroll
-    for (int v = 0; v < V; v++) x.at[v] += y.at[v];
-    return x;
-  }
-};
-
 // sum = f(row), y = sum / sqrt(mean(sum^2) + eps) * weight, a row a block. A thread keeps N times V numbers of a row, and reads and writes only
 // these, so that results may overwrite inputs of the same format. `sum` may have no data.
 template <int V, int N, class F>

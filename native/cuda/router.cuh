@@ -90,14 +90,194 @@ void with_lanes(int experts, F f) {
   else f(std::integral_constant<int, MAX_EXPERTS / 32>{});
 }
 
+constexpr int CHOOSE_WARPS = 4;
+
+// A warp a row. The logits are the sums of `splits` parts [splits, most rows, experts], if there are several.
+template <int N>
+__global__ void __launch_bounds__(32 * CHOOSE_WARPS) choose_kernel(const float* parts, int splits, int64_t part, float* logits, const float* bias, Size rows, int experts, int k, float norm_min,
+                                                                      int32_t* chosen, float* weights) {
+  let_next_start();
+  const int count = rows.get(), r = blockIdx.x * CHOOSE_WARPS + threadIdx.x / 32;
+  await_inputs();
+  if (r >= count) return;
+  float* own = logits + static_cast<int64_t>(r) * experts;
+  if (splits > 1) {
+    for (int e = threadIdx.x % 32; e < experts; e += 32) {
+      float sum = 0;
+#pragma unroll 8
+      for (int s = 0; s < splits; s++) sum += parts[s * part + static_cast<int64_t>(r) * experts + e];
+      own[e] = sum;
+    }
+    __syncwarp();
+  }
+  choose<N>(own, bias, experts, k, norm_min, chosen + static_cast<int64_t>(r) * k, weights + static_cast<int64_t>(r) * k);
+}
+
+// ---- Logits of many rows
+
+// Tiles of 64 rows by 64 experts on the matrix units, as exact as float32: each number is the sum of two tf32 numbers, of whose products only that of the
+// two small ones is left out (2^-22 of the whole), and sums of 64 columns are added in float32, because the units' own sums are truncated. Of a chunk of
+// 64 columns, a warp multiplies 16 with 32 rows. Experts are split once, on the way to shared memory. A lane's four consecutive columns of a row are
+// columns t and t + 4 of two steps of 8; which column is which does not matter, as both operands agree.
+constexpr int TILE = 64, PITCH = TILE + 16, LOGITS_THREADS = 256, MOST_SPLITS = 20;
+constexpr size_t LOGITS_SHARED = 4 * TILE * PITCH * sizeof(float);  // two buffers of large and small parts
+
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four numbers of a row from column c on; zeros beyond its end.
+template <bool VECTORS>
+__device__ __forceinline__ float4 columns(const float* row, int c, int end) {
+  if constexpr (VECTORS) return c < end ? *reinterpret_cast<const float4*>(row + c) : float4{};
+  return make_float4(c < end ? row[c] : 0.f, c + 1 < end ? row[c + 1] : 0.f, c + 2 < end ? row[c + 2] : 0.f, c + 3 < end ? row[c + 3] : 0.f);
+}
+
+// Block z of the grid has `chunks` chunks of columns, and writes part z.
+template <bool VECTORS>
+__global__ void __launch_bounds__(LOGITS_THREADS) logits_kernel(const float* x, const float* gate, float* parts, int64_t part, Size rows, int experts, int hidden, int chunks) {
+  extern __shared__ __align__(16) float shared[];
+  let_next_start();
+  const int count = rows.get(), r0 = blockIdx.x * TILE, e0 = blockIdx.y * TILE, first = blockIdx.z * chunks * 64, end = min(hidden, first + chunks * 64);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, half = warp % 2, quarter = warp / 2;
+  float4 next_gate[4], next_x[2][2];
+  auto fetch_gate = [&](int k0) {
+    const int e = e0 + static_cast<int>(threadIdx.x) / 4;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      next_gate[j] = e < experts ? columns<VECTORS>(gate + static_cast<int64_t>(e) * hidden, k0 + j * 16 + static_cast<int>(threadIdx.x) % 4 * 4, end) : float4{};
+  };
+  auto fetch_x = [&](int k0) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int r = r0 + half * 32 + m * 16 + h * 8 + g;
+        next_x[m][h] = r < count ? columns<VECTORS>(x + static_cast<int64_t>(r) * hidden, k0 + quarter * 16 + t * 4, end) : float4{};
+      }
+  };
+  fetch_gate(first);
+  await_inputs();
+  if (r0 >= count || first >= hidden) return;
+  fetch_x(first);
+  float sums[2][8][4] = {}, c[2][8][4] = {};
+  int turn = 0;
+  for (int k0 = first; k0 < end; k0 += 64, turn++) {
+    float *large = shared + turn % 2 * 2 * TILE * PITCH, *small = large + TILE * PITCH;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int at = static_cast<int>(threadIdx.x) / 4 * PITCH + j * 16 + static_cast<int>(threadIdx.x) % 4 * 4;
+      const float v[4] = {next_gate[j].x, next_gate[j].y, next_gate[j].z, next_gate[j].w};
+      uint32_t a[4], b[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i] = to_tf32(v[i]), b[i] = to_tf32(v[i] - __uint_as_float(a[i]));
+      *reinterpret_cast<uint4*>(large + at) = make_uint4(a[0], a[1], a[2], a[3]);
+      *reinterpret_cast<uint4*>(small + at) = make_uint4(b[0], b[1], b[2], b[3]);
+    }
+    uint32_t a_large[2][2][4], a_small[2][2][4];  // of two steps of 8 columns
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float v[4] = {next_x[m][h].x, next_x[m][h].y, next_x[m][h].z, next_x[m][h].w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const uint32_t top = to_tf32(v[i]);
+          a_large[m][i / 2][i % 2 * 2 + h] = top;
+          a_small[m][i / 2][i % 2 * 2 + h] = to_tf32(v[i] - __uint_as_float(top));
+        }
+      }
+    if (k0 + 64 < end) fetch_gate(k0 + 64), fetch_x(k0 + 64);
+    __syncthreads();  // one is enough: whoever writes this buffer again has passed the next
+#pragma unroll
+    for (int n0 = 0; n0 < 8; n0 += 4) {
+      uint32_t l[4][4], s[4][4];
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        const int at = ((n0 + n) * 8 + g) * PITCH + quarter * 16 + t * 4;
+        *reinterpret_cast<uint4*>(l[n]) = *reinterpret_cast<const uint4*>(large + at);
+        *reinterpret_cast<uint4*>(s[n]) = *reinterpret_cast<const uint4*>(small + at);
+      }
+      // Eight products between two that add to the same sums.
+#pragma unroll
+      for (int step = 0; step < 6; step++) {
+        const int i = step % 2;
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+          for (int m = 0; m < 2; m++) {
+            const uint32_t(&b)[4] = step / 2 == 1 ? s[n] : l[n];
+            multiply_tf32(c[m][n0 + n], step / 2 == 0 ? a_small[m][i] : a_large[m][i], b[2 * i], b[2 * i + 1]);
+          }
+      }
+    }
+    if (turn % 4 == 3 || k0 + 64 >= end) {
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) sums[m][n][i] += c[m][n][i], c[m][n][i] = 0;
+    }
+  }
+  // The quarters' sums, in order.
+  __syncthreads();
+  float* others = shared + (max(quarter, 1) - 1) * TILE * TILE;
+  if (quarter)
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) others[((m * 8 + n) * 4 + i) * 64 + half * 32 + lane] = sums[m][n][i];
+  __syncthreads();
+  if (quarter) return;
+  float* to = parts + blockIdx.z * part;
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float sum = sums[m][n][i];
+#pragma unroll
+        for (int q = 0; q < 3; q++) sum += shared[q * TILE * TILE + ((m * 8 + n) * 4 + i) * 64 + half * 32 + lane];
+        const int r = r0 + half * 32 + m * 16 + i / 2 * 8 + g, e = e0 + n * 8 + t * 2 + i % 2;
+        if (r < count && e < experts) to[static_cast<int64_t>(r) * experts + e] = sum;
+      }
+}
+
+void route_many(const float* x, const Tensor& gate, const float* bias, const Tensor& logits, const Tensor& experts, float* weights, float norm_min, Launch& launch) {
+  const int count = gate.most[0], hidden = gate.most[1], k = experts.most[1], most = std::max(1, logits.most[0]);
+  const int tiles = ceil_div(most, TILE), across = ceil_div(count, TILE), all = ceil_div(hidden, 64);
+  const int chunks = ceil_div(all, std::clamp(launch.multiprocessors / (tiles * across), 1, MOST_SPLITS)), splits = ceil_div(all, chunks);
+  const int64_t part = static_cast<int64_t>(most) * count;
+  float* parts = splits > 1 ? static_cast<float*>(launch.scratch(static_cast<size_t>(splits * part) * sizeof(float))) : logits.as<float>();
+  auto run = [&](auto kernel) {
+    launch(kernel, dim3(tiles, across, splits), dim3(LOGITS_THREADS), LOGITS_SHARED, x, gate.as<float>(), parts, part, logits.rows(), count, hidden, chunks);
+  };
+  if (hidden % 4 == 0 && aligned(Numbers{const_cast<float*>(x), F32}, numbers(gate))) run(logits_kernel<true>);
+  else run(logits_kernel<false>);
+  with_lanes(count, [&](auto lanes) {
+    constexpr int N = decltype(lanes)::value;
+    launch(choose_kernel<N>, dim3(ceil_div(most, CHOOSE_WARPS)), dim3(32 * CHOOSE_WARPS), 0, parts, splits, part, logits.as<float>(), bias, logits.rows(), count, k, norm_min, experts.as<int32_t>(), weights);
+  });
+}
+
 // ---- Norm and router of a few rows in one kernel
 
 struct NormRoute {
   const float *a, *b;  // b may be null: then there is no sum
   const float *weight, *gate, *bias;  // weight may be null: then there is no norm
-  float* sum;
-  Numbers normed;
-  float* logits;
+  float *sum, *normed, *logits;
   int32_t* experts;
   float* weights;
   int32_t* arrived;  // per row; only without clusters
@@ -165,11 +345,11 @@ struct Held {
     for (int c = 0; c < C; c++) {
       if (column(c) < begin || column(c) >= end) continue;
       if (p.sum) store<V>({p.sum, F32}, from + column(c), x[c]);
-      if (!p.normed.data) continue;
+      if (!p.normed) continue;
       Vec<V> y;
 #pragma unroll
       for (int v = 0; v < V; v++) y.at[v] = weight[c].at[v] * (x[c].at[v] * scale);
-      store<V>(p.normed, from + column(c), y);
+      store<V>({p.normed, F32}, from + column(c), y);
     }
   }
 };
@@ -285,6 +465,50 @@ bool norm_route(NormRoute p, int most, bool vectors, Launch& launch) {
   if (p.count <= 64) with_choice(std::integral_constant<int, 2>{});
   else with_choice(std::integral_constant<int, 8>{});
   return true;
+}
+
+void expect_f32(const Operands& o, int inputs) {
+  for (int i = 0; i < inputs; i++)
+    if (o.in(i).dtype != F32) throw std::runtime_error("internal: a router's operand is not float32");
+}
+
+void route(const Operands& o, Launch& launch) {
+  expect_f32(o, 3);
+  const Tensor &x = o.in(0), &gate = o.in(1), &logits = o.out(0), &experts = o.out(1);
+  const float norm_min = static_cast<float>(o.params[1]);
+  NormRoute p{};
+  p.a = x.as<float>(), p.gate = gate.as<float>(), p.bias = o.in(2).as<float>();
+  p.logits = logits.as<float>(), p.experts = experts.as<int32_t>(), p.weights = o.out(2).as<float>();
+  p.rows = x.rows(), p.hidden = gate.most[1], p.count = gate.most[0], p.k = experts.most[1], p.norm_min = norm_min;
+  if (norm_route(p, x.most[0], p.hidden % 4 == 0 && aligned(numbers(x), numbers(gate)), launch)) return;
+  route_many(p.a, gate, p.bias, logits, experts, p.weights, norm_min, launch);
+}
+
+struct RowSum {
+  Numbers a, b;
+  int32_t n;
+  template <int V>
+  __device__ Vec<V> at(int r, int c) const {
+    const int64_t i = static_cast<int64_t>(r) * n + c;
+    Vec<V> x = load<V>(a, i);
+    const Vec<V> y = load<V>(b, i);
+#pragma unroll
+    for (int v = 0; v < V; v++) x.at[v] += y.at[v];
+    return x;
+  }
+};
+
+// addRmsNormRoute(a, b, weight, gate, bias; eps, k, normMin) -> sum, normed, logits, experts, weights
+void add_rms_norm_route(const Operands& o, Launch& launch) {
+  expect_f32(o, 5);
+  const Tensor &a = o.in(0), &b = o.in(1), &weight = o.in(2), &gate = o.in(3), &sum = o.out(0), &normed = o.out(1), &logits = o.out(2), &experts = o.out(3);
+  const float eps = static_cast<float>(o.params[0]), norm_min = static_cast<float>(o.params[2]);
+  const NormRoute p{a.as<float>(),      b.as<float>(),      weight.as<float>(),    gate.as<float>(),     o.in(4).as<float>(), sum.as<float>(), normed.as<float>(),
+                    logits.as<float>(), experts.as<int32_t>(), o.out(4).as<float>(), nullptr, a.rows(), gate.most[1], gate.most[0], experts.most[1], eps, norm_min};
+  const bool vectors = p.hidden % 4 == 0 && aligned(numbers(a), numbers(b), numbers(weight), numbers(gate), numbers(sum), numbers(normed));
+  if (norm_route(p, a.most[0], vectors, launch)) return;
+  norm(RowSum{numbers(a), numbers(b), p.hidden}, weight, &sum, normed, eps, aligned(numbers(a), numbers(b)), launch);
+  route_many(p.normed, gate, p.bias, logits, experts, p.weights, norm_min, launch);
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ export function loweredForCuda(graph: Graph, rows: number, has: (op: string) => 
     fuse(graph, (op) => GENERAL.has(op) && has(op)),
     lowering(few),
   );
-  const rules: readonly Rule[] = few ? [attentionOf, mixtureOf, routedNorm] : [rotatedWrite, combinedNorm, routedNorm];
+  const rules: readonly Rule[] = few ? [attentionOf, mixtureOf, routedNorm] : [rotatedWrite, combinedNorm];
   const fused = rewrite(plain, rules, has);
   return few ? fused : narrow(fused, has);
 }
@@ -257,6 +257,7 @@ function narrow(graph: Graph, has: (op: string) => boolean): Graph {
           .map((op) => uses.made(x, op))
           .find((c) => c !== null)
       : null;
+    if (ending === "ToF16" && maker?.op === "pagedAttention") continue; // its kernels write float32 and bfloat16
     if (!maker || made.has(maker) || maker.outputs[NARROWED[maker.op]] !== x || !uses.onlyFor(x, call) || !has(maker.op)) continue;
     made.set(maker, { op: `${maker.op}${ending}`, outputs: maker.outputs.map((t) => (t === x ? call.outputs[0] : t)) });
     gone.add(call);

@@ -28,7 +28,6 @@ export const NARROWED: Readonly<Record<string, number>> = {
   rmsNorm: 0,
   addRmsNorm: 1,
   combineAddNorm: 1,
-  addRmsNormRoute: 1,
   gatedLinear: 0,
   groupedGatedLinear: 0,
   groupedLinear: 0,

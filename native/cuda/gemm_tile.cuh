@@ -15,14 +15,14 @@ struct Product {
   const float* bias;       // [n] or [experts, n], or null
   const int32_t* order;    // of grouped products: sorted slots and the offsets of experts; null otherwise
   const int32_t* offsets;
-  bool sorted;             // the rows of x are in the order of `order`
   void* y;
   Dtype format, out;
   Size rows;               // of x
   int32_t experts, slots, n, k, kp;
   bool gated;
   int32_t splits;          // parts of k, computed by different blocks
-  float* partials;         // their sums: of each tile and part, as lanes have them
+  float* partials;         // of split products
+  int32_t* counters;       // one a tile: parts that are done
 
   // Result columns of a tile of 128 weight rows.
   __host__ __device__ int tile_columns() const { return gated ? 64 : 128; }
@@ -54,10 +54,9 @@ struct Schedule {
     const int within = index - starts[low] * m_tiles, token_tiles = starts[low + 1] - starts[low];
     const int bundle = within / (TOKEN_TILES_TOGETHER * m_tiles), at = within - bundle * TOKEN_TILES_TOGETHER * m_tiles;
     const int wide = min(TOKEN_TILES_TOGETHER, token_tiles - bundle * TOKEN_TILES_TOGETHER);
-    // Turned, so that blocks that stride over tiles do not always meet the same one, as the last may be nearly empty.
-    const int m = at / wide, token = (bundle * TOKEN_TILES_TOGETHER + (at + m + m / wide) % wide) * tokens;
+    const int token = (bundle * TOKEN_TILES_TOGETHER + at % wide) * tokens;
     const int begin = offsets ? offsets[low] : 0, end = offsets ? offsets[low + 1] : rows;
-    return {low, begin + token, min(tokens, end - begin - token), m};
+    return {low, begin + token, min(tokens, end - begin - token), at / wide};
   }
 };
 
@@ -112,19 +111,17 @@ template <Dtype F> struct Weights {
   static constexpr int GROUP_COLUMNS = F == INT4 ? 32 : 64;  // that share a scale
 };
 
-// A scale as two numbers in bfloat16 whose sum is exact to 16 bits, each in both halves: only the product is rounded then. INT4, whose own rounding is
-// far coarser, makes do with one: at the speed of memory there is time for no more.
-template <Dtype F> struct Scale {
+// A scale as two numbers in bfloat16 whose sum is exact to 16 bits, each in both halves: only the product is rounded then.
+struct Scale {
   __nv_bfloat162 high, low;
   __device__ __forceinline__ explicit Scale(__half s) {
     const float f = __half2float(s);
-    high = __float2bfloat162_rn(f);
-    if constexpr (F != INT4) low = __float2bfloat162_rn(f - __low2float(high));
+    const bf16 h = __float2bfloat16_rn(f);
+    high = __bfloat162bfloat162(h);
+    low = __bfloat162bfloat162(__float2bfloat16_rn(f - __bfloat162float(h)));
   }
   __device__ __forceinline__ uint32_t times(__nv_bfloat162 q) const {
-    __nv_bfloat162 r;
-    if constexpr (F != INT4) r = __hfma2(q, high, __hmul2(q, low));
-    else r = __hmul2(q, high);
+    const __nv_bfloat162 r = __hfma2(q, high, __hmul2(q, low));
     return reinterpret_cast<const uint32_t&>(r);
   }
 };
@@ -138,7 +135,7 @@ template <Dtype F> __device__ __forceinline__ uint32_t byte_selector() {
 }
 
 // Two neighbouring weights, times their scale, in bfloat16. `word`: what `byte_selector` selected, or of INT4 the pair's nibbles in the halves' low bits.
-template <Dtype F> __device__ __forceinline__ uint32_t widen(uint32_t word, const Scale<F>& scale) {
+template <Dtype F> __device__ __forceinline__ uint32_t widen(uint32_t word, const Scale& scale) {
   if constexpr (F == INT8) {
     // 128 + the low seven bits, minus 128 or, of a negative number, 256.
     return scale.times(__hsub2(pair((word & 0x007f007f) | 0x43004300), pair((word & 0x00800080) | 0x43004300)));
@@ -157,7 +154,7 @@ template <Dtype F, class Scales> __device__ __forceinline__ void widen_block(uin
     const int shift = threadIdx.x % 4 * 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const Scale<F> scale0(scale(0, half)), scale1(scale(1, half));
+      const Scale scale0(scale(0, half)), scale1(scale(1, half));
       const uint32_t to = (chunk + half) * 16 ^ mask;
       const uint4 u = load_shared(at0 + to), v = load_shared(at1 + to);
       uint32_t* out = a + half * 8;
@@ -168,7 +165,7 @@ template <Dtype F, class Scales> __device__ __forceinline__ void widen_block(uin
     }
   } else {
     const uint32_t selector = byte_selector<F>();
-    const Scale<F> scale0(scale(0, 0)), scale1(scale(1, 0));
+    const Scale scale0(scale(0, 0)), scale1(scale(1, 0));
 #pragma unroll
     for (int step = 0; step < 4; step++) {
       const uint32_t to = (chunk + step) * 16 ^ mask;

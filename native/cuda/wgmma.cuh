@@ -23,13 +23,6 @@ template <int N, bool HALF> struct Wgmma;
     } \
   };
 
-#define SUMS_8 \
-  "%0, %1, %2, %3"
-#define DATA_8 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-WGMMA(8, false, "bf16", SUMS_8, DATA_8, "4", "5", "6", "7", "8")
-WGMMA(8, true, "f16", SUMS_8, DATA_8, "4", "5", "6", "7", "8")
-
 #define SUMS_16 \
   "%0, %1, %2, %3, %4, %5, %6, %7"
 #define DATA_16 \
@@ -54,19 +47,6 @@ WGMMA(32, true, "f16", SUMS_32, DATA_32, "16", "17", "18", "19", "20")
   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
 WGMMA(64, false, "bf16", SUMS_64, DATA_64, "32", "33", "34", "35", "36")
 WGMMA(64, true, "f16", SUMS_64, DATA_64, "32", "33", "34", "35", "36")
-
-#define SUMS_96 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define DATA_96 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
-WGMMA(96, false, "bf16", SUMS_96, DATA_96, "48", "49", "50", "51", "52")
-WGMMA(96, true, "f16", SUMS_96, DATA_96, "48", "49", "50", "51", "52")
 
 #define SUMS_128 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -129,16 +109,12 @@ WGMMA(256, false, "bf16", SUMS_256, DATA_256, "128", "129", "130", "131", "132")
 WGMMA(256, true, "f16", SUMS_256, DATA_256, "128", "129", "130", "131", "132")
 
 #undef WGMMA
-#undef SUMS_8
-#undef DATA_8
 #undef SUMS_16
 #undef DATA_16
 #undef SUMS_32
 #undef DATA_32
 #undef SUMS_64
 #undef DATA_64
-#undef SUMS_96
-#undef DATA_96
 #undef SUMS_128
 #undef DATA_128
 #undef SUMS_192
@@ -162,10 +138,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) { asm volatile(
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives at the same barrier of another block of the cluster. (With a wider scope than the default it would wait for this thread's writes to device memory.)
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
-  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank) : "memory");
-}
 // Arrives when this thread's earlier `cp.async` copies are done.
 __device__ __forceinline__ void barrier_arrive_copied(uint32_t barrier) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
@@ -179,22 +151,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const void* map, int colum
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row)
                : "memory");
 }
-// Likewise, to the same place in each block of the cluster that `mask` names, where the same barrier is told.
-__device__ __forceinline__ void copy_box_to_all(uint32_t to, const void* map, int column, int row, uint32_t barrier, uint16_t mask) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row),
-               "h"(mask)
-               : "memory");
-}
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// Until all threads of the cluster are here.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // Writes the transposes of 8 x 8 matrices of 16-bit numbers to rows of 16 bytes, at addresses that the lanes give.
 __device__ __forceinline__ void store_transposed(uint32_t at, uint32_t r0, uint32_t r1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(r0), "r"(r1) : "memory");

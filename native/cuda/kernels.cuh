@@ -143,6 +143,6 @@ __device__ __forceinline__ void report(FaultRecord* record, Fault fault, int32_t
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Each file of kernels ends with its entries.
-extern const Entry ELEMENTWISE[], MATRIX[], EXPERTS[], GEMM[], ATTENTION[], SAMPLING[];
+extern const Entry ELEMENTWISE[], MATRIX[], EXPERTS[], ATTENTION[], SAMPLING[];
 
 }  // namespace cuda

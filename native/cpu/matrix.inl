@@ -234,8 +234,14 @@ static inline void run_rows(int rows, const typename F::X* const* x, const void*
 constexpr int64_t PANEL = 32;  // weight rows that stay in the cache for all activation rows
 
 #ifdef HAS_AMX
+// Emulated tiles give vpdpbusd's bits. On a processor they have to show that first.
+#ifdef EMULATE_TILES
+constexpr bool INT8_TILES = true;
+#else
+constexpr bool INT8_TILES = false;
+#endif
 template <class F>
-constexpr bool by_tiles = std::is_same_v<F, Int8Blocks>;
+constexpr bool by_tiles = INT8_TILES && std::is_same_v<F, Int8Blocks>;
 template <class XAt, class YAt>
 static int64_t rows_by_tiles(const void* w, int64_t n0, int64_t stop, int64_t k, int64_t rows, XAt x_at, YAt y_at, const float* bias, Ahead& ahead);
 #else

@@ -15,7 +15,7 @@ namespace {
 constexpr int DIM = 128, QUERIES = 128, TOKENS = 128, STAGES = 2;
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
 constexpr int PART = 128 * 128;  // bytes of 128 rows of 64 half numbers; a tile of queries, keys or values is two
-constexpr int PAGES = TOKENS / BLOCK_TOKENS;
+[[maybe_unused]] constexpr int PAGES = TOKENS / BLOCK_TOKENS;
 
 struct Prompt {
   const float* q;

@@ -1,4 +1,5 @@
 // The router of a mixture of experts: logits, and the choice of a row's experts; for a few rows in one kernel with the norm before it.
+// Over 500 lines, because its two ways share the choice.
 #pragma once
 #include "cluster.cuh"
 #include "reduce.cuh"

@@ -240,11 +240,11 @@ describe("errors are one line that names what is wrong", () => {
   test.each<[LoadOptions, string]>([
     [{ dtype: "fp4" }, "dtype 'fp4' is not known; known are auto, fp32, fp16, bf16, fp8, int8, int4"],
     [{ dtype: "toString" }, "dtype 'toString' is not known"],
-    [{ device: "cuda" }, "device 'cuda' is not known; known are auto, cpu, reference"],
+    [{ device: "tpu" }, "device 'tpu' is not known; known are auto, cpu, cuda, cuda:0, cuda:1, ..., reference"],
     [{ threads: 0 }, "threads: 0 is not a whole number from 1 to 1024"],
     [{ threads: 1.5 }, "threads: 1.5 is not a whole number"],
     [{ isa: "sse9" }, "sse9"],
-    [{ kv_cache_dtype: "int4" as "fp16" }, "kv_cache_dtype 'int4' is not known; known are fp32, fp16, int8"],
+    [{ kv_cache_dtype: "int4" as "fp16" }, "kv_cache_dtype 'int4' is not known; known are fp32, fp16, bf16, int8, fp8"],
     [{ kv_cache_tokens: 0 }, "kv_cache_tokens is 0; it must be a whole number of at least 1"],
     [{ kv_cache_tokens: Number.NaN }, "kv_cache_tokens is NaN"],
     [{ chunk_size: 0 }, "chunk_size is 0; it must be a whole number of at least 1"],

@@ -3,11 +3,12 @@ import { AFTER_BACKWARD, BACKWARD, FIRST_ORDER, type Op, type OpTable, SERVING, 
 import { fuse } from "../graph/fuse.ts";
 import type { Graph } from "../graph/graph.ts";
 import { type Lowering, lower } from "../graph/lower.ts";
+import { pagesFit } from "../graph/ops/attention.ts";
 import { products } from "../graph/ops/matrix.ts";
 import { f32, matches } from "../graph/ops/shapes.ts";
 import { OPS } from "../graph/ops.ts";
 import type { Dtype } from "../tensor/dtype.ts";
-import { sameDim, sameShape } from "../tensor/shape.ts";
+import { sameShape } from "../tensor/shape.ts";
 import type { Defaults } from "./backend.ts";
 
 const ACTIVATIONS: Partial<Record<Dtype, Dtype>> = { bf16: "bf16pair", int8: "int8row", int4: "int8row" };
@@ -24,10 +25,7 @@ function cacheFits(keys: Tensor | undefined, values: Tensor | undefined, segment
   return (
     keys.dtype === values.dtype &&
     sameShape(keys.shape, keys.dtype === "int8kv" ? values.shape : [blocks, heads, dim, tokens]) &&
-    matches(segments, "i32", 2) &&
-    sameDim(segments.shape[1], 3) &&
-    matches(pages, "i32", 2) &&
-    sameDim(segments.shape[0], pages.shape[0])
+    pagesFit(segments, pages)
   );
 }
 

@@ -6,13 +6,12 @@ import type { Dtype } from "../tensor/dtype.ts";
 import { GROUP } from "../tensor/quantized.ts";
 import type { SymbolValues } from "../tensor/shape.ts";
 import type { StoredFormat } from "../tensor/stored.ts";
-import { type Addon, type Handle, type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
-import { checkRange } from "./arrays.ts";
+import { type MachineLimits, openAddon, STORED_CODES } from "./addon.ts";
 import type { Backend, Program, Residence, Slice, State, WeightSource, Weights } from "./backend.ts";
 import { physicalCores } from "./cores.ts";
 import { CPU_DEFAULTS, lowered } from "./cpu.ts";
 import { hostMemory } from "./memory.ts";
-import { plannedProgram, UNBOUNDED } from "./planned.ts";
+import { type Held, heldState, nativePlan, plannedProgram, stateHandles } from "./planned.ts";
 import { settle } from "./residence.ts";
 
 export type { MachineLimits } from "./addon.ts";
@@ -33,9 +32,6 @@ export interface NativeOptions {
   /** Name of an instruction set; default: `MIXTAPE_ISA`, else the best available. */
   readonly isa?: string;
 }
-
-/** A weight set or state of this backend, with the addon's handle. */
-type Held<T> = T & { readonly handle: Handle };
 
 /** Throws if the addon is missing or of another version, the instruction set is not available, or the thread count is out of range. */
 export function nativeBackend(options: NativeOptions = {}): Backend {
@@ -84,33 +80,22 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
       };
     },
 
-    state: (dtype, shape) => nativeState(addon, dtype, shape),
+    state(dtype, shape) {
+      const bytes = bytesOf({ dtype, shape }, {});
+      const handle = addon.memory(bytes);
+      return heldState(handle, dtype, bytes, {
+        read: (at, to) => addon.readMemory(handle, at, to),
+        write: (at, from) => addon.writeMemory(handle, at, from),
+        dispose: () => addon.disposeMemory(handle),
+      });
+    },
 
     prepare(graph: Graph, capacity: SymbolValues, weights: Weights, states: ReadonlyMap<string, State>): Program {
       const through = passed.get(graph) ?? lowered(graph, (op) => kernels.has(op));
       passed.set(graph, through);
       const planned = plan(through, capacity);
-      const missing = planned.ops.find((op) => !kernels.has(op));
-      if (missing) throw new Error(`internal: the ${name} backend has no kernel for the op '${missing}'`);
-      const { ops, values, program, params, arenaBytes } = planned;
-      const handle = addon.prepare(
-        device,
-        {
-          ops,
-          values,
-          calls: program,
-          params,
-          arenaBytes,
-          weights: planned.weights.map((t) => t.name as string),
-          capacity: planned.symbols.map((s) => capacity[s] ?? UNBOUNDED),
-        },
-        (weights as Held<Weights>).handle,
-        planned.states.map((t) => {
-          const state = states.get(t.name as string);
-          if (!state) throw new Error(`internal: the state ${t.name} was not given`);
-          return (state as Held<State>).handle;
-        }),
-      );
+      const native = nativePlan(planned, capacity, name, (op) => kernels.has(op));
+      const handle = addon.prepare(device, native, (weights as Held<Weights>).handle, stateHandles(planned, states));
       return plannedProgram(planned, {
         run: (...step) => addon.run(device, handle, ...step),
         seconds: () => addon.seconds(handle),
@@ -119,32 +104,6 @@ export function nativeBackend(options: NativeOptions = {}): Backend {
     },
 
     dispose: () => addon.disposeDevice(device),
-  };
-}
-
-function nativeState(addon: Addon, dtype: Dtype, shape: readonly number[]): Held<State> {
-  const bytes = bytesOf({ dtype, shape }, {});
-  const handle = addon.memory(bytes);
-  const check = () => {
-    if (dtype !== "f32" && dtype !== "i32")
-      throw new Error(`internal: a state of ${dtype} has a layout private to the backend; only float32 can be read and written`);
-  };
-  return {
-    bytes,
-    handle,
-    read(at = 0, count = bytes / 4 - at) {
-      check();
-      checkRange(bytes / 4, at, count);
-      const values = new Float32Array(count);
-      addon.readMemory(handle, at * 4, new Uint8Array(values.buffer));
-      return values;
-    },
-    write(values, at) {
-      check();
-      checkRange(bytes / 4, at, values.length);
-      addon.writeMemory(handle, (at ?? 0) * 4, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
-    },
-    dispose: () => addon.disposeMemory(handle),
   };
 }
 

@@ -1,12 +1,76 @@
-/** Planned programs as the engine runs them: which calls, inputs and sizes the requested outputs need. Knows no native code. */
+/**
+ * What backends in native code share: a planned program as the addon takes it and as the engine runs it (which calls, inputs and sizes the
+ * requested outputs need), and states of plain numbers. Knows no addon function.
+ */
 import type { Tensor } from "../graph/call.ts";
 import { needed } from "../graph/needed.ts";
 import type { Plan } from "../graph/plan.ts";
-import { fitting } from "./arrays.ts";
-import type { Numbers, Program } from "./backend.ts";
+import type { Dtype } from "../tensor/dtype.ts";
+import type { SymbolValues } from "../tensor/shape.ts";
+import type { Handle, NativePlan } from "./addon.ts";
+import { checkRange, fitting } from "./arrays.ts";
+import type { Numbers, Program, State } from "./backend.ts";
+
+/** A weight set or state with the addon's handle. */
+export type Held<T> = T & { readonly handle: Handle };
+
+/** The plan as the addon takes it. @throws an `internal:` error that names an op without a kernel */
+export function nativePlan(planned: Plan, capacity: SymbolValues, backend: string, has: (op: string) => boolean): NativePlan {
+  const missing = planned.ops.find((op) => !has(op));
+  if (missing) throw new Error(`internal: the ${backend} backend has no kernel for the op '${missing}'`);
+  const { ops, values, program, params, arenaBytes, weights, symbols } = planned;
+  return {
+    ops,
+    values,
+    calls: program,
+    params,
+    arenaBytes,
+    weights: weights.map((t) => t.name as string),
+    capacity: symbols.map((s) => capacity[s] ?? UNBOUNDED),
+  };
+}
+
+/** The handles of a plan's states, in its order. */
+export function stateHandles(planned: Plan, states: ReadonlyMap<string, State>): Handle[] {
+  return planned.states.map((t) => {
+    const state = states.get(t.name as string);
+    if (!state) throw new Error(`internal: the state ${t.name} was not given`);
+    return (state as Held<State>).handle;
+  });
+}
+
+/** A state in native memory; only plain numbers can be read and written. */
+export function heldState(
+  handle: Handle,
+  dtype: Dtype,
+  bytes: number,
+  memory: { read(byteOffset: number, to: Uint8Array): void; write(byteOffset: number, from: Uint8Array): void; dispose(): void },
+): Held<State> {
+  const check = () => {
+    if (dtype !== "f32" && dtype !== "i32")
+      throw new Error(`internal: a state of ${dtype} has a layout private to the backend; only float32 can be read and written`);
+  };
+  return {
+    bytes,
+    handle,
+    read(at = 0, count = bytes / 4 - at) {
+      check();
+      checkRange(bytes / 4, at, count);
+      const values = new Float32Array(count);
+      memory.read(at * 4, new Uint8Array(values.buffer));
+      return values;
+    },
+    write(values, at) {
+      check();
+      checkRange(bytes / 4, at, values.length);
+      memory.write((at ?? 0) * 4, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
+    },
+    dispose: () => memory.dispose(),
+  };
+}
 
 /** Capacity of symbols that no value in the workspace depends on. */
-export const UNBOUNDED = 2 ** 31 - 1;
+const UNBOUNDED = 2 ** 31 - 1;
 
 /** The calls, inputs and symbols that a run needs for its requested outputs. */
 interface Errand {

@@ -3,13 +3,12 @@ import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import type { Graph } from "../../graph/graph.ts";
 import { bytesOf, DTYPE_CODES, plan } from "../../graph/plan.ts";
-import type { Dtype } from "../../tensor/dtype.ts";
 import type { SymbolValues } from "../../tensor/shape.ts";
-import { type Addon, type CudaCard, type CudaLimits, type Handle, openAddon, STORED_CODES } from "../addon.ts";
-import { checkRange } from "../arrays.ts";
+import { type CudaCard, type CudaLimits, openAddon, STORED_CODES } from "../addon.ts";
 import type { Backend, Defaults, Program, State, WeightSource, Weights } from "../backend.ts";
-import { plannedProgram, UNBOUNDED } from "../planned.ts";
+import { type Held, heldState, nativePlan, plannedProgram, stateHandles } from "../planned.ts";
 import { FEW_ROWS, loweredForCuda } from "./lowering.ts";
+import { CASTS } from "./ops.ts";
 
 export type { CudaCard, CudaLimits } from "../addon.ts";
 
@@ -78,8 +77,6 @@ export const CUDA_DEFAULTS: Defaults = {
   kvDtype: (embedding) => (embedding === "f32" ? "f32" : "bf16"),
 };
 
-type Held<T> = T & { readonly handle: Handle };
-
 /** @throws Error if there is no such card, or it cannot be used */
 export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = {}): CudaBackend {
   const system = cudaSystem();
@@ -94,6 +91,9 @@ export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = 
   const device = addon.cudaOpen(index);
   addon.cudaProfile(device, profile);
   const ops = new Set(addon.cudaOps());
+  /** A name that ends with the format of its result is the same kernel. */
+  const hasKernel = (op: string) =>
+    ops.has(op) || Object.values(CASTS).some((ending) => op.endsWith(ending) && ops.has(op.slice(0, -ending.length)));
   /** Traced graphs behind the passes: for few rows and for many. A graph must not grow once it has been prepared. */
   const passed = new WeakMap<Graph, Map<boolean, Graph>>();
 
@@ -124,7 +124,17 @@ export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = 
       };
     },
 
-    state: (dtype, shape) => cudaState(addon, device, dtype, shape),
+    state(dtype, shape) {
+      // Caches are traced as [blocks, tokens, heads, width].
+      const [blocks, tokens, heads, width] = shape;
+      const laidOut = shape.length === 4 ? [blocks, heads, tokens, width] : shape;
+      const handle = addon.cudaMemory(device, DTYPE_CODES[dtype], laidOut);
+      return heldState(handle, dtype, bytesOf({ dtype, shape: laidOut }, {}), {
+        read: (at, to) => addon.cudaRead(handle, at, to),
+        write: (at, from) => addon.cudaWrite(handle, at, from),
+        dispose: () => addon.disposeCudaMemory(handle),
+      });
+    },
 
     prepare(graph: Graph, capacity: SymbolValues, weights: Weights, states: ReadonlyMap<string, State>): Program {
       const few = (capacity["rows"] ?? 0) <= FEW_ROWS;
@@ -133,24 +143,8 @@ export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = 
       const through = kinds.get(few) ?? loweredForCuda(graph, few ? FEW_ROWS : Number.POSITIVE_INFINITY, (op) => ops.has(op));
       kinds.set(few, through);
       const planned = plan(through, capacity);
-      const handle = addon.cudaPrepare(
-        device,
-        {
-          ops: planned.ops,
-          values: planned.values,
-          calls: planned.program,
-          params: planned.params,
-          arenaBytes: planned.arenaBytes,
-          weights: planned.weights.map((t) => t.name as string),
-          capacity: planned.symbols.map((s) => capacity[s] ?? UNBOUNDED),
-        },
-        (weights as Held<Weights>).handle,
-        planned.states.map((t) => {
-          const state = states.get(t.name as string);
-          if (!state) throw new Error(`internal: the state ${t.name} was not given`);
-          return (state as Held<State>).handle;
-        }),
-      );
+      const native = nativePlan(planned, capacity, "cuda", hasKernel);
+      const handle = addon.cudaPrepare(device, native, (weights as Held<Weights>).handle, stateHandles(planned, states));
       return plannedProgram(planned, {
         run: (...step) => addon.cudaRun(device, handle, ...step),
         seconds: () => addon.seconds(handle),
@@ -159,34 +153,5 @@ export function cudaBackend({ card: index = 0, profile = false }: CudaOptions = 
     },
 
     dispose: () => addon.disposeCuda(device),
-  };
-}
-
-/** Caches are traced as [blocks, tokens, heads, width] and laid out as [blocks, heads, tokens, width]. */
-function cudaState(addon: Addon, device: Handle, dtype: Dtype, shape: readonly number[]): Held<State> {
-  const [blocks, tokens, heads, width] = shape;
-  const laidOut = shape.length === 4 ? [blocks, heads, tokens, width] : shape;
-  const bytes = bytesOf({ dtype, shape: laidOut }, {});
-  const handle = addon.cudaMemory(device, DTYPE_CODES[dtype], laidOut);
-  const check = () => {
-    if (dtype !== "f32")
-      throw new Error(`internal: a state of ${dtype} has a layout private to the backend; only float32 can be read and written`);
-  };
-  return {
-    bytes,
-    handle,
-    read(at = 0, count = bytes / 4 - at) {
-      check();
-      checkRange(bytes / 4, at, count);
-      const values = new Float32Array(count);
-      addon.cudaRead(handle, at * 4, new Uint8Array(values.buffer));
-      return values;
-    },
-    write(values, at) {
-      check();
-      checkRange(bytes / 4, at, values.length);
-      addon.cudaWrite(handle, (at ?? 0) * 4, new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
-    },
-    dispose: () => addon.disposeCudaMemory(handle),
   };
 }

@@ -1,5 +1,6 @@
 /** Rows of the op table for what a GPU computes in one kernel where other backends run several ops; and the cache in its layout. */
 import { AFTER_BACKWARD, type Op, SERVING, type Tensor } from "../../graph/call.ts";
+import { pagesFit } from "../../graph/ops/attention.ts";
 import { alike, f32, i32, isMatrix, matches } from "../../graph/ops/shapes.ts";
 import type { Dtype } from "../../tensor/dtype.ts";
 import { sameDim, sameShape, times } from "../../tensor/shape.ts";
@@ -13,15 +14,7 @@ function isRows(t: Tensor | undefined): t is Tensor {
 
 /** Keys and values [blocks, heads, tokens, width], alike. */
 function cacheFits(keys: Tensor | undefined, values: Tensor | undefined, segments: Tensor | undefined, pages: Tensor | undefined): boolean {
-  return (
-    keys?.shape.length === 4 &&
-    keys.dtype === values?.dtype &&
-    sameShape(keys.shape, values.shape) &&
-    matches(segments, "i32", 2) &&
-    sameDim(segments.shape[1], 3) &&
-    matches(pages, "i32", 2) &&
-    sameDim(segments.shape[0], pages.shape[0])
-  );
+  return keys?.shape.length === 4 && keys.dtype === values?.dtype && sameShape(keys.shape, values.shape) && pagesFit(segments, pages);
 }
 
 function chosenFits(experts: Tensor | undefined, weights: Tensor | undefined): experts is Tensor {
@@ -62,7 +55,7 @@ export const FUSED_OPS = {
   /** `linear` plus residual [rows, n]. */
   linearAdd: {
     outputs: ([x, w, residual]) =>
-      isRows(x) &&
+      matches(x, "f32", 2) &&
       isMatrix(w, 2) &&
       sameDim(x.shape[1], w.shape[1]) &&
       matches(residual, "f32", 2) &&
@@ -97,7 +90,8 @@ export const FUSED_OPS = {
       const experts = inputs[3 + 2 * shared];
       const twins = (rank: number, a: Tensor | undefined, b: Tensor | undefined) =>
         isMatrix(a, rank) && isMatrix(b, rank) && sameShape(a.shape, b.shape) && sameDim(a.shape[rank - 1], x.shape[1]);
-      if (!isRows(x) || !twins(3, gate, up) || !matches(experts, "i32", 2) || !sameDim(experts.shape[0], x.shape[0])) return null;
+      if (!matches(x, "f32", 2) || !twins(3, gate, up) || !matches(experts, "i32", 2) || !sameDim(experts.shape[0], x.shape[0]))
+        return null;
       if (shared === 1 && !twins(2, sharedGate, sharedUp)) return null;
       const h = f32(times(x.shape[0], Number(experts.shape[1])), gate.shape[1]);
       return shared === 1 ? [h, f32(x.shape[0], sharedGate.shape[0])] : [h];
@@ -111,12 +105,17 @@ export const FUSED_OPS = {
       const [h, hs] = shared === 1 ? inputs : [inputs[0]];
       const [down, sharedDown] = shared === 1 ? inputs.slice(2) : [inputs[1]];
       const [experts, weights, added] = inputs.slice(shared === 1 ? 4 : 2);
-      if (!isRows(h) || !isMatrix(down, 3) || !sameDim(h.shape[1], down.shape[2]) || !chosenFits(experts, weights)) return null;
+      if (!matches(h, "f32", 2) || !isMatrix(down, 3) || !sameDim(h.shape[1], down.shape[2]) || !chosenFits(experts, weights)) return null;
       if (!sameDim(h.shape[0], times(experts.shape[0], Number(experts.shape[1])))) return null;
       const y = f32(experts.shape[0], down.shape[1]);
       if (
         shared === 1 &&
-        !(isRows(hs) && isMatrix(sharedDown, 2) && sameDim(hs.shape[1], sharedDown.shape[1]) && sameDim(sharedDown.shape[0], down.shape[1]))
+        !(
+          matches(hs, "f32", 2) &&
+          isMatrix(sharedDown, 2) &&
+          sameDim(hs.shape[1], sharedDown.shape[1]) &&
+          sameDim(sharedDown.shape[0], down.shape[1])
+        )
       )
         return null;
       if (residual === 1 && !(matches(added, "f32", 2) && sameShape(added.shape, y.shape))) return null;
@@ -127,7 +126,7 @@ export const FUSED_OPS = {
   /** Queries, keys and values of x, rotated; keys and values go to the cache: (x, wq, wk, wv, angles, keys, values, segments, pages) to q. */
   qkvRope: {
     outputs: ([x, wq, wk, wv, angles, keys, values, segments, pages]) =>
-      isRows(x) &&
+      matches(x, "f32", 2) &&
       [wq, wk, wv].every((w) => isMatrix(w, 2) && sameDim(w.shape[1], x.shape[1])) &&
       sameShape(wk.shape, wv.shape) &&
       matches(angles, "f32", 2) &&

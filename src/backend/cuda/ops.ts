@@ -1,5 +1,5 @@
 /** The op table of the CUDA backend: fused ops, and ops that write their results in the format of the tensor cores. */
-import { AFTER_BACKWARD, type Op, type OpTable, type Tensor } from "../../graph/call.ts";
+import { AFTER_BACKWARD, type Op, type OpTable } from "../../graph/call.ts";
 import { products } from "../../graph/ops/matrix.ts";
 import { OPS } from "../../graph/ops.ts";
 import type { Dtype } from "../../tensor/dtype.ts";
@@ -30,9 +30,7 @@ export const NARROWED: Readonly<Record<string, number>> = {
   combineAddNorm: 1,
   gatedLinear: 0,
   groupedGatedLinear: 0,
-  groupedLinear: 0,
   pagedAttention: 0,
-  ropeWrite: 0,
 };
 /** Casts, and what the names of ops end with that include them. */
 export const CASTS: Readonly<Record<string, string>> = { castBf16: "ToBf16", castF16: "ToF16" };
@@ -40,7 +38,6 @@ export const CASTS: Readonly<Record<string, string>> = { castBf16: "ToBf16", cas
 /** The op table with the GPU's rows. */
 export const CUDA_TABLE: OpTable = {
   ...plain,
-  combine: { ...OPS.combine, outputs: (inputs) => OPS.combine.outputs(inputs.map(asF32)) },
   ...Object.fromEntries(
     Object.entries(NARROWED).flatMap(([op, at]) => [
       [`${op}${CASTS.castBf16}`, narrowed(plain[op], at, "bf16")],
@@ -48,8 +45,3 @@ export const CUDA_TABLE: OpTable = {
     ]),
   ),
 };
-
-/** Slots may be in half precision. */
-function asF32(t: Tensor): Tensor {
-  return t.dtype === "bf16" || t.dtype === "f16" ? { ...t, dtype: "f32" } : t;
-}

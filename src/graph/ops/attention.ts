@@ -9,7 +9,7 @@ function segmentsFit(segments: Tensor | undefined): segments is Tensor {
 }
 
 /** Segments, and pages [sequences, pages]: each sequence's cache blocks in order. */
-function pagesFit(segments: Tensor | undefined, pages: Tensor | undefined): boolean {
+export function pagesFit(segments: Tensor | undefined, pages: Tensor | undefined): boolean {
   return segmentsFit(segments) && matches(pages, "i32", 2) && sameDim(segments.shape[0], pages.shape[0]);
 }
 
